@@ -1,7 +1,8 @@
-"""Step time and peak memory of each method against plain `SFTTrainer`, in one run.
+"""Step time of each method against plain `SFTTrainer`, in one run. Their peak memory is in `memory.py`.
 
     python tests/benchmarks/step_time.py                       # Llama, hidden 1024, 8 layers, 4 x 256 tokens, r = 16
     python tests/benchmarks/step_time.py --hidden 256 --rounds 9
+    python tests/benchmarks/step_time.py --only SaLoRA --rounds 15
 
 The variants take turns, one step each, in an order that changes from round to round. CPU time of the process is
 compared, since other work on the machine hardly disturbs it; the ratio of each round is taken and the median reported.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import planted
 import tiny
 
-from safe_trainer import AlignmentDirection, AsFT, SafeSFTTrainer, SecurityVectors, TrainedVectors
+from safe_trainer import AlignmentDirection, AsFT, SafeSFTTrainer, SaLoRA, SecurityVectors, TrainedVectors
 from safe_trainer.methods.base import SafetyMethod
 
 
@@ -61,10 +61,11 @@ class DenseAsFT(SafetyMethod):
         return torch.stack(terms).sum()
 
 
-def variants(pair: tuple[str, str]) -> dict[str, Callable[[], dict[str, Any]]]:
+def variants(pair: tuple[str, str], rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return what is compared: the trainer's extra arguments by name."""
     return {
         "plain SFTTrainer": dict,
+        "plain SFTTrainer, rank 2r": lambda: {"peft_config": lora(2 * rank)},
         "SafeSFTTrainer(safety=None)": lambda: {"safety": None},
         "AsFT, published, exact": lambda: {
             "safety": AsFT(direction=AlignmentDirection.from_checkpoints(*pair, max_error=0.0))
@@ -72,9 +73,17 @@ def variants(pair: tuple[str, str]) -> dict[str, Callable[[], dict[str, Any]]]:
         "AsFT, published": lambda: {"safety": AsFT(unaligned_model=pair[1])},
         "AsFT, subspace, rank 64": lambda: {"safety": AsFT(unaligned_model=pair[1], projector="subspace", rank=64)},
         "AsFT, dense (authors' form)": lambda: {"safety": DenseAsFT(pair)},
+        # Random directions, since which ones are protected costs no time.
+        "SaLoRA": lambda: {"safety": SaLoRA(directions="random")},
+        "SaLoRA, inputs, own start": lambda: {"safety": SaLoRA(directions="random", protect="input", task_rank=0)},
         "Security Vectors, rank 8": lambda: {"safety": SecurityVectors(random_vectors(pair[0]))},
         "Security Vectors, rank 8, folded": lambda: {"safety": SecurityVectors(random_vectors(pair[0]), fold=True)},
     }
+
+
+def lora(rank: int) -> LoraConfig:
+    """Return the LoRA that all variants have, but for its rank."""
+    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def random_vectors(path: str) -> TrainedVectors:
@@ -102,8 +111,7 @@ class Stepper:
             ),
             train_dataset=Dataset.from_dict(rows),
             processing_class=tiny.tokenizer(),
-            peft_config=LoraConfig(r=arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
-            **extra,
+            **({"peft_config": lora(arguments.rank)} | extra),
         )
         self.preparation = time.perf_counter() - start
         self.trainer.create_optimizer()
@@ -127,7 +135,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return for each variant its median step time, its ratio to plain `SFTTrainer` and its preparation time."""
     with tempfile.TemporaryDirectory() as folder:
         pair = tiny.save_pair(folder, hidden=arguments.hidden, layers=arguments.layers)
-        chosen = {name: build for name, build in variants(pair).items() if arguments.only in name or "plain" in name}
+        found = variants(pair, arguments.rank)
+        chosen = {name: build for name, build in found.items() if arguments.only in name or "plain" in name}
         steppers = {name: Stepper(pair[0], arguments, build()) for name, build in chosen.items()}
         times: dict[str, list[float]] = {name: [] for name in steppers}
         for stepper in steppers.values():
@@ -146,11 +155,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     }
 
 
-def main() -> None:
-    """Measure and write a Markdown table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def sized_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the sizes of what is measured."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"hidden": 1024, "layers": 8, "length": 256, "batch": 4, "rank": 16, "rounds": 7}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    return parser
+
+
+def main() -> None:
+    """Measure and write a Markdown table, or JSON."""
+    parser = sized_parser(__doc__)
     parser.add_argument("--only", default="", help="only variants whose name holds this, beside plain SFTTrainer")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -161,8 +176,7 @@ def main() -> None:
     sys.stdout.write("| variant | CPU s per step | ratio | preparation, s |\n|---|---|---|---|\n")
     for name, row in results.items():
         sys.stdout.write(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.3f} | {row['preparation']:.1f} |\n")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    sys.stdout.write(f"\nPeak memory of all variants together: {peak:.1f} GB. torch {torch.__version__}\n")
+    sys.stdout.write(f"\nMedians of {arguments.rounds} rounds. torch {torch.__version__}\n")
 
 
 if __name__ == "__main__":
