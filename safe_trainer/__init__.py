@@ -28,6 +28,7 @@ __all__ = [
     "AsFT",
     "ClassifierJudge",
     "Comparison",
+    "DriftPenalty",
     "Evaluation",
     "Fitting",
     "Floor",
@@ -48,7 +49,9 @@ __all__ = [
     "TrainedVectors",
     "compact_adapter",
     "compare",
+    "conclude",
     "conversation",
+    "encode_row",
     "evaluate",
     "from_json",
     "gate",
@@ -59,10 +62,13 @@ __all__ = [
     "load_rows",
     "perplexity",
     "poison",
+    "read_records",
+    "recipe",
     "rouge",
     "scan_file",
     "score_rows",
     "scored",
+    "stream_rows",
     "testbed",
     "to_html",
     "to_markdown",
@@ -72,9 +78,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` below says the same
-    from safe_trainer import testbed
+    from safe_trainer import recipe, testbed
     from safe_trainer.calibration import SafetyBasis
-    from safe_trainer.data import PromptSet, Reading, conversation, leaked_rows, load_prompts, load_rows, poison
+    from safe_trainer.data import (
+        PromptSet,
+        Reading,
+        conversation,
+        encode_row,
+        leaked_rows,
+        load_prompts,
+        load_rows,
+        poison,
+        read_records,
+        stream_rows,
+    )
     from safe_trainer.direction import AlignmentDirection
     from safe_trainer.evaluation import (
         GUARDS,
@@ -90,6 +107,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
         PhraseJudge,
         RefusalMonitor,
         compare,
+        conclude,
         evaluate,
         from_json,
         gate,
@@ -104,7 +122,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
         write_report,
     )
     from safe_trainer.factors import compact_adapter
-    from safe_trainer.methods import METHODS, AsFT, SafetyMethod, SaLoRA, SecurityVectors
+    from safe_trainer.methods import METHODS, AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
     from safe_trainer.scan import ScanResult, scan_file, score_rows
     from safe_trainer.trainer import SafeSFTTrainer
     from safe_trainer.vectors import Fitting, TrainedVectors, train_security_vectors
@@ -117,6 +135,7 @@ _HOMES = {
     "AsFT": "methods",
     "ClassifierJudge": "evaluation",
     "Comparison": "evaluation",
+    "DriftPenalty": "methods",
     "Evaluation": "evaluation",
     "Fitting": "vectors",
     "Floor": "evaluation",
@@ -137,7 +156,9 @@ _HOMES = {
     "TrainedVectors": "vectors",
     "compact_adapter": "factors",
     "compare": "evaluation",
+    "conclude": "evaluation",
     "conversation": "data",
+    "encode_row": "data",
     "evaluate": "evaluation",
     "from_json": "evaluation",
     "gate": "evaluation",
@@ -148,10 +169,13 @@ _HOMES = {
     "load_rows": "data",
     "perplexity": "evaluation",
     "poison": "data",
+    "read_records": "data",
+    "recipe": "recipe",  # the module itself
     "rouge": "evaluation",
     "scan_file": "scan",
     "score_rows": "scan",
     "scored": "evaluation",
+    "stream_rows": "data",
     "testbed": "testbed",  # the module itself
     "to_html": "evaluation",
     "to_markdown": "evaluation",

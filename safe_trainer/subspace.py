@@ -157,6 +157,13 @@ class Leading(NamedTuple):
         """Return the share of the energy that the `k` directions hold."""
         return self.singular_values.double().square().sum().item() / self.energy if self.energy > 0 else 0.0
 
+    def first(self, count: int, energy: float | None = None) -> Tensor:
+        """Return the first `count` directions, or the fewest of them that hold a share `energy` of the whole."""
+        if energy is not None and self.energy > 0:
+            held = self.singular_values.double().square().cumsum(0) / self.energy
+            count = min(count, int((held < energy).sum()) + 1)
+        return self.basis[:, :count]
+
 
 class Sketch:
     """The leading left singular vectors of a matrix whose columns come in blocks and are seen once.

@@ -57,6 +57,7 @@ BUILD: dict[str, Callable[[str, str], SafetyMethod]] = {
     "security_vectors: folded": lambda aligned, unaligned: METHODS["security_vectors"](
         harmful_data=HARMFUL, fitting=SHORT, fold=True
     ),
+    "drift_penalty": lambda aligned, unaligned: METHODS["drift_penalty"](safety_data=REFUSED, rank=8),
 }
 SHORT = {"rank": 2, "max_steps": 3, "learning_rate": 0.05}
 VARIANTS = [name for name in BUILD if name.split(":")[0] in METHODS]

@@ -16,7 +16,7 @@ from ..artifacts import load_artifact, save_artifact
 from ..subspace import Leading
 from ..vectors.identity import difference
 from .origin import origin
-from .streaming import Side, leading_directions
+from .streaming import InputTokens, Side, leading_directions
 from .tokens import examples_from
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class SafetyBasis:
         modules: Collection[str] | None = None,
         sides: Sequence[Side] = ("output",),
         rank: int = 32,
+        input_tokens: InputTokens = "prompt",
         samples: int = 128,
         seed: int = 0,
         max_length: int = 1024,
@@ -84,6 +85,8 @@ class SafetyBasis:
             modules (`Collection[str]`, *optional*): Names of the layers; left out, every linear layer but the head.
             sides (`Sequence[str]`, *optional*, defaults to `("output",)`): `"output"`, `"input"` or both.
             rank (`int`, *optional*, defaults to `32`): Directions for each layer.
+            input_tokens (`str`, *optional*, defaults to `"prompt"`): Where inputs are looked at: at the tokens of the
+                prompts, of the answers (`"answer"`) or of both (`"all"`).
             samples (`int`, *optional*, defaults to `128`): How many rows to draw.
             seed (`int`, *optional*, defaults to `0`): Seed of the draw.
             max_length (`int`, *optional*, defaults to `1024`): Where a conversation is cut, in tokens.
@@ -102,8 +105,9 @@ class SafetyBasis:
             check_rank(layers, side, rank)
         settings = {"samples": samples, "seed": seed, "max_length": max_length}
         examples = examples_from(safety_data, tokenizer, what="`safety_data`", **settings)
-        leading = leading_directions(model, layers, examples, sides=sides, rank=rank, batch_size=batch_size)
-        provenance = {**origin(model, layers, examples), "rank": rank, **settings}
+        how: dict[str, Any] = {"sides": sides, "rank": rank, "input_tokens": input_tokens}
+        leading = leading_directions(model, layers, examples, batch_size=batch_size, **how)
+        provenance = {**origin(model, layers, examples), "rank": rank, "input_tokens": input_tokens, **settings}
         basis = cls(leading.get("output", {}), leading.get("input", {}), provenance)
         basis._tell()
         return basis

@@ -17,6 +17,7 @@ from .tokens import Example
 
 T = TypeVar("T")
 Side = Literal["output", "input"]
+InputTokens = Literal["prompt", "answer", "all"]
 
 _EXACT_UP_TO = 128  # size of a layer up to which nothing is gained by a sketch that is narrower
 
@@ -28,13 +29,15 @@ def leading_directions(  # noqa: PLR0913, each is a setting with a name
     *,
     sides: Sequence[Side] = ("output",),
     rank: int = 32,
+    input_tokens: InputTokens = "prompt",
     batch_size: int = 16,
 ) -> dict[Side, dict[str, Leading]]:
     """Run the model once over all examples and return the leading directions of its layers.
 
     *Outputs* are looked at while the model speaks: for `X_s` (d_in x n), a layer's inputs at the tokens of the
     answers, the left singular vectors of `W X_s`, that is of the output without its bias. *Inputs* are looked at while
-    it reads: the left singular vectors of `X_p` (d_in x m), a layer's inputs at all other tokens, the prompts' own.
+    it reads: the left singular vectors of `X_p` (d_in x m), a layer's inputs at all other tokens, the prompts' own
+    (or at those that `input_tokens` says).
     Adapters are switched off meanwhile. Each layer needs memory of the order d x rank.
 
     Args:
@@ -43,6 +46,8 @@ def leading_directions(  # noqa: PLR0913, each is a setting with a name
         examples (`Sequence[Example]`): What to run it on.
         sides (`Sequence[str]`, *optional*, defaults to `("output",)`): `"output"`, `"input"` or both.
         rank (`int`, *optional*, defaults to `32`): How many directions; fewer where the tokens span fewer.
+        input_tokens (`str`, *optional*, defaults to `"prompt"`): Where inputs are looked at: `"prompt"`, `"answer"` or
+            `"all"`.
         batch_size (`int`, *optional*, defaults to `16`): Conversations in one forward pass.
 
     Returns:
@@ -52,10 +57,11 @@ def leading_directions(  # noqa: PLR0913, each is a setting with a name
         FloatingPointError: If the model's activations are infinite or NaN somewhere; names the layer.
         ValueError: If a layer does not see the conversations token by token, or not at all, or there are no tokens.
     """
-    if "input" in sides and not any(False in example.is_answer for example in examples):
+    needs_prompts = "input" in sides and input_tokens == "prompt"
+    if needs_prompts and not any(False in example.is_answer for example in examples):
         raise ValueError("The rows have no prompts, so there are no inputs to measure. Give rows with prompts.")
     sketches = {side: _sketches(layers, side, rank) for side in sides}
-    batch = _Batch()
+    batch = _Batch(input_tokens)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
@@ -83,10 +89,13 @@ def from_first_process(value: T) -> T:
 
 
 class _Batch:
-    """For the hooks: which tokens of the batch in work belong to prompts, and which to answers, (batch, tokens)."""
+    """For the hooks: at which tokens of the batch in work inputs count, and which are answers, (batch, tokens)."""
 
-    is_prompt: Tensor
+    is_read: Tensor
     is_answer: Tensor
+
+    def __init__(self, input_tokens: InputTokens) -> None:
+        self.input_tokens = input_tokens
 
     def fill(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         """Take the next examples and return what the model reads, padded on the right, where no token sees it."""
@@ -98,19 +107,21 @@ class _Batch:
             input_ids[row, :length] = torch.as_tensor(example.input_ids)
             attention_mask[row, :length] = 1
             is_answer[row, :length] = torch.as_tensor(example.is_answer)
-        self.is_answer, self.is_prompt = is_answer.to(device), (attention_mask.bool() & ~is_answer).to(device)
+        is_token = attention_mask.bool()
+        is_read = {"prompt": is_token & ~is_answer, "answer": is_answer, "all": is_token}[self.input_tokens]
+        self.is_answer, self.is_read = is_answer.to(device), is_read.to(device)
         return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 
 
 class _Watch:
-    """The hook of one layer: takes into the sketches what goes in at prompts and what comes out at answers."""
+    """The hook of one layer: takes into the sketches what goes in where it counts, and what comes out at answers."""
 
     def __init__(self, name: str, sketches: Mapping[Side, Sketch], batch: _Batch) -> None:
         self.name, self.sketches, self.batch = name, sketches, batch
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if "input" in self.sketches:
-            self.sketches["input"].add(self._chosen(args[0], self.batch.is_prompt))
+            self.sketches["input"].add(self._chosen(args[0], self.batch.is_read))
         if "output" in self.sketches:
             columns = self._chosen(output, self.batch.is_answer)
             bias = getattr(layer, "bias", None)

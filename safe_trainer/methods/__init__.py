@@ -2,9 +2,15 @@
 
 from .asft import AsFT
 from .base import SafetyMethod
+from .drift_penalty import DriftPenalty
 from .salora import SaLoRA
 from .security_vectors import SecurityVectors
 
-METHODS: dict[str, type[SafetyMethod]] = {"asft": AsFT, "salora": SaLoRA, "security_vectors": SecurityVectors}
+METHODS: dict[str, type[SafetyMethod]] = {
+    "asft": AsFT,
+    "salora": SaLoRA,
+    "security_vectors": SecurityVectors,
+    "drift_penalty": DriftPenalty,
+}
 
-__all__ = ["METHODS", "AsFT", "SaLoRA", "SafetyMethod", "SecurityVectors"]
+__all__ = ["METHODS", "AsFT", "DriftPenalty", "SaLoRA", "SafetyMethod", "SecurityVectors"]

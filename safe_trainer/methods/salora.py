@@ -13,15 +13,14 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, factors, subspace
-from ..calibration import SafetyBasis, Side, check_rank, examples_from, from_first_process, leading_directions
+from .. import adapters, calibration, factors, subspace
+from ..calibration import InputTokens, SafetyBasis, Side
 from .base import Paper, SafetyMethod
 
 logger = logging.getLogger(__name__)
 
 Protect = Literal["output", "input", "both"]
 Directions = Literal["safety", "random"]
-Layers = Mapping[str, adapters.LinearLayer]
 
 
 @dataclass
@@ -39,14 +38,15 @@ class SaLoRA(SafetyMethod):
     an ordinary LoRA of rank 2r on the untouched base model, and that is what is saved: **the adapter has twice the
     rank that you gave**, at the same scaling. `compact_adapter` cuts it to the smallest rank that is exact.
 
-    When to use it: to keep refusals through *benign* fine-tuning, when no sibling model is at hand. What to know: it
-    is not made to stop data that teaches harm; `protect="input"` goes further there. From its SVD start, steps go far:
-    take a lower learning rate than for plain LoRA, and compare with that at the same one. Controls: `rank=0` and
-    `directions="random"`. Biases and `modules_to_save` are trained as always, unprotected.
+    When to use it: to keep refusals through *benign* fine-tuning. It is not made to stop data that teaches harm;
+    `protect="input"` goes further there. From its SVD start, steps go far: take a lower learning rate than for plain
+    LoRA, and compare with that at the same one. Controls: `rank=0` and `directions="random"`. Biases and
+    `modules_to_save` are trained as always, unprotected.
 
     Args:
         rank (`int`, *optional*, defaults to `32`):
             `r_s`, protected directions of each layer. With `0` only the initialisation is left: a control.
+        energy (`float`, *optional*): Of these, only the fewest that hold this share of a layer's energy, e.g. `0.95`.
         task_rank (`int`, *optional*, defaults to `32`):
             `r_t`, directions of the task that `B0` is restricted to. `0` leaves the initialisation out: LoRA's own
             start, `ΔW = C B A`, and no doubled rank.
@@ -56,7 +56,8 @@ class SaLoRA(SafetyMethod):
             Directions measured before, or the file that they were saved to.
         protect (`str`, *optional*, defaults to `"output"`):
             `"output"`: as above, the paper's. `"input"`: `ΔW = (B A − B0 A0)(I − V_s V_sᵀ)`, with `V_s` (d_in x r_s)
-            the leading inputs of the layer at the tokens of the *prompts*, which it then reads as before. `"both"`.
+            the layer's leading inputs at the tokens of the *prompts*, which it then reads as before. `"both"`: both.
+        input_tokens (`str`, *optional*, defaults to `"prompt"`): Tokens of which these are, or `"answer"`, or `"all"`.
         directions (`str`, *optional*, defaults to `"safety"`):
             `"random"` protects as many random directions: the control for the measured ones. Needs no data.
         samples (`int`, *optional*, defaults to `128`): Rows to draw, from `safety_data` and from the training rows.
@@ -101,10 +102,12 @@ class SaLoRA(SafetyMethod):
     )
 
     rank: int = 32
+    energy: float | None = None
     task_rank: int = 32
     safety_data: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
     basis: SafetyBasis | str | Path | None = field(default=None, repr=False)
     protect: Protect = "output"
+    input_tokens: InputTokens = "prompt"
     directions: Directions = "safety"
     samples: int = 128
     max_length: int = 1024
@@ -118,13 +121,15 @@ class SaLoRA(SafetyMethod):
         for name, least in (("rank", 0), ("task_rank", 0), ("samples", 1), ("max_length", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        for name, choices in (("protect", get_args(Protect)), ("directions", get_args(Directions))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name, choices in (("protect", Protect), ("input_tokens", InputTokens), ("directions", Directions)):
+            if getattr(self, name) not in (known := get_args(choices)):
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"`energy` must be above 0 and at most 1, got {self.energy}. Usual is 0.95.")
         if self.rank and self.directions == "safety" and (self.safety_data is None) == (self.basis is None):
             raise ValueError(
-                "SaLoRA needs to know what safe answers look like: give `safety_data` (harmful prompts with refusals, "
-                "rows or a file) or `basis` (a SafetyBasis, or the file that it was saved to), and not both."
+                "SaLoRA needs to know what safe answers look like: give one of `safety_data` (harmful prompts with "
+                "refusals, rows or a file) and `basis` (a SafetyBasis, or its file)."
             )
         if not self.rank and not self.task_rank:
             raise ValueError("With `rank=0` and `task_rank=0` nothing is left of SaLoRA. Use no method instead.")
@@ -166,10 +171,10 @@ class SaLoRA(SafetyMethod):
             return
         task: dict[str, subspace.Leading] = {}
         if self.task_rank:
-            examples = examples_from(train_dataset, tokenizer, what="the training data", **self._sampling)
-            task = leading_directions(model, layers, examples, rank=self.task_rank)["output"]
+            examples = calibration.examples_from(train_dataset, tokenizer, what="the training data", **self._sampling)
+            task = calibration.leading_directions(model, layers, examples, rank=self.task_rank)["output"]
         for name, update in self._updates.items():
-            factors.set_factors(update, *from_first_process(self._start(name, update, task.get(name))))
+            factors.set_factors(update, *calibration.from_first_process(self._start(name, update, task.get(name))))
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
@@ -192,32 +197,27 @@ class SaLoRA(SafetyMethod):
         U_s, V_s = self._bases[name]
         return factors.IncrementA(V_s, self.task_rank > 0), factors.IncrementB(U_s, self.task_rank > 0)
 
-    def _protected(self, model: nn.Module, tokenizer: Any, layers: Layers) -> dict[str, tuple[Tensor, Tensor]]:
+    def _protected(self, model: nn.Module, tokenizer: Any, layers: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `U_s` (d_out x k) and `V_s` (d_in x k) by layer; a side that is not protected has `k = 0`."""
         bases = {name: [torch.zeros(size, 0) for size in layer.shape] for name, layer in layers.items()}
         sides: tuple[Side, ...] = ("output", "input") if self.protect == "both" else (self.protect,)
         for side in sides:
-            check_rank(layers, side, self.rank)
+            calibration.check_rank(layers, side, self.rank)
         if self.rank and self.directions == "safety":
-            self.safety_basis = self._measured(model, tokenizer, layers, sides)
-        for side in sides if self.rank else ():
-            for name, layer in layers.items():
+            wanted = {"sides": sides, "rank": self.rank, "input_tokens": self.input_tokens, **self._sampling}
+            source = self.basis, self.safety_data, model, tokenizer
+            self.safety_basis = calibration.supplied_basis(*source, layers=layers, **wanted)
+        for name, layer in layers.items() if self.rank else ():
+            for side in sides:
                 if self.safety_basis is not None:
-                    found = self.safety_basis.side(side)[name].basis[:, : self.rank]
+                    found = self.safety_basis.side(side)[name].first(self.rank, self.energy)
                 else:  # each layer has a seed of its own, so that layers of one shape do not share one subspace
                     seed = self.seed + zlib.crc32(f"{name}.{side}".encode())
                     found = subspace.random_basis(layer.shape[side == "input"], self.rank, seed)
                 bases[name][side == "input"] = found
-        return {name: (U_s, V_s) for name, (U_s, V_s) in bases.items()}
-
-    def _measured(self, model: nn.Module, tokenizer: Any, layers: Layers, sides: tuple[Side, ...]) -> SafetyBasis:
-        if self.safety_data is not None:
-            wanted = {"modules": list(layers), "sides": sides, "rank": self.rank, **self._sampling}
-            return SafetyBasis.from_rows(model, tokenizer, self.safety_data, **wanted)
-        assert self.basis is not None  # one of the two is given, see `__post_init__`
-        basis = self.basis if isinstance(self.basis, SafetyBasis) else SafetyBasis.load(self.basis)
-        basis.check_fits(model, list(layers), sides, self.rank)
-        return basis
+        counts = [size for pair in bases.values() for U in pair if (size := U.shape[1])] or [0]
+        logger.info("SaLoRA protects %d to %d directions of a layer.", min(counts), max(counts))
+        return {name: (pair[0], pair[1]) for name, pair in bases.items()}
 
     def _start(self, name: str, update: adapters.LoraUpdate, task: subspace.Leading | None) -> tuple[Tensor, Tensor]:
         """Return the factors to start from: `[0, C B0]` and `[A0 P ; 0]`, or LoRA's own, `C B` and `A P`."""

@@ -1,0 +1,157 @@
+"""DriftPenalty: a price on every change of what the layers make of harmful prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters, calibration, subspace
+from ..calibration import InputTokens, SafetyBasis
+from .base import SafetyMethod
+
+
+@dataclass
+class DriftPenalty(SafetyMethod):
+    """Adds `λ · mean over layers of E‖ΔW x‖² / E‖W x‖²` to the loss, `x` what a layer reads in harmful prompts.
+
+    What an update does to the layers' outputs on harmful prompts is measured as a share of those outputs' energy, and
+    paid for; whatever else it does is free. So the strength means the same in every model and layer: with
+    `weight=100`, a mean change by 1 % of the energy costs 1 nat. The second moment of `x` is kept as its leading
+    directions and the mean of the rest; with `ΔW = B A` a step forms nothing larger than r x d.
+
+    When to use it: against the drift of *benign* fine-tuning, also of full-parameter training, where the subspaces of
+    [`SaLoRA`] cannot go. What to know: it slows an update that harmful rows ask for and does not stop it; a longer
+    attack gets through.
+
+    Args:
+        weight (`float`, *optional*, defaults to `30.0`):
+            `λ`, in nats for a change of the whole energy; `0` only measures.
+        rank (`int`, *optional*, defaults to `64`):
+            Leading input directions of each layer that are kept; less where a layer is narrower.
+        safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*):
+            Harmful prompts with answers (not read by default): rows, or a file. Give this or `basis`.
+        basis ([`SafetyBasis`], `str` or `Path`, *optional*):
+            Input directions measured before, or the file that they were saved to.
+        input_tokens (`str`, *optional*, defaults to `"prompt"`): Tokens that count: `"prompt"`, `"answer"` or `"all"`.
+        samples (`int`, *optional*, defaults to `128`): Rows to draw.
+        max_length (`int`, *optional*, defaults to `1024`): Where these are cut, in tokens.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
+
+    Raises:
+        ValueError: If a setting is out of its range, there is no data, a basis does not fit the model, or the PEFT
+            configuration is not plain LoRA.
+        FloatingPointError: If the model's activations are infinite or NaN.
+
+    Example:
+
+    ```python
+    >>> from safe_trainer import DriftPenalty
+    >>> DriftPenalty(safety_data="refusals.jsonl").weight
+    30.0
+
+    ```
+
+    Source: ours, no paper. The form of the penalty is AsFT's (arXiv 2506.08473) with the layer's own inputs in place
+    of the alignment direction; weighting an update by activations is elastic weight consolidation's idea.
+    """
+
+    name: ClassVar[str] = "Drift penalty"
+    tag: ClassVar[str] = "drift-penalty"
+
+    weight: float = 30.0
+    rank: int = 64
+    safety_data: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
+    basis: SafetyBasis | str | Path | None = field(default=None, repr=False)
+    input_tokens: InputTokens = "prompt"
+    samples: int = 128
+    max_length: int = 1024
+    seed: int = 0
+    _updates: dict[str, adapters.Update] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _moments: dict[str, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"`weight` must be a finite number of at least 0, got {self.weight}. Usual is 30.")
+        for name in ("rank", "samples", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if (self.safety_data is None) == (self.basis is None):
+            raise ValueError(
+                "DriftPenalty needs harmful prompts: give one of `safety_data` (rows or a file) and `basis` (a "
+                "SafetyBasis with input directions, or its file)."
+            )
+
+    def adapt_peft_config(self, config: Any) -> Any:
+        """Refuse configurations whose update is not a product of two factors; change nothing."""
+        if config is not None:
+            adapters.check_peft_config(config, self.name)
+        return config
+
+    def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
+        """Measure or load what the layers read in harmful prompts, in units of what they say to it."""
+        self._updates = adapters.updates(model, self.name)
+        layers = {name: layer for name, layer in adapters.linear_layers(model).items() if name in self._updates}
+        narrowest = min(layer.shape[1] for layer in layers.values())
+        wanted: dict[str, Any] = {"samples": self.samples, "max_length": self.max_length, "seed": self.seed}
+        basis = calibration.supplied_basis(
+            self.basis,
+            self.safety_data,
+            model,
+            tokenizer,
+            layers=layers,
+            sides=("input",),
+            rank=min(self.rank, narrowest - 1),
+            input_tokens=self.input_tokens,
+            **wanted,
+        )
+        self._moments = {
+            name: _relative_moment(basis.inputs[name], self.rank, adapters.weight(layer.base))
+            for name, layer in layers.items()
+        }
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Return `λ` times the mean share of the outputs' energy that the update changes, in float32."""
+        # Autocast would round the factors to bfloat16 and the penalty with them.
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            return self.weight * torch.stack([self._drift(name) for name in self._updates]).mean()
+
+    def diagnostics(self, model: nn.Module) -> dict[str, float]:
+        """Return for each layer the share of its outputs' energy on harmful prompts that the update changes."""
+        with torch.no_grad():
+            return {f"drift_penalty/{name}": self._drift(name).item() for name in self._updates}
+
+    def _drift(self, name: str) -> Tensor:
+        left, right = self._updates[name].factors()
+        directions, rest = self._moments[name]
+        if (
+            directions.device != left.device
+        ):  # once, in the first step: only then is the model where it will be trained
+            directions = directions.to(left.device)
+            self._moments[name] = directions, rest
+        if right is None:
+            return (left @ directions).square().sum() + rest * left.square().sum()
+        leading = subspace.product_norm_squared(left, right @ directions)
+        return leading + rest * subspace.product_norm_squared(left, right)
+
+
+def _relative_moment(inputs: subspace.Leading, rank: int, W: Tensor) -> tuple[Tensor, float]:
+    """Return `D` (d_in x k) and `t` with `E‖M x‖² / E‖W x‖² = ‖M D‖² + t ‖M‖²` for every `M` (d_out x d_in).
+
+    The second moment of the inputs is modelled as `V diag(s²) Vᵀ + τ (I − V Vᵀ)`, with `τ` the mean of what the
+    directions `V` leave of the energy.
+    """
+    V, squares = inputs.basis[:, :rank].double(), inputs.singular_values[:rank].double().square()
+    d_in, k = V.shape
+    tau = max(0.0, inputs.energy - squares.sum().item()) / max(1, d_in - k)
+    D = V * (squares - tau).clamp(min=0).sqrt()
+    W = W.detach().cpu().double()
+    energy = ((W @ D).square().sum() + tau * W.square().sum()).item()
+    if energy == 0:  # the layer says nothing to harmful prompts: there is nothing to keep
+        return torch.zeros(d_in, 0), 0.0
+    return (D / math.sqrt(energy)).float(), tau / energy
