@@ -158,9 +158,9 @@ def test_wrong_settings_are_refused_at_once(settings, words):
 
 def test_a_basis_without_inputs_is_refused_with_the_difference(tmp_path):
     model = tiny.model()
-    basis = SafetyBasis.from_rows(model, tiny.tokenizer(), ROWS, sides=("output",), rank=16)
+    basis = SafetyBasis.from_rows(model, tiny.tokenizer(), ROWS, sides=("output",), rank=8)
     with pytest.raises(ValueError, match="no input directions"):
-        DriftPenalty(basis=basis, rank=16).attach(model, tiny.tokenizer(), None)
+        DriftPenalty(basis=basis, rank=8).attach(model, tiny.tokenizer(), None)
 
 
 @pytest.mark.parametrize(
