@@ -8,6 +8,7 @@ and loads it as if there were no rule.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -153,12 +154,16 @@ def _trained_through(factor: nn.Linear, rule: Any, name: str) -> Iterator[None]:
         parametrize.register_parametrization(factor, "weight", rule.to(factor.weight.device), unsafe=True)
     saving = factor.register_state_dict_post_hook(as_plain)
     loading = factor.register_load_state_dict_pre_hook(from_plain)
+    ending = sys.is_finalizing
     try:
         yield
     finally:
-        saving.remove()
-        loading.remove()
-        _make_plain(factor)
+        # Where the context was never left and Python itself ends, nobody is there to see the factors, and of the
+        # modules that would make them plain, this one included, nothing may be left.
+        if not ending():
+            saving.remove()
+            loading.remove()
+            _make_plain(factor)
 
 
 def _make_plain(factor: nn.Linear) -> None:

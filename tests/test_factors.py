@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,6 +223,29 @@ def test_factors_are_whole_in_every_state_dict_of_a_sharded_model(tmp_path: Path
         for key, tensor in state.items():
             assert type(tensor) is Tensor and torch.allclose(tensor, whole[key], atol=1e-5)
     assert torch.allclose(sharded["answer"], logits(model), atol=1e-4)
+
+
+NEVER_LEFT = """
+import builtins
+from types import SimpleNamespace
+import torch
+from safe_trainer.factors import IncrementA, IncrementB, trained_through
+
+layer = SimpleNamespace(lora_A={"a": torch.nn.Linear(4, 2)}, lora_B={"a": torch.nn.Linear(2, 4)})
+nothing = torch.zeros(4, 0)
+builtins.held = trained_through(
+    {"layer": SimpleNamespace(layer=layer, adapter="a")},
+    lambda name: (IncrementA(nothing, False), IncrementB(nothing, False)),
+)
+builtins.held.__enter__()
+"""
+
+
+@pytest.mark.slow
+def test_a_context_that_is_never_left_does_not_disturb_the_end_of_python() -> None:
+    result = subprocess.run([sys.executable, "-c", NEVER_LEFT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Exception ignored" not in result.stderr
 
 
 # ---- compact
