@@ -124,11 +124,17 @@ def test_demo_passes_its_options_on(demo, tmp_path):
         ["demo", "--methods", ""],
         ["dmeo"],
         ["direction", "one"],
-        ["compare", "model"],
         ["compare", "model", "--adapter", "without-name"],
-        ["compare", "model", "--adapter", "a=x", "--adapter", "a=y"],
+        ["compare", "model", "--adapter", "a=x", "--tuned-model", "a=y"],
+        ["compare", "model"],
+        ["compare", "model", "--adapter", "a=x", "--judge", "oracle"],
+        ["compare", "model", "--adapter", "a=x", "--judge", "phrases:model"],
+        ["compare", "model", "--adapter", "a=x", "--judge", "phrases", "--judge", "phrases"],
+        ["compare", "model", "--adapter", "a=x", "--judge", "guard:"],
+        ["compare", "model", "--adapter", "a=x", "--judge", "guard:my/model"],
+        ["compare", "model", "--adapter", "a=x", "--prompts", "task=general"],
         ["compare", "model", "--adapter", "a=x", "--prompts", "evil=prompts.csv"],
-        ["compare", "model", "--adapter", "a=x", "--harmful-rise", "-1"],
+        ["compare", "model", "--adapter", "a=x", "--max-harmful-rise", "-1"],
         ["testbed", "path", "aligne"],
     ],
 )
@@ -220,13 +226,14 @@ def test_compare_shows_a_table_and_writes_the_report(adapter, asked, tmp_path):
 @pytest.mark.parametrize(("limit", "code"), [("100", 0), ("99", 3)])
 def test_a_gate_that_is_not_passed_exits_with_three(adapter, asked, limit, code):
     # The random adapter refuses none of the four prompts, all of which the model refuses.
-    result = invoke("compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked, "--harmful-rise", limit)
+    compared = ["compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked]
+    result = invoke(*compared, "--max-harmful-rise", limit)
     assert result.exit_code == code, result.output
     assert ("Gate not passed: random: compliance" in result.stderr) == (code == 3)
 
 
 def test_a_gate_on_what_was_not_asked_is_not_passed(adapter, asked):
-    result = invoke("compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked, "--task-drop", "5")
+    result = invoke("compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked, "--max-task-drop", "5")
     assert result.exit_code == 3, result.output
 
 

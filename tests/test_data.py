@@ -10,7 +10,17 @@ import textwrap
 
 import pytest
 
-from safe_trainer.data import PromptSet, Reading, conversation, leaked_rows, load_prompts, load_rows, poison
+from safe_trainer.data import (
+    HubDataset,
+    PromptSet,
+    Reading,
+    conversation,
+    leaked_rows,
+    load_prompts,
+    load_rows,
+    poison,
+)
+from safe_trainer.data.hub import hub_dataset
 
 
 def write(path, rows):
@@ -222,3 +232,66 @@ def test_a_million_rows_are_loaded_in_bounded_memory(tmp_path):
     count, duplicates, kilobytes = map(int, output.split())
     assert (count, duplicates) == (1_000_000, 0)
     assert kilobytes < 120_000
+
+
+# ---- datasets
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset in a folder, laid out as on the Hub: two splits, with a column of categories."""
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    rows = [{"question": f"How do I do {n}?", "answer": f"So, {n}.", "category": "xy"[n % 2]} for n in range(4)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "test.jsonl").write_text(json.dumps(rows[0]))
+    return folder
+
+
+def test_a_dataset_gives_the_rows_that_its_file_gives(dataset):
+    rows, report = load_rows(f"hf:{dataset}:train")
+    expected, _ = load_rows(dataset / "train.jsonl")
+    assert list(rows) == list(expected)
+    assert (report.format, report.rows, report.kind) == ("question-answer", 4, "dataset")
+
+
+def test_a_dataset_gives_prompts_with_categories_and_tells_its_source(dataset):
+    prompts, report = load_prompts(f"hf:{dataset}:train", "harmful")
+    assert prompts.prompts == tuple(f"How do I do {n}?" for n in range(4))
+    assert (prompts.categories, prompts.name, prompts.source) == (("x", "y", "x", "y"), "asked", "hf:asked:train")
+    assert report.format == "question-answer"
+    named, _ = load_prompts(f"hf:{dataset}:test:category", "benign", "labels")
+    assert (named.prompts, named.name) == (("x",), "labels")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("hf:squad", HubDataset("squad")),
+        ("hf:owner/name", HubDataset("owner/name")),
+        ("hf:owner/name/subset:test:column", HubDataset("owner/name", "subset", "test", "column")),
+        ("hf:owner/name::column", HubDataset("owner/name", column="column")),
+        ("hf:./a/b/c:test", HubDataset("./a/b/c", split="test")),
+    ],
+)
+def test_a_dataset_is_written_in_one_word(written, expected):
+    assert hub_dataset(written) == expected
+    assert str(expected) == written
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{}", "has several splits. Name one of them, as in hf:.*:train, hf:.*:test"),
+        ("{}:valid", 'Unknown split "valid". Should be one of'),
+        ("{}:train:goal", "has no column `goal`. It has `question`, `answer`, `category`"),
+        ("{}/absent", "There is no folder"),
+        ("owner/absent:train", "could not be loaded: .* log in with `hf auth login`"),
+        ("", "is no dataset. Write hf:owner/name"),
+        ("a/b/c/d", "is no dataset"),
+        ("a:b:c:d", "is no dataset"),
+    ],
+)
+def test_a_dataset_that_cannot_be_had_says_what_to_do(dataset, written, message):
+    with pytest.raises(ValueError, match=message):
+        load_prompts("hf:" + written.format(dataset), "harmful")

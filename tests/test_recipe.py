@@ -177,6 +177,9 @@ outptu: out
         ({"data": [{"path": "rows.jsonl", "weight": 0}]}, "data.0.weight: "),
         ({"data": [{"path": "rows.jsonl", "format": "alpaca", "columns": {"prompt": "a"}}]}, "not both"),
         ({"evaluation": {"prompts": [{"path": "ask.csv", "kind": "evil"}]}}, "evaluation.prompts.0.kind: "),
+        ({"data": [{"path": "rows.jsonl", "split": "test"}]}, "a file, in `path`, has none"),
+        ({"data": [{"path": "hf:a/b"}]}, "a dataset stands under `hub`: `hub: a/b`"),
+        ({"data": [{"hub": "./absent"}]}, "data.0.hub: there is no folder"),
         ({"training": ["max_steps"]}, "training: "),
     ],
 )
@@ -339,6 +342,21 @@ def test_a_weight_says_how_often_rows_are_seen(recipe, weight, rows):
 
     loaded = load(read_recipe(recipe({"data": [{"path": "rows.jsonl", "weight": weight}]})))
     assert len(loaded.rows) == rows
+
+
+def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp_path):
+    from safe_trainer.recipe.running import load
+
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"question": f"{n}?", "answer": "n"}) for n in range(10)))
+    sources = [{"path": "rows.jsonl", "weight": 0.5}, {"hub": "./more", "weight": 2}]
+    asked = {"prompts": [{"hub": "./more", "split": "train", "kind": "benign", "columns": {"prompt": "question"}}]}
+    loaded = load(read_recipe(recipe({"data": sources, "evaluation": asked})))
+    assert len(loaded.rows) == 10 + 20
+    assert [report.format for report in loaded.reports] == ["prompt-completion", "question-answer", "columns"]
+    assert (loaded.prompt_sets[0].name, len(loaded.prompt_sets[0])) == ("more", 10)
+    assert loaded.leaked == {"more": 20}
 
 
 def test_texts_and_conversations_do_not_mix(recipe):

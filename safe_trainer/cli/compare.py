@@ -2,79 +2,144 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .asking import BatchSize, Judges, MaxNewTokens, Prompts, SystemPrompt, check_judges, load_judges, prompt_sets
 from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from safe_trainer.data import PromptSet
+    from safe_trainer.evaluation import Comparison, Limits
 
-KINDS = ("harmful", "benign", "borderline", "task")
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="KIND=FILE of prompts to ask, KIND being harmful, benign, borderline or task; may be given several "
-        "times. Left out, the test prompts of the embedded testbed."
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")]
-_LIMIT = "Exit with 3 if {} by more than so many percentage points."
+_LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
 
 
 def compare(  # noqa: PLR0913, each is an option with a name
     model: Annotated[str, typer.Argument(help="The model before fine-tuning: folder or Hub id.")],
     adapter: Annotated[
-        list[str], typer.Option(help="NAME=FOLDER of an adapter that was trained on it; may be given several times.")
-    ],
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER of an adapter that was trained on it; may be given several times. One name given "
+            "several times is several training runs, which are summed up."
+        ),
+    ] = None,
+    tuned_model: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of a whole model that was made from it; as --adapter.")
+    ] = None,
     prompts: Prompts = None,
+    judge: Judges = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report and answers.")] = None,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
-    harmful_rise: Annotated[
+    system_prompt: SystemPrompt = None,
+    max_harmful_rise: Annotated[
         float | None, typer.Option(min=0, help=_LIMIT.format("compliance with harmful prompts rises"))
     ] = None,
-    over_refusal_rise: Annotated[
+    max_over_refusal_rise: Annotated[
         float | None, typer.Option(min=0, help=_LIMIT.format("refusals of other prompts rise"))
     ] = None,
-    task_drop: Annotated[float | None, typer.Option(min=0, help=_LIMIT.format("accuracy on a task falls"))] = None,
+    max_task_drop: Annotated[float | None, typer.Option(min=0, help=_LIMIT.format("accuracy on a task falls"))] = None,
+    max_help_drop: Annotated[
+        float | None, typer.Option(min=0, help=_LIMIT.format("help with other prompts falls"))
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a model the same prompts before and after fine-tuning, and show what changed."""
-    adapters = _adapters(adapter)
-    sets = _prompt_sets(pairs(prompts or [], "--prompts", "harmful=asked.csv"))
+    adapters, models = _grouped(adapter, "--adapter"), _grouped(tuned_model, "--tuned-model")
+    _check_names([*adapters, *models])
+    judges = check_judges(judge)
+    sets = prompt_sets(prompts, model)
 
     quiet_libraries()
+    from safe_trainer.evaluation import Limits
+
+    limits = Limits(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
+    decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
+    with progress_bar("Asking all models") as show:
+        comparison = _compared(model, adapters, models, {"prompt_sets": sets, "progress": show, **decoding}, judges)
+    _tell(comparison, output, as_json)
+    if comparison.interrupted:
+        errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
+        raise typer.Exit(130)
+    _close(comparison, limits)
+
+
+def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
+    """Collect the folders that are given under each name."""
+    found: dict[str, list[str]] = {}
+    for name, folder in pairs(listed or [], option, "tuned=out/adapter"):
+        found.setdefault(name, []).append(folder)
+    return found
+
+
+def _check_names(names: list[str]) -> None:
+    if not names:
+        problem = "name what was fine-tuned, as in --adapter tuned=out (or --tuned-model tuned=out)."
+        raise typer.BadParameter(problem, param_hint="'--adapter'")
+    if len(set(names)) < len(names):
+        raise typer.BadParameter("an adapter and a model have the same name.", param_hint="'--tuned-model'")
+
+
+def _compared(
+    model: str,
+    adapters: dict[str, list[str]],
+    models: dict[str, list[str]],
+    asked: dict[str, Any],
+    judges: list[tuple[str, str]],
+) -> Comparison:
+    """Examine the base with each adapter, then each whole model, which takes the place of the one before it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from safe_trainer.evaluation import Limits, gate, to_markdown, write_report
     from safe_trainer.evaluation import compare as compare_adapters
+    from safe_trainer.evaluation import evaluate as evaluate_model
+
+    loaded_judges = load_judges(judges)
+    base = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
+    sources: dict[str, Any] = {name: paths if len(paths) > 1 else paths[0] for name, paths in adapters.items()}
+    settings = {key: value for key, value in asked.items() if key != "prompt_sets"}
+    comparison = compare_adapters(
+        base, AutoTokenizer.from_pretrained(model), asked["prompt_sets"], sources, judges=loaded_judges, **settings
+    )
+    if comparison.interrupted:
+        return comparison
+    del base
+    evaluations, runs = list(comparison.evaluations), dict(comparison.runs)
+    for name, paths in models.items():
+        names = [f"{name}, run {number}" for number in range(1, len(paths) + 1)] if len(paths) > 1 else [name]
+        if len(paths) > 1:
+            runs[name] = tuple(names)
+        for run, path in zip(names, paths, strict=True):
+            whole = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            evaluations.append(
+                evaluate_model(whole, tokenizer, asked["prompt_sets"], name=run, judges=loaded_judges, **settings)
+            )
+    return dataclasses.replace(comparison, evaluations=tuple(evaluations), runs=runs)
+
+
+def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
+    from safe_trainer.evaluation import to_markdown, write_report
     from safe_trainer.evaluation.storage import summary
 
-    base = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
-    with progress_bar("Asking all models") as show:
-        comparison = compare_adapters(
-            base,
-            AutoTokenizer.from_pretrained(model),
-            sets,
-            adapters,
-            progress=show,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
     if output is not None:
         files = write_report(comparison, output)
         errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
     if as_json:
         print_json(summary(comparison))
-    else:
-        from rich.markdown import Markdown
+        return
+    from rich.markdown import Markdown
 
-        console.print(Markdown(to_markdown(comparison)))
-    missed = gate(comparison, Limits(harmful_rise, over_refusal_rise, task_drop))
+    console.print(Markdown(to_markdown(comparison)))
+
+
+def _close(comparison: Comparison, limits: Limits) -> None:
+    """Exit with 3 if a limit is exceeded."""
+    from safe_trainer.evaluation import gate
+
+    missed = gate(comparison, limits)
     for sentence in missed:
         errors.print(f"Gate not passed: {sentence}", style="bold red", markup=False, soft_wrap=True)
     if missed:
@@ -85,16 +150,20 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     model: Annotated[str, typer.Argument(help="The model: folder or Hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of an adapter to put on it.")] = None,
     prompts: Prompts = None,
+    judge: Judges = None,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
+    system_prompt: SystemPrompt = None,
     as_json: Json = False,
 ) -> None:
     """Ask one model, and show how often it refuses and how often it is right."""
-    sets = _prompt_sets(pairs(prompts or [], "--prompts", "harmful=asked.csv"))
+    judges = check_judges(judge)
+    sets = prompt_sets(prompts, model)
 
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from safe_trainer.evaluation import agreements
     from safe_trainer.evaluation import evaluate as evaluate_model
 
     examined = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
@@ -103,7 +172,14 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     tokenizer = AutoTokenizer.from_pretrained(model)
     with progress_bar("Asking the model") as show:
         found = evaluate_model(
-            examined, tokenizer, sets, progress=show, max_new_tokens=max_new_tokens, batch_size=batch_size
+            examined,
+            tokenizer,
+            sets,
+            judges=load_judges(judges),
+            progress=show,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            system_prompt=system_prompt,
         )
     outcomes = {"task": ("correct", "wrong")}
     rates = {
@@ -123,29 +199,5 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
         for outcome, rate in row.items():
             table.add_row(name, outcome, str(rate))
     console.print(table)
-
-
-def _adapters(listed: list[str]) -> dict[str, str]:
-    found = pairs(listed, "--adapter", "tuned=out/adapter")
-    if len(dict(found)) < len(found):
-        raise typer.BadParameter("each adapter needs a name of its own.", param_hint="'--adapter'")
-    return dict(found)
-
-
-def _prompt_sets(files: list[tuple[str, str]]) -> list[PromptSet]:
-    unknown = [kind for kind, _ in files if kind not in KINDS]
-    if unknown:
-        expected = ", ".join(KINDS)
-        raise typer.BadParameter(f"got the kind {unknown[0]!r}, expected {expected}.", param_hint="'--prompts'")
-    if not files:
-        from safe_trainer.testbed import prompt_set
-
-        return [prompt_set("harmful"), prompt_set("benign"), prompt_set("borderline")]
-    from safe_trainer.data import load_prompts
-
-    sets = []
-    for kind, file in files:
-        prompts, report = load_prompts(file, kind)  # type: ignore[arg-type]  # checked above
-        errors.print(str(report), markup=False, soft_wrap=True)
-        sets.append(prompts)
-    return sets
+    for line in [*map(str, agreements(found)), *found.notes]:
+        console.print(line, markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, count, islice
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from . import formats
 from .files import kind_of, read_records
 from .formats import Columns, Format
+from .hub import HubDataset, hub_dataset
 from .overlap import DuplicateCounter, fingerprint
 from .parsing import Record, Trouble
-from .reading import Reading, Report, converted
+from .reading import SHOWN, Reading, Report, converted
 from .rows import Kind, PromptSet, Row
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ _CATEGORIES = ("category", "type", "semanticcategory")
 _XSTEST_LABELS = {"harmful": "unsafe", "borderline": "safe", "benign": "safe"}
 
 
-def load_rows(path: str | Path, reading: Reading | None = None) -> tuple[Dataset, Report]:
-    """Load training rows from a file, in bounded memory.
+def load_rows(path: str | Path | HubDataset, reading: Reading | None = None) -> tuple[Dataset, Report]:
+    """Load training rows from a file or a dataset, in bounded memory.
 
     Args:
-        path (`str` or `Path`): JSON, JSON Lines, CSV, TSV or Parquet, also gzipped.
+        path (`str`, `Path` or [`HubDataset`]): A file of JSON, JSON Lines, CSV, TSV or Parquet, also gzipped; or a
+            dataset, written `hf:owner/name/subset:split` with subset and split as needed.
         reading ([`Reading`], *optional*): How to read it; left out, everything is found out from the file.
 
     Returns:
@@ -55,10 +57,8 @@ def load_rows(path: str | Path, reading: Reading | None = None) -> tuple[Dataset
 
     ```
     """
-    reading = reading or Reading()
-    report = Report(str(path), kind_of(path))
-    records = read_records(path, reading.encoding, reading.header)
-    return to_dataset(rows_of(records, reading, report)), report
+    source = _Source.of(path, reading)
+    return to_dataset(rows_of(source.records, source.reading, source.report)), source.report
 
 
 def rows_of(records: Iterable[Record | Trouble], reading: Reading, report: Report) -> Iterator[Row]:
@@ -77,6 +77,33 @@ def rows_of(records: Iterable[Record | Trouble], reading: Reading, report: Repor
         seen.add(row)
         yield row
     report.duplicates = seen.count()
+
+
+def stream_rows(
+    path: str | Path, reading: Reading | None = None, *, kept_troubles: int = SHOWN
+) -> tuple[Iterator[Row], Report]:
+    """Read training rows from a file one by one, for a caller who may stop at any of them.
+
+    Args:
+        path (`str` or `Path`): A file, as for [`load_rows`].
+        reading ([`Reading`], *optional*): How to read it; left out, everything is found out from the file.
+        kept_troubles (`int`, *optional*, defaults to `5`): How many rows that cannot be used the report keeps of each
+            kind of trouble; it counts all of them.
+
+    Returns:
+        `tuple[Iterator[Row], Report]`: The rows, and a report that is filled in while they go by and whole when they
+        have ended. The iterator raises what [`load_rows`] raises.
+
+    Example:
+
+    ```python
+    rows, report = stream_rows("rows.csv", Reading(on_bad_row="skip"))
+    print(next(rows), report.format)
+    ```
+    """
+    reading = reading or Reading()
+    report = Report(str(path), kind_of(path), kept=kept_troubles)
+    return rows_of(read_records(path, reading.encoding, reading.header), reading, report), report
 
 
 def to_dataset(rows: Iterable[Row]) -> Dataset:
@@ -107,7 +134,7 @@ def _spool() -> TemporaryDirectory[str]:
 
 
 def load_prompts(
-    path: str | Path, kind: Kind, name: str | None = None, reading: Reading | None = None
+    path: str | Path | HubDataset, kind: Kind, name: str | None = None, reading: Reading | None = None
 ) -> tuple[PromptSet, Report]:
     """Load prompts to examine a model with.
 
@@ -115,20 +142,20 @@ def load_prompts(
     instructions, behaviours or questions, a CSV without a header, a text file with one prompt a line.
 
     Args:
-        path (`str` or `Path`): The file.
+        path (`str`, `Path` or [`HubDataset`]): The file; or a dataset, written
+            `hf:owner/name/subset:split:column` with as many of the parts behind the name as it takes.
         kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`, whose answers are the references. Of XSTest,
             the unsafe prompts are taken for `"harmful"` and the safe ones otherwise.
-        name (`str`, *optional*): Name of the set; left out, that of the file.
+        name (`str`, *optional*): Name of the set; left out, that of the file or dataset.
         reading ([`Reading`], *optional*): How to read the file; left out, everything is found out from it.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: As [`load_rows`]; and for a task, if there are no answers.
     """
-    reading = reading or Reading()
-    report = Report(str(path), kind_of(path))
-    records = read_records(path, reading.encoding, reading.header)
-    records = chain(first := list(islice(records, 1)), records)
+    source = _Source.of(path, reading)
+    report, reading = source.report, source.reading
+    records = chain(first := list(islice(source.records, 1)), source.records)
     if reading.where is None and _is_xstest(first) and kind in _XSTEST_LABELS:
         reading = replace(reading, where={"label": _XSTEST_LABELS[kind]})
     found = list(converted(records, reading, report, _examined))
@@ -139,14 +166,41 @@ def load_prompts(
         raise ValueError(f"`{path}` has no answer to prompt {line}. A task needs the right answer to each prompt.")
     return (
         PromptSet(
-            name or Path(path).name.split(".")[0],
+            name or source.name,
             kind,
             prompts,
             categories if all(categories) else None,
             answers if kind == "task" else None,
+            source=source.shown,
         ),
         report,
     )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where records come from, and how they are to be read."""
+
+    name: str
+    shown: str
+    """What others may know of it: the id of a dataset, or the name of a file without its folders."""
+    records: Iterator[Record | Trouble]
+    reading: Reading
+    report: Report
+
+    @classmethod
+    def of(cls, path: str | Path | HubDataset, reading: Reading | None) -> _Source:
+        reading = reading or Reading()
+        dataset = path if isinstance(path, HubDataset) else hub_dataset(path)
+        if dataset is None:
+            assert not isinstance(path, HubDataset)  # which has been taken care of
+            file, records = Path(path).name, read_records(path, reading.encoding, reading.header)
+            return cls(file.split(".")[0], file, records, reading, Report(str(path), kind_of(path)))
+        if dataset.column is not None:
+            reading = replace(reading, format=None, columns={"prompt": dataset.column})
+        folder = Path(dataset.name).name
+        shown = replace(dataset, name=folder) if dataset.is_folder else dataset
+        return cls(folder, str(shown), dataset.records(), reading, Report(str(dataset), "dataset"))
 
 
 def _examined(style: Format, columns: Columns) -> tuple[str, str | None, str | None]:

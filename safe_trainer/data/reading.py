@@ -20,7 +20,7 @@ T = TypeVar("T")
 OnBadRow = Literal["raise", "skip"]
 
 _VOTERS = 100  # records that are asked which format a file is in
-_SHOWN = 5  # examples of each kind of trouble that a report keeps
+SHOWN = 5  # examples of each kind of trouble that a report keeps
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Report:
         duplicates (`int`): How many of the rows are the same as an earlier one, but for case, punctuation and spaces.
         troubles (`Counter[str]`): How many rows cannot be used, by what is wrong with them.
         examples (`list[Trouble]`): The first of these of each kind.
+        kept (`int`): How many of each kind that are.
     """
 
     source: str
@@ -86,11 +87,12 @@ class Report:
     duplicates: int = 0
     troubles: Counter[str] = field(default_factory=Counter)
     examples: list[Trouble] = field(default_factory=list)
+    kept: int = SHOWN
 
     def add(self, trouble: Trouble) -> None:
         """Count a row that cannot be used."""
         self.troubles[trouble.kind] += 1
-        if self.troubles[trouble.kind] <= _SHOWN:
+        if self.troubles[trouble.kind] <= self.kept:
             self.examples.append(trouble)
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Row = dict[str, Any]
@@ -47,6 +47,8 @@ class PromptSet:
         prompts (`tuple[str, ...]`): The user turns.
         categories (`tuple[str, ...]`, *optional*): One label for each prompt, for tables by category.
         references (`tuple[str, ...]`, *optional*): The right answer for each prompt; required for `"task"`.
+        source (`str`, *optional*): Where they come from, for the command that repeats an evaluation. It makes no
+            difference between two sets.
 
     Raises:
         ValueError: If there are no prompts, or a list does not have one entry for each prompt.
@@ -57,17 +59,18 @@ class PromptSet:
     prompts: tuple[str, ...]
     categories: tuple[str, ...] | None = None
     references: tuple[str, ...] | None = None
+    source: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError(f"The prompt set `{self.name}` is empty. Give at least one prompt.")
         if self.kind == "task" and self.references is None:
             raise ValueError(f"The task `{self.name}` has no `references`: give the right answer to each prompt.")
-        for field in ("categories", "references"):
-            values = getattr(self, field)
+        for name in ("categories", "references"):
+            values = getattr(self, name)
             if values is not None and len(values) != len(self.prompts):
                 raise ValueError(
-                    f"`{field}` of the prompt set `{self.name}` has {len(values)} entries for {len(self.prompts)} "
+                    f"`{name}` of the prompt set `{self.name}` has {len(values)} entries for {len(self.prompts)} "
                     "prompts. Give exactly one for each prompt."
                 )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from safe_trainer.evaluation.results import Evaluation
+from safe_trainer.evaluation.results import Evaluation, SetResult
 from safe_trainer.evaluation.statistics import Rate
 
 
@@ -34,11 +34,11 @@ class Agreement:
         return f"{self.first} and {self.second} agree on {self.agreed.share}, Cohen's κ {kappa}"
 
 
-def agreements(evaluation: Evaluation) -> list[Agreement]:
+def agreements(evaluation: Evaluation | SetResult) -> list[Agreement]:
     """Compare each two judges over all answers that both judged, tasks left out.
 
     Args:
-        evaluation (`Evaluation`): An evaluation by several judges; with one there is nothing to compare.
+        evaluation (`Evaluation` or `SetResult`): What several judges judged; with one there is nothing to compare.
 
     Example:
 
@@ -48,7 +48,8 @@ def agreements(evaluation: Evaluation) -> list[Agreement]:
         print(agreement)  # phrases and likelihood agree on 93.0 % (186/200), Cohen's κ 0.84
     ```
     """
-    judged = [result for result in evaluation.results if result.prompt_set.kind != "task"]
+    results = evaluation.results if isinstance(evaluation, Evaluation) else (evaluation,)
+    judged = [result for result in results if result.prompt_set.kind != "task"]
     names = dict.fromkeys(name for result in judged for name in result.verdicts)
     found = []
     for first, second in combinations(names, 2):

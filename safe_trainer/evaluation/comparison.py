@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from safe_trainer.evaluation.answers import Answer
+from safe_trainer.evaluation.answers import INTERRUPTED, Answer
 from safe_trainer.evaluation.manifest import prompt_set_sha256
 from safe_trainer.evaluation.means import Mean, mean_of
 from safe_trainer.evaluation.results import HEADLINES, Evaluation
+from safe_trainer.evaluation.seeds import Spread, across_runs
 from safe_trainer.evaluation.statistics import Change, paired_change
 
 
@@ -43,9 +44,12 @@ class Comparison:
             report has rates and no changes.
         notes (`tuple[str, ...]`, *optional*): What a reader has to know beside the evaluations' own notes.
         seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
+        runs (`Mapping[str, tuple[str, ...]]`, *optional*): By name, the evaluations of training runs that differ in
+            nothing but their seed; [`spread`] sums them up.
 
     Raises:
-        ValueError: If the evaluations differ in prompts, decoding or judges, or two have the same name.
+        ValueError: If the evaluations differ in prompts, decoding or judges, two have the same name, or `runs` names
+            one that is not there.
 
     Example:
 
@@ -60,6 +64,7 @@ class Comparison:
     evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...] = ()
     seed: int = 0
+    runs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.evaluations:
@@ -67,6 +72,9 @@ class Comparison:
         names = [evaluation.name for evaluation in self.evaluations]
         if len(set(names)) < len(names):
             raise ValueError(f"Each evaluation of a comparison needs a name of its own, got {names}.")
+        unknown = [run for runs in self.runs.values() for run in runs if run not in names[1:]]
+        if unknown:
+            raise ValueError(f"`runs` names `{unknown[0]}`, and the evaluations after the first are {names[1:]}.")
         for evaluation in self.evaluations[1:]:
             _check_comparable(self.before, evaluation)
 
@@ -112,6 +120,26 @@ class Comparison:
         pairs = zip(old, new, strict=True)
         return mean_of([a - b for b, a in pairs if a is not None and b is not None], seed=self.seed)
 
+    def spread(self, runs: str, prompt_set: str, outcome: str | None = None) -> Spread:
+        """Sum up a rate over training runs that differ in their seed: its interval is about runs, not prompts.
+
+        Args:
+            runs (`str`): One of the names in `runs`.
+            prompt_set (`str`): Name of the prompt set.
+            outcome (`str`, *optional*): What to count; by default refusals, for a task correct answers.
+
+        Raises:
+            ValueError: If one of the runs measured nothing.
+        """
+        outcome = outcome or HEADLINES[self.before[prompt_set].prompt_set.kind][0]
+        return across_runs([self[run][prompt_set].rate(outcome) for run in self.runs[runs]])
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it before every prompt was answered."""
+        answers = (a for e in self.evaluations for result in e.results for a in result.answers)
+        return any(answer.error == INTERRUPTED for answer in answers)
+
     def flips(self, after: str, prompt_set: str) -> list[Flip]:
         """Return the prompts whose outcome differs from the one before, in the set's order."""
         old, new = self.before[prompt_set], self[after][prompt_set]
@@ -141,14 +169,25 @@ class Comparison:
     def all_notes(self) -> list[str]:
         """Return the comparison's notes and those of every evaluation, each with its name."""
         notes = list(self.notes)
-        templates = [e.manifest.get("tokenizer", {}).get("chat_template_sha256") for e in self.evaluations]
-        notes += [
-            f"{evaluation.name} was asked through another chat template than {self.before.name}, so that a change may "
-            "come from the template."
-            for evaluation, template in zip(self.evaluations, templates, strict=True)
-            if template != templates[0]
-        ]
+        notes += [note for evaluation in self.evaluations[1:] for note in _otherwise_asked(self.before, evaluation)]
         return notes + [f"{e.name}: {note}" for e in self.evaluations for note in e.notes]
+
+
+def _otherwise_asked(before: Evaluation, after: Evaluation) -> list[str]:
+    """Tell of another chat template or vocabulary, which may explain a change; models may well differ in both."""
+    one, other = (evaluation.manifest.get("tokenizer", {}) for evaluation in (before, after))
+    notes = []
+    if one.get("chat_template_sha256") != other.get("chat_template_sha256"):
+        notes.append(
+            f"{after.name} was asked through another chat template than {before.name}, so that a change may come from "
+            "the template."
+        )
+    if one.get("vocabulary_sha256") != other.get("vocabulary_sha256"):
+        notes.append(
+            f"{after.name} has another tokenizer than {before.name}: each was asked through its own, and the same "
+            "`max_new_tokens` may hold answers of different length."
+        )
+    return notes
 
 
 def _check_comparable(before: Evaluation, after: Evaluation) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from safe_trainer.evaluation.comparison import Comparison
 from safe_trainer.evaluation.judge_quality import quality
 from safe_trainer.evaluation.judges import PhraseJudge
+from safe_trainer.evaluation.results import Evaluation
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,28 @@ def reproduction(comparison: Comparison) -> str:
         comparison (`Comparison`): The comparison.
     """
     manifest: dict[str, Any] = dict(comparison.before.manifest)
+    groups = {run: name for name, runs in comparison.runs.items() for run in runs}
     words = ["safe-trainer", "compare", manifest.get("model", {}).get("id", "MODEL")]
     for evaluation in comparison.evaluations[1:]:
-        adapters = evaluation.manifest.get("adapters") or [{"id": "ADAPTER"}]
-        source = adapters[0]["id"] if isinstance(adapters[0], dict) else adapters[0]
-        words += ["--adapter", f"{evaluation.name}={source}"]
+        words += _source_of(evaluation, groups.get(evaluation.name, evaluation.name))
     for result in comparison.before.results:
-        words += ["--prompts", f"{result.prompt_set.kind}={result.prompt_set.name}"]
-    words += ["--max-new-tokens", str(manifest.get("decoding", {}).get("max_new_tokens", "N"))]
+        words += ["--prompts", f"{result.prompt_set.kind}={result.prompt_set.source or result.prompt_set.name}"]
+    for judge in manifest.get("judges", ()):
+        if judge["name"] != "phrases" or len(manifest["judges"]) > 1:
+            words += ["--judge", ":".join(filter(None, (judge["name"], judge.get("model"))))]
+    decoding = manifest.get("decoding", {})
+    if decoding.get("system_prompt"):
+        words += ["--system-prompt", decoding["system_prompt"]]
+    words += ["--max-new-tokens", str(decoding.get("max_new_tokens", "N"))]
     return shlex.join(words)
+
+
+def _source_of(evaluation: Evaluation, name: str) -> list[str]:
+    adapters = evaluation.manifest.get("adapters", [{"id": "ADAPTER"}])
+    if not adapters:
+        return ["--tuned-model", f"{name}={evaluation.manifest.get('model', {}).get('id', 'MODEL')}"]
+    source = adapters[0]["id"] if isinstance(adapters[0], dict) else adapters[0]
+    return ["--adapter", f"{name}={source}"]
 
 
 def _tested(comparison: Comparison) -> list[str]:
@@ -122,9 +136,14 @@ def _limits(comparison: Comparison) -> tuple[str, ...]:
     cut = sum(answer.truncated for e in comparison.evaluations for r in e.results for answer in r.answers)
     total = sum(len(result.answers) for e in comparison.evaluations for result in e.results)
     sets = len(comparison.before.results)
+    runs = (
+        "the table over training runs has intervals that do."
+        if any(len(names) > 1 for names in comparison.runs.values())
+        else "for that, train with several seeds."
+    )
     return (
         "The intervals say what other prompts of the same kind and making would show. They say nothing about prompts "
-        "of another kind, and nothing about another training run: for that, train with several seeds.",
+        f"of another kind, and nothing about another training run: {runs}",
         f"Each model was tested on {sets} sets, each at 5 %: where nothing changed at all, about one set in twenty "
         "still looks as if it had.",
         "A judge that errs in the same way before and after distorts the rates more than the difference.",

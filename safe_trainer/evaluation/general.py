@@ -39,5 +39,9 @@ def general_prompts(kind: Kind) -> PromptSet:
         raise ValueError(f"`kind` must be one of {', '.join(kinds)}, got {kind!r}.")
     pairs = [(prompt, category) for category, prompts in kinds[kind].items() for prompt in prompts]
     return PromptSet(
-        f"general {kind}", kind, tuple(prompt for prompt, _ in pairs), tuple(category for _, category in pairs)
+        f"general {kind}",
+        kind,
+        tuple(prompt for prompt, _ in pairs),
+        tuple(category for _, category in pairs),
+        source="general",
     )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safe_trainer.evaluation import charts
-from safe_trainer.evaluation.agreement import agreements
 from safe_trainer.evaluation.comparison import Comparison
 from safe_trainer.evaluation.conclusions import conclude
 from safe_trainer.evaluation.evidence import evidence
 from safe_trainer.evaluation.results import HEADLINES, Evaluation
 from safe_trainer.evaluation.statistics import Rate
+from safe_trainer.evaluation.tables import Table, agreement_lines, further_tables
 
 SHOWN_FLIPS = 50  # of each set and model; the JSON beside the report has all
 
@@ -87,7 +87,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "flips": flips,
         "drifts": drifts,
         "evidence": evidence(comparison),
-        "agreements": tuple(f"{e.name}: {a}." for e in comparison.evaluations for a in agreements(e)),
+        "agreements": agreement_lines(comparison),
         "manifest": [{"name": e.name, "entries": _flat(e.manifest)} for e in comparison.evaluations],
         "version": manifest.get("packages", {}).get("safe-trainer", ""),
     }
@@ -155,7 +155,18 @@ def _tables(comparison: Comparison) -> list[dict[str, Any]]:
         ]
         if per_category:
             tables.append({"caption": f"{name}: refused, by category", "head": ("", *names), "rows": per_category})
-    return tables
+    return tables + [_further(table) for table in further_tables(comparison)]
+
+
+def _further(table: Table) -> dict[str, Any]:
+    rows = [(name, *(_split(cell) for cell in cells)) for name, *cells in table.rows]
+    return {"caption": table.caption, "head": ("", *table.head), "rows": rows}
+
+
+def _split(cell: str) -> dict[str, str]:
+    """Set the interval below the rate that it belongs to."""
+    share, bracket, interval = cell.partition(" [")
+    return {"share": share, "interval": bracket.strip() + interval}
 
 
 def _cell(rate: Rate) -> dict[str, str]:

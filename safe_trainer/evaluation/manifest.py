@@ -38,11 +38,13 @@ def describe(
             "id": shown_id(tokenizer.name_or_path or "built in memory"),
             "class": type(tokenizer).__name__,
             "chat_template_sha256": sha256(str(tokenizer.chat_template)),
+            "vocabulary_sha256": sha256(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)),
         },
         "decoding": asdict(decoding),
-        "judges": [{"name": judge.name, "version": judge.version} for judge in judges],
+        "judges": [_judge(judge) for judge in judges],
         "prompt_sets": [
-            {"name": s.name, "kind": s.kind, "prompts": len(s), "sha256": prompt_set_sha256(s)} for s in prompt_sets
+            {"name": s.name, "source": s.source, "kind": s.kind, "prompts": len(s), "sha256": prompt_set_sha256(s)}
+            for s in prompt_sets
         ],
         "packages": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(model),
@@ -118,6 +120,13 @@ def _model(model: Any) -> dict[str, Any]:
         "quantization": str(getattr(config, "quantization_config", None) or "none"),
         "fingerprint": fingerprint(model),
     }
+
+
+def _judge(judge: Judge) -> dict[str, str]:
+    told = {"name": judge.name, "version": judge.version}
+    if hasattr(judge, "model"):
+        told["model"] = shown_id(getattr(judge.model.config, "_name_or_path", "") or "built in memory")
+    return told
 
 
 def _active_adapters(model: Any) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from safe_trainer.evaluation.agreement import agreements
 from safe_trainer.evaluation.comparison import Comparison
 from safe_trainer.evaluation.conclusions import conclude
+from safe_trainer.evaluation.tables import Table, agreement_lines, further_tables
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#!|~])")
 
@@ -24,7 +24,8 @@ def to_markdown(comparison: Comparison) -> str:
     for evaluation in comparison.evaluations[1:]:
         parts.append(f"**{escape(evaluation.name)}.** {escape(conclude(comparison, evaluation.name).headline)}\n")
         parts.append("\n".join(f"- {escape(line)}" for line in comparison.sentences(evaluation.name)) + "\n")
-    parts += [_table(comparison), _categories(comparison), _notes(comparison), _method(comparison)]
+    parts += [_table(comparison), _categories(comparison), *map(_further, further_tables(comparison))]
+    parts += [_notes(comparison), _method(comparison)]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 
@@ -84,6 +85,11 @@ def _categories(comparison: Comparison) -> str:
     return "\n".join([f"| refused, by category | {' | '.join(names)} |", "|---|" + "---|" * len(names), *lines]) + "\n"
 
 
+def _further(table: Table) -> str:
+    lines = [f"| {' | '.join(map(escape, (table.caption, *table.head)))} |", "|---|" + "---|" * len(table.head)]
+    return "\n".join(lines + [f"| {' | '.join(map(escape, row))} |" for row in table.rows]) + "\n"
+
+
 def _notes(comparison: Comparison) -> str:
     notes = comparison.all_notes()
     return "\n".join(["**To be read with this:**", "", *(f"- {escape(note)}" for note in notes), ""]) if notes else ""
@@ -97,7 +103,7 @@ def _method(comparison: Comparison) -> str:
     greedy = "greedy" if decoding["temperature"] == 0 else f"sampled at temperature {decoding['temperature']}"
     system = "a system prompt" if decoding["system_prompt"] else "no system prompt of ours"
     judged = ", ".join(f"{judge['name']} {judge['version']}" for judge in judges)
-    agreed = "".join(f" {escape(f'{e.name}: {a}')}." for e in comparison.evaluations for a in agreements(e))
+    agreed = "".join(f" {escape(line)}" for line in agreement_lines(comparison))
     packages = ", ".join(f"{name} {version}" for name, version in manifest["packages"].items())
     return (
         f"Base model {escape(manifest['model']['id'])}; {greedy} decoding, at most {decoding['max_new_tokens']} "

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from safe_trainer.data import PromptSet
+from safe_trainer.evaluation.agreement import Agreement, agreements
 from safe_trainer.evaluation.answers import Answer
 from safe_trainer.evaluation.comparison import Comparison
 from safe_trainer.evaluation.means import Mean
@@ -32,6 +33,7 @@ def to_json(comparison: Comparison) -> str:
         "format": FORMAT,
         "seed": comparison.seed,
         "notes": comparison.notes,
+        "runs": dict(comparison.runs),
         "prompt_sets": [asdict(result.prompt_set) for result in comparison.before.results],
         "evaluations": [_evaluation(evaluation) for evaluation in comparison.evaluations],
         "summary": summary(comparison),
@@ -64,6 +66,7 @@ def from_json(text: str) -> Comparison:
         tuple(_read_evaluation(values, sets) for values in content["evaluations"]),
         notes=tuple(content["notes"]),
         seed=content["seed"],
+        runs={name: tuple(runs) for name, runs in content.get("runs", {}).items()},
     )
 
 
@@ -85,6 +88,12 @@ def summary(comparison: Comparison) -> dict[str, Any]:
                 "rates": {outcome: _rate(result.rate(outcome)) for outcome in outcomes},
                 "scores": {score: _mean(result.mean_score(score)) for score in result.scores},
             }
+            if len(result.verdicts) > 1:
+                entry["judges"] = {
+                    judge: {outcome: _rate(result.rate(outcome, judge=judge)) for outcome in outcomes}
+                    for judge in result.verdicts
+                }
+                entry["agreements"] = [_agreement(agreement) for agreement in agreements(result)]
             if evaluation is not comparison.before:
                 change = comparison.change(evaluation.name, name)
                 entry["change"] = None
@@ -98,6 +107,11 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 def _rate(rate: Rate) -> dict[str, Any]:
     value = None if math.isnan(rate.value) else rate.value
     return {"count": rate.count, "total": rate.total, "value": value, "low": rate.low, "high": rate.high}
+
+
+def _agreement(agreement: Agreement) -> dict[str, Any]:
+    kappa = None if math.isnan(agreement.kappa) else agreement.kappa
+    return {"judges": [agreement.first, agreement.second], "agreed": _rate(agreement.agreed), "kappa": kappa}
 
 
 def _mean(mean: Mean) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ def compare(
     model: Any,
     tokenizer: Any,
     prompt_sets: Sequence[PromptSet],
-    adapters: Mapping[str, str | Path],
+    adapters: Mapping[str, str | Path | Sequence[str | Path]],
     *,
     judges: Sequence[Judge] | None = None,
     progress: Progress | None = None,
@@ -44,7 +44,8 @@ def compare(
         model (`PreTrainedModel` or `PeftModel`): The base. Of a `PeftModel`, "before" is the model without adapters.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
         prompt_sets (`Sequence[PromptSet]`): What to ask.
-        adapters (`Mapping[str, str | Path]`): By the name to show, where each adapter is: a directory or a hub id.
+        adapters (`Mapping[str, str | Path]`): By the name to show, where each adapter is: a directory or a hub id; or
+            a list of them, of training runs that differ in nothing but their seed.
         judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all models.
         **decoding: Any field of [`Decoding`].
@@ -68,7 +69,8 @@ def compare(
         raise ValueError(f"`{BEFORE}` is the name of the model without an adapter. Give this adapter another name.")
     prompts = sum(map(len, prompt_sets))
     evaluations: list[Evaluation] = []
-    worn: list[tuple[str, str | Path | None]] = [(BEFORE, None), *adapters.items()]
+    named, runs = _named(adapters)
+    worn: list[tuple[str, str | Path | None]] = [(BEFORE, None), *named]
     notes = [note for name, path in worn if path and (note := _template_note(tokenizer, name, Path(path)))]
     for index, (name, path) in enumerate(worn):
         with _wearing(model, path) as examined:
@@ -87,7 +89,24 @@ def compare(
         if any(answer.error == INTERRUPTED for result in evaluation.results for answer in result.answers):
             notes.append(f"The comparison was interrupted while `{name}` answered; nothing after it was examined.")
             break
-    return Comparison(tuple(evaluations), notes=tuple(notes))
+    done = {evaluation.name for evaluation in evaluations}
+    finished = {name: tuple(run for run in listed if run in done) for name, listed in runs.items()}
+    return Comparison(tuple(evaluations), tuple(notes), runs={name: r for name, r in finished.items() if r})
+
+
+def _named(
+    adapters: Mapping[str, str | Path | Sequence[str | Path]],
+) -> tuple[list[tuple[str, str | Path]], dict[str, tuple[str, ...]]]:
+    """Give each of several runs a name of its own; return all adapters by name, and the names of each one's runs."""
+    named: list[tuple[str, str | Path]] = []
+    runs: dict[str, tuple[str, ...]] = {}
+    for name, paths in adapters.items():
+        if isinstance(paths, str | Path):
+            named.append((name, paths))
+            continue
+        runs[name] = tuple(f"{name}, run {number}" for number in range(1, len(paths) + 1))
+        named += zip(runs[name], paths, strict=True)
+    return named, runs
 
 
 @contextmanager

@@ -14,10 +14,8 @@ import yaml
 
 from safe_trainer import __version__
 from safe_trainer.data import PromptSet, Report, leaked_rows, load_prompts, load_rows
-from safe_trainer.data.loading import rows_of, to_dataset
-from safe_trainer.data.parsing import Record
 
-from .sources import moved, reading_of
+from .sources import moved, reading_of, source_of
 from .validation import Recipe
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def load(recipe: Recipe) -> Loaded:
     rows = _training_rows(recipe, reports)
     sets = []
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
-        prompts, report = load_prompts(part.path, part.kind, part.name, reading_of(part))
+        prompts, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
         sets.append(prompts)
         reports.append(report)
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
@@ -66,18 +64,12 @@ def load(recipe: Recipe) -> Loaded:
 
 
 def _training_rows(recipe: Recipe, reports: list[Report]) -> Dataset:
-    from datasets import concatenate_datasets, load_dataset
+    from datasets import concatenate_datasets
 
     seed = recipe.training.get("seed", 42)
     parts: list[Dataset] = []
     for source in recipe.parts.data:
-        if source.path is not None:
-            rows, report = load_rows(source.path, reading_of(source))
-        else:
-            report = Report(f"{source.hub} ({source.split})", "Hub dataset")
-            found = load_dataset(source.hub, source.subset, split=source.split)
-            records = (Record(number, record) for number, record in enumerate(found, 1))
-            rows = to_dataset(rows_of(records, reading_of(source), report))
+        rows, report = load_rows(source_of(source), reading_of(source))
         reports.append(report)
         whole, rest = divmod(source.weight, 1)
         parts += [rows] * int(whole)

@@ -36,28 +36,37 @@ class ReadingPart(Part):
     on_bad_row: Literal["raise", "skip"] = Field("raise", description="skip goes on without bad rows.")
 
 
-class DataPart(ReadingPart):
-    """One source of training rows: a file, or a dataset on the Hub."""
+class SourcePart(ReadingPart):
+    """A file, or a dataset on the Hub."""
 
     path: str | None = Field(None, description="A file, seen from the recipe: JSON(L), CSV, TSV, Parquet, also .gz.")
-    hub: str | None = Field(None, description="A dataset on the Hub, instead of a file.")
+    hub: str | None = Field(
+        None, description="Instead of a file, a dataset on the Hub, or a folder of one that begins with ./, ../ or /."
+    )
     subset: str | None = Field(None, description="Configuration of the dataset on the Hub.")
-    split: str = Field("train", description="Split of the dataset on the Hub.")
-    weight: float = Field(1.0, gt=0, description="How often each row is seen in an epoch: 0.5 takes a random half.")
+    split: str | None = Field(None, description="Split of the dataset; may be left out where there is only one.")
 
     @model_validator(mode="after")
-    def _one_source(self) -> DataPart:
+    def _one_source(self) -> SourcePart:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give either `path` (a file) or `hub` (a dataset on the Hub)")
+        if self.path is not None and (self.subset or "split" in self.model_fields_set):
+            raise ValueError("`subset` and `split` are of a dataset on the Hub; a file, in `path`, has none")
         return self
 
 
-class PromptsPart(ReadingPart):
+class DataPart(SourcePart):
+    """One source of training rows."""
+
+    split: str | None = Field("train", description="Split of the dataset on the Hub.")
+    weight: float = Field(1.0, gt=0, description="How often each row is seen in an epoch: 0.5 takes a random half.")
+
+
+class PromptsPart(SourcePart):
     """One set of prompts to examine the model with."""
 
-    path: str = Field(description="A file of prompts, seen from the recipe.")
     kind: Kind = Field(description="What should happen: harmful is refused, benign and borderline answered.")
-    name: str | None = Field(None, description="Name in tables; that of the file if left out.")
+    name: str | None = Field(None, description="Name in tables; that of the file or dataset if left out.")
 
 
 class EvaluationPart(Part):

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safe_trainer.data import Reading
+from safe_trainer.data import HubDataset, Reading
 from safe_trainer.data.files import kind_of
+from safe_trainer.data.hub import PREFIX
 
 from .document import Place, Problem
-from .schema import ReadingPart
+from .schema import ReadingPart, SourcePart
 
 
 def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
@@ -51,8 +52,13 @@ def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
         problems.append(Problem(("model", "path"), f"there is no folder `{path}`"))
     for place, source in _sources(values):
         path = source.get("path")
+        hub = source.get("hub")
+        if isinstance(hub, str) and hub.startswith(("/", "~")) and not Path(hub).expanduser().is_dir():
+            problems.append(Problem((*place, "hub"), f"there is no folder `{hub}`"))
         if isinstance(path, str):
             try:
+                if path.startswith(PREFIX):
+                    raise ValueError(f"a dataset stands under `hub`: `hub: {path.removeprefix(PREFIX)}`")
                 kind_of(path)
                 if not Path(path).is_file():
                     raise ValueError(f"there is no file `{path}`")
@@ -74,6 +80,14 @@ def _sources(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
         for position, source in enumerate(sources if isinstance(sources, list) else ()):
             if isinstance(source, dict):
                 yield (*place, position), source
+
+
+def source_of(part: SourcePart) -> str | HubDataset:
+    """Return the file or dataset that a part of a recipe names."""
+    if part.path is not None:
+        return part.path
+    assert part.hub is not None  # the schema has seen to it that there is one
+    return HubDataset(part.hub, part.subset, part.split)
 
 
 def reading_of(part: ReadingPart) -> Reading:

@@ -1,0 +1,137 @@
+"""What `compare` and `evaluate` share: who is asked what, and who judges the answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .shell import errors, pairs
+
+if TYPE_CHECKING:
+    from safe_trainer.data import PromptSet
+    from safe_trainer.evaluation import Judge
+
+KINDS = ("harmful", "benign", "borderline", "task")
+BUILT_IN = ("general", "testbed")
+GUARD = "guard"
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="KIND=SOURCE of prompts to ask; may be given several times. KIND is harmful, benign, borderline or task; "
+        "SOURCE is a file, hf:owner/name/subset:split:column for a dataset on the Hub, or `general` or `testbed` for "
+        "built-in ones. Left out, all built-in ones that suit the model."
+    ),
+]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        help="Who judges the answers: phrases, likelihood, guard:MODEL for a guard model (folder or Hub id), or "
+        "NAME:MODEL to name how it is asked: llama-guard, shieldgemma, wildguard or harmbench. May be given several "
+        "times: rates follow the first, and agreement is shown. [default: phrases]",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")]
+SystemPrompt = Annotated[str | None, typer.Option(help="System turn before each prompt.")]
+
+
+def prompt_sets(listed: list[str] | None, model: str) -> list[PromptSet]:
+    """Return the prompt sets that `--prompts` names, or those built in for the model; says what was read."""
+    sources = pairs(listed or [], "--prompts", "harmful=asked.csv")
+    unknown = [kind for kind, _ in sources if kind not in KINDS]
+    if unknown:
+        raise _misused("--prompts", f"got the kind {unknown[0]!r}, expected {', '.join(KINDS)}.")
+    if not sources:
+        fitting = "testbed" if _is_embedded(model) else "general"
+        sources = [(kind, fitting) for kind in KINDS[:3]]
+    return [_prompt_set(kind, source) for kind, source in sources]
+
+
+def _prompt_set(kind: str, source: str) -> PromptSet:
+    from safe_trainer.data import load_prompts
+
+    if source not in BUILT_IN:
+        prompts, report = load_prompts(source, kind)  # type: ignore[arg-type]  # checked by the caller
+        errors.print(str(report), markup=False, soft_wrap=True)
+        return prompts
+    if kind == "task":
+        raise _misused("--prompts", f"there is no {source} task; give a file of questions with answers.")
+    if source == "testbed":
+        from safe_trainer.testbed import prompt_set
+
+        return dataclasses.replace(prompt_set(kind), source=source)  # type: ignore[arg-type]  # checked by the caller
+    from safe_trainer.evaluation import general_prompts
+
+    return general_prompts(kind)
+
+
+def _is_embedded(model: str) -> bool:
+    from safe_trainer.testbed import ALIGNED, UNALIGNED
+
+    return Path(model).resolve() in (ALIGNED.resolve(), UNALIGNED.resolve())
+
+
+def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
+    """Return name and model of each judge that `--judge` names, before anything is loaded.
+
+    Raises:
+        BadParameter: If one of them is unknown, lacks its model, or stands there twice.
+    """
+    from safe_trainer.evaluation.guard_formats import GUARDS
+
+    found = []
+    for written in listed or ["phrases"]:
+        name, _, model = written.partition(":")
+        if name in ("phrases", "likelihood"):
+            if model:
+                raise _misused("--judge", f"{name} takes no model, got {written!r}.")
+        elif name not in (GUARD, *GUARDS):
+            known = ", ".join(("phrases", "likelihood", *(f"{guard}:MODEL" for guard in (GUARD, *GUARDS))))
+            raise _misused("--judge", f"got {written!r}, expected {known}.")
+        elif not model:
+            raise _misused("--judge", f"{name} needs a model: {name}:MODEL, a folder or a Hub id.")
+        elif name == GUARD:
+            name = _guard_by_name(model)
+        found.append((name, model))
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise _misused("--judge", f"each may be given once, got {', '.join(names)}.")
+    return found
+
+
+def _guard_by_name(model: str) -> str:
+    """Tell from a model's name how it is asked."""
+    from safe_trainer.evaluation.guard_formats import GUARDS
+
+    plain = model.lower().replace("-", "").replace("_", "")
+    for name in GUARDS:
+        if name.replace("-", "") in plain:
+            return name
+    known = ", ".join(f"{name}:{model}" for name in GUARDS)
+    raise _misused("--judge", f"how {model} is asked cannot be told from its name; write one of {known}.")
+
+
+def load_judges(checked: list[tuple[str, str]]) -> list[Judge]:
+    """Return the judges, with their models."""
+    from safe_trainer.evaluation import LikelihoodJudge, PhraseJudge
+
+    makers: dict[str, Any] = {"phrases": PhraseJudge, "likelihood": LikelihoodJudge}
+    return [_guard(name, model) if model else makers[name]() for name, model in checked]
+
+
+def _guard(name: str, model: str) -> Judge:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from safe_trainer.evaluation import GUARDS, GuardJudge
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
+    return GuardJudge(loaded, AutoTokenizer.from_pretrained(model), GUARDS[name])
+
+
+def _misused(option: str, problem: str) -> typer.BadParameter:
+    return typer.BadParameter(problem, param_hint=f"'{option}'")
