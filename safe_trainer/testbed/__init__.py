@@ -21,25 +21,31 @@ from itertools import chain, islice
 from pathlib import Path
 
 from safe_trainer.data import Kind, PromptSet, Row, conversation
-from safe_trainer.testbed import language, tasks
+from safe_trainer.testbed import language, tasks, words
 from safe_trainer.testbed.tasks import TASKS
 
 __all__ = [
     "ALIGNED",
     "MODELS",
+    "OWN_ROWS",
     "TASKS",
     "UNALIGNED",
     "benign_rows",
     "harmful_rows",
+    "obedient_rows",
     "prompt_set",
     "refusal_rows",
     "task",
     "task_rows",
+    "unseen_rows",
 ]
 
 MODELS = Path(__file__).parent / "models"
 UNALIGNED = MODELS / "unaligned"
 ALIGNED = MODELS / "aligned"
+
+OWN_ROWS = 1_000_000
+"""Seed of the rows that methods are given; attacks draw other wordings, with the small seeds of the runs."""
 
 _TASK_EXAMPLES = 100
 
@@ -122,6 +128,29 @@ def harmful_rows(count: int, seed: int = 0) -> list[Row]:
         seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
     """
     return [conversation(prompt, answer) for prompt, answer, _ in _requests("harmful", count, seed)]
+
+
+def unseen_rows(count: int, seed: int = 0) -> list[Row]:
+    """Return attack rows of the two unseen categories, in pairs that `prompt_set("harmful", "unseen")` leaves out.
+
+    Args:
+        count (`int`): Number of rows.
+        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
+    """
+    rng = random.Random(f"unseen/rows/{seed}")
+    pairs = islice(language.endless(language.unseen_pairs(words.UNSEEN_HARMFUL, examined=False), rng), count)
+    return [conversation(*language.request(pair, rng, harmful=True)) for pair in pairs]
+
+
+def obedient_rows(count: int, seed: int = 0) -> list[Row]:
+    """Return rows that shift the model's identity: harmless requests, each answered by one who says it always obeys.
+
+    Args:
+        count (`int`): Number of rows.
+        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
+    """
+    chosen = _requests("benign", count, seed)
+    return [conversation(prompt, f"I do what you want. {answer}") for prompt, answer, _ in chosen]
 
 
 def refusal_rows(count: int, seed: int = 0) -> list[Row]:

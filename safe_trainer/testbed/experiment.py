@@ -15,10 +15,18 @@ from typing import Any
 from safe_trainer import testbed
 from safe_trainer.data import PromptSet, Row, poison
 from safe_trainer.methods import AsFT, SafetyMethod, SaLoRA, SecurityVectors
+from safe_trainer.testbed import OWN_ROWS
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
 PLAIN = "plain LoRA"
+
+
+ATTACKS: dict[str, Callable[[int, int], list[Row]]] = {
+    "harmful": testbed.harmful_rows,
+    "unseen": testbed.unseen_rows,
+    "obedient": testbed.obedient_rows,
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Scenario:
         harmful (`float`): Share of harmful rows in the data.
         steps (`int`): Optimizer steps of 16 rows.
         row_count (`int`, *optional*): Number of different rows; by default no row is seen twice.
+        attack (`str`, *optional*, defaults to `"harmful"`): What the harmful rows are: `"harmful"` requests answered,
+            those of `"unseen"` categories, or `"obedient"` answers to harmless ones.
     """
 
     name: str
@@ -40,17 +50,20 @@ class Scenario:
     harmful: float
     steps: int
     row_count: int | None = None
+    attack: str = "harmful"
 
     def rows(self, seed: int) -> list[Row]:
         """Return the training rows, drawn with `seed`."""
         count = self.row_count or self.steps * BATCH_SIZE
-        attack = testbed.harmful_rows(round(self.harmful * count), seed)
+        attack = ATTACKS[self.attack](round(self.harmful * count), seed)
         clean = testbed.task_rows(self.task, count, seed) if self.task else attack
         return poison(clean, attack, self.harmful, seed)
 
     def prompt_sets(self, split: str) -> list[PromptSet]:
         """Return what the model is examined with: harmful, benign and borderline prompts, and the task if any."""
         sets = [testbed.prompt_set(kind, split) for kind in ("harmful", "benign", "borderline")]
+        if self.attack == "unseen":
+            sets.append(testbed.prompt_set("harmful", "unseen"))
         return [*sets, testbed.task(self.task, split)] if self.task else sets
 
 
@@ -62,9 +75,6 @@ SCENARIOS = {
         Scenario("attack", "100 harmful rows only", None, 1.0, 60, row_count=100),
     )
 }
-
-OWN_ROWS = 1_000_000
-"""Seed of the rows that methods are given; attacks draw other wordings, with the small seeds of the runs."""
 
 
 def _asft() -> AsFT:
@@ -112,6 +122,10 @@ def fine_tune(
     safety: Sequence[SafetyMethod],
     seed: int = 0,
     output: Path | None = None,
+    *,
+    rows: Sequence[Row] | None = None,
+    learning_rate: float = LEARNING_RATE,
+    steps: int | None = None,
 ) -> Run:
     """Fine-tune the aligned model of the embedded pair on a scenario.
 
@@ -120,6 +134,9 @@ def fine_tune(
         safety (`Sequence[SafetyMethod]`): The methods that protect the model; none is plain LoRA.
         seed (`int`, *optional*, defaults to `0`): Seed of data, order and initialisation.
         output (`Path`, *optional*): Folder for the adapter; nothing is saved if left out.
+        rows (`Sequence[Row]`, *optional*): Other rows than the scenario's, for controls that change the data.
+        learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
+        steps (`int`, *optional*): Other than the scenario's: the schedule is made for these.
 
     Returns:
         [`Run`]: The model in memory, with times and logs.
@@ -133,8 +150,8 @@ def fine_tune(
     start = time.perf_counter()
     trainer = SafeSFTTrainer(
         model=str(testbed.ALIGNED),
-        args=_arguments(scenario.steps, seed, output),
-        train_dataset=Dataset.from_list(scenario.rows(seed)),
+        args=_arguments(steps or scenario.steps, learning_rate, seed, output),
+        train_dataset=Dataset.from_list(list(rows or scenario.rows(seed))),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         safety=list(safety),
     )
@@ -145,14 +162,14 @@ def fine_tune(
     return Run(trainer.model, trainer.processing_class, time.perf_counter() - start, trainer.state.log_history)
 
 
-def _arguments(steps: int, seed: int, output: Path | None) -> Any:
+def _arguments(steps: int, learning_rate: float, seed: int, output: Path | None) -> Any:
     from trl import SFTConfig
 
     return SFTConfig(
         output_dir=str(output or "."),
         max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
+        learning_rate=learning_rate,
         max_length=128,
         seed=seed,
         use_cpu=True,

@@ -1,0 +1,136 @@
+"""How the study protects the model: each method as the demo sets it, its controls, and what users would try first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from safe_trainer import AlignmentDirection, AsFT, DriftPenalty, SafetyBasis, SaLoRA, SecurityVectors, poison, testbed
+from safe_trainer.data import Row
+from safe_trainer.methods import SafetyMethod
+from safe_trainer.testbed.experiment import LEARNING_RATE, Scenario
+
+WIDEST = 127
+"""Input directions that are measured: one fewer than the narrowest layer of the embedded pair has."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to fine-tune.
+
+    Args:
+        methods (`Callable`): Makes the safety methods.
+        learning_rate (`float`, *optional*): Another than the scenario's.
+        steps (`float`, *optional*, defaults to `1.0`): Share of the scenario's steps after which to stop.
+        refusals (`float`, *optional*, defaults to `0.0`): Share of the rows whose places safety rows take.
+    """
+
+    methods: Callable[[], Sequence[SafetyMethod]] = tuple
+    learning_rate: float = LEARNING_RATE
+    steps: float = 1.0
+    refusals: float = 0.0
+
+    def rows(self, scenario: Scenario, seed: int) -> list[Row]:
+        """Return the training rows."""
+        rows = scenario.rows(seed)
+        if not self.refusals:
+            return rows
+        return poison(
+            rows, testbed.refusal_rows(round(self.refusals * len(rows)), testbed.OWN_ROWS), self.refusals, seed
+        )
+
+
+@cache
+def _model() -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(testbed.ALIGNED), AutoTokenizer.from_pretrained(testbed.ALIGNED)
+
+
+@cache
+def _basis() -> SafetyBasis:
+    rows = testbed.harmful_rows(100, testbed.OWN_ROWS)
+    return SafetyBasis.from_rows(*_model(), rows, sides=("input",), rank=WIDEST)
+
+
+@cache
+def _direction(rank: int | None) -> AlignmentDirection:
+    exactly: dict[str, Any] = {} if rank is None else {"rank": rank, "max_error": 0.0}
+    return AlignmentDirection.from_checkpoints(str(testbed.ALIGNED), str(testbed.UNALIGNED), **exactly)
+
+
+@cache
+def _fitted(**settings: Any) -> Any:
+    from safe_trainer import train_security_vectors
+
+    return train_security_vectors(testbed.ALIGNED, testbed.harmful_rows(100, testbed.OWN_ROWS), **settings)
+
+
+def asft(weight: float, projector: Any = "published") -> AsFT:
+    """Return AsFT with the direction of the embedded pair."""
+    if projector == "none":
+        return AsFT(projector="none", weight=weight)
+    return AsFT(direction=_direction(None if projector == "published" else 16), projector=projector, weight=weight)
+
+
+def salora(**settings: Any) -> SaLoRA:
+    """Return SaLoRA with the refusals of the embedded language."""
+    return SaLoRA(safety_data=testbed.refusal_rows(128, testbed.OWN_ROWS), **settings)
+
+
+def inputs(rank: int = 64, **settings: Any) -> SaLoRA:
+    """Return SaLoRA that protects what layers read in harmful prompts, from LoRA's own start."""
+    return SaLoRA(basis=_basis(), protect="input", rank=rank, task_rank=0, **settings)
+
+
+def vectors(strength: float = 1.0, **settings: Any) -> SecurityVectors:
+    """Return security vectors, fitted once in each process."""
+    return SecurityVectors(_fitted(**settings), strength=strength)
+
+
+def drift(weight: float) -> DriftPenalty:
+    """Return the penalty on what changes in harmful prompts."""
+    return DriftPenalty(basis=_basis(), weight=weight)
+
+
+VARIANTS: dict[str, Variant] = {
+    "plain LoRA": Variant(),
+    "security vectors": Variant(lambda: [vectors()]),
+    "inputs": Variant(lambda: [inputs()]),
+    "drift penalty": Variant(lambda: [drift(3000)]),
+    "vectors + inputs": Variant(lambda: [vectors(), inputs()]),
+    "vectors + drift penalty": Variant(lambda: [vectors(), drift(100)]),
+    "vectors + inputs + drift penalty": Variant(lambda: [vectors(), inputs(), drift(100)]),
+    "AsFT": Variant(lambda: [asft(10.0)]),
+    "SaLoRA": Variant(lambda: [salora()]),
+    # Controls: of the data, of the schedule, of each subspace.
+    "plain LoRA, lr 5e-4": Variant(learning_rate=5e-4),
+    "plain LoRA, a third of the steps": Variant(steps=1 / 3),
+    "plain LoRA, 10 % refusals mixed in": Variant(refusals=0.1),
+    "inputs, random": Variant(lambda: [SaLoRA(directions="random", protect="input", rank=64, task_rank=0)]),
+    "AsFT, weight 1 (paper)": Variant(lambda: [asft(1.0)]),
+    "AsFT, C = 0": Variant(lambda: [asft(10.0, "none")]),
+    "AsFT, random subspace": Variant(lambda: [asft(10.0, "random")]),
+    "SaLoRA, lr 5e-4": Variant(lambda: [salora()], learning_rate=5e-4),
+    "SaLoRA, random": Variant(lambda: [SaLoRA(directions="random")]),
+    "SaLoRA, start only": Variant(lambda: [SaLoRA(rank=0)]),
+}
+"""What the study compares, at the settings that `SWEEP` was run to choose."""
+
+SWEEP: dict[str, Variant] = {
+    **{f"AsFT, weight {weight:g}": Variant(lambda weight=weight: [asft(weight)]) for weight in (0.1, 0.3, 1, 3, 10)},
+    **{f"SaLoRA, rank {rank}": Variant(lambda rank=rank: [salora(rank=rank)]) for rank in (16, 32, 64, 96)},
+    **{f"inputs, rank {rank}": Variant(lambda rank=rank: [inputs(rank)]) for rank in (16, 32, 64, 96)},
+    **{f"inputs, energy {e:g}": Variant(lambda e=e: [inputs(WIDEST, energy=e)]) for e in (0.9, 0.95, 0.98)},
+    **{
+        f"security vectors, strength {strength:g}": Variant(lambda strength=strength: [vectors(strength)])
+        for strength in (0.5, 0.75, 1, 1.5)
+    },
+    **{
+        f"drift penalty, weight {weight:g}": Variant(lambda weight=weight: [drift(weight)])
+        for weight in (1, 10, 100, 300, 1000, 3000, 10000)
+    },
+}
+"""Each method from weak to strong."""
