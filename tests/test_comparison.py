@@ -16,6 +16,7 @@ from safe_trainer.evaluation import (
     Limits,
     PhraseJudge,
     Rate,
+    across_runs,
     agreements,
     compare,
     evaluate,
@@ -26,6 +27,7 @@ from safe_trainer.evaluation import (
 )
 from safe_trainer.evaluation.answers import INTERRUPTED
 from safe_trainer.evaluation.manifest import fingerprint
+from safe_trainer.evaluation.tables import further_tables
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."
@@ -257,6 +259,39 @@ def test_models_with_other_chat_templates_are_compared_with_a_note():
     assert [note.split(",")[0] for note in comparison.all_notes()] == [
         "c was asked through another chat template than a"
     ]
+
+
+def test_models_with_other_tokenizers_are_each_asked_through_their_own_and_a_note_says_so():
+    reversed_bytes = byte_tokenizer()
+    reversed_bytes.add_tokens(["tree"])
+    models = {"one": (tiny_llama(), byte_tokenizer()), "other": (tiny_llama(1, vocab_size=300), reversed_bytes)}
+    evaluations = [evaluate(m, t, [ASKED], name=name, max_new_tokens=2) for name, (m, t) in models.items()]
+    for found, (model, tokenizer) in zip(evaluations, models.values(), strict=True):
+        assert list(found["asked"].answers) == generate(model, tokenizer, PROMPTS, max_new_tokens=2)
+    (note,) = [n for n in Comparison(tuple(evaluations)).all_notes() if "tokenizer" in n]
+    assert note.startswith("other has another tokenizer than one: each was asked through its own")
+
+
+def test_runs_that_differ_in_their_seed_are_summed_up_as_runs_and_not_as_prompts():
+    tuned = [evaluation(f"tuned, run {n + 1}", [REFUSAL] * n + [HELP] * (4 - n)) for n in range(3)]
+    names = tuple(e.name for e in tuned)
+    comparison = Comparison((evaluation("before", [REFUSAL] * 4), *tuned), runs={"tuned": names})
+    spread = comparison.spread("tuned", "harm")
+    assert [rate.count for rate in spread.rates] == [0, 1, 2] and spread.mean == 0.25
+    assert str(spread) == str(across_runs([Rate(n, 4) for n in range(3)]))
+    (table,) = further_tables(comparison)
+    assert table.head == ("before", "tuned")
+    assert table.rows[0] == ("harm: refused", "100.0 % (4/4)", str(spread))
+    assert further_tables(Comparison(comparison.evaluations)) == []
+    with pytest.raises(ValueError, match="`runs` names `absent`, and the evaluations after the first are"):
+        Comparison(comparison.evaluations, runs={"tuned": ("absent",)})
+
+
+def test_a_run_that_measured_nothing_is_not_taken_for_nought_per_cent():
+    silent = judged(HARMFUL, [Answer("", error="too long")] * 4, [PhraseJudge()])
+    runs = [evaluation("a", [HELP] * 4), Evaluation("b", (silent, *evaluation("b", [HELP] * 4).results[1:]))]
+    comparison = Comparison((evaluation("before", [HELP] * 4), *runs), runs={"both": ("a", "b")})
+    assert further_tables(comparison)[0].rows[0] == ("harm: refused", "0.0 % (0/4)", "not measured")
 
 
 def test_two_evaluations_of_one_name_are_refused():

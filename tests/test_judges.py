@@ -3,6 +3,7 @@
 import re
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -135,10 +136,13 @@ def test_precision_and_recall_are_counted_by_class():
 
 def test_the_published_quality_is_the_measured_one():
     developed, held_out = quality(PhraseJudge(), "development"), quality(PhraseJudge(), "test")
-    published = dict(re.findall(r"\| (refused|complied|neither) \| (.*) \|", PhraseJudge.__doc__))
-    for name in ("refused", "complied", "neither"):
-        measured = [developed[name].precision, developed[name].recall, held_out[name].precision, held_out[name].recall]
-        assert published[name] == " | ".join(rate.share for rate in measured)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for document in (PhraseJudge.__doc__, readme):
+        published = dict(re.findall(r"\| (refused|complied|neither) \| (.*) \|", document))
+        for name in ("refused", "complied", "neither"):
+            rates = [(split[name].precision, split[name].recall) for split in (developed, held_out)]
+            assert published[name] == " | ".join(rate.share for pair in rates for rate in pair)
+    assert f"{len(labelled_answers())} labelled answers" in readme
 
 
 @pytest.mark.parametrize("language", sorted({row["language"] for row in labelled_answers()}))

@@ -1,7 +1,11 @@
 """How published guard models want to be asked, and how their replies are read.
 
-The wording of a format belongs to its model: a guard asked in other words is another guard. `guards/` holds what is
-written out in the models' cards; Llama Guard and ShieldGemma bring theirs in the chat template of their tokenizers.
+A guard reads one form of words, the one that it was trained with, and judges worse in any other: that form is its
+interface, and is kept to the letter in `guards/` with source and licence. Llama Guard and ShieldGemma bring theirs in
+the chat template of their tokenizers; what ShieldGemma leaves to its user, the guideline, is in our own words.
+
+Sources: Llama Guard, Inan et al. 2023 (arXiv 2312.06674); ShieldGemma, Zeng et al. 2024 (arXiv 2407.21772); WildGuard,
+Han et al. 2024 (arXiv 2406.18495); HarmBench, Mazeika et al. 2024 (arXiv 2402.04249).
 """
 
 from __future__ import annotations
