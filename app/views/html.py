@@ -1,0 +1,59 @@
+"""Pieces of HTML that several steps use. Whatever is put in by `format` is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from markupsafe import Markup
+
+
+def join(parts: Iterable[Markup]) -> Markup:
+    """Put pieces one after the other."""
+    return Markup("").join(parts)
+
+
+def panel(kind: str, text: str) -> Markup:
+    """Return a message: `"info"`, `"good"`, `"warning"` or `"error"`; the last two are read out at once."""
+    role = "alert" if kind in ("warning", "error") else "status"
+    return Markup('<p class="panel {}" role="{}">{}</p>').format(kind, role, text)
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Markup:
+    """Return names with their values."""
+    entries = join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(*pair) for pair in pairs)
+    return Markup('<dl class="facts">{}</dl>').format(entries)
+
+
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
+    """Return a table that scrolls sideways where it is too wide."""
+    heads = join(Markup('<th scope="col">{}</th>').format(name) for name in head)
+    body = join(
+        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
+            row[0], join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
+        )
+        for row in rows
+    )
+    return Markup(
+        '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table><caption>{}</caption>'
+        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>"
+    ).format(caption, caption, heads, body)
+
+
+def hidden(label: str, content: Markup) -> Markup:
+    """Return content that is blurred until its box is ticked; without scripts, and by keyboard as well."""
+    return Markup(
+        '<div class="blurred"><label><input type="checkbox"> {}</label><div class="content">{}</div></div>'
+    ).format(label, content)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def size(count: float) -> str:
+    """Return bytes as people say them."""
+    return f"{count / 2**30:.1f} GB" if count > 2**29 else f"{count / 2**20:.0f} MB"
