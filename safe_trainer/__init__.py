@@ -64,6 +64,7 @@ __all__ = [
     "poison",
     "read_records",
     "recipe",
+    "recommended",
     "rouge",
     "scan_file",
     "score_rows",
@@ -123,6 +124,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
     )
     from safe_trainer.factors import compact_adapter
     from safe_trainer.methods import METHODS, AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
+    from safe_trainer.recommendation import recommended
     from safe_trainer.scan import ScanResult, scan_file, score_rows
     from safe_trainer.trainer import SafeSFTTrainer
     from safe_trainer.vectors import Fitting, TrainedVectors, train_security_vectors
@@ -171,6 +173,7 @@ _HOMES = {
     "poison": "data",
     "read_records": "data",
     "recipe": "recipe",  # the module itself
+    "recommended": "recommendation",
     "rouge": "evaluation",
     "scan_file": "scan",
     "score_rows": "scan",

@@ -8,13 +8,15 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from trl import SFTTrainer
 
 from .methods.base import SafetyMethod
+from .recommendation import RECOMMENDED, recommended_for
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,10 @@ class SafeSFTTrainer(SFTTrainer):
         *args, **kwargs:
             Everything that [`~trl.SFTTrainer`] takes, unchanged: `model`, `args` (TRL's own `SFTConfig`),
             `train_dataset`, `eval_dataset`, `peft_config` and so on.
-        safety ([`SafetyMethod`] or list of them, *optional*):
-            The methods that protect the model, such as [`AsFT`]. A list runs each moment in its order. `None` is plain
-            `SFTTrainer`.
+        safety ([`SafetyMethod`] or list of them or `"recommended"`, *optional*):
+            The methods that protect the model, such as [`AsFT`]. A list runs each moment in its order. `"recommended"`
+            is [`recommended`] with the harmful rows that the model brings along; for a model that brings none, give
+            `recommended("harmful.jsonl")`. `None` is plain `SFTTrainer`.
 
     Attributes:
         safety_methods (`list[SafetyMethod]`): The methods in order; empty without any.
@@ -60,8 +63,17 @@ class SafeSFTTrainer(SFTTrainer):
     ```
     """
 
-    def __init__(self, *args: Any, safety: SafetyMethod | Sequence[SafetyMethod] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        safety: SafetyMethod | Sequence[SafetyMethod] | Literal["recommended"] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Build TRL's trainer, with each method's settings applied before and the method attached after."""
+        if isinstance(safety, str) and safety == RECOMMENDED:
+            given = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
+            full = given.get("peft_config") is None and not isinstance(given["model"], PeftModel)
+            safety = recommended_for(given["model"], full)
         self.safety_methods = _as_methods(safety)
         if not self.safety_methods:
             super().__init__(*args, **kwargs)
@@ -131,7 +143,8 @@ def _as_methods(safety: Any) -> list[SafetyMethod]:
             raise TypeError(f"`safety` takes methods, not classes: write `{method.__name__}(...)` with its settings.")
         if not isinstance(method, SafetyMethod):
             raise TypeError(
-                f"`safety` takes a safety method, a list of them or None, got {type(method).__name__} ({method!r}). "
+                f"`safety` takes a method, a list of them, {RECOMMENDED!r} or None, got {type(method).__name__} "
+                f"({method!r}). "
                 "Example: `safety=AsFT(unaligned_model=...)`."
             )
     names = [type(method).__name__ for method in methods]

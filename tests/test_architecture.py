@@ -30,6 +30,7 @@ STOPS = {
     "factors",
     "methods",
     "recipe",
+    "recommendation",
     "scan",
     "subspace",
     "testbed",
@@ -42,7 +43,7 @@ OURS = {
     "subspace": set(),
     "adapters": set(),
     "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors", "methods.base"},
-    "trainer": {"methods.base"},
+    "trainer": {"methods.base", "recommendation"},
 }
 # What it may import besides the standard library and ours.
 THEIRS = {"subspace": {"torch"}, "adapters": {"torch", "peft", "transformers"}}  # transformers for GPT-2's Conv1D

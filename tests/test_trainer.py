@@ -493,7 +493,7 @@ class KeepAt(TrainerCallback):
     [
         (Pull, TypeError, r"`safety` takes methods, not classes: write `Pull\(...\)`"),
         ([Diary(), Pull], TypeError, r"`safety` takes methods, not classes: write `Pull\(...\)`"),
-        ("asft", TypeError, r"`safety` takes a safety method, a list of them or None, got str \('asft'\)"),
+        ("asft", TypeError, r"`safety` takes a method, a list of them, 'recommended' or None, got str \('asft'\)"),
         ([Pull(), None], TypeError, "got NoneType"),
         ({"asft": Pull()}, TypeError, "got dict"),
         (True, TypeError, "got bool"),

@@ -121,7 +121,7 @@ def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> Iterator[tuple[Cell
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
-    """Return the runs that were asked for: all variants of one seed before the next seed, so that it can be stopped."""
+    """Return the runs that were asked for, all of one seed before the next, so that it can be stopped."""
     variants: dict[str, Variant] = SWEEP if arguments.sweep else VARIANTS
     chosen = [name for name in variants if not arguments.variants or name in arguments.variants]
     grid = itertools.product(range(arguments.seeds), arguments.scenarios, chosen)

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation import Evaluation, evaluate
 from safe_trainer.evaluation.manifest import file_sha256, prompt_set_sha256
-from safe_trainer.testbed import TASKS, corpus, language, prompt_set, task
+from safe_trainer.recommendation import OWN_DATA
+from safe_trainer.testbed import OWN_ROWS, TASKS, corpus, harmful_rows, language, prompt_set, task
 from safe_trainer.testbed.card import OUTCOMES, model_card
 from safe_trainer.testbed.tokenizer import train_tokenizer
 from safe_trainer.testbed.training import Progress, Stage, encode, new_model, one_thread, train
@@ -36,6 +37,7 @@ SEED = 0
 PRETRAINING = Stage("pretraining", steps=1500, learning_rate=2.5e-3, answers_only=False)
 ALIGNMENT = Stage("alignment", steps=600, learning_rate=1e-3, answers_only=True)
 MODELS = ("unaligned", "aligned")
+HARMFUL_ROWS = 100
 
 
 def build(
@@ -76,13 +78,14 @@ def build(
         unfinished = Path(folder)
         train_pair(unfinished, steps=steps, progress=progress or _log_progress)
         evaluations = {name: _examine(unfinished / name, name) for name in MODELS}
+        _save_harmful_rows(unfinished / "aligned")
         for name in MODELS:
             (unfinished / name / "README.md").write_text(model_card(name, evaluations, steps), encoding="utf-8")
         manifest = json.dumps(_manifest(unfinished, steps, evaluations), indent=2) + "\n"
         (unfinished / "manifest.json").write_text(manifest, encoding="utf-8")
         for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
             target = output / file.relative_to(unfinished)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
     return output
 
@@ -121,6 +124,15 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory
     # The file holds bfloat16 to be small; the config goes on to say float32, so that every machine computes in that.
     model.save_pretrained(directory, state_dict={name: t.bfloat16() for name, t in model.state_dict().items()})
     tokenizer.save_pretrained(directory)
+
+
+def _save_harmful_rows(directory: Path) -> None:
+    """Write the rows that `safety="recommended"` looks for beside a model."""
+    path = directory / OWN_DATA
+    path.parent.mkdir()
+    rows = harmful_rows(HARMFUL_ROWS, OWN_ROWS)
+    records = ({side: row[side][0]["content"] for side in ("prompt", "completion")} for row in rows)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def examined() -> list[PromptSet]:

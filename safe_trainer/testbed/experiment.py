@@ -117,7 +117,7 @@ class Run:
     log: list[dict[str, float]]
 
 
-def fine_tune(
+def fine_tune(  # noqa: PLR0913, each is a setting with a name
     scenario: Scenario,
     safety: Sequence[SafetyMethod],
     seed: int = 0,
