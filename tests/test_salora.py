@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +15,14 @@ import tiny
 import torch
 from peft import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
 from runs import given, history, lora, run, weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from safe_trainer import AsFT, SafeSFTTrainer, SafetyBasis, SaLoRA, compact_adapter, conversation
-from safe_trainer.adapters import lora_updates
-from safe_trainer.calibration import examples_from
+from safe_trainer.adapters import linear_layers, lora_updates
+from safe_trainer.calibration import Example, examples_from, leading_directions
 
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(24)]
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -133,6 +135,56 @@ def test_directions_start_and_output_are_those_of_the_dense_formula(alpha):
             delta = C @ ((B0 + dB.double()) @ (A0 + dA.double()) - B0 @ A0)
             expected = getattr(reference, name)(inputs) + s * inputs @ delta.mT
             assert torch.allclose(model(x)[name].double(), expected, atol=1e-4 * expected.abs().max().item())
+
+
+class Referenced(nn.Module):
+    """The layers of the reference values, each of which reads its own inputs from the rows of an embedding."""
+
+    def __init__(self, reference: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_name_or_path="reference")
+        self.names = sorted({key.partition(".")[0] for key in reference})
+        for name in self.names:
+            inputs = [reference[f"{name}.{part}"] for part in ("safety_inputs", "task_inputs", "x")]
+            setattr(self, f"{name}_inputs", nn.Embedding.from_pretrained(torch.cat(inputs)))
+            d_out, d_in = reference[f"{name}.weight"].shape
+            setattr(self, name, nn.Linear(d_in, d_out, bias=False))
+            getattr(self, name).weight.data = reference[f"{name}.weight"].clone()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self, f"{self.names[0]}_inputs")
+
+    def forward(self, input_ids: Tensor, **unused: Any) -> dict[str, Tensor]:
+        return {name: getattr(self, name)(getattr(self, f"{name}_inputs")(input_ids)) for name in self.names}
+
+
+def test_directions_start_and_output_are_the_reference_values():
+    reference = load_file(Path(__file__).parent / "fixtures" / "salora_reference.safetensors")
+    base = Referenced(reference)
+    method = SaLoRA(rank=5, task_rank=6, safety_data=[{"input_ids": list(range(200))}])
+    config = method.adapt_peft_config(LoraConfig(r=4, lora_alpha=4, target_modules=base.names))
+    model = get_peft_model(base, config)
+    method.attach(model, None, [{"input_ids": list(range(200, 500))}])
+    updates, layers = lora_updates(model, "The test"), linear_layers(model)
+    task = leading_directions(model, layers, [Example(list(range(200, 500)), [True] * 300)], rank=6)["output"]
+    expected = {name: {part: reference[f"{name}.{part}"] for part in PARTS} for name in base.names}
+    with method.training(model), torch.no_grad():
+        for name, values in expected.items():
+            U_s = method.safety_basis.outputs[name].basis
+            assert torch.allclose(U_s @ U_s.mT, values["safety_projector"], atol=1e-4)
+            (rule_A, dA), (rule_B, dB) = (trained(factor) for factor in update_factors(updates[name]))
+            C_B0 = values["init_B"] - values["safety_projector"] @ values["init_B"]
+            assert torch.allclose(rule_B.start @ rule_A.start, C_B0 @ values["init_A"], atol=1e-4)
+            assert torch.allclose(task[name].basis @ task[name].basis.mT, values["task_projector"], atol=1e-4)
+            signs = (rule_A.start * values["init_A"]).sum(1).sign()  # singular vectors are unique up to sign
+            dA.copy_(signs[:, None] * (values["lora_A"] - values["init_A"]))
+            dB.copy_((values["lora_B"] - values["init_B"]) * signs)
+        outputs = model(torch.arange(500, 507)[None])
+    for name, values in expected.items():
+        assert torch.allclose(outputs[name][0], values["y"], atol=1e-4, rtol=1e-4)
+
+
+PARTS = ("safety_projector", "task_projector", "init_A", "init_B", "lora_A", "lora_B", "y")
 
 
 def update_factors(update: Any) -> tuple[nn.Module, nn.Module]:
