@@ -181,6 +181,10 @@ def test_the_spread_over_runs_equals_scipys_t_interval():
     assert str(spread).endswith("(4 runs: 16.0, 9.0, 16.0, 30.0)")
 
 
+def test_runs_that_all_came_out_the_same_do_not_give_an_interval_without_width():
+    assert across_runs([Rate(0, 160)] * 3).interval == (Rate(0, 160).low, Rate(0, 160).high)
+
+
 def test_one_run_says_nothing_about_others_and_no_run_is_an_error():
     assert across_runs([Rate(5, 10)]).interval == (0.0, 1.0)
     assert str(across_runs([Rate(5, 10)])) == "50.0 % (1 run)"

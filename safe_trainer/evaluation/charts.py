@@ -128,7 +128,7 @@ def _label(dots: list[dict[str, Any]]) -> None:
         end = dot["x"] + 11 + width > 410
         start, y = (dot["x"] - 11 - width, dot["y"] + 4) if end else (dot["x"] + 11, dot["y"] + 4)
         while any(start < right and left < start + width and abs(y - other) < 13 for left, right, other in taken):
-            y += 13
+            y += 13 if dot["y"] <= _y(0.5) else -13  # away from the axes
         taken.append((start, start + width, y))
         dot.update(
             label_x=_round(start + width if end else start), label_y=_round(y), anchor="end" if end else "start"
@@ -136,7 +136,7 @@ def _label(dots: list[dict[str, Any]]) -> None:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"
+    return name if len(name) <= 22 else f"{name[:13]}…{name[-8:]}"  # the end tells one run from another
 
 
 def _x(share: float) -> float:

@@ -29,10 +29,16 @@ class Spread:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Student's t interval of the mean at 95 %, cut off at 0 and 1; the whole range for a single run."""
+        """Student's t interval of the mean at 95 %, cut off at 0 and 1; the whole range for a single run.
+
+        Where all runs came out the same, it would have no width, as if no other outcome were possible: then it is that
+        of one run's rate, which is about prompts.
+        """
         runs = len(self.rates)
         if runs < 2:
             return 0.0, 1.0
+        if self.deviation == 0:
+            return self.rates[0].low, self.rates[0].high
         from scipy.stats import t as student
 
         half = float(student.ppf((1 + CONFIDENCE) / 2, runs - 1)) * self.deviation / math.sqrt(runs)

@@ -58,7 +58,9 @@ def _judges(comparison: Comparison) -> list[Table]:
     rows = []
     for result, outcome in _outcomes(comparison):
         name = result.prompt_set.name
-        for judge in result.verdicts if len(result.verdicts) > 1 else ():
+        if len(result.verdicts) == 1 or outcome == "neither":
+            continue
+        for judge in result.verdicts:
             cells = [str(e[name].rate(outcome, judge=judge)) for e in comparison.evaluations]
             rows.append((f"{name}: {outcome} ({judge})", *cells))
     names = tuple(evaluation.name for evaluation in comparison.evaluations)
