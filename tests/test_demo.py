@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,23 @@ def test_one_seed_gives_one_result() -> None:
     logs = [fine_tune(SCENARIOS["attack"], VARIANTS["asft"](), seed=3).log for _ in range(2)]
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) >= 2
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from safe_trainer.testbed.experiment import workers\n"
+        "if __name__ == '__main__':\n"
+        "    with workers(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 600).result()\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()

@@ -15,20 +15,19 @@ import argparse
 import contextlib
 import csv
 import itertools
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 from variants import SWEEP, VARIANTS, Variant
 
-from safe_trainer.testbed.experiment import Scenario
+from safe_trainer.testbed.experiment import Scenario, workers
 
 RESULTS = Path(__file__).parent / "results"
-OUTCOMES = ("refused", "complied", "neither", "correct")
+OUTCOMES = ("refused", "complied", "neither")
 
 SCENARIOS = {
     scenario.name: scenario
@@ -78,9 +77,10 @@ def measure(cell: Cell) -> list[dict[str, object]]:
     evaluation = evaluate(run.model, run.tokenizer, scenario.prompt_sets(cell.split), max_new_tokens=40)
     lines: list[dict[str, object]] = []
     for result in evaluation.results:
-        counts = {name: result.rate(name).count for name in OUTCOMES if name in result.outcomes}
+        kind = result.prompt_set.kind
+        counts = {name: result.rate(name).count for name in (("correct",) if kind == "task" else OUTCOMES)}
+        asked = {"prompts": result.prompt_set.name, "kind": kind}
         total = len(result.prompt_set.prompts)
-        asked = {"prompts": result.prompt_set.name, "kind": result.kind}
         lines.append({**cell._asdict(), **asked, **counts, "total": total, "seconds": round(run.seconds, 1)})
     return lines
 
@@ -95,7 +95,7 @@ def finished(path: Path) -> set[Cell]:
 
 def append(path: Path, lines: Sequence[dict[str, object]]) -> None:
     """Write the lines of one run to the table, all at once."""
-    names = [*Cell._fields, "prompts", "kind", *OUTCOMES, "total", "seconds"]
+    names = [*Cell._fields, "prompts", "kind", *OUTCOMES, "correct", "total", "seconds"]
     new = not path.exists()
     path.parent.mkdir(exist_ok=True)
     with path.open("a", encoding="utf-8", newline="") as file:
@@ -108,16 +108,12 @@ def append(path: Path, lines: Sequence[dict[str, object]]) -> None:
 def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> Iterator[tuple[Cell, list[dict[str, object]]]]:
     """Carry out the runs that are missing, and yield each when it is in the table."""
     missing = [cell for cell in cells if cell not in finished(path)]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with workers(jobs) as pool:
         running: dict[Future[list[dict[str, object]]], Cell] = {pool.submit(measure, cell): cell for cell in missing}
-        try:
-            for future in as_completed(running):
-                lines = future.result()
-                append(path, lines)
-                yield running[future], lines
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(running):
+            lines = future.result()
+            append(path, lines)
+            yield running[future], lines
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
@@ -143,9 +139,8 @@ def main(given: Sequence[str] | None = None) -> None:
     cells = cells_of(arguments)
     with contextlib.suppress(KeyboardInterrupt):
         for number, (cell, lines) in enumerate(run_all(cells, path, arguments.jobs), 1):
-            figures = "  ".join(
-                f"{line['prompts']} {line.get('correct', line['complied'])}/{line['total']}" for line in lines
-            )
+            counts = ((line["prompts"], line.get("complied", line.get("correct")), line["total"]) for line in lines)
+            figures = "  ".join(f"{name} {count}/{total}" for name, count, total in counts)
             sys.stdout.write(f"{number:4} {cell.scenario:14} {cell.variant:32} seed {cell.seed}  {figures}\n")
             sys.stdout.flush()
     sys.stdout.write(f"{len(finished(path) & set(cells))} of {len(cells)} runs are in {path}\n")

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from safe_trainer.evaluation import Comparison, compare
 from safe_trainer.evaluation.report import write_atomically, write_report
 from safe_trainer.methods import METHODS
 from safe_trainer.testbed import summary
-from safe_trainer.testbed.experiment import PLAIN, SCENARIOS, VARIANTS, Scenario, fine_tune
+from safe_trainer.testbed.experiment import PLAIN, SCENARIOS, VARIANTS, Scenario, fine_tune, workers
 from safe_trainer.testbed.training import one_thread
 
 Job = Future[tuple[Path, float]]
@@ -76,7 +74,7 @@ def run_demo(
     scenarios = [SCENARIOS[QUICK]] if quick else list(SCENARIOS.values())
     console.print(Text(summary.INTRODUCTION, "dim"))
     outcomes: list[Outcome] = []
-    with _quiet_libraries(), one_thread(), _workers() as pool:
+    with _quiet_libraries(), one_thread(), workers(2) as pool:
         jobs = {
             (scenario.name, seed): {
                 variant: pool.submit(train_variant, scenario.name, variant, seed, output_dir) for variant in variants
@@ -137,18 +135,6 @@ def _show(outcome: Outcome, console: Console) -> None:
     console.print(summary.table(outcome.scenario, outcome.comparisons, outcome.seconds))
     for line in summary.conclusions(outcome.scenario, outcome.comparisons):
         console.print(Text("  " + line))
-
-
-@contextlib.contextmanager
-def _workers() -> Iterator[ProcessPoolExecutor]:
-    """Give two processes for fine-tuning, or one on a single core; what has not begun is dropped after an error."""
-    count = min(2, os.cpu_count() or 1)
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 @contextlib.contextmanager

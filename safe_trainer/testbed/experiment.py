@@ -6,15 +6,21 @@ is the same for all variants of a scenario: rows, order, adapter, learning rate,
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safe_trainer import testbed
 from safe_trainer.data import PromptSet, Row, poison
-from safe_trainer.methods import AsFT, SafetyMethod, SaLoRA, SecurityVectors
+from safe_trainer.methods import AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
+from safe_trainer.recommendation import recommended
 from safe_trainer.testbed import OWN_ROWS
 
 LEARNING_RATE = 2e-3
@@ -77,26 +83,19 @@ SCENARIOS = {
 }
 
 
-def _asft() -> AsFT:
-    return AsFT(unaligned_model=str(testbed.UNALIGNED), weight=10.0)
+def _harmful() -> list[Row]:
+    return testbed.harmful_rows(100, OWN_ROWS)
 
 
-def _salora(**settings: Any) -> SaLoRA:
-    return SaLoRA(safety_data=testbed.refusal_rows(128, OWN_ROWS), **settings)
-
-
-def _vectors() -> SecurityVectors:
-    return SecurityVectors(harmful_data=testbed.harmful_rows(100, OWN_ROWS))
-
-
-# How each method of METHODS, and one combination, is set up on the embedded pair. Everything that is not named is the
+# How each method of METHODS, and the combination that is recommended, is set up on the embedded pair. Everything that is not named is the
 # method's default. What is named was chosen on validation prompts (recipes/study/choose.py).
 VARIANTS: dict[str, Callable[[], Sequence[SafetyMethod]]] = {
     PLAIN: lambda: (),
-    "asft": lambda: [_asft()],
-    "salora": lambda: [_salora()],
-    "security_vectors": lambda: [_vectors()],
-    "vectors + inputs": lambda: [_vectors(), _salora(protect="input", rank=64, task_rank=0)],
+    "asft": lambda: [AsFT(unaligned_model=str(testbed.UNALIGNED), weight=10.0)],
+    "salora": lambda: [SaLoRA(safety_data=testbed.refusal_rows(128, OWN_ROWS))],
+    "security_vectors": lambda: [SecurityVectors(harmful_data=_harmful())],
+    "drift_penalty": lambda: [DriftPenalty(safety_data=_harmful())],
+    "recommended": lambda: recommended(_harmful()),
 }
 
 
@@ -160,6 +159,34 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     if output is not None:
         trainer.save_model(str(output))
     return Run(trainer.model, trainer.processing_class, time.perf_counter() - start, trainer.state.log_history)
+
+
+@contextmanager
+def workers(most: int) -> Iterator[ProcessPoolExecutor]:
+    """Give processes for fine-tuning, no more than there are cores; an error drops what has not begun.
+
+    Args:
+        most (`int`): Number of processes.
+    """
+    count = min(most, os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """See to it that a worker does not outlive a parent that was killed and could not stop it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _arguments(steps: int, learning_rate: float, seed: int, output: Path | None) -> Any:

@@ -1,0 +1,71 @@
+"""The study's table: a run is measured, written at once, and not done twice."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+STUDY = Path(__file__).resolve().parents[1] / "recipes" / "study"
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(STUDY))
+    try:
+        spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["study"] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(STUDY))
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_of_one_seed_comes_before_the_next(study):
+    from argparse import Namespace
+
+    chosen = Namespace(sweep=False, variants=[], seeds=2, scenarios=["attack", "how-to"], split="test")
+    cells = study.cells_of(chosen)
+    assert len(cells) == len(set(cells)) == 2 * 2 * len(study.VARIANTS)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_every_variant_makes_its_methods_anew_and_its_rows_are_as_many_as_the_scenario_s(study):
+    scenario = study.SCENARIOS["attack"]
+    for variant in {**study.VARIANTS, **study.SWEEP}.values():
+        if variant.refusals:
+            mixed = variant.rows(scenario, 0)
+            assert len(mixed) == len(scenario.rows(0))
+            refused = sum(row["completion"][0]["content"].lower().find("help with") > 0 for row in mixed)
+            assert 0 < refused <= round(variant.refusals * len(mixed))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_in_the_table_is_not_done_again(study, tmp_path, capsys, monkeypatch):
+    study.SCENARIOS["short"] = study.Scenario("short", "", "sentiment", 0.1, 2)
+    line = study.measure(study.Cell("short", "inputs", 0, "validation"))
+    assert [entry["kind"] for entry in line] == ["harmful", "benign", "borderline", "task"]
+    for entry in line:
+        parts = [entry.get(name, 0) for name in study.OUTCOMES]
+        assert (entry["kind"] == "task" and 0 <= entry["correct"] <= entry["total"]) or sum(parts) == entry["total"]
+    study.append(tmp_path / "runs.csv", line)
+    assert study.finished(tmp_path / "runs.csv") == {study.Cell("short", "inputs", 0, "validation")}
+    done = study.Cell("short", "inputs", 0, "validation")
+    assert list(study.run_all([done], tmp_path / "runs.csv", jobs=1)) == []
+    assert len(lines(tmp_path / "runs.csv")) == 4
+
+
+def test_what_was_committed_is_of_scenarios_and_variants_that_exist(study):
+    for path in (STUDY / "results").glob("*.csv"):
+        known = {**study.VARIANTS, **study.SWEEP}
+        for row in lines(path):
+            assert row["scenario"] in study.SCENARIOS and row["variant"] in known
