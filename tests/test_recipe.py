@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -326,6 +329,35 @@ def test_a_second_run_is_not_written_over_a_first_but_goes_on(recipe):
     resumed = invoke("train", path, "--resume", "--set", "training.max_steps=4", "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout.splitlines()[-1])["steps"] == 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(recipe):
+    import torch
+    from safetensors.torch import load_file
+
+    training = {"max_steps": 400, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1}
+    path = recipe({"training": training})
+    command = [sys.executable, "-m", "safe_trainer.cli", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = ""
+    while "'loss'" not in seen and '"loss"' not in seen and "loss" not in seen:
+        seen += process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    seen += process.communicate(timeout=120)[0]
+    assert process.returncode == 130, seen
+    assert "Traceback" not in seen
+    assert f"Go on with: safe-trainer train {path} --resume" in seen
+    (checkpoint,) = (path.parent / "out").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert f"behind step {step};" in seen and 0 < step < 400
+
+    changes = ["--set", f"training.max_steps={step + 2}", "--set", "training.lr_scheduler_type=constant"]
+    result = invoke("train", path, "--resume", "--json", *changes)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["steps"] == step + 2
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (checkpoint, path.parent / "out"))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_rows_that_the_evaluation_asks_are_pointed_out(recipe):

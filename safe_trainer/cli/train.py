@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,17 +78,36 @@ def _last_checkpoint(output: str, resume: bool) -> str | None:
     return last
 
 
+def _trained(recipe: Recipe, trainer: Any, last: str | None) -> Any:
+    """Train; on Ctrl-C save a checkpoint, say how to go on, and exit."""
+    from safe_trainer.recipe.stopping import stopping
+
+    output = recipe.parts.output
+    told = "\nCtrl-C: a checkpoint is saved behind this step. Once more stops at once and loses it."
+    try:
+        with stopping(trainer, lambda: errors.print(told)) as stopper:
+            trained = trainer.train(resume_from_checkpoint=last)
+    except KeyboardInterrupt:
+        step = trainer.state.global_step
+        errors.print(f"\nStopped at once, in step {step + 1}. If `{output}` holds a checkpoint, --resume goes on there.")
+        raise typer.Exit(130) from None
+    if stopper.step:
+        again = shlex.join(["safe-trainer", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
+        errors.print(
+            f"Stopped by Ctrl-C behind step {stopper.step}; the checkpoint is in `{output}`. Go on with: {again}",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130)
+    return trained
+
+
 def _run(recipe: Recipe, loaded: Loaded, last: str | None) -> dict[str, Any]:
     from safe_trainer.recipe.running import examine, make_trainer, save_recipe
 
     output = recipe.parts.output
     trainer = make_trainer(recipe, loaded.rows, show_bars=errors.is_terminal)
-    try:
-        trained = trainer.train(resume_from_checkpoint=last)
-    except KeyboardInterrupt:
-        step = trainer.state.global_step
-        errors.print(f"\nStopped by Ctrl-C after step {step}. If `{output}` holds a checkpoint, go on with --resume.")
-        raise typer.Exit(130) from None
+    trained = _trained(recipe, trainer, last)
     trainer.save_model(output)
     result: dict[str, Any] = {"output": output, "steps": trainer.state.global_step, "metrics": trained.metrics}
     if not trainer.is_world_process_zero():
