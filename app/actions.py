@@ -117,7 +117,7 @@ class Services:
             shutil.rmtree(folder)
             raise
         with session.lock:
-            old, session.draft, session.choices = session.draft, folder, choices
+            old, session.draft, session.choices, session.variants = session.draft, folder, choices, variants
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
         return variants, plan

@@ -121,7 +121,9 @@ def scan(job: Mapping[str, Any], events: Events) -> None:
     if not vectors.exists():
         events.tell("phase", phase="fitting")
         harmful, _ = load_rows("harmful.jsonl")
-        train_security_vectors(model, list(harmful), tokenizer).save(vectors)
+        fresh = Path("vectors").resolve()
+        train_security_vectors(model, list(harmful), tokenizer).save(fresh)
+        fresh.rename(vectors)  # whole or not at all
     events.tell("phase", phase="scanning")
     result = scan_file(
         job["rows"],

@@ -10,13 +10,14 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .catalogue import EMBEDDED, Model
 from .inspection import Inspection
 from .jobs import Job
-from .orders import Choices
+from .orders import Choices, Variant
 
 COOKIE = "safe_trainer_session"
 
@@ -32,6 +33,7 @@ class Session:
         inspection ([`Inspection`], *optional*): The data in use.
         choices ([`Choices`], *optional*): What has been checked and can be trained.
         draft (`Path`, *optional*): Folder with the recipes of these choices.
+        variants (`Sequence[Variant]`): The recipes in it.
         jobs (`list[Job]`): Its jobs, the newest last.
     """
 
@@ -41,6 +43,7 @@ class Session:
     inspection: Inspection | None = None
     choices: Choices | None = None
     draft: Path | None = None
+    variants: Sequence[Variant] = ()
     jobs: list[Job] = field(default_factory=list)
     seen: float = field(default_factory=time.monotonic)
     lock: threading.RLock = field(default_factory=threading.RLock)

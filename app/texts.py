@@ -77,7 +77,7 @@ EXAMPLES = {
 }
 UPLOAD = "Your own file (up to {size} MB)"
 MODEL = "Model to fine-tune"
-MODEL_INFO = "The embedded model is tiny and shows in two minutes how everything works; it proves nothing about others."
+MODEL_INFO = "The embedded model is tiny: it shows in two minutes how everything works and proves nothing about others."
 EMBEDDED = "Embedded model (1 million weights, nothing to download)"
 OTHER_MODEL = "Another model of the Hub …"
 MODEL_ID = "Its id on the Hub"
@@ -86,7 +86,7 @@ UNALIGNED_ID = "Checkpoint before alignment (optional, for AsFT)"
 USE_MODEL = "Use this model"
 NO_DATA = "Choose an example or upload a file, and what is in it appears here."
 READING = "Reading {name} …"
-FORMAT, ROWS, TOKENS, DUPLICATES, BAD = "Format", "Rows", "Tokens in a row", "Duplicates", "Unusable rows"
+FILE, FORMAT, ROWS, TOKENS, DUPLICATES, BAD = "Data", "Format", "Rows", "Tokens in a row", "Duplicates", "Unusable rows"
 TOKENS_VALUE = "{median} in the middle, {most} at most"
 CUT = "{count} rows are longer than {limit} tokens and will be cut"
 SAMPLE_HEADING = "First rows, as the model will see them"
@@ -118,16 +118,27 @@ TOKENIZER_LOST = "The model's tokenizer could not be loaded: {message}"
 METHOD_HEADING = "How should refusals be protected?"
 METHOD_LEAD = "Take several to compare them in one go; plain LoRA beside them shows what the protection does."
 METHODS = "Train these"
-SETTINGS = "Settings"
 ADVANCED = "Advanced settings"
-STEPS_LABEL, STEPS_INFO = "Training steps", "Each step learns from one batch of rows."
-RATE, RATE_INFO = "Learning rate", "The first defense in harmless drift: a lower one wears less away."
-LORA_RANK, BATCH, LENGTH, SEED = "LoRA rank", "Rows in a step", "Tokens kept of a row", "Seed"
-PROMPTS, ANSWER_TOKENS = "Questions of each kind", "Tokens of an answer"
-ASFT_WEIGHT, SALORA_RANK, STRENGTH = "AsFT: weight λ", "SaLoRA: protected directions", "Security Vectors: strength"
+SETTINGS = {
+    "steps": ("Training steps", "Each step learns from one batch of rows."),
+    "learning_rate": ("Learning rate", "The first defense in harmless drift: a lower one wears less away."),
+    "lora_rank": ("LoRA rank", ""),
+    "batch_size": ("Rows in a step", ""),
+    "max_length": ("Tokens kept of a row", ""),
+    "seed": ("Seed", ""),
+    "prompts": ("Questions of each kind", ""),
+    "answer_tokens": ("Tokens of an answer", ""),
+    "asft_weight": ("AsFT: weight λ", ""),
+    "salora_rank": ("SaLoRA: protected directions", ""),
+    "vectors_strength": ("Security Vectors: strength", ""),
+}
+NUMBER_MISSING = "{name}: a number is missing."
+NUMBER_RANGE = "{name} must be between {low:g} and {high:g}, got {value:g}."
+NEEDS_SHORT = "needs the checkpoint before alignment"
 CHECK = "Check and continue"
 CHOOSE_METHOD = "Choose at least one way to train."
-NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known for this model. Name it in step 1."
+NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known of this model."
+RECIPES = "Recipe and code of these runs, to copy"
 RECIPE, CODE_LABEL = "Recipe (YAML)", "The same in Python"
 SHOWN_FOR = "Show for"
 RECIPE_HEADER = "# {title}\n# safe-trainer train {file}\n"
@@ -219,7 +230,9 @@ FLIPS_HEADING = "Prompts whose outcome changed"
 NO_FLIPS = "No outcome has changed."
 FLIPS_SHOWN = "{count} changed; the first {shown} are shown, the report has all"
 REVEAL = "Show harmful text"
-BEFORE, AFTER, PROMPT = "Before", "After", "Prompt"
+BEFORE = "before"
+FLIP_COLUMNS = ("Prompt", "Change", "Before", "After")
+MODEL_COLUMN, ALL_MODELS = "Model", "all of them"
 ASK_HEADING = "Ask them yourself"
 ASK_LABEL, ASK_HINT, ASK_BUTTON = "Your question", "How do I paint a fence?", "Ask all"
 ASK_WHOM, ASK_STOP = "Whom to ask", "Stop"
@@ -236,7 +249,7 @@ DOWNLOAD = {
     "checkpoint": "checkpoint (zip)",
     "numbers": "all numbers and answers (JSON)",
 }
-TINY = "The embedded model has one million weights: this shows how the tools work and says nothing direct about others."
+TINY = "The embedded model has one million weights: it shows how the tools work and says nothing direct about others."
 PUSH = "Push an adapter to the Hub"
 PUSH_REPO, PUSH_BUTTON = "Repository (owner/name)", "Push as private"
 PUSH_DONE = "Pushed to {repo}."

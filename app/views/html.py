@@ -57,3 +57,35 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Return bytes as people say them."""
     return f"{count / 2**30:.1f} GB" if count > 2**29 else f"{count / 2**20:.0f} MB"
+
+
+def heading(title: str, lead: str = "") -> Markup:
+    """Return the heading of a step."""
+    return Markup('<div class="heading"><h2>{}</h2><p>{}</p></div>').format(title, lead)
+
+
+def working(what: str, done: float, total: float) -> Markup:
+    """Return a bar, or only words where it is not known how much there is."""
+    bar = Markup('<progress max="{}" value="{}" aria-label="{}"></progress>').format(total, done, what)
+    return Markup('<p class="working"><span>{}</span>{}</p>').format(what, bar if total else Markup(""))
+
+
+def short(text: str, most: int = 160) -> str:
+    """Cut a text for a table."""
+    text = " ".join(str(text or "").split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def subheading(title: str) -> Markup:
+    """Return a heading within a step."""
+    return Markup("<h3>{}</h3>").format(title)
+
+
+def folded(title: str, content: Markup) -> Markup:
+    """Return content under a heading that opens it."""
+    return Markup("<details><summary>{}</summary>{}</details>").format(title, content)
+
+
+def title(name: str, lead: str) -> Markup:
+    """Return the head of the page."""
+    return Markup('<header class="title"><h1>{}</h1><p>{}</p></header>').format(name, lead)
