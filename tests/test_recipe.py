@@ -37,6 +37,7 @@ def recipe(tmp_path):
             "model": {"path": str(testbed.ALIGNED)},
             "data": [{"path": "rows.jsonl"}],
             "peft": {"r": 2, "target_modules": ["q_proj"]},
+            "safety": None,
             "training": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "seed": 7},
             "output": str(tmp_path / "out"),
         }
@@ -447,3 +448,42 @@ def test_schema_knows_the_fields_of_every_part():
     assert "target_modules" in properties["peft"]["anyOf"][0]["properties"]
     methods = properties["safety"]["anyOf"][0]["anyOf"]
     assert {method["properties"]["method"]["const"] for method in methods} == set(METHODS)
+
+
+# ---- the recommended methods
+
+
+def test_without_a_word_on_safety_the_recommended_methods_are_taken(recipe, tmp_path):
+    path = recipe()
+    path.write_text(path.read_text().replace("safety: null\n", ""))
+    read = read_recipe(path, ["peft.target_modules=all-linear"])
+    assert [type(method).__name__ for method in read.safety] == ["SecurityVectors", "SaLoRA"]
+    assert str(read.safety[0].harmful_data).endswith("safety/harmful.jsonl")
+
+
+@pytest.mark.parametrize("safety", ["recommended", [{"method": "recommended"}], {"method": "recommended"}])
+def test_they_can_be_asked_for_by_name(recipe, safety):
+    assert len(read_recipe(recipe({"safety": safety})).safety) == 2
+
+
+def test_harmful_rows_of_ones_own_are_looked_for_beside_the_recipe(recipe, tmp_path):
+    (tmp_path / "harmful.jsonl").write_text(json.dumps({"prompt": "Harm.", "completion": "Sure."}))
+    read = read_recipe(recipe({"safety": {"method": "recommended", "harmful_data": "./harmful.jsonl"}}))
+    assert str(read.safety[1].safety_data) == str(tmp_path / "harmful.jsonl")
+
+
+def test_training_all_weights_gets_the_methods_for_that(recipe):
+    read = read_recipe(recipe({"safety": "recommended", "peft": None}))
+    assert [type(method).__name__ for method in read.safety] == ["SecurityVectors", "DriftPenalty"]
+
+
+def test_a_model_that_brings_no_harmful_rows_asks_for_them_or_for_plain_training(recipe):
+    path = recipe({"model": {"path": str(testbed.UNALIGNED)}})
+    path.write_text(path.read_text().replace("safety: null\n", ""))
+    (problem,) = problems(path)
+    assert "harmful_data: harmful.jsonl" in problem and "safety: null" in problem
+
+
+def test_a_method_that_is_recommended_already_stands_there_a_second_time(recipe):
+    twice = ["recommended", {"method": "security_vectors", "harmful_data": "./rows.jsonl"}]
+    assert "`security_vectors` stands here a second time" in problems(recipe({"safety": twice}))[0]
