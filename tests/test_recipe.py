@@ -447,7 +447,7 @@ def test_schema_knows_the_fields_of_every_part():
     assert "output_dir" not in properties["training"]["properties"]
     assert "target_modules" in properties["peft"]["anyOf"][0]["properties"]
     methods = properties["safety"]["anyOf"][0]["anyOf"]
-    assert {method["properties"]["method"]["const"] for method in methods} == set(METHODS)
+    assert {method["properties"]["method"]["const"] for method in methods} == {"recommended", *METHODS}
 
 
 # ---- the recommended methods
@@ -485,5 +485,5 @@ def test_a_model_that_brings_no_harmful_rows_asks_for_them_or_for_plain_training
 
 
 def test_a_method_that_is_recommended_already_stands_there_a_second_time(recipe):
-    twice = ["recommended", {"method": "security_vectors", "harmful_data": "./rows.jsonl"}]
+    twice = [{"method": "recommended"}, {"method": "security_vectors", "harmful_data": "./rows.jsonl"}]
     assert "`security_vectors` stands here a second time" in problems(recipe({"safety": twice}))[0]

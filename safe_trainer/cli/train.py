@@ -89,7 +89,7 @@ def _trained(recipe: Recipe, trainer: Any, last: str | None) -> Any:
             trained = trainer.train(resume_from_checkpoint=last)
     except KeyboardInterrupt:
         step = trainer.state.global_step
-        errors.print(f"\nStopped at once in step {step + 1}. If `{output}` holds a checkpoint, --resume goes on there.")
+        errors.print(f"\nStopped in step {step + 1}. If `{output}` holds a checkpoint, --resume goes on from it.")
         raise typer.Exit(130) from None
     if stopper.step:
         again = shlex.join(["safe-trainer", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
