@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .fields import json_schema
+from .protection import Recommended
 from .schema import RecipePart
 from .validation import NOT_UNDER_PEFT, NOT_UNDER_TRAINING
 
@@ -22,15 +23,15 @@ def recipe_schema() -> dict[str, Any]:
 
     schema = RecipePart.model_json_schema()
     methods = []
-    for name, cls in METHODS.items():
+    for name, cls in {"recommended": Recommended, **METHODS}.items():
         method = json_schema(cls)
         method["properties"] = {"method": {"const": name}, **method["properties"]}
-        methods.append({**method, "title": cls.name, "required": ["method"]})
+        methods.append({**method, "title": getattr(cls, "name", name), "required": ["method"]})
     one = {"anyOf": methods}
     properties = schema["properties"]
     properties["training"] |= json_schema(SFTConfig, NOT_UNDER_TRAINING)
     peft = {"anyOf": [json_schema(LoraConfig, NOT_UNDER_PEFT), {"type": "null"}]}
     properties["peft"] = {"description": properties["peft"]["description"], **peft}
-    safety = {"anyOf": [one, {"type": "array", "items": one}, {"type": "null"}]}
+    safety = {"anyOf": [one, {"type": "array", "items": one}, {"const": "recommended"}, {"type": "null"}]}
     properties["safety"] = {"description": properties["safety"]["description"], **safety}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "safe_trainer recipe", **schema}

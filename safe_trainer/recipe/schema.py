@@ -88,7 +88,8 @@ class RecipePart(Part):
         description="Settings of PEFT's LoraConfig; null trains all weights.",
     )
     safety: list[dict[str, Any]] = Field(
-        default_factory=list, description="The methods that protect the model, in order: `method` and its settings."
+        default_factory=lambda: [{"method": "recommended"}],
+        description="The methods that protect the model, in order: `method` and its settings; null for none.",
     )
     training: dict[str, Any] = Field(default_factory=dict, description="Settings of TRL's SFTConfig.")
     evaluation: EvaluationPart | None = None
@@ -99,6 +100,8 @@ class RecipePart(Part):
     def _one_method_is_a_list(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("safety"), dict):
             return {**values, "safety": [values["safety"]]}
+        if isinstance(values, dict) and values.get("safety") == "recommended":
+            return {**values, "safety": [{"method": "recommended"}]}
         if isinstance(values, dict) and "safety" in values and values["safety"] is None:
             return {**values, "safety": []}
         return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from .document import Document, Place, Problem, RecipeError, assignment, did_you_mean
 from .fields import check_fields
+from .protection import check_safety
 from .schema import DataPart, EvaluationPart, ModelPart, Part, PromptsPart, RecipePart
 from .sources import check_sources, moved
 
@@ -102,7 +102,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     check_sources(values, problems)
     training = _check_training(values, problems)
     peft = _check_peft(values, problems)
-    safety = _check_safety(values, peft, problems)
+    safety = check_safety(values, peft, problems)
     document.complain(problems)
     assert parts is not None  # otherwise there were problems
     return Recipe(Path(path), document.values, parts, training, peft, safety)
@@ -151,37 +151,3 @@ def _check_peft(values: dict[str, Any], problems: list[Problem]) -> LoraConfig |
     except (ValueError, TypeError) as error:
         problems.append(Problem(("peft",), str(error)))
         return None
-
-
-def _check_safety(values: dict[str, Any], peft: LoraConfig | None, problems: list[Problem]) -> list[SafetyMethod]:
-    """Make the methods, and let each of them look at the adapter that it is to protect."""
-    from safe_trainer.methods import METHODS
-
-    listed = values.get("safety") or []
-    methods: list[SafetyMethod] = []
-    for position, entry in enumerate(listed if isinstance(listed, list) else [listed]):
-        place: Place = ("safety", position) if isinstance(listed, list) else ("safety",)
-        if not isinstance(entry, dict):
-            continue  # the schema has complained
-        settings = dict(entry)
-        name = settings.pop("method", None)
-        if name not in METHODS:
-            hint = (
-                f"got {name!r}; {did_you_mean(name, METHODS)}" if name else f"is missing; {did_you_mean('', METHODS)}"
-            )
-            problems.append(Problem((*place, "method"), hint))
-            continue
-        checked, found = check_fields(METHODS[name], settings, place)
-        problems += found
-        if found:
-            continue
-        try:
-            method = METHODS[name](**checked)
-            peft = method.adapt_peft_config(copy.deepcopy(peft))
-        except (ValueError, TypeError) as error:
-            problems.append(Problem(place, str(error)))
-            continue
-        if any(type(other) is type(method) for other in methods):
-            problems.append(Problem((*place, "method"), f"`{name}` stands here a second time"))
-        methods.append(method)
-    return methods

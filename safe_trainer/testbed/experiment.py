@@ -87,7 +87,7 @@ def _harmful() -> list[Row]:
     return testbed.harmful_rows(100, OWN_ROWS)
 
 
-# How each method of METHODS, and the combination that is recommended, is set up on the embedded pair. Everything that is not named is the
+# How each method of METHODS, and the recommended combination, is set up on the embedded pair. What is not named is the
 # method's default. What is named was chosen on validation prompts (recipes/study/choose.py).
 VARIANTS: dict[str, Callable[[], Sequence[SafetyMethod]]] = {
     PLAIN: lambda: (),
