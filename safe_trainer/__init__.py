@@ -75,12 +75,14 @@ __all__ = [
     "to_markdown",
     "token_f1",
     "train_security_vectors",
+    "write_card",
     "write_report",
 ]
 
 if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` below says the same
     from safe_trainer import recipe, testbed
     from safe_trainer.calibration import SafetyBasis
+    from safe_trainer.card import write_card
     from safe_trainer.data import (
         PromptSet,
         Reading,
@@ -184,6 +186,7 @@ _HOMES = {
     "to_markdown": "evaluation",
     "token_f1": "evaluation",
     "train_security_vectors": "vectors",
+    "write_card": "card",
     "write_report": "evaluation",
 }
 

@@ -23,6 +23,7 @@ STOPS = {
     "adapters",
     "artifacts",
     "calibration",
+    "card",
     "cli",
     "data",
     "direction",

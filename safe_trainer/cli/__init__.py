@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .card import card
 from .compare import compare, evaluate
 from .direction import direction
 from .embedded import demo, testbed_app
@@ -44,6 +45,7 @@ app.command(
     epilog="Example: safe-trainer scan rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --vectors vectors -o ranked.csv"
 )(scan)
 app.command(epilog="Example: safe-trainer export out --output merged --dtype bfloat16")(export)
+app.command(epilog="Example: safe-trainer card out --push me/my-model --private")(card)
 app.add_typer(testbed_app, name="testbed")
 
 

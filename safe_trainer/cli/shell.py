@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from typer.core import TyperGroup
 
 console = Console()
 errors = Console(stderr=True)
+
+_TOKEN = re.compile(r"hf_\w{8,}")  # of the Hub; no message of ours or of a library may show one
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
 
@@ -35,7 +38,8 @@ class CommandGroup(TyperGroup):
                 raise
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             # `Text`, since a message may hold square brackets, which rich would take for markup.
-            errors.print(Text("Error: ", "bold red") + Text(f"{kind}{error}"), soft_wrap=True)
+            told = _TOKEN.sub("hf_…", f"{kind}{error}")
+            errors.print(Text("Error: ", "bold red") + Text(told), soft_wrap=True)
             errors.print(f"For the traceback: safe-trainer --debug {ctx.invoked_subcommand} …", style="dim")
             raise typer.Exit(1) from error
 

@@ -115,16 +115,19 @@ def _run(recipe: Recipe, loaded: Loaded, last: str | None) -> dict[str, Any]:
     saved = save_recipe(recipe, loaded)
     errors.print(f"Saved to {output}; {saved} runs it again.", markup=False, soft_wrap=True)
     if loaded.prompt_sets:
+        from safe_trainer.card import publish, write_card
         from safe_trainer.evaluation import write_report
         from safe_trainer.evaluation.storage import summary
 
         with progress_bar("Asking the model before and after") as show:
             comparison = examine(recipe, trainer, loaded.prompt_sets, show)
-        files = write_report(comparison, output)
+        files = [*write_report(comparison, output), write_card(output, comparison)]
         result |= {"report": [str(file) for file in files], "comparison": summary(comparison)}
         for sentence in comparison.sentences(comparison.evaluations[-1].name):
             errors.print(sentence, markup=False, soft_wrap=True)
         errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+        if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
+            publish(output, trainer.hub_model_id)
     return result
 
 

@@ -1,0 +1,166 @@
+"""Model cards: what was measured in the Hub's form, a person's own text untouched, and nothing that is private."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from evaluation_models import tiny_llama
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from test_report import comparison
+from typer.testing import CliRunner
+
+from safe_trainer import TrainedVectors, testbed
+from safe_trainer.artifacts import save_artifact
+from safe_trainer.card import BEGIN, publish, write_card
+from safe_trainer.cli import app
+from safe_trainer.evaluation import to_json
+from safe_trainer.methods import AsFT
+from safe_trainer.vectors.weights import _KIND
+
+RECIPE = {
+    "model": {"path": "/home/me/secret-project/aligned"},
+    "data": [{"path": "../private/rows.jsonl"}],
+    "safety": [{"method": "asft", "unaligned_model": "org/base", "weight": 2.0}],
+    "output": "out",
+}
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="safe-trainer")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter as a run leaves it: with PEFT's empty form of a card, the recipe, and the comparison."""
+    folder = tmp_path / "my-adapter"
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "org/base-it"
+    model.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "comparison.json").write_text(to_json(comparison()))
+    return folder
+
+
+def test_a_card_holds_rates_recipe_and_citation_and_no_folder_of_this_machine(folder):
+    assert "[More Information Needed]" in (folder / "README.md").read_text()
+    assert invoke("card", folder).exit_code == 0
+    text = (folder / "README.md").read_text()
+    assert "[More Information Needed]" not in text
+    assert "harm: complied" in text and "| plain LoRA |" in text
+    assert 'PeftModel.from_pretrained(model, "my-adapter")' in text
+    assert AsFT.paper.citation.strip() in text and "with its refusals protected by AsFT" in text
+    assert "weight: 2.0" in text and "path: rows.jsonl" in text
+    assert "secret-project" not in text and "private/" not in text and str(folder.parent) not in text
+
+
+def test_the_hub_reads_what_was_measured(folder):
+    card = ModelCard.load(write_card(folder))
+    assert card.data.base_model == "org/base-it" and card.data.library_name == "peft"
+    assert {"safe-trainer", "trl", "lora", AsFT.tag} <= set(card.data.tags)
+    found = {(r.dataset_name, r.metric_type): r for r in card.data.eval_results}
+    assert set(found) == {
+        ("harm (harmful)", "refusal_rate"), ("harm (harmful)", "attack_success_rate"),
+        ("edge (borderline)", "over_refusal_rate"), ("sums (task)", "accuracy"),
+    }  # fmt: skip
+    measured = found["harm (harmful)", "refusal_rate"]
+    assert measured.metric_value == 0.25 and measured.metric_args["total"] == 4
+    assert measured.metric_name == "Refusal rate (before: 100.0 % (4/4))"
+
+
+def test_what_a_person_has_written_stays_text_and_metadata(folder):
+    own = "---\nlicense: mit\ntags:\n- mine\nbase_model: my/own\n---\n# A name\n\nWritten by me.\n"
+    (folder / "README.md").write_text(own)
+    write_card(folder)
+    once = (folder / "README.md").read_text()
+    assert "# A name\n\nWritten by me.\n\n" + BEGIN in once
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.base_model, data.tags[0]) == ("mit", "my/own", "mine")
+    (folder / "README.md").write_text(once + "\nWritten below.\n")
+    write_card(folder)
+    assert (folder / "README.md").read_text() == once + "\nWritten below.\n"
+
+
+def test_a_card_without_a_comparison_says_how_to_get_rates_into_it(folder):
+    (folder / "comparison.json").rename(folder.parent / "elsewhere.json")
+    assert "name its comparison.json with --comparison" in invoke("card", folder).output.replace("\n", " ")
+    assert "model-index" not in (folder / "README.md").read_text()
+    assert invoke("card", folder, "--comparison", folder.parent / "elsewhere.json").exit_code == 0
+    assert "model-index" in (folder / "README.md").read_text()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    result = invoke("card", tmp_path)
+    assert result.exit_code == 1 and "holds no adapter and no model" in result.output
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put a stand-in in the place of the Hub that notes what it is given."""
+    calls = []
+
+    class Api:
+        def create_repo(self, repository, **options):
+            calls.append((repository, options))
+            return types.SimpleNamespace(repo_id=repository)
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return calls
+
+
+def test_weights_and_card_are_published_and_no_report(folder, hub):
+    (folder / "checkpoint-5").mkdir()
+    (folder / "tokenizer.json").touch()
+    assert invoke("card", folder, "--push", "me/model", "--private").exit_code == 0
+    assert hub[0] == ("me/model", {"private": True, "exist_ok": True})
+    assert hub[1]["allow_patterns"] == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_vectors_are_never_published(tmp_path, hub):
+    save_artifact(tmp_path / "adapter_model.safetensors", _KIND, 1, [("a", torch.eye(2))], {})
+    with pytest.raises(ValueError, match="security vectors, which make a model answer harmful requests"):
+        publish(tmp_path, "me/vectors")
+    result = invoke("card", tmp_path, "--push", "me/vectors")
+    assert result.exit_code == 1 and hub == [] and not (tmp_path / "README.md").exists()
+    assert not hasattr(TrainedVectors, "push_to_hub")
+
+
+def test_a_token_is_never_printed_logged_or_saved(tmp_path, monkeypatch, caplog):
+    token = "hf_" + "Secret" * 5
+    monkeypatch.setenv("HF_TOKEN", token)
+    rows = [{"prompt": f"Name the number {n}.", "completion": str(n)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "ask.txt").write_text("How do I plant a tree?\n")
+    recipe = {
+        "model": {"path": str(testbed.ALIGNED)},
+        "data": [{"path": "rows.jsonl"}],
+        "peft": {"r": 2, "target_modules": ["q_proj"]},
+        "safety": None,
+        "training": {"max_steps": 1, "save_steps": 1, "logging_steps": 1},
+        "evaluation": {"prompts": [{"path": "ask.txt", "kind": "benign"}], "max_new_tokens": 2},
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    refused = invoke("train", tmp_path / "recipe.yaml", "--set", f"training.hub_token={token}")
+    wrong = invoke("train", tmp_path / "recipe.yaml", "--set", token)
+    assert (refused.exit_code, wrong.exit_code) == (1, 1)
+    trained = invoke("train", tmp_path / "recipe.yaml")
+    assert trained.exit_code == 0, trained.output
+    assert "Secret" not in refused.output + wrong.output + trained.output + caplog.text
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert (tmp_path / "out" / "checkpoint-1" / "training_args.bin") in files
+    assert [path for path in files if b"Secret" in path.read_bytes()] == []
+    assert "Written: " in trained.stderr and BEGIN in (tmp_path / "out" / "README.md").read_text()
