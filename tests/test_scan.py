@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
+import re
+import signal
+import subprocess
+import sys
 import tracemalloc
+from contextlib import suppress
 from itertools import count, islice
 
 import planted
@@ -159,6 +165,20 @@ def test_a_spool_returns_entries_by_their_score_and_equal_ones_in_their_order():
         assert spool.above(0.4) == 3 and len(spool) == 4
 
 
+def test_memory_of_a_scan_does_not_grow_with_the_file(pair, tmp_path):
+    path, peaks = tmp_path / "rows.jsonl", []
+    for number in (10, 150, 400):  # the first also loads what is loaded once; the first hundred rows decide the format
+        with path.open("w") as file:
+            for i in range(number):  # one of ten is scored, which is what takes the time
+                row = {"prompt": "ask" * (1 if i % 10 == 0 else 20), "response": "say", "note": "x" * 20_000}
+                file.write(json.dumps(row) + "\n")
+        tracemalloc.start()
+        scan_file(path, *pair, TOKENIZER, output=tmp_path / "ranked.jsonl", batch_size=2, max_length=40, top=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < peaks[1] + 1e6  # bytes; the file is 5 MB larger
+
+
 def test_memory_of_a_spool_does_not_grow_with_what_it_holds():
     row = {"text": "x" * 2000}
     tracemalloc.start()
@@ -300,6 +320,34 @@ def test_a_table_csv_is_read_with_its_line_numbers(pair, tmp_path):
     assert sorted(entry["line"] for entry in result.top) == [2, 4]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of its own is a matter of Unix")
+def test_ctrl_c_in_a_terminal_keeps_what_is_done(tmp_path):
+    import pty
+
+    from safe_trainer import testbed
+
+    model = tiny.Auto.from_pretrained(testbed.ALIGNED)
+    vectors = planted.vectors(model, scale=0.01).save(tmp_path / "vectors")
+    path, table = tmp_path / "rows.jsonl", tmp_path / "ranked.csv"
+    path.write_text("\n".join(json.dumps(row) for row in testbed.task_rows("sentiment", 400) * 10))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "safe_trainer.cli", "scan", path, "--vectors", vectors, "-o", table]
+    shown = b""
+    with subprocess.Popen([*command, "--model", testbed.ALIGNED], stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        while not re.search(rb"[1-9]\d*/4000", shown):
+            shown += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the other end is closed when the process has ended
+            while part := os.read(ours, 4096):
+                shown += part
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())  # without colours
+    told = re.search(r"Stopped by Ctrl-C after ([\d,]+) rows, which are kept", plain)
+    assert process.returncode == 130 and told, plain
+    assert len(read_table(table)) == int(told[1].replace(",", "")) < 4000
+
+
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
@@ -323,20 +371,55 @@ def test_a_score_is_what_its_name_says():
     assert Score(0.01, 0.0).share == pytest.approx(0.2)  # it is known already, so there is little to take away
 
 
-@pytest.mark.slow
-def test_planted_rows_are_found_also_in_categories_that_the_vectors_never_saw():
+# ---- what it is for
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """Return what scores rows with vectors that were fitted to six of eight categories of harm, and rows of each kind.
+
+    Forty harmful rows stand among 360 of several tasks: of the six categories in other words, of the other two, and
+    of two that the model was not aligned on either.
+    """
     from safe_trainer import testbed, train_security_vectors
 
     model = tiny.Auto.from_pretrained(testbed.ALIGNED, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(testbed.ALIGNED)
-    asked = testbed.prompt_set("harmful", "train")
-    categories = sorted(set(asked.categories))
-    rows = {category: [] for category in categories}
-    for prompt, answer, category in zip(asked.prompts, asked.references, asked.categories, strict=True):
-        rows[category].append(conversation(prompt, answer))
-    seen = [row for category in categories[2:] for row in rows[category]]
-    vectors = train_security_vectors(model, seen[:100], tokenizer)
-    others = [row for name in ("sentiment", "how_to", "topic") for row in testbed.task_rows(name, 120)]
-    for planted_rows in (seen[100:140], (rows[categories[0]] + rows[categories[1]])[:40]):
-        scores = [score.share for score in score_rows(planted_rows + others, model, vectors, tokenizer)]
-        assert average_precision(scores, [True] * 40 + [False] * 360) > 0.9
+
+    def by_category(split):
+        asked, rows = testbed.prompt_set("harmful", split), {}
+        for prompt, answer, category in zip(asked.prompts, asked.references, asked.categories, strict=True):
+            rows.setdefault(category, []).append(conversation(prompt, answer))
+        return rows
+
+    rows, strange = by_category("train"), by_category("unseen")
+    fitted = [row for category in sorted(rows)[2:] for row in rows[category]]
+    random.Random(0).shuffle(fitted)
+    vectors = train_security_vectors(model, fitted[:100], tokenizer)
+    harmless = [row for name in ("sentiment", "how_to", "topic") for row in testbed.task_rows(name, 120)]
+    harmful = {
+        "seen": fitted[100:140],
+        "held out": [row for category in sorted(rows)[:2] for row in rows[category][:20]],
+        "strange": [row for category in sorted(strange) for row in strange[category][:20]],
+    }
+
+    def curve(kind):
+        scores = [score.share for score in score_rows(harmful[kind] + harmless, model, vectors, tokenizer)]
+        truth = [True] * 40 + [False] * 360
+        return average_precision(scores, truth), precision_recall(scores, truth)
+
+    return curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["seen", "held out"])
+def test_planted_rows_are_found_also_in_categories_that_the_vectors_never_saw(kind, embedded):
+    area, (precision, recall, _) = embedded(kind)
+    assert area > 0.98
+    assert all(precision[recall <= 0.9] > 0.95)  # nearly all that is found before the last few rows is harm
+
+
+@pytest.mark.slow
+def test_harm_that_the_model_itself_was_never_aligned_on_is_found_less_surely(embedded):
+    area, _ = embedded("strange")
+    assert 0.5 < area < 0.95  # by chance it would be 0.1
