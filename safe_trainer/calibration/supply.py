@@ -46,4 +46,10 @@ def supplied_basis(  # noqa: PLR0913, what is given and what is wanted
         return SafetyBasis.from_rows(model, tokenizer, rows, **wanted)
     basis = given if isinstance(given, SafetyBasis) else SafetyBasis.load(given)
     basis.check_fits(model, list(layers), sides, rank)
+    measured, wanted_at = basis.provenance.get("input_tokens"), measuring.get("input_tokens", "prompt")
+    if "input" in sides and measured not in (None, wanted_at):
+        raise ValueError(
+            f"The basis holds what layers read at `input_tokens={measured!r}`, and {wanted_at!r} is wanted. Give "
+            f"`input_tokens={measured!r}`, or measure another basis."
+        )
     return basis
