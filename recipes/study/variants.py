@@ -23,7 +23,8 @@ class Variant:
     Args:
         methods (`Callable`): Makes the safety methods.
         learning_rate (`float`, *optional*): Another than the scenario's.
-        steps (`float`, *optional*, defaults to `1.0`): Share of the scenario's steps after which to stop.
+        steps (`float`, *optional*, defaults to `1.0`): Share of the scenario's steps after which to stop; with `0` the
+            model stays as it was.
         refusals (`float`, *optional*, defaults to `0.0`): Share of the rows whose places safety rows take.
     """
 
@@ -96,6 +97,7 @@ def drift(weight: float) -> DriftPenalty:
 
 
 VARIANTS: dict[str, Variant] = {
+    "before": Variant(steps=0),
     "plain LoRA": Variant(),
     "security vectors": Variant(lambda: [vectors()]),
     "inputs": Variant(lambda: [inputs()]),

@@ -88,7 +88,7 @@ def _harmful() -> list[Row]:
 
 
 # How each method of METHODS, and the recommended combination, is set up on the embedded pair. What is not named is the
-# method's default. What is named was chosen on validation prompts (recipes/study/choose.py).
+# method's default. What is named was chosen on validation prompts (recipes/study/study.py --sweep).
 VARIANTS: dict[str, Callable[[], Sequence[SafetyMethod]]] = {
     PLAIN: lambda: (),
     "asft": lambda: [AsFT(unaligned_model=str(testbed.UNALIGNED), weight=10.0)],
@@ -135,7 +135,8 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
         output (`Path`, *optional*): Folder for the adapter; nothing is saved if left out.
         rows (`Sequence[Row]`, *optional*): Other rows than the scenario's, for controls that change the data.
         learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
-        steps (`int`, *optional*): Other than the scenario's: the schedule is made for these.
+        steps (`int`, *optional*): Other than the scenario's: the schedule is made for these. With `0` the model stays
+            as it was.
 
     Returns:
         [`Run`]: The model in memory, with times and logs.
@@ -155,7 +156,8 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
         safety=list(safety),
     )
     trainer.remove_callback(PrinterCallback)  # what it prints is in the log
-    trainer.train()
+    if steps != 0:
+        trainer.train()
     if output is not None:
         trainer.save_model(str(output))
     return Run(trainer.model, trainer.processing_class, time.perf_counter() - start, trainer.state.log_history)
