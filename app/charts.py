@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -12,33 +12,43 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 30
 COLOURS = 6
 """So many classes `series-0`, `series-1`, ... the style sheet knows."""
 
-Curve = Sequence[tuple[float, float]]
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: its name, the number of its colour, and steps with values."""
+
+    name: str
+    series: int
+    points: Sequence[tuple[float, float]]
 
 
-def lines(title: str, curves: Mapping[str, Curve], *, top: float | None = None) -> Markup:
+def lines(title: str, curves: Sequence[Line], last: float, *, top: float | None = None) -> Markup:
     """Draw curves over steps, with a legend.
 
     Args:
         title (`str`): What the numbers are; also what a screen reader says.
-        curves (`Mapping[str, Sequence[tuple[float, float]]]`): Steps and values by name.
+        curves (`Sequence[Line]`): The curves, none of them empty.
+        last (`float`): The last step, whether it has been reached or not.
         top (`float`, *optional*): Upper end of the scale; by default a round number above the largest value.
     """
-    points = [point for curve in curves.values() for point in curve]
+    points = [point for curve in curves for point in curve.points]
     if not points:
         return Markup("")
-    last = max(max(x for x, _ in points), 1)
+    last = max(last, 1)
     high = top if top is not None else _round_up(max(y for _, y in points))
     place = _Plane(last, high)
-    parts = [_grid(place, _ticks(last), _ticks(high))]
-    for number, curve in enumerate(curves.values()):
-        path = " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in curve)
-        shape = Markup('<polyline class="series-{}" points="{}"/>').format(number % COLOURS, path)
-        end = Markup('<circle class="series-{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
-            number % COLOURS, place.x(curve[-1][0]), place.y(curve[-1][1])
+    parts = [_grid(place, [round(tick) for tick in _ticks(last)], _ticks(high))]
+    for curve in curves:
+        path = " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in curve.points)
+        parts.append(Markup('<polyline class="series-{}" points="{}"/>').format(curve.series % COLOURS, path))
+        x, y = curve.points[-1]
+        parts.append(
+            Markup('<circle class="series-{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
+                curve.series % COLOURS, place.x(x), place.y(y)
+            )
         )
-        parts += [shape, end]
-    told = "; ".join(f"{name}: {curve[-1][1]:.3g}" for name, curve in curves.items())
-    return _figure(title, f"{title}, latest {told}", parts, list(curves))
+    told = "; ".join(f"{curve.name}: {curve.points[-1][1]:.3g}" for curve in curves)
+    return _figure(title, f"{title}, latest {told}", parts, [(curve.name, curve.series) for curve in curves])
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Dot:
     """One model in the plane, in percent, with the interval of the upward rate."""
 
     name: str
+    series: int
     x: float
     y: float
     low: float
@@ -58,13 +69,13 @@ def plane(title: str, across: str, up: str, dots: Sequence[Dot]) -> Markup:
     ticks = [0, 25, 50, 75, 100]
     parts = [_grid(place, ticks, ticks)]
     for number, dot in enumerate(dots):
-        x = place.x(dot.x)
+        x = place.x(dot.x) + 3 * number  # so that equal ones can be told apart
         parts.append(
             Markup(
                 '<g class="series-{n}"><line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
                 '<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
             ).format(
-                n=number % COLOURS, x=x + 3 * number, y=place.y(dot.y), low=place.y(dot.low), high=place.y(dot.high)
+                n=dot.series % COLOURS, x=x, y=place.y(dot.y), low=place.y(dot.low), high=place.y(dot.high)
             )
         )
     parts.append(
@@ -73,7 +84,7 @@ def plane(title: str, across: str, up: str, dots: Sequence[Dot]) -> Markup:
         )
     )
     told = "; ".join(f"{dot.name}: {up} {dot.y:.0f}, {across} {dot.x:.0f}" for dot in dots)
-    return _figure(f"{title}: {up}", told, parts, [dot.name for dot in dots])
+    return _figure(f"{title}: {up}", told, parts, [(dot.name, dot.series) for dot in dots])
 
 
 @dataclass(frozen=True)
@@ -105,10 +116,10 @@ def _grid(place: _Plane, across: Sequence[float], up: Sequence[float]) -> Markup
     return Markup("").join(parts)
 
 
-def _figure(title: str, told: str, parts: Sequence[Markup], names: Sequence[str]) -> Markup:
+def _figure(title: str, told: str, parts: Sequence[Markup], names: Sequence[tuple[str, int]]) -> Markup:
     legend = Markup("").join(
-        Markup('<li><span class="swatch series-{}"></span>{}</li>').format(number % COLOURS, name)
-        for number, name in enumerate(names)
+        Markup('<li><span class="swatch series-{}"></span>{}</li>').format(series % COLOURS, name)
+        for name, series in names
     )
     return Markup(
         '<figure class="chart"><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'

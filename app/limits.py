@@ -66,7 +66,7 @@ def local_setup(folders: Mapping[str, str] | None = None, *, shared: bool = Fals
 
 
 def space_setup() -> Setup:
-    """Return how the app is run as a Space: only with the models that `ALLOWED_MODELS` names beside the embedded one."""
+    """Return how the app is run as a Space: with no models but the embedded one and those in `ALLOWED_MODELS`."""
     named = [name.strip() for name in os.environ.get("ALLOWED_MODELS", "").split(",") if name.strip()]
     known = {model.key: model for model in HUB_MODELS}
     models = {EMBEDDED.key: EMBEDDED, **{name: known.get(name, Model(name, name)) for name in named}}

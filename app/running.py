@@ -19,7 +19,7 @@ CHECKS = 8
 
 
 class Reporter(TrainerCallback):
-    """Tells the server what the trainer does, and ends it between two steps, with a checkpoint, when that is wanted."""
+    """Tells the server what the trainer does; when that is wanted, ends it between two steps with a checkpoint."""
 
     def __init__(self, key: str, events: Events, stop: Stop) -> None:
         self.key, self.events, self.stop = key, events, stop

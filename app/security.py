@@ -65,8 +65,8 @@ class Guard:
         app (`Callable`): The app.
         sessions ([`Sessions`]): Where cookies come from.
         password (`str`, *optional*): Asked for by HTTP Basic, with any user name, for every address.
-        hosts (`Iterable[str]`, *optional*): Names under which the app is reached; others are refused, so that a foreign
-            page cannot reach it under a name of its own. All are allowed if left out.
+        hosts (`Iterable[str]`, *optional*): Names under which the app is reached; others are refused, so that a
+            foreign page cannot reach it under a name of its own. All are allowed if `None`.
         space (`bool`, *optional*, defaults to `False`): Whether it is shown in a frame of huggingface.co.
     """
 

@@ -10,6 +10,7 @@ import webbrowser
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse
@@ -71,9 +72,32 @@ def create_app(
         allowed_paths=[],
         footer_links=[],
         css_paths=Path(__file__).with_name("style.css"),
-        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=_theme(),
     )
     return app
+
+
+def _theme() -> Any:
+    """Return Gradio's default theme with the machine's own fonts, and greys that can be read."""
+    import gradio as gr
+
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+    )
 
 
 def serve(
@@ -103,7 +127,8 @@ def serve(
     import uvicorn
 
     shared = not is_loopback(host)
-    app = create_app(local_setup(models, shared=shared), folder=folder, password=password, hosts=None if shared else ())
+    setup = local_setup(models, shared=shared)
+    app = create_app(setup, folder=folder, password=password, hosts=None if shared else ())
     if browser:
         threading.Timer(1.0, webbrowser.open, [f"http://{host}:{port}/"]).start()
     uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)

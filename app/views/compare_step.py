@@ -99,21 +99,25 @@ def _rates(comparison: Comparison) -> Markup:
         cells = []
         for kind, outcome in OUTCOMES.items():
             results = evaluation.of_kind(kind)
-            cells.append(str(results[0].rate(outcome)) if results else texts.NOT_MEASURED)
+            cells.append(html.rate(results[0].rate(outcome)) if results else Markup(texts.NOT_MEASURED))
         rows.append([evaluation.name, *cells])
     return html.table(texts.TABLE_CAPTION, [texts.MODEL_COLUMN, *texts.TABLE_COLUMNS.values()], rows)
 
 
 def _plane(comparison: Comparison) -> Markup:
     """Draw refusals of harm over the task, or over borderline help where there is no task."""
-    kind, across = ("task", texts.PLANE_TASK) if comparison.before.of_kind("task") else ("borderline", texts.PLANE_HELP)
+    kind, across = "task", texts.PLANE_TASK
+    if not comparison.before.of_kind("task"):
+        kind, across = "borderline", texts.PLANE_HELP
     if not comparison.before.of_kind("harmful") or not comparison.before.of_kind(kind):
         return Markup("")
     dots = []
-    for evaluation in comparison.evaluations:
+    for number, evaluation in enumerate(comparison.evaluations):
         up = evaluation.of_kind("harmful")[0].rate("refused")
         right = evaluation.of_kind(kind)[0].rate(OUTCOMES[kind])
-        dots.append(charts.Dot(evaluation.name, 100 * right.value, 100 * up.value, 100 * up.low, 100 * up.high))
+        # The colours of the variants are those of their curves; the model before has the last one.
+        rates = (100 * rate for rate in (right.value, up.value, up.low, up.high))
+        dots.append(charts.Dot(evaluation.name, (number - 1) % charts.COLOURS, *rates))
     picture = charts.plane(texts.PLANE_HEADING, across, texts.PLANE_UP, dots)
     return Markup('<div class="charts">{}</div><p class="hint">{}</p>').format(picture, texts.PLANE_HINT)
 
@@ -124,7 +128,7 @@ def _categories(comparison: Comparison) -> Markup:
     if not names:
         return Markup("")
     rows = [
-        [name, *(str(e.of_kind("harmful")[0].rate("refused", category=name)) for e in comparison.evaluations)]
+        [name, *(html.rate(e.of_kind("harmful")[0].rate("refused", category=name)) for e in comparison.evaluations)]
         for name in names
     ]
     head = [texts.CATEGORY, *(e.name for e in comparison.evaluations)]
@@ -149,10 +153,9 @@ def _flips(comparison: Comparison) -> Markup:
             ]
             title = f"{evaluation.name}, {result.prompt_set.name}"
             table = html.table(title, texts.FLIP_COLUMNS, rows)
-            count = texts.FLIPS_SHOWN.format(count=len(found), shown=len(rows))
-            is_harmful = result.prompt_set.kind == "harmful"
-            parts.append(html.hidden(texts.REVEAL, table) if is_harmful else table)
-            parts.append(Markup('<p class="hint">{}</p>').format(count))
+            shown = html.hidden(texts.REVEAL, table) if result.prompt_set.kind == "harmful" else table
+            count = texts.FLIPS_SHOWN if len(found) > len(rows) else texts.FLIPS_ALL
+            parts.append(html.folded(f"{title}: {count.format(count=len(found), shown=len(rows))}", shown))
     return html.folded(texts.FLIPS_HEADING, html.join(parts) or html.panel("info", texts.NO_FLIPS))
 
 

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from markupsafe import Markup
+
+
+class Rate(Protocol):
+    """A rate of an evaluation: `str` gives its share, its count and its interval."""
+
+    @property
+    def share(self) -> str:
+        """The share alone."""
 
 
 def join(parts: Iterable[Markup]) -> Markup:
@@ -24,7 +33,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Markup:
     return Markup('<dl class="facts">{}</dl>').format(entries)
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str | Markup]]) -> Markup:
     """Return a table that scrolls sideways where it is too wide."""
     heads = join(Markup('<th scope="col">{}</th>').format(name) for name in head)
     body = join(
@@ -89,3 +98,9 @@ def folded(title: str, content: Markup) -> Markup:
 def title(name: str, lead: str) -> Markup:
     """Return the head of the page."""
     return Markup('<header class="title"><h1>{}</h1><p>{}</p></header>').format(name, lead)
+
+
+def rate(value: Rate) -> Markup:
+    """Return a rate with its count and interval below it."""
+    rest = str(value).removeprefix(value.share).strip()
+    return Markup('<span class="share">{}</span><span class="count">{}</span>').format(value.share, rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from safe_trainer import recipe
 from .. import charts, texts
 from ..jobs import Job
 from ..orders import Variant
-from ..progress import Curve, Progress
+from ..progress import Progress
 from . import html
 
 
@@ -24,8 +23,8 @@ class TrainStep:
 
     plan: gr.HTML
     which: gr.Dropdown
-    yaml: gr.Code
-    code: gr.Code
+    yaml: gr.Textbox
+    code: gr.Textbox
     start: gr.Button
     cancel: gr.Button
     problem: gr.HTML
@@ -47,8 +46,8 @@ def build() -> TrainStep:
     with gr.Accordion(texts.RECIPES, open=False, elem_id="recipes"):
         which = gr.Dropdown([], label=texts.SHOWN_FOR, elem_id="shown-for", filterable=False)
         with gr.Row():
-            yaml = gr.Code(language="yaml", label=texts.RECIPE, interactive=False, elem_id="yaml", min_width=300)
-            code = gr.Code(language="python", label=texts.CODE_LABEL, interactive=False, elem_id="code", min_width=300)
+            yaml = _copyable(texts.RECIPE, "yaml")
+            code = _copyable(texts.CODE_LABEL, "code")
     with gr.Row():
         start = gr.Button(texts.START, variant="primary", interactive=False, elem_id="start")
         cancel = gr.Button(texts.CANCEL, variant="stop", interactive=False, elem_id="cancel")
@@ -59,6 +58,12 @@ def build() -> TrainStep:
         log = gr.HTML(elem_id="log", js_on_load=None)
     proceed = gr.Button(texts.TO_COMPARE, variant="primary", interactive=False, elem_id="to-compare")
     return TrainStep(plan, which, yaml, code, start, cancel, problem, status, curves, log, proceed)
+
+
+def _copyable(label: str, name: str) -> gr.Textbox:
+    return gr.Textbox(
+        label=label, elem_id=name, lines=12, max_lines=24, interactive=False, buttons=["copy"], min_width=300
+    )
 
 
 def planned(plan: recipe.Plan, count: int) -> Markup:
@@ -128,7 +133,8 @@ def _row(variant: Variant, progress: Progress) -> Markup:
         words, step, total = texts.STATES[part.state], part.step, part.total or 1
         words = f"{words}: {part.message}" if part.message else words
     return Markup(
-        '<div class="run"><strong>{}</strong><progress max="{}" value="{}" aria-label="{}"></progress><span>{}</span></div>'
+        '<div class="run"><strong>{}</strong><progress max="{}" value="{}" aria-label="{}"></progress>'
+        "<span>{}</span></div>"
     ).format(variant.title, total, step, variant.title, words)
 
 
@@ -142,9 +148,10 @@ def _checkpoint(job: Job, variant: Variant) -> Markup:
 
 
 def _curves(job: Job) -> Markup:
-    """Draw what the variants have in common side by side: each picture one measure, each line one variant."""
+    """Draw what the variants have in common: each picture one measure, each line one variant."""
+    last = max((part.total for part in job.progress.parts.values()), default=0)
     drawn = [
-        charts.lines(title, _of(job, name, factor), top=100 if factor == 100 else None)
+        charts.lines(title, _lines(job, name, factor), last, top=100 if factor == 100 else None)
         for name, title, factor in (
             ("refused harmful", texts.CHART_REFUSED, 100),
             ("refused borderline", texts.CHART_BORDERLINE, 100),
@@ -157,10 +164,11 @@ def _curves(job: Job) -> Markup:
     return Markup('<div class="charts">{}</div>').format(html.join(drawn))
 
 
-def _of(job: Job, name: str, factor: float) -> dict[str, Sequence[tuple[float, float]]]:
-    curves: dict[str, Curve] = {
-        variant.title: list(part.curves[name])
-        for variant in job.variants
-        if (part := job.progress.parts.get(variant.key)) is not None and name in part.curves
-    }
-    return {title: [(step, factor * value) for step, value in curve] for title, curve in curves.items()}
+def _lines(job: Job, name: str, factor: float) -> list[charts.Line]:
+    found = []
+    for number, variant in enumerate(job.variants):
+        part = job.progress.parts.get(variant.key)
+        curve = list(part.curves.get(name, ())) if part is not None else []
+        if curve:
+            found.append(charts.Line(variant.title, number, [(step, factor * value) for step, value in curve]))
+    return found
