@@ -209,7 +209,8 @@ class Sketch:
         overlap = (self._basis.mT @ basis).double()
         eye = torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)
         self._gram = overlap.mT @ (self._gram - self._beyond * eye) @ overlap + self._beyond * eye + image.mT @ image
-        self._energy = self._energy + block.square().sum(dtype=torch.float64)
+        # Row by row first: one sum in float64 over all entries takes as long as a product with the basis.
+        self._energy = self._energy + block.square().sum(1).sum(dtype=torch.float64)
         dimension, width = basis.shape
         self._beyond = ((self._energy - self._gram.trace()) / max(1, dimension - width)).clamp(min=0)
         self._basis = basis

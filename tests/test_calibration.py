@@ -23,6 +23,7 @@ from trl import SFTTrainer
 from safe_trainer import SafetyBasis, conversation
 from safe_trainer.adapters import linear_layers
 from safe_trainer.calibration import examples_from, leading_directions
+from safe_trainer.subspace import Sketch
 
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(12)]
 
@@ -150,6 +151,13 @@ def test_the_model_runs_once_over_the_rows_and_is_as_before():
     assert len(calls) == 3 and model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_several_layers_read_is_taken_in_once(monkeypatch):
+    taken, add = [], Sketch.add
+    monkeypatch.setattr(Sketch, "add", lambda sketch, columns: (taken.append(len(columns)), add(sketch, columns)))
+    SafetyBasis.from_rows(tiny.model(), tiny.tokenizer(), REFUSALS, sides=("input",), rank=4, batch_size=6)
+    assert len(taken) == 2 * 2 * 4  # batches, layers; queries, keys and values read the same, as gate and up do
 
 
 def test_an_adapter_on_the_model_changes_nothing():
