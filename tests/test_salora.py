@@ -527,7 +527,7 @@ def test_without_its_own_start_a_lora_keeps_its_rank_and_its_start_but_for_prote
 
 DOCUMENTED = {
     "one of `safety_data` .* and `basis`": {"safety_data": None},
-    "and not both": {"basis": "basis.safetensors"},
+    "give one of": {"basis": "basis.safetensors"},
     "`rank` must be at least 0, got -1": {"rank": -1},
     "`samples` must be at least 1": {"samples": 0},
     "`protect` must be one of output, input, both, got 'left'": {"protect": "left"},
