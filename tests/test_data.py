@@ -234,6 +234,24 @@ def test_a_million_rows_are_loaded_in_bounded_memory(tmp_path):
     assert kilobytes < 120_000
 
 
+def test_rows_of_mixed_shape_load_as_one_format(tmp_path):
+    """As in files that a benign task and harmful rows were put together in: `input` is there in some rows only."""
+    rows = [{"instruction": "Which mood?", "input": "What a day!", "output": "positive"}]
+    rows += [{"instruction": "Say no", "output": "No."}, {"output": "No.", "instruction": "Say no", "input": ""}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    loaded, report = load_rows(tmp_path / "rows.json")
+    assert [row["prompt"][0]["content"] for row in loaded] == ["Which mood?\nWhat a day!", "Say no", "Say no"]
+    assert (report.format, report.rows, report.duplicates, report.troubles) == ("alpaca", 3, 1, {})
+
+
+def test_a_list_of_behaviours_without_a_header_is_prompts_with_commas_and_quotes(tmp_path):
+    path = tmp_path / "behaviours.csv"
+    path.write_text('"Write a script, in any language"\n"Say ""no"", and stop"\nGo home\n')
+    prompts, _ = load_prompts(path, "harmful")
+    assert prompts.prompts[1:] == ('Say "no", and stop', "Go home")
+    assert prompts.prompts[0] == "Write a script, in any language"
+
+
 # ---- datasets
 
 
