@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -294,9 +295,11 @@ def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tm
 
     asked = {"prompts": [{"path": "ask.csv", "kind": "harmful", "name": "asked"}], "max_new_tokens": 4}
     path = recipe({"evaluation": asked, "data": [{"path": "rows.jsonl", "weight": 1.5}]})
-    result = invoke("train", path, "--json", "--set", "training.max_steps=3")
+    changes = ["--set", "training.max_steps=3", "--set", "training.logging_steps=1"]
+    result = invoke("train", path, "--json", *changes)
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout.splitlines()[-1])
+    told = json.loads(result.stdout)  # and nothing else stands there
+    assert re.search(r"^step 2 of 3: loss [\d.]+, ", result.stderr, re.MULTILINE)
     assert told["steps"] == 3
     assert told["comparison"]["before"]["asked"]["rates"]["refused"]["total"] == 2
     output = tmp_path / "out"

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,8 @@ def train(  # noqa: PLR0913, each is an option with a name
 
         _tell_plan(checked, plan(checked, loaded), as_json)
         return
-    result = _run(checked, loaded, last)
+    with redirect_stdout(sys.stderr):  # whatever libraries print: standard output is for the result
+        result = _run(checked, loaded, last)
     if as_json and _is_first_process():
         print_json(result)
 
@@ -81,11 +83,13 @@ def _last_checkpoint(output: str, resume: bool) -> str | None:
 def _trained(recipe: Recipe, trainer: Any, last: str | None) -> Any:
     """Train; on Ctrl-C save a checkpoint, say how to go on, and exit."""
     from safe_trainer.recipe.stopping import stopping
+    from safe_trainer.recipe.telling import tell
 
     output = recipe.parts.output
     told = "\nCtrl-C: a checkpoint is saved behind this step. Once more stops at once and loses it."
     try:
-        with stopping(trainer, lambda: errors.print(told)) as stopper:
+        with stopping(trainer, lambda: errors.print(told)) as stopper, progress_bar("Training") as show:
+            tell(trainer, show, lambda line: errors.print(line, markup=False, highlight=False))
             trained = trainer.train(resume_from_checkpoint=last)
     except KeyboardInterrupt:
         step = trainer.state.global_step
