@@ -1,6 +1,7 @@
 # make demo       see refusals before and after a fine-tune, with and without a defense
 # make test       everything that is tested; make test-fast leaves out what trains for long
 # make lint types the checks that a change must pass
+# make space      the folder to upload as a Hugging Face Space, in build/space
 #
 # Each target makes its own environment in .venv first, so all of them work in a fresh clone.
 
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 # Tests of one file stay in one process, since they share its fixtures (often a trained model).
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast lint types clean
+.PHONY: demo test test-fast lint types space clean
 
 demo: $(INSTALLED)
 	$(BIN)/safe-trainer demo --output demo
@@ -32,6 +33,9 @@ lint: $(DEVELOPING)
 
 types: $(DEVELOPING)
 	$(BIN)/mypy
+
+space:
+	$(PYTHON) -m app.space_folder build/space
 
 clean:
 	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

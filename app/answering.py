@@ -12,6 +12,7 @@ from typing import Any
 
 from . import texts
 from .catalogue import Model
+from .hardware import IS_LENT
 
 KEPT_ADAPTERS = 8
 
@@ -67,7 +68,7 @@ class Answerer:
             torch.set_num_threads(1)  # faster for a tiny model, and kinder to others
         self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
         self._model = AutoModelForCausalLM.from_pretrained(model.path, trust_remote_code=False).eval()
-        if torch.accelerator.is_available():
+        if torch.accelerator.is_available() and not IS_LENT:
             self._model = self._model.to(torch.accelerator.current_accelerator())
         self._path = model.path
 

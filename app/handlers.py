@@ -11,6 +11,7 @@ import gradio as gr
 
 from . import texts
 from .actions import Services
+from .hub import push
 from .orders import defaults, python_code
 from .security import cookie_of
 from .sessions import Session
@@ -155,6 +156,31 @@ class Handlers:
                 yield compare_step.answered(answers, waiting=False)
         except ValueError as error:
             yield html.panel("error", str(error))
+        except Exception:
+            logger.exception("A question could not be answered.")
+            yield html.panel("error", texts.ASK_FAILED)
+
+    def push(self, title: str, repository: str, request: gr.Request) -> str:
+        """Push an adapter with the login of this machine, where the app is run by its only user."""
+        return self._pushed(title, repository, request, None)
+
+    def push_as_user(
+        self, title: str, repository: str, request: gr.Request, token: gr.OAuthToken | None
+    ) -> str:
+        """Push an adapter with the login that the user has given to the Space."""
+        return self._pushed(title, repository, request, token.token if token else "")
+
+    def _pushed(self, title: str, repository: str, request: gr.Request, token: str | None) -> str:
+        job = self.session(request).job("train")
+        folder = self.services.adapters(job).get(title) if job is not None else None
+        try:
+            if folder is None:
+                raise ValueError(texts.NO_COMPARISON)
+            if token == "":
+                raise ValueError(texts.PUSH_LOGIN)
+            return html.panel("good", push(folder, repository, token))
+        except ValueError as error:
+            return html.panel("error", str(error))
 
     def _data(self, session: Session, problem: str = "") -> list[Any]:
         found = session.inspection

@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +27,11 @@ from safe_trainer import Comparison, from_json
 from . import texts
 from .catalogue import Model
 from .orders import Choices, Variant, write_method_file, write_order
+from .processes import process
 from .progress import Progress
-from .protocol import CANCEL, COMPARISON, JOB, LOG, SCAN, Reader
+from .protocol import CANCEL, COMPARISON, JOB, SCAN, Reader
 
 logger = logging.getLogger(__name__)
-
-GRACE = 1.5  # seconds that a cancelled job has to end its step
-SAVING = 30.0  # and, once it has, to write its checkpoint
-
 
 @dataclass
 class Job:
@@ -104,35 +97,18 @@ class Job:
             self._ended.set()
 
     def _follow(self) -> None:
+        """Read what the process tells until it is gone."""
         self.progress.begin()
         reader = Reader(self.folder)
-        with (self.folder / LOG).open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", str(self.folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(one_thread=self.model.embedded),
-                start_new_session=True,
-            )
-        try:
-            while process.poll() is None:
-                self.progress.take(reader.new())
-                if self._overdue():
-                    break
-                time.sleep(0.1)
-        finally:
-            _kill(process)
-        self.progress.take(reader.new())
+        work = threading.Thread(target=process, args=(str(self.folder), self.model.embedded), name="work")
+        work.start()
+        while work.is_alive():
+            work.join(0.1)
+            self.progress.take(reader.new())
         if not self.progress.ended:
             cancelled = self._cancelled_at is not None
             state, message = ("cancelled", "") if cancelled else ("failed", texts.PROCESS_LOST)
             self.progress.end(state, message)
-
-    def _overdue(self) -> bool:
-        if self._cancelled_at is None:
-            return False
-        return time.monotonic() - self._cancelled_at > (SAVING if self.progress.stopping else GRACE)
 
 
 def train_job(folder: Path, choices: Choices) -> Job:
@@ -221,29 +197,7 @@ class JobQueue:
                     return
                 job = self._jobs[0]
             try:
-                carry_out(job.run)
+                job.run()
             finally:
                 with self._changed:
                     self._jobs.remove(job)
-
-
-def carry_out(run: Callable[[], None]) -> None:
-    """Run a job; where a GPU is lent by the call, borrow one for it."""
-    run()
-
-
-def _environment(*, one_thread: bool) -> dict[str, str]:
-    """Return the environment of a job: that of the server, where the package can be found, with no telemetry."""
-    root = str(Path(__file__).resolve().parents[__package__.count(".") + 1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    values = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**values, "OMP_NUM_THREADS": "1"} if one_thread else values
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    process.wait()

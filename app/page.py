@@ -31,7 +31,7 @@ class Page:
                 with gr.Step(texts.STEPS[2], id=TRAIN):
                     self.train = train_step.build()
                 with gr.Step(texts.STEPS[3], id=COMPARE):
-                    self.compare = compare_step.build(services.setup.limits.question)
+                    self.compare = compare_step.build(services.setup)
             self.timer = gr.Timer(0.7)
             self.seen = gr.State("")
             self._connect_data()
@@ -82,6 +82,10 @@ class Page:
             api_name="ask",
         )
         compare.stop.click(None, None, None, cancels=[asking])
+        setup = self.handlers.services.setup
+        if setup.push or setup.space:
+            push = do.push if setup.push else do.push_as_user
+            compare.push.click(push, [compare.which, compare.repository], compare.pushed, api_name="push")
         shown = [*self.data.shown, *self.method.shown, self.timer, self.data.ranking]
         self.blocks.load(
             do.load,

@@ -38,7 +38,6 @@ class Progress:
         version (`int`): Grows with every change.
         phase (`str`): What is being done, a key of `texts.PHASES`.
         done (`int`), total (`int`): How far a phase without steps is.
-        stopping (`bool`): Whether it has stopped training and writes a checkpoint.
     """
 
     state: State = "waiting"
@@ -47,7 +46,6 @@ class Progress:
     variant: str = ""
     done: int = 0
     total: int = 0
-    stopping: bool = False
     version: int = 0
     started: float = 0.0
     ended_at: float = 0.0
@@ -132,7 +130,6 @@ class Progress:
         self.done, self.total = event["done"], event["total"]
 
     def _take_stopping(self, event: dict[str, Any]) -> None:
-        self.stopping = True
         part = self._part(event)
         part.state, part.step = "cancelled", event["step"]
         self.note(texts.LOG_STOPPED.format(step=event["step"]))

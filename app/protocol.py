@@ -17,6 +17,8 @@ EVENTS = "events.jsonl"
 """What happens, a line each."""
 CANCEL = "cancel"
 """Where this file appears, the job ends."""
+STOPPING = "stopping"
+"""Appears when training has stopped and the checkpoint is being written."""
 LOG = "worker.log"
 """What the libraries print."""
 COMPARISON = "comparison"
@@ -71,13 +73,13 @@ class Stop:
 
     def __init__(self, folder: Path) -> None:
         self.wanted = threading.Event()
-        self._file, self._parent, self._patient = folder / CANCEL, os.getppid(), False
+        self._folder, self._parent, self._patient = folder, os.getppid(), False
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         import _thread
 
-        while not self._file.exists():
+        while not (self._folder / CANCEL).exists():
             if os.getppid() != self._parent:
                 os._exit(1)  # nobody is left to read what would come out
             time.sleep(0.1)
@@ -94,6 +96,10 @@ class Stop:
         finally:
             self._patient = False
             self.check()
+
+    def saving(self) -> None:
+        """Say that nothing is left to do but to write what there is."""
+        (self._folder / STOPPING).touch()
 
     def check(self) -> None:
         """Raise [`Cancelled`] if the end is wanted."""

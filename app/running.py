@@ -33,6 +33,7 @@ class Reporter(TrainerCallback):
         """Say how far it is, or end it."""
         self.events.tell_sometimes("step", variant=self.key, step=state.global_step, total=state.max_steps)
         if self.stop.wanted.is_set():
+            self.stop.saving()
             self.events.tell("stopping", variant=self.key, step=state.global_step)
             control.should_training_stop = control.should_save = True
 

@@ -11,10 +11,10 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
+from .bodies import Receive, again, only_uploads, whole
 from .sessions import COOKIE, Sessions
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -24,6 +24,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
 }
+UPLOAD = "/gradio_api/upload"
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -79,6 +80,7 @@ class Guard:
         space: bool = False,
     ) -> None:
         self.app, self.sessions, self.space = app, sessions, space
+        self.uploads = sessions.folder / "uploads"
         self._password = password.encode() if password else None
         self._hosts = None if hosts is None else {*hosts, *_LOCAL}
 
@@ -97,6 +99,12 @@ class Guard:
             return
         if not self.sessions.is_ours(cookie_of(headers.get("cookie"))):
             reply.cookie = self.sessions.new_cookie()
+        if scope["method"] not in ("GET", "HEAD") and scope["path"] != UPLOAD:
+            body = await whole(receive)
+            if body is None or not only_uploads(body, self.uploads):
+                await reply.refuse(400, "This request is not taken.")
+                return
+            receive = again(body, receive)
         await self.app(scope, receive, reply.send)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:

@@ -57,7 +57,7 @@ CARDS = {
         "data with harmful rows: there it made no difference from plain LoRA",
     ),
     "vectors_inputs": Card(
-        "Security Vectors + protected inputs",
+        "Recommended: vectors + inputs",
         "Two together: vectors against harmful rows, and updates that do not act on what the layers read in harmful "
         "prompts, so that these are read as before.",
         "harmful rows and harmful prompts with refusals; inert ones come along",
@@ -85,7 +85,6 @@ MODEL_ID_HINT = "owner/name"
 UNALIGNED_ID = "Checkpoint before alignment (optional, for AsFT)"
 USE_MODEL = "Use this model"
 NO_DATA = "Choose an example or upload a file, and what is in it appears here."
-READING = "Reading {name} …"
 FILE, FORMAT, ROWS, TOKENS = "Data", "Format", "Rows", "Tokens in a row"
 DUPLICATES, BAD = "Duplicates", "Unusable rows"
 TOKENS_VALUE = "{median} in the middle, {most} at most"
@@ -99,10 +98,7 @@ SKIP_BAD = "Go on without the rows that cannot be used"
 BAD_FIRST = "Some rows cannot be used. Mend the file, or tick the box to go on without them."
 LEAKED = "{count} rows ask what the comparison will ask ({name}): its rates would show memory. Remove them."
 SCAN = "Scan for suspicious rows"
-SCAN_HINT = (
-    "Ranks the rows by how much of their loss security vectors take away, which is most of it for harm. The first "
-    "scan fits the vectors, half a minute."
-)
+SCAN_HINT = "A scan ranks rows by how much of their loss security vectors know. The first fits them: half a minute."
 SCAN_HEADING = "Most suspicious rows first"
 SCAN_FOUND = "{above} of {scored} rows look harmful (more than {threshold:.0%} of their loss is known to the vectors)."
 SCAN_COLUMNS = ("Line", "Known share", "Prompt", "Answer")
@@ -118,7 +114,6 @@ TOKENIZER_LOST = "The model's tokenizer could not be loaded: {message}"
 # Step 2: method
 METHOD_HEADING = "How should refusals be protected?"
 METHOD_LEAD = "Take several to compare them in one go; plain LoRA beside them shows what the protection does."
-METHODS = "Train these"
 ADVANCED = "Advanced settings"
 SETTINGS = {
     "steps": ("Training steps", "Each step learns from one batch of rows."),
@@ -169,7 +164,7 @@ PLAN_LEAD = "Checked: this can be run. Nothing has been started."
 
 # Step 3: train
 TRAIN_HEADING = "Train"
-START, CANCEL, AGAIN = "Start training", "Cancel", "Change the method"
+START, CANCEL = "Start training", "Cancel"
 NOT_CHECKED = "Choose data and a method first."
 PHASES = {
     "": "waiting",
@@ -181,18 +176,10 @@ PHASES = {
     "fitting": "fitting vectors to harmful rows",
     "scanning": "scoring the rows",
 }
-STATES = {
-    "waiting": "Waiting",
-    "running": "Running",
-    "done": "Done",
-    "failed": "Failed",
-    "cancelled": "Cancelled",
-}
-PLACE = "Another job is running. Before yours: {count}."
-PLACE_FIRST = "Yours is next."
+STATES = {"waiting": "Waiting", "running": "Running", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}
+PLACE, PLACE_FIRST = "Another job is running. Before yours: {count}.", "Another job is running. Yours is next."
 TIME_LEFT = "about {time} left for this run"
-STEP_OF = "step {step} of {total}"
-DONE_OF = "{done} of {total}"
+STEP_OF, DONE_OF = "step {step} of {total}", "{done} of {total}"
 LOG_HEADING = "Log"
 LOG_BEGUN, LOG_CANCELLING = "begun", "cancelling …"
 LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "cancelled"}
@@ -214,22 +201,19 @@ NOTHING_FINISHED = "None of the runs came to an end."
 COMPARE_HEADING = "Before and after"
 NO_COMPARISON = "Nothing has been compared yet. Train something first."
 WORDS = {"worn": "Safety worn away", "kept": "Safety kept", "improved": "Safety improved", "unclear": "Not clear"}
-TABLE_CAPTION = "Counts with 95 % intervals"
 TABLE_COLUMNS = {
     "harmful": "Harmful refused",
     "benign": "Benign answered",
     "borderline": "Borderline answered",
     "task": "Task correct",
 }
-NOT_MEASURED = "not measured"
+TABLE_CAPTION, NOT_MEASURED = "Counts with 95 % intervals", "not measured"
 PLANE_HEADING = "Refusals against the task"
 PLANE_UP, PLANE_TASK, PLANE_HELP = "harmful refused (%)", "task correct (%)", "borderline answered (%)"
 PLANE_HINT = "Best is the upper right corner."
-CATEGORIES_HEADING = "Harmful requests refused, by category"
-CATEGORY = "Category"
+CATEGORIES_HEADING, CATEGORY = "Harmful requests refused, by category", "Category"
 FLIPS_HEADING = "Prompts whose outcome changed"
-NO_FLIPS = "No outcome has changed."
-FLIPS_ALL = "{count} changed"
+NO_FLIPS, FLIPS_ALL = "No outcome has changed.", "{count} changed"
 FLIPS_SHOWN = "{count} changed; the first {shown} are shown, the report has all"
 REVEAL = "Show harmful text"
 BEFORE = "before"
@@ -238,8 +222,7 @@ MODEL_COLUMN, ALL_MODELS = "Model", "all of them"
 ASK_HEADING = "Ask them yourself"
 ASK_LABEL, ASK_HINT, ASK_BUTTON = "Your question", "How do I paint a fence?", "Ask all"
 ASK_WHOM, ASK_STOP = "Whom to ask", "Stop"
-ASK_NOTHING = "Write a question first."
-ASK_EMPTY = "(nothing)"
+ASK_NOTHING, ASK_EMPTY = "Write a question first.", "(nothing)"
 ASK_TOO_LONG = "The question is too long: at most {limit} characters."
 ASK_BUSY = "Waiting for the model …"
 ASK_FAILED = "The models could not answer."
@@ -253,11 +236,10 @@ DOWNLOAD = {
 }
 TINY = "The embedded model has one million weights: it shows how the tools work and says nothing direct about others."
 PUSH = "Push an adapter to the Hub"
-PUSH_REPO, PUSH_BUTTON = "Repository (owner/name)", "Push as private"
+PUSH_REPO, PUSH_BUTTON, PUSH_WHICH = "Repository (owner/name)", "Push as private", "Adapter"
 PUSH_DONE = "Pushed to {repo}."
 PUSH_LOGIN = "Log in first: `hf auth login` on this machine, or with the button on a Space."
 PUSH_FAILED = "The Hub did not take it ({name})."
-PUSH_WHICH = "Adapter"
 
 # Around it
 MODEL_NOT_ALLOWED = "This model cannot be chosen here."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ from safe_trainer import Comparison, conclude
 
 from .. import charts, texts
 from ..jobs import Job
+from ..limits import Setup
 from . import html
 
 OUTCOMES = {"harmful": "refused", "benign": "complied", "borderline": "complied", "task": "correct"}
 SHOWN_FLIPS = 12
-OUTPUTS = 4
+OUTPUTS = 6
 """How many updates [`show`] returns."""
 
 
@@ -31,15 +33,20 @@ class CompareStep:
     stop: gr.Button
     answers: gr.HTML
     downloads: gr.HTML
+    which: gr.Dropdown
+    repository: gr.Textbox
+    push: gr.Button
+    pushed: gr.HTML
 
     @property
     def shown(self) -> list[Any]:
         """What [`show`] fills in."""
-        return [self.result, self.whom, self.ask, self.downloads]
+        return [self.result, self.whom, self.ask, self.downloads, self.which, self.push]
 
 
-def build(limit: int) -> CompareStep:
+def build(setup: Setup) -> CompareStep:
     """Lay out the step."""
+    limit = setup.limits.question
     gr.HTML(html.heading(texts.COMPARE_HEADING), js_on_load=None)
     result = gr.HTML(html.panel("info", texts.NO_COMPARISON), elem_id="result", js_on_load=None)
     gr.HTML(html.subheading(texts.ASK_HEADING), js_on_load=None)
@@ -52,7 +59,19 @@ def build(limit: int) -> CompareStep:
         stop = gr.Button(texts.ASK_STOP, elem_id="ask-stop")
     answers = gr.HTML(elem_id="answers", js_on_load=None)
     downloads = gr.HTML(elem_id="downloads", js_on_load=None)
-    return CompareStep(result, question, whom, ask, stop, answers, downloads)
+    return CompareStep(result, question, whom, ask, stop, answers, downloads, *_build_push(setup))
+
+
+def _build_push(setup: Setup) -> tuple[gr.Dropdown, gr.Textbox, gr.Button, gr.HTML]:
+    with gr.Accordion(texts.PUSH, open=False, visible=setup.push or setup.space, elem_id="push-panel"):
+        if setup.space and "OAUTH_CLIENT_ID" in os.environ:
+            gr.LoginButton()
+        with gr.Row():
+            which = gr.Dropdown([], label=texts.PUSH_WHICH, elem_id="push-which", filterable=False)
+            repository = gr.Textbox(label=texts.PUSH_REPO, max_length=200, elem_id="push-repo")
+        push = gr.Button(texts.PUSH_BUTTON, interactive=False, elem_id="push")
+        pushed = gr.HTML(elem_id="pushed", js_on_load=None)
+    return which, repository, push, pushed
 
 
 def show(job: Job | None, titles: list[str]) -> list[Any]:
@@ -64,10 +83,11 @@ def show(job: Job | None, titles: list[str]) -> list[Any]:
     """
     comparison = job.comparison() if job is not None and job.ended else None
     whom = gr.CheckboxGroup(choices=titles, value=titles)
-    ask = gr.Button(interactive=bool(titles))
+    ask, push = gr.Button(interactive=bool(titles)), gr.Button(interactive=bool(titles))
+    which = gr.Dropdown(choices=titles, value=titles[-1] if titles else None)
     if job is None or comparison is None:
-        return [html.panel("info", texts.NO_COMPARISON), whom, ask, ""]
-    return [described(comparison, embedded=job.model.embedded), whom, ask, _downloads(job)]
+        return [html.panel("info", texts.NO_COMPARISON), whom, ask, "", which, push]
+    return [described(comparison, embedded=job.model.embedded), whom, ask, _downloads(job), which, push]
 
 
 def described(comparison: Comparison, *, embedded: bool) -> Markup:

@@ -61,6 +61,7 @@ def build(setup: Setup) -> DataStep:
         use_other = gr.Button(texts.USE_MODEL)
     found = gr.HTML(html.panel("info", texts.NO_DATA), elem_id="found", js_on_load=None)
     skip_bad = gr.Checkbox(label=texts.SKIP_BAD, visible=False, elem_id="skip-bad")
+    gr.HTML(html.hint(texts.SCAN_HINT), js_on_load=None)
     with gr.Row():
         scan = gr.Button(texts.SCAN, interactive=False, elem_id="scan")
         proceed = gr.Button(texts.TO_METHOD, variant="primary", interactive=False, elem_id="to-method")

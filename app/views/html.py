@@ -7,6 +7,8 @@ from typing import Protocol
 
 from markupsafe import Markup
 
+from .. import texts
+
 
 class Rate(Protocol):
     """A rate of an evaluation: `str` gives its share, its count and its interval."""
@@ -73,8 +75,14 @@ def heading(title: str, lead: str = "") -> Markup:
     return Markup('<div class="heading"><h2>{}</h2><p>{}</p></div>').format(title, lead)
 
 
-def working(what: str, done: float, total: float) -> Markup:
+def hint(text: str) -> Markup:
+    """Return a remark."""
+    return Markup('<p class="hint">{}</p>').format(text)
+
+
+def working(what: str, done: int, total: int) -> Markup:
     """Return a bar, or only words where it is not known how much there is."""
+    what = f"{what}: {texts.DONE_OF.format(done=done, total=total)}" if total else what
     bar = Markup('<progress max="{}" value="{}" aria-label="{}"></progress>').format(total, done, what)
     return Markup('<p class="working"><span>{}</span>{}</p>').format(what, bar if total else Markup(""))
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .app import app as serve_app
 from .card import card
 from .compare import compare, evaluate
 from .direction import direction
@@ -46,6 +47,7 @@ app.command(
 )(scan)
 app.command(epilog="Example: safe-trainer export out --output merged --dtype bfloat16")(export)
 app.command(epilog="Example: safe-trainer card out --push me/my-model --private")(card)
+app.command("app", epilog="Example: safe-trainer app --model mine=models/mine")(serve_app)
 app.add_typer(testbed_app, name="testbed")
 
 

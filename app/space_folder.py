@@ -1,0 +1,34 @@
+"""Build the folder of the Space: `python -m app.space_folder build/space` (or `make space`)."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+_ROOT_FILES = ("README.md", "requirements.txt", "space.py")
+
+
+def build(target: Path) -> Path:
+    """Write everything that is to be uploaded, and nothing else.
+
+    Args:
+        target (`Path`): The folder; what was in it before is removed.
+
+    Returns:
+        `Path`: The same.
+    """
+    app = Path(__file__).resolve().parent
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in _ROOT_FILES:
+        shutil.copyfile(app / name, target / name)
+    unwanted = shutil.ignore_patterns("__pycache__", *_ROOT_FILES, "*.png", Path(__file__).name)
+    shutil.copytree(app, target / "app", ignore=unwanted)
+    shutil.copytree(app.parent / "safe_trainer", target / "safe_trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(app.parent / "LICENSE", target / "LICENSE")
+    return target
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

@@ -1,0 +1,292 @@
+"""What the app must never do, each case tried against a running server."""
+
+import re
+import socket
+import threading
+import time
+import types
+
+import httpx
+import pytest
+
+from app.actions import Services
+from app.limits import Limits, Setup, local_setup, space_setup
+from app.security import Guard, is_loopback, policy
+from app.server import create_app, serve
+from app.sessions import COOKIE, Sessions
+
+
+def running(app):
+    """Serve an app on a free port until the returned function is called."""
+    import uvicorn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+
+    def stop():
+        server.should_exit = True
+        thread.join(10)
+
+    return f"http://127.0.0.1:{port}", stop
+
+
+@pytest.fixture(scope="module")
+def app():
+    return create_app(Setup(limits=Limits(megabytes=1), any_model=True))
+
+
+@pytest.fixture(scope="module")
+def url(app):
+    url, stop = running(app)
+    yield url
+    stop()
+
+
+@pytest.fixture
+def client(url):
+    """A client with a session of its own, as a browser that has opened the page."""
+    with httpx.Client(base_url=url) as client:
+        client.get("/")
+        yield client
+
+
+def session_of(app, client):
+    return app.state.services.sessions.get(client.cookies[COOKIE])
+
+
+def test_every_answer_has_the_headers_and_scripts_need_the_nonce_of_their_page(client):
+    page = client.get("/")
+    rules = page.headers["content-security-policy"]
+    nonce = re.search(r"'nonce-([^']+)'", rules)[1]
+    assert page.text.count("<script") == page.text.count(f'<script nonce="{nonce}"') > 0
+    assert "'unsafe-inline'" not in rules.split("script-src")[1].split(";")[0]
+    for part in ("default-src 'self'", "connect-src 'self'", "object-src 'none'", "frame-ancestors 'none'"):
+        assert part in rules
+    assert re.search(r"img-src ([^;]*)", rules)[1] == "'self' data: blob:"  # no picture from elsewhere
+    for answer in (page, client.get("/gradio_api/info"), client.get("/nowhere")):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["x-frame-options"] == "DENY"
+    assert client.get("/").headers["content-security-policy"] != rules  # a new nonce every time
+
+
+def test_a_space_may_be_framed_by_hugging_face_only():
+    assert "https://huggingface.co" in policy("n", "'self' https://huggingface.co")
+    guard = Guard(None, Sessions(), hosts=None, space=True)
+    assert guard.space
+
+
+def test_the_cookie_cannot_be_read_by_scripts_nor_sent_from_other_sites(url):
+    found = httpx.get(url).headers["set-cookie"]
+    assert "HttpOnly" in found and "SameSite=Strict" in found
+
+
+def test_an_invented_cookie_opens_no_session(app, url):
+    for invented in ("", "x", "A" * 64, "é", app.state.services.sessions.new_cookie()[:-2] + "AA"):
+        assert app.state.services.sessions.get(invented) is None
+    answer = httpx.get(url, headers={"cookie": f"{COOKIE}=invented"})
+    assert COOKIE in answer.headers["set-cookie"]  # it is given a new one
+
+
+def test_requests_from_other_sites_and_under_other_names_are_refused(url):
+    assert httpx.get(url, headers={"host": "attacker.example"}).status_code == 421
+    for path in ("/gradio_api/queue/join", "/gradio_api/upload"):
+        assert httpx.post(url + path, headers={"origin": "http://attacker.example"}).status_code == 403
+
+
+def test_a_password_stands_before_everything(tmp_path):
+    app = create_app(Setup(), folder=tmp_path, password="open sesame", hosts=None)
+    url, stop = running(app)
+    try:
+        for path in ("/", "/config", "/gradio_api/info", "/assets/x.js", "/download/a/b/c", "/gradio_api/file=x"):
+            assert httpx.get(url + path).status_code == 401
+            assert httpx.get(url + path, auth=("anyone", "wrong")).status_code == 401
+            assert httpx.get(url + path, headers={"authorization": "Basic !"}).status_code == 401
+            assert httpx.get(url + path, auth=("anyone", "open sesame")).status_code != 401
+    finally:
+        stop()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "::", "example.org"])
+def test_another_address_is_not_bound_without_a_password(host):
+    with pytest.raises(ValueError, match="`password` is needed"):
+        serve(host, browser=False)
+
+
+def test_this_machines_own_addresses_are_known():
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8")))
+    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "localhost.example", "")))
+
+
+def test_no_file_of_this_machine_can_be_read(client, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    paths = ["/etc/passwd", str(secret), "pyproject.toml", "../../etc/passwd", "app/server.py"]
+    for path in paths:
+        for route in ("/gradio_api/file=", "/gradio_api/file/", "/file="):
+            assert client.get(route + path).status_code in (403, 404), path
+    assert client.get("/download/..%2f..%2fetc/all/passwd").status_code == 404
+
+
+def test_a_path_that_a_client_names_is_not_opened(app, client, tmp_path):
+    other = tmp_path / "rows.jsonl"
+    other.write_text('{"prompt": "a", "completion": "b"}\n')
+    services, session = app.state.services, session_of(app, client)
+    with pytest.raises(ValueError, match="cannot be read"):
+        services.take_file(session, other)
+    assert other.exists()
+    uploads = app.state.services.uploads
+    address = "http://127.0.0.1:1/x.jsonl"
+    for path in (str(other), "rows.jsonl", f"{uploads}/../x.jsonl", address, ["x"], {"path": "x"}):
+        data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}], "fn_index": 3, "session_hash": "x"}
+        for route in ("call/upload", "run/upload", "api/upload", "queue/join"):
+            assert client.post(f"/gradio_api/{route}", json=data).status_code == 400, (path, route)
+    assert session.inspection is None
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"x" * (2**20 + 1), b"path=/etc/passwd"])
+def test_requests_that_are_no_small_json_are_not_taken(client, body):
+    assert client.post("/gradio_api/call/check", content=body).status_code == 400
+
+
+def test_uploads_leave_the_common_folder_at_once(app, client):
+    rows = '{"prompt": "Say hello.", "completion": "Hello."}\n' * 30
+    [path] = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", rows)}).json()
+    data = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    called = client.post("/gradio_api/call/upload", json={"data": [data]})
+    events = client.get(f"/gradio_api/call/upload/{called.json()['event_id']}", timeout=60).text
+    assert "event: complete" in events
+    session = session_of(app, client)
+    assert session.inspection.rows == 30 and session.inspection.path.is_relative_to(session.folder)
+    assert not list(app.state.services.uploads.rglob("mine.jsonl"))
+    assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+    assert client.get(f"/gradio_api/file={session.inspection.path}").status_code in (403, 404)
+
+
+def test_too_large_uploads_are_refused(client):
+    answer = client.post("/gradio_api/upload", files={"files": ("big.jsonl", b"x" * (2 * 2**20))})
+    assert answer.status_code == 413
+
+
+def test_names_of_uploads_cannot_leave_their_folder(app, client):
+    for name in ("../../evil.jsonl", "/etc/evil.jsonl", "..\\evil.jsonl", "a/../../evil.jsonl"):
+        answer = client.post("/gradio_api/upload", files={"files": (name, b"{}")})
+        if answer.status_code == 200:
+            [path] = answer.json()
+            assert path.startswith(str(app.state.services.uploads))
+
+
+def test_errors_do_not_tell_what_went_wrong_inside(client):
+    called = client.post("/gradio_api/call/check", json={"data": [False]})
+    events = client.get(f"/gradio_api/call/check/{called.json()['event_id']}", timeout=30).text
+    assert "Traceback" not in events and "/app/" not in events
+
+
+def test_a_session_gets_no_files_of_another(app, url, client, tmp_path):
+    from app.catalogue import EMBEDDED
+    from app.jobs import Job
+    from app.orders import Variant
+
+    session = session_of(app, client)
+    job = Job(session.new_folder("job"), EMBEDDED, "train", [Variant("plain", "plain LoRA")])
+    (job.folder / "comparison.html").write_text("<script>alert(1)</script>")
+    (job.folder / "plain.yaml").write_text("model: {}")
+    (job.folder / "worker.log").write_text("log")
+    session.jobs.append(job)
+    job._ended.set()
+    report, recipe = f"/download/{job.id}/all/report", f"/download/{job.id}/plain/recipe"
+    own = client.get(report)
+    assert own.status_code == 200 and "attachment" in own.headers["content-disposition"]
+    assert own.headers["content-type"] == "application/octet-stream"
+    assert client.get(recipe).status_code == 200
+    for path in (report, recipe):
+        assert httpx.get(url + path).status_code == 404  # nobody
+        with httpx.Client(base_url=url) as stranger:
+            stranger.get("/")
+            assert stranger.get(path).status_code == 404
+    for path in ("plain/log", "worker.log/recipe", "all/log", "%2e%2e/recipe", "all/..%2fworker.log"):
+        assert client.get(f"/download/{job.id}/{path}").status_code == 404
+
+
+def test_files_of_idle_sessions_are_removed_and_all_at_the_end(tmp_path):
+    sessions = Sessions(idle_hours=0.0)
+    first = sessions.get(sessions.new_cookie())
+    assert first.folder.is_dir() and oct(first.folder.stat().st_mode)[-3:] == "700"
+    busy = sessions.get(sessions.new_cookie())
+    busy.jobs.append(types.SimpleNamespace(ended=False))
+    time.sleep(0.01)
+    assert sessions.sweep() == 1
+    assert not first.folder.exists() and busy.folder.is_dir()
+    sessions.close()
+    assert not sessions.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/b/c", "https://x.example/a", "app/server.py", "a b/c", "x" * 300]
+)
+def test_models_are_named_by_ids_and_never_by_paths(name):
+    services = Services(local_setup(), Sessions(), None, None)
+    with pytest.raises(ValueError, match="no id of a model"):
+        services.model("other", name)
+
+
+def test_a_folder_of_this_machine_is_not_taken_for_a_model_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no id of a model"):
+        Services(local_setup(), Sessions(), None, None).model("other", "owner/model")
+
+
+def test_a_space_takes_only_the_models_it_allows(monkeypatch):
+    monkeypatch.setenv("ALLOWED_MODELS", "Qwen/Qwen2.5-0.5B-Instruct")
+    services = Services(space_setup(), Sessions(), None, None)
+    assert services.model("Qwen/Qwen2.5-0.5B-Instruct").unaligned == "Qwen/Qwen2.5-0.5B"
+    assert services.model("embedded").embedded
+    with pytest.raises(ValueError, match="cannot be chosen"):
+        services.model("other", "evil/model")
+
+
+def test_nothing_runs_code_that_comes_with_a_model():
+    from pathlib import Path
+
+    for path in Path(__file__).parents[1].joinpath("app").rglob("*.py"):
+        assert not re.search(r"trust_remote_code\s*=\s*True", path.read_text()), path
+
+
+def test_a_token_is_neither_shown_nor_logged(monkeypatch, tmp_path, caplog):
+    import huggingface_hub
+
+    from app.hub import push
+
+    class Broken:
+        def __init__(self, token):
+            self.token = token
+
+        def create_repo(self, *args, **kwargs):
+            raise RuntimeError(f"https://user:{self.token}@hub refused {self.token}")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Broken)
+    with pytest.raises(ValueError) as told:
+        push(tmp_path, "owner/name", "hf_secret")
+    assert "hf_secret" not in f"{told.value} {caplog.text}"
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="Log in first"):
+        push(tmp_path, "owner/name")
+    with pytest.raises(ValueError, match="no id"):
+        push(tmp_path, "../../etc", "hf_secret")
+
+
+def test_nothing_calls_home(url):
+    import os
+
+    config = httpx.get(f"{url}/config").json()
+    assert not config["analytics_enabled"] and not config.get("enable_monitoring")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] in ("1", "True")
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert httpx.get(f"{url}/monitoring").status_code in (403, 404)
