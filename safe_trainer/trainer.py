@@ -6,17 +6,22 @@ import copy
 import inspect
 import logging
 import math
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from .methods.base import SafetyMethod
 from .recommendation import RECOMMENDED, recommended_for
+from .strategy import strategy_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,8 @@ class SafeSFTTrainer(SFTTrainer):
 
     Raises:
         TypeError: If `safety` holds something that is not a [`SafetyMethod`].
-        ValueError: If the same method is given twice, or a method does not fit the model or its PEFT configuration.
+        ValueError: If the same method is given twice, or a method does not fit the model, its PEFT
+            configuration, or the way in which it is spread over processes.
 
     The sum of all penalties is logged as `safety_penalty`; what the methods can say about the finished run is logged
     once more when `train()` ends.
@@ -89,21 +95,46 @@ class SafeSFTTrainer(SFTTrainer):
         self._name = f"{SFTTrainer._name} with {' and '.join(method.name for method in self.safety_methods)}"
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
+        strategy = strategy_of(self.accelerator, self.model)
+        for method in self.safety_methods:
+            method.check_strategy(strategy)
         for method in self.safety_methods:
             method.attach(self.model, self._tokenizer, self.train_dataset)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it."""
         with ExitStack() as stack:
             for method in self.safety_methods:
                 stack.enter_context(method.training(self.model))
-            output = super().train(*args, **kwargs)
+            self._is_loaded = self._load_before_sharding(resume_from_checkpoint)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
             diagnostics: dict[str, float] = {}
             for method in self.safety_methods:
                 diagnostics.update(method.diagnostics(self.model))
         if diagnostics:
             self.log(diagnostics)
         return output
+
+    def _load_before_sharding(self, checkpoint: str | bool | None) -> bool:
+        """With FSDP, load the adapter to go on from while it is whole, and return whether that was done.
+
+        Once weights are split, accelerate looks for parameters by the names in the checkpoint, which a parameter that
+        is trained through a rule does not have.
+        """
+        is_split = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        if not (checkpoint and self.safety_methods and self.is_fsdp_enabled and isinstance(self.model, PeftModel)):
+            return False
+        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        if is_split or folder is None or not os.path.isfile(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
+            return False
+        weights = load_peft_weights(folder, device="cpu")
+        set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapters[0])
+        return True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load as [`~trl.SFTTrainer`] does, unless it has been done; TRL has no public place for it."""
+        if not getattr(self, "_is_loaded", False):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None

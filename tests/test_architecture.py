@@ -33,6 +33,7 @@ STOPS = {
     "recipe",
     "recommendation",
     "scan",
+    "strategy",
     "subspace",
     "testbed",
     "trainer",
@@ -43,8 +44,9 @@ STOPS = {
 OURS = {
     "subspace": set(),
     "adapters": set(),
-    "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors", "methods.base"},
-    "trainer": {"methods.base", "recommendation"},
+    "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors"}
+    | {"methods.base", "strategy"},
+    "trainer": {"methods.base", "recommendation", "strategy"},
 }
 # What it may import besides the standard library and ours.
 THEIRS = {"subspace": {"torch"}, "adapters": {"torch", "peft", "transformers"}}  # transformers for GPT-2's Conv1D

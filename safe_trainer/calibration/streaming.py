@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -85,6 +85,28 @@ def from_first_process(value: T) -> T:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def by_first_process(compute: Callable[[], T]) -> T:
+    """Let the first of several processes compute while the others wait; all have what it found, or its error.
+
+    Args:
+        compute (`Callable[[], T]`): Returns anything that can be pickled, with its tensors on the CPU. It must not
+            need the other processes.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return compute()
+    held: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            held[0] = compute()
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            held[1] = error
+    dist.broadcast_object_list(held, src=0)
+    if held[1] is not None:
+        raise held[1]
+    found: T = held[0]
+    return found
 
 
 class _Batch:

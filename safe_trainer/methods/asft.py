@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapters, subspace
+from ..calibration import by_first_process
 from ..direction import AlignmentDirection, DirectionFactors
+from ..strategy import Strategy
 from .base import Paper, SafetyMethod
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,12 @@ class AsFT(SafetyMethod):
             adapters.check_peft_config(config, self.name)
         return config
 
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Refuse ZeRO-3, where the factors are in pieces when the penalty is computed, after the forward pass."""
+        super().check_strategy(strategy)
+        if strategy.name == "ZeRO-3":
+            raise ValueError("AsFT does not work with ZeRO-3, which has the factors in pieces. Use FSDP2 or ZeRO-2.")
+
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Load or compute the direction and match it with the layers that are trained, by name."""
         self._updates = adapters.updates(model, self.name, self.scaled)
@@ -208,10 +216,11 @@ class AsFT(SafetyMethod):
             )
         unaligned = str(self.unaligned_model)
         logger.info("Computing the alignment direction from %s and %s", aligned, unaligned)
-        if self.projector == "published":
-            return AlignmentDirection.from_checkpoints(aligned, unaligned, modules=list(self._updates))
-        return AlignmentDirection.from_checkpoints(  # exactly `rank` vectors, however small what is left out
-            aligned, unaligned, modules=list(self._updates), rank=self.rank, max_error=0.0
+        # But for the published projector exactly `rank` vectors, however small what is left out.
+        size: dict[str, Any] = {} if self.projector == "published" else {"rank": self.rank, "max_error": 0.0}
+        modules = list(self._updates)
+        return by_first_process(
+            lambda: AlignmentDirection.from_checkpoints(aligned, unaligned, modules=modules, **size)
         )
 
 

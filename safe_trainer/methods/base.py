@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..strategy import SPLIT_AT_LOADING, Strategy
+
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
@@ -28,7 +30,7 @@ class Paper:
 
 
 class SafetyMethod:
-    """Base of all methods: a dataclass of settings that may act at five moments, each of which does nothing here.
+    """Base of all methods: a dataclass of settings that may act at six moments, each of which does nothing here.
 
     A method is its own configuration. Subclass it as a dataclass whose fields are the user's settings, override the
     moments it needs, and add it to `METHODS`. In the order in which [`SafeSFTTrainer`] calls them:
@@ -36,6 +38,7 @@ class SafetyMethod:
     | moment | when |
     |---|---|
     | `adapt_peft_config` | before the model is wrapped by PEFT |
+    | `check_strategy` | when it is known how training is spread over processes |
     | `attach` | right after it is wrapped, before any optimizer exists |
     | `training` | around `train()` |
     | `penalty` | once for every micro-batch |
@@ -65,6 +68,8 @@ class SafetyMethod:
     """Its tag on the model card and on the Hub."""
     paper: ClassVar[Paper | None] = None
     """Its source, if it has one."""
+    needs_weights: ClassVar[bool] = False
+    """Whether every process must hold all of the model's weights when the method is attached."""
 
     def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
         """Return the PEFT configuration to wrap the model with.
@@ -77,6 +82,33 @@ class SafetyMethod:
             ValueError: If the method cannot work with it.
         """
         return config
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Refuse a way of spreading the training over processes under which the method would fail or be wrong.
+
+        Args:
+            strategy ([`~strategy.Strategy`]): The way.
+
+        Raises:
+            ValueError: With what to use instead. Here for FSDP1, for weights that are split as they are loaded, and
+                for a method that needs weights which are not at hand.
+        """
+        if strategy.name == "FSDP1":
+            raise ValueError(
+                f"{self.name} does not work with FSDP1, which keeps all weights of a layer in one flat piece. Use "
+                "FSDP2: `fsdp_version: 2` in the configuration of accelerate."
+            )
+        if strategy.name == SPLIT_AT_LOADING:
+            raise ValueError(
+                f"{self.name} does not work with {strategy.name} (tensor, expert, context or sequence parallelism, or "
+                "a `distributed_config` of transformers). Load the model whole, and use DDP, FSDP2 or ZeRO-2."
+            )
+        if self.needs_weights and not strategy.has_weights:
+            raise ValueError(
+                f"{self.name} needs the model's weights in every process when training begins, and under "
+                f"{strategy.name} as it is set they are not there. Use FSDP2 with "
+                "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2."
+            )
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Prepare for this model; called once, when the trainer has been built and before any optimizer exists.

@@ -63,6 +63,7 @@ class DriftPenalty(SafetyMethod):
 
     name: ClassVar[str] = "Drift penalty"
     tag: ClassVar[str] = "drift-penalty"
+    needs_weights: ClassVar[bool] = True
 
     weight: float = 30.0
     rank: int = 64

@@ -88,15 +88,15 @@ class SaLoRA(SafetyMethod):
 
     name: ClassVar[str] = "SaLoRA"
     tag: ClassVar[str] = "salora"
+    needs_weights: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         title="SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation",
         arxiv="2501.01765",
         citation=(
             "@inproceedings{li2025salora,\n"
-            "  title     = {{SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation}},\n"
-            "  author    = {Li, Mingjie and others},\n"
-            "  booktitle = {International Conference on Learning Representations},\n"
-            "  year      = {2025}, note = {arXiv:2501.01765}\n"
+            "  title={{SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation}},\n"
+            "  author={Li, Mingjie and others}, booktitle={International Conference on Learning Representations},\n"
+            "  year={2025}, note= {arXiv:2501.01765}\n"
             "}"
         ),
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftModel
-from torch import distributed, nn
+from torch import nn
 from transformers.utils.logging import tqdm
 
 from .. import adapters
+from ..calibration import from_first_process
+from ..strategy import Strategy
 from ..vectors import Fitting, TrainedVectors, VectorFactors, active, train_security_vectors
 from .base import Paper, SafetyMethod
 
@@ -121,6 +123,21 @@ class SecurityVectors(SafetyMethod):
             )
         return config
 
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Refuse to fold into weights that will be split, and to fit on weights that are not here."""
+        super().check_strategy(strategy)
+        if self.fold and strategy.is_sharded:
+            raise ValueError(
+                f"`fold` needs weights that every process holds whole, and {strategy.name} splits them. Leave out "
+                "`fold`: hooks work there. Or use DDP or ZeRO-2."
+            )
+        if self.harmful_data is not None and not strategy.has_weights:
+            raise ValueError(
+                f"Vectors cannot be fitted under {strategy.name} as it is set: the weights are not in every process. "
+                "Fit them beforehand with `safe-trainer vectors`, and give the folder as `vectors`. Under FSDP2, "
+                "`fsdp_cpu_ram_efficient_loading: false` does it too."
+            )
+
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Load or fit the vectors and match them with the model's layers, by name."""
         if self.fold:
@@ -151,10 +168,9 @@ class SecurityVectors(SafetyMethod):
                 progress=lambda done, total, loss: bar.update(),
                 **settings,
             )
-        if distributed.is_available() and distributed.is_initialized():
-            for tensor in (tensor for factors in vectors.modules.values() for tensor in factors):
-                distributed.broadcast(tensor, 0)  # one set for all processes, whatever the order of their sums
-        return vectors
+        # One set for all processes, whatever the order of their sums; on the CPU, as that is where it can be sent.
+        modules = {name: VectorFactors(A.cpu(), B.cpu()) for name, (A, B) in vectors.modules.items()}
+        return from_first_process(TrainedVectors(modules, vectors.provenance))
 
 
 def _check_adapted(model: nn.Module) -> None:

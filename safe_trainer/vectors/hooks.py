@@ -157,21 +157,19 @@ def folded(layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactor
 def _fold(name: str, layer: LinearLayer, vectors: VectorFactors, switch: Switch) -> Callable[[], None]:
     base: Any = layer.base
     clean = base.weight
-    product = vectors.B.to(clean.device, torch.float32) @ vectors.A.to(clean.device, torch.float32)  # (d_out, d_in)
-    product = product.mT if isinstance(base, Conv1D) else product
-    exchanged = nn.Parameter((clean.detach().float() + product).to(clean.dtype), requires_grad=False)
+    exchanged: nn.Parameter | None = None  # made when it is first needed, where and in what the model computes by then
 
     def choose(outer: nn.Module, args: tuple[Any, ...]) -> None:
-        wanted = exchanged if switch.acts_in(outer) else clean
-        if base.weight is wanted:
-            return
+        nonlocal exchanged
         if base.weight is not clean and base.weight is not exchanged:
             raise RuntimeError(
                 f"The weight of `{name}` was replaced after training began, as FSDP does when it shards a model, so "
                 "nothing can be folded into it. Leave out `fold`."
             )
+        if switch.acts_in(outer) and exchanged is None:
+            exchanged = _exchanged(base, vectors)
         # The parameter itself and not its data, so that what autograd has kept of the last step stays what it was.
-        base.weight = wanted
+        base.weight = exchanged if switch.acts_in(outer) else clean
 
     handle = layer.outer.register_forward_pre_hook(choose)
 
@@ -181,6 +179,14 @@ def _fold(name: str, layer: LinearLayer, vectors: VectorFactors, switch: Switch)
             base.weight = clean
 
     return undo
+
+
+def _exchanged(base: Any, vectors: VectorFactors) -> nn.Parameter:
+    """Return `W + B A` as a frozen parameter, on the device and in the precision of `W`."""
+    W = base.weight.detach()
+    product = vectors.B.to(W.device, torch.float32) @ vectors.A.to(W.device, torch.float32)  # (d_out, d_in)
+    product = product.mT if isinstance(base, Conv1D) else product
+    return nn.Parameter((W.float() + product).to(W.dtype), requires_grad=False)
 
 
 def _check_foldable(name: str, layer: LinearLayer) -> None:

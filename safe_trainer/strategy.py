@@ -1,0 +1,56 @@
+"""How a training is spread over processes: what it is called, and what each process has of the model.
+
+Nothing here spreads anything: that is accelerate's. This only reads from it what a method must know to work rightly,
+or to refuse before anything is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+SPLIT_AT_LOADING = "weights split as they are loaded"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a training is spread over processes.
+
+    Args:
+        name (`str`): `"one process"`, `"DDP"`, `"FSDP1"`, `"FSDP2"`, `"ZeRO-1"` to `"ZeRO-3"`, or
+            `"weights split as they are loaded"` (tensor, expert, context or sequence parallelism, and sharding by
+            transformers itself).
+        is_sharded (`bool`, *optional*, defaults to `False`): Whether the model's weights are split over the processes
+            while it is trained.
+        has_weights (`bool`, *optional*, defaults to `True`): Whether each process holds all weights before that, when
+            the trainer is built.
+    """
+
+    name: str
+    is_sharded: bool = False
+    has_weights: bool = True
+
+
+def strategy_of(accelerator: Any, model: nn.Module) -> Strategy:
+    """Return how the training of a trainer that has just been built is spread over processes.
+
+    Args:
+        accelerator (`Accelerator`): The trainer's.
+        model (`PreTrainedModel` or `PeftModel`): Its model.
+    """
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    kinds = [kind for kind in ("tp", "cp", "sp") if getattr(parallelism, f"{kind}_enabled", False)]
+    if kinds or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return Strategy(SPLIT_AT_LOADING, is_sharded=True, has_weights=False)
+    kind = accelerator.distributed_type.value
+    if kind == "FSDP":
+        plugin = accelerator.state.fsdp_plugin
+        # Otherwise only the first process of a machine reads the checkpoint, and the others hold empty tensors.
+        return Strategy(f"FSDP{plugin.fsdp_version}", True, has_weights=not plugin.cpu_ram_efficient_loading)
+    if kind == "DEEPSPEED":
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return Strategy(f"ZeRO-{stage}", is_sharded=stage == 3, has_weights=stage != 3)
+    return Strategy("DDP" if accelerator.num_processes > 1 else "one process")
