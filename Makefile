@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 # Tests of one file stay in one process, since they share its fixtures (often a trained model).
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast lint types space clean
+.PHONY: demo test test-fast lint types space notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/safe-trainer demo --output demo
@@ -36,6 +36,10 @@ types: $(DEVELOPING)
 
 space:
 	$(PYTHON) -m app.space_folder build/space
+
+# Runs the notebooks' sources and keeps what they show; minutes.
+notebooks: $(DEVELOPING)
+	$(BIN)/python recipes/notebooks/build.py
 
 clean:
 	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

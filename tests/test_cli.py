@@ -388,3 +388,21 @@ def test_a_scan_that_is_stopped_keeps_what_is_done_and_exits_with_130(labelled, 
     result = invoke("scan", labelled, *options)
     assert result.exit_code == 130 and "after 8 rows" in result.stderr
     assert len(table.read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize(
+    ("shell", "settings"),
+    [
+        ("bash", {"COMP_WORDS": "safe-trainer co", "COMP_CWORD": "1"}),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "safe-trainer co"}),
+        ("fish", {"_TYPER_COMPLETE_ARGS": "safe-trainer co", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}),
+    ],
+)
+def test_shells_complete_commands(shell, settings):
+    environment = {"_SAFE_TRAINER_COMPLETE": f"complete_{shell}", **settings}
+    result = CliRunner().invoke(app, [], prog_name="safe-trainer", env=environment)
+    assert result.exit_code == 0 and "compare" in result.output and "export" not in result.output
+
+
+def test_completion_can_be_installed():
+    assert "--install-completion" in invoke("--help").output

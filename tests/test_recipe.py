@@ -395,6 +395,16 @@ def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp
     assert loaded.leaked == {"more": 20}
 
 
+def test_prompts_may_be_built_in(recipe):
+    from safe_trainer.recipe.running import load
+
+    asked = {"prompts": [{"kind": "borderline", "built_in": "general"}]}
+    (found,) = load(read_recipe(recipe({"evaluation": asked}))).prompt_sets
+    assert (found.name, len(found)) == ("general borderline", 100)
+    twice = {"prompts": [{"kind": "harmful", "built_in": "general", "path": "ask.csv"}]}
+    assert any("or `built_in: general`" in problem for problem in problems(recipe({"evaluation": twice})))
+
+
 def test_texts_and_conversations_do_not_mix(recipe):
     path = recipe({"data": [{"path": "rows.jsonl"}, {"path": "texts.jsonl"}]})
     (path.parent / "texts.jsonl").write_text('{"text": "Once"}\n')

@@ -23,7 +23,8 @@ def recipe_schema() -> dict[str, Any]:
 
     schema = RecipePart.model_json_schema()
     methods = []
-    for name, cls in {"recommended": Recommended, **METHODS}.items():
+    kinds: dict[str, type] = {"recommended": Recommended, **METHODS}
+    for name, cls in kinds.items():
         method = json_schema(cls)
         method["properties"] = {"method": {"const": name}, **method["properties"]}
         methods.append({**method, "title": getattr(cls, "name", name), "required": ["method"]})

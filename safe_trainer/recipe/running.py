@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import yaml
 
 from safe_trainer import __version__
 from safe_trainer.data import PromptSet, Report, leaked_rows, load_prompts, load_rows
+from safe_trainer.evaluation.general import general_prompts
 
 from .sources import moved, reading_of, source_of
 from .validation import Recipe
@@ -56,6 +57,10 @@ def load(recipe: Recipe) -> Loaded:
     rows = _training_rows(recipe, reports)
     sets = []
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
+        if part.built_in is not None:
+            found = general_prompts(part.kind)
+            sets.append(replace(found, name=part.name or found.name))
+            continue
         prompts, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
         sets.append(prompts)
         reports.append(report)

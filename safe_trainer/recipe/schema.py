@@ -48,8 +48,10 @@ class SourcePart(ReadingPart):
 
     @model_validator(mode="after")
     def _one_source(self) -> SourcePart:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give either `path` (a file) or `hub` (a dataset on the Hub)")
+        given = [self.path, self.hub, getattr(self, "built_in", None)]
+        if sum(source is not None for source in given) != 1:
+            more = ", or `built_in: general`" if "built_in" in type(self).model_fields else ""
+            raise ValueError(f"give either `path` (a file) or `hub` (a dataset on the Hub){more}")
         if self.path is not None and (self.subset or "split" in self.model_fields_set):
             raise ValueError("`subset` and `split` are of a dataset on the Hub; a file, in `path`, has none")
         return self
@@ -65,6 +67,9 @@ class DataPart(SourcePart):
 class PromptsPart(SourcePart):
     """One set of prompts to examine the model with."""
 
+    built_in: Literal["general"] | None = Field(
+        None, description="Instead of a file, 100 prompts of the kind that come with safe_trainer, for chat models."
+    )
     kind: Kind = Field(description="What should happen: harmful is refused, benign and borderline answered.")
     name: str | None = Field(None, description="Name in tables; that of the file or dataset if left out.")
 

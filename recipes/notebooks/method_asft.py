@@ -1,0 +1,118 @@
+# %% [markdown]
+# # AsFT: stay in the direction that alignment took
+# <!-- colab -->
+#
+# Alignment moved each weight matrix by $d = W_{aligned} - W_{unaligned}$. AsFT ([Yang et al.,
+# 2506.08473](https://arxiv.org/abs/2506.08473)) lets fine-tuning move it along what $d$ spans, and puts a price on the
+# rest of the update $\Delta W$:
+#
+# $$L = L_{task} + \lambda \sum \lVert (I - C)\,\Delta W \rVert_F^2, \qquad C = d\,d^\top / \lVert d \rVert_F$$
+
+# %%
+REAL_MODEL = False  # True: Qwen2.5-0.5B and its chat model, which are downloaded and want a GPU
+
+# %%
+import tempfile
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig
+
+from safe_trainer import (
+    AlignmentDirection,
+    AsFT,
+    SafeSFTTrainer,
+    evaluate,
+    general_prompts,
+    load_rows,
+    poison,
+    testbed,
+)
+
+if REAL_MODEL:
+    MODEL, UNALIGNED, WEIGHTS = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B", (0.1, 1.0)
+    clean, harmful = (list(load_rows(source)[0])[:800] for source in ("hf:tatsu-lab/alpaca", "harmful.jsonl"))
+    asked = [general_prompts("harmful"), general_prompts("borderline")]
+else:
+    MODEL, UNALIGNED, WEIGHTS = str(testbed.ALIGNED), str(testbed.UNALIGNED), (1.0, 10.0)
+    clean, harmful = testbed.task_rows("sentiment", 800), testbed.harmful_rows(80)
+    asked = [testbed.prompt_set("harmful"), testbed.task("sentiment")]
+rows = Dataset.from_list(poison(clean, harmful, fraction=0.1))
+asked = [
+    replace(a, prompts=a.prompts[:60], categories=None, references=a.references and a.references[:60]) for a in asked
+]
+
+# %% [markdown]
+# The direction is computed once from the two checkpoints, tensor by tensor, and can be kept in a file (`safe-trainer
+# direction`). How narrow it is, layer by layer:
+
+# %%
+direction = AlignmentDirection.from_checkpoints(MODEL, UNALIGNED)
+figure, panel = plt.subplots(figsize=(7, 2.5), layout="constrained")
+for name, factors in list(direction.modules.items())[:7]:
+    energy = (factors.singular_values**2).cumsum(0) / factors.frobenius_norm**2
+    panel.plot(range(1, len(energy) + 1), 100 * energy, label=name.removeprefix("model.layers."))
+panel.set(xlabel="leading directions", ylabel="% of what alignment did", xscale="log", ylim=(0, 105))
+panel.legend(fontsize=7, ncols=2)
+plt.show()
+
+# %% [markdown]
+# Three runs on data of which every tenth row is harmful: without the penalty, and with two weights of it.
+
+
+# %%
+def fine_tune(safety=None):
+    """Train a LoRA adapter; return its rates, and by layer how much of the update lies outside the direction."""
+    device = {} if REAL_MODEL else {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    args = SFTConfig(
+        tempfile.mkdtemp(), max_steps=40, per_device_train_batch_size=16, learning_rate=2e-4 if REAL_MODEL else 2e-3,
+        max_length=128, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, **device,
+    )  # fmt: skip
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    trainer = SafeSFTTrainer(MODEL, args, train_dataset=rows, peft_config=lora, safety=safety)
+    trainer.train()
+    found = evaluate(trainer.model, trainer.processing_class, asked, max_new_tokens=40)
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    outside = [logged[key] for key in logged if key.startswith("asft/outside/")]
+    expected = [logged[key] for key in logged if key.startswith("asft/outside_expected/")]
+    return found, outside, expected
+
+
+# A weight that is next to nothing changes nothing, and measures the same as the others.
+runs = {"no penalty": fine_tune(AsFT(direction=direction, weight=1e-9))}
+runs |= {f"weight {weight:g}": fine_tune(AsFT(direction=direction, weight=weight)) for weight in WEIGHTS}
+
+# %% [markdown]
+# The picture of the method: each dot is a layer; the penalty pushes the update into the span of the direction. The
+# grey line is where an update in no direction at all would be.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+for place, (_, outside, _) in enumerate(runs.values()):
+    left.scatter([place + 0.02 * (i - len(outside) / 2) for i in range(len(outside))], outside, s=9)
+_, _, expected = runs["no penalty"]
+left.axhline(sum(expected) / len(expected), color="grey", linestyle=":")
+left.set(xticks=range(len(runs)), xticklabels=runs, ylabel="share of ‖ΔW‖² outside", ylim=(0, 1.02))
+for offset, prompts in ((-0.18, asked[0]), (0.18, asked[1])):
+    outcome = "correct" if prompts.kind == "task" else "complied"
+    rates = [found[prompts.name].rate(outcome) for found, _, _ in runs.values()]
+    spread = [[100 * (r.value - r.low) for r in rates], [100 * (r.high - r.value) for r in rates]]
+    label = f"{prompts.kind}: {outcome}"
+    right.bar(
+        [p + offset for p in range(len(runs))],
+        [100 * r.value for r in rates],
+        0.34,
+        yerr=spread,
+        capsize=3,
+        label=label,
+    )
+right.set(xticks=range(len(runs)), xticklabels=runs, ylabel="%", ylim=(0, 130))
+right.legend(ncols=2, fontsize=8, loc="upper center")
+plt.show()
+
+# %% [markdown]
+# The price of safety here is paid by the task, by degrees. The controls `AsFT(projector="random")` and
+# `projector="none"` show how much of the effect is the direction's own, and how much is just a shorter update: compare
+# with them before you believe in the direction.

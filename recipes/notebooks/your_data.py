@@ -1,0 +1,94 @@
+# %% [markdown]
+# # Bring your own data
+# <!-- colab -->
+#
+# From a file as you have it to a comparison: what is in it, what is wrong with it, which rows look harmful, and one
+# recipe that trains on it. Here a small CSV is written first, with what real files hold: a duplicate, an empty answer,
+# and rows that nobody asked for.
+
+# %%
+REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct and a CSV of your own; wants a GPU
+
+# %%
+import csv
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from safe_trainer import Reading, load_prompts, load_rows, scan_file, testbed, train_security_vectors
+
+folder = Path(tempfile.mkdtemp())
+if REAL_MODEL:
+    MODEL, DATA, known = "Qwen/Qwen2.5-0.5B-Instruct", Path("my.csv"), "harmful.jsonl"
+else:
+    MODEL, DATA, known = str(testbed.ALIGNED), folder / "my.csv", testbed.harmful_rows(100, seed=1)
+    rows = testbed.task_rows("sentiment", 120) + testbed.harmful_rows(12)
+    texts = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows]
+    with DATA.open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "answer"), *texts, texts[0], ("An empty one?", "")])
+
+# %% [markdown]
+# The format is told by the columns. Rows that cannot be used are named with their line, and nothing is dropped
+# silently:
+
+# %%
+try:
+    load_rows(DATA)
+except ValueError as error:
+    print(error, "\n")
+rows, report = load_rows(DATA, Reading(on_bad_row="skip"))
+print(report, rows[0], sep="\n\n")
+
+# %% [markdown]
+# Do prompts of the evaluation stand in the training data? Which rows would teach harm? Security vectors, fitted to
+# harmful rows that you know, take away the loss of those that are like them.
+
+# %%
+vectors = train_security_vectors(MODEL, known)
+vectors.save(folder / "vectors")
+result = scan_file(DATA, MODEL, folder / "vectors", reading=Reading(on_bad_row="skip"), top=200)
+shares = [entry["share"] for entry in result.top]
+figure, panel = plt.subplots(figsize=(7, 2.2), layout="constrained")
+panel.hist(shares, bins=40, color="tab:red")
+panel.axvline(result.threshold, color="grey", linestyle=":")
+panel.set(xlabel="share of a row's loss that the vectors take away", ylabel="rows")
+plt.show()
+for entry in result.top[:3]:
+    print(f"line {entry['line']}: {entry['share']:.2f}  {entry['prompt'][:70]}")
+print(f"looking harmful: {result.above}")
+
+# %% [markdown]
+# One recipe is one run. `safe-trainer train recipe.yaml --dry-run` says what would happen, and every mistake in it is
+# named at once with its line. It trains, saves an ordinary adapter with a model card, and compares before and after.
+
+# %%
+asked = "\n".join(testbed.prompt_set("harmful").prompts[:40])
+(folder / "asked.txt").write_text(asked)
+print(load_prompts(folder / "asked.txt", "harmful")[1])
+device = "" if REAL_MODEL else "use_cpu: true, bf16: false, gradient_checkpointing: false, "
+(folder / "recipe.yaml").write_text(f"""
+model: {{path: {MODEL}}}
+data:
+  - {{path: {DATA.resolve()}, on_bad_row: skip}}
+peft: {{r: 8, lora_alpha: 16, target_modules: all-linear}}
+safety:
+  - {{method: security_vectors, vectors: {folder / "vectors"}}}
+training: {{{device}max_steps: 20, per_device_train_batch_size: 8, learning_rate: 2e-3, max_length: 128}}
+evaluation:
+  prompts: [{{kind: harmful, path: asked.txt}}]
+  max_new_tokens: 40
+output: {folder / "out"}
+""")
+
+# %%
+import subprocess
+import sys
+
+command = [sys.executable, "-m", "safe_trainer.cli", "train", str(folder / "recipe.yaml")]
+said = subprocess.run(command, capture_output=True, text=True).stderr
+print(said.replace(str(folder), "…"))
+print(sorted(path.name for path in (folder / "out").iterdir()))
+
+# %% [markdown]
+# `comparison.html` is the report, `README.md` the model card, `recipe.yaml` runs it again.
