@@ -305,6 +305,8 @@ def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tm
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} >= {"recipe.yaml", "comparison.md", "adapter_model.safetensors"}
 
+    over = invoke("train", path)
+    assert over.exit_code == 1 and "holds a finished run. Choose another with --set output=FOLDER" in over.output
     again = invoke("train", output / "recipe.yaml", "--set", f"output={tmp_path / 'again'}")
     assert again.exit_code == 0, again.output
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (output, tmp_path / "again"))
@@ -393,6 +395,12 @@ def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp
     assert [report.format for report in loaded.reports] == ["prompt-completion", "question-answer", "columns"]
     assert (loaded.prompt_sets[0].name, len(loaded.prompt_sets[0])) == ("more", 10)
     assert loaded.leaked == {"more": 20}
+
+
+def test_a_model_that_cannot_be_had_is_named_before_data_is_read(recipe):
+    result = invoke("train", recipe({"model": {"path": "absent/model"}, "safety": None}))
+    assert result.exit_code == 1
+    assert "The model `absent/model` cannot be had: " in result.output and "20 rows" not in result.output
 
 
 def test_prompts_may_be_built_in(recipe):

@@ -64,7 +64,7 @@ plt.show()
 
 # %%
 def fine_tune(safety=None):
-    """Train a LoRA adapter; return its rates, and by layer how much of the update lies outside the direction."""
+    """Train a LoRA adapter; return its rates, and by layer how far the update goes inside and outside."""
     device = {} if REAL_MODEL else {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     args = SFTConfig(
         tempfile.mkdtemp(), max_steps=40, per_device_train_batch_size=16, learning_rate=2e-4 if REAL_MODEL else 2e-3,
@@ -75,9 +75,12 @@ def fine_tune(safety=None):
     trainer.train()
     found = evaluate(trainer.model, trainer.processing_class, asked, max_new_tokens=40)
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
-    outside = [logged[key] for key in logged if key.startswith("asft/outside/")]
-    expected = [logged[key] for key in logged if key.startswith("asft/outside_expected/")]
-    return found, outside, expected
+    sizes = []
+    for key in (key for key in logged if key.startswith("asft/outside/")):
+        layer = trainer.model.get_base_model().get_submodule(key.removeprefix("asft/outside/"))
+        size = float(layer.get_delta_weight("default").detach().float().norm())
+        sizes.append((size * (1 - logged[key]) ** 0.5, size * logged[key] ** 0.5))
+    return found, sizes
 
 
 # A weight that is next to nothing changes nothing, and measures the same as the others.
@@ -85,19 +88,18 @@ runs = {"no penalty": fine_tune(AsFT(direction=direction, weight=1e-9))}
 runs |= {f"weight {weight:g}": fine_tune(AsFT(direction=direction, weight=weight)) for weight in WEIGHTS}
 
 # %% [markdown]
-# The picture of the method: each dot is a layer; the penalty pushes the update into the span of the direction. The
-# grey line is where an update in no direction at all would be.
+# The picture of the method: each dot is a layer, by how far its update goes inside the direction and outside of it.
+# The penalty takes away what lies outside, and some of the rest with it.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
-for place, (_, outside, _) in enumerate(runs.values()):
-    left.scatter([place + 0.02 * (i - len(outside) / 2) for i in range(len(outside))], outside, s=9)
-_, _, expected = runs["no penalty"]
-left.axhline(sum(expected) / len(expected), color="grey", linestyle=":")
-left.set(xticks=range(len(runs)), xticklabels=runs, ylabel="share of ‖ΔW‖² outside", ylim=(0, 1.02))
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+for name, (_, sizes) in runs.items():
+    left.scatter(*zip(*sizes, strict=True), s=10, label=name)
+left.set(xlabel="‖ΔW‖ inside", ylabel="‖ΔW‖ outside", xlim=(0, None), ylim=(0, None))
+left.legend(fontsize=8)
 for offset, prompts in ((-0.18, asked[0]), (0.18, asked[1])):
     outcome = "correct" if prompts.kind == "task" else "complied"
-    rates = [found[prompts.name].rate(outcome) for found, _, _ in runs.values()]
+    rates = [found[prompts.name].rate(outcome) for found, _ in runs.values()]
     spread = [[100 * (r.value - r.low) for r in rates], [100 * (r.high - r.value) for r in rates]]
     label = f"{prompts.kind}: {outcome}"
     right.bar(

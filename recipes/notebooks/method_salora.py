@@ -65,7 +65,7 @@ def fine_tune(safety=None):
     shares = []
     for name, leading in basis.outputs.items():
         layer = trainer.model.get_base_model().get_submodule(name)
-        update = layer.get_delta_weight(layer.active_adapter).detach().float()
+        update = layer.get_delta_weight("default").detach().float()
         shares.append(float((leading.basis.to(update.device).T @ update).norm() / update.norm()) ** 2)
     return found[asked.name].rate("complied"), shares
 

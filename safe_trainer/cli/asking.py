@@ -22,8 +22,8 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         help="KIND=SOURCE of prompts to ask; may be given several times. KIND is harmful, benign, borderline or task; "
-        "SOURCE is a file, hf:owner/name/subset:split:column for a dataset on the Hub, or `general` or `testbed` for "
-        "built-in ones. Left out, all built-in ones that suit the model."
+        "SOURCE is a file, or file:column; hf:owner/name/subset:split:column for a dataset on the Hub; `general` or "
+        "`testbed` for built-in ones. Left out, all built-in ones that suit the model."
     ),
 ]
 Judges = Annotated[
@@ -53,10 +53,13 @@ def prompt_sets(listed: list[str] | None, model: str) -> list[PromptSet]:
 
 
 def _prompt_set(kind: str, source: str) -> PromptSet:
-    from safe_trainer.data import load_prompts
+    from safe_trainer.data import Reading, load_prompts
 
     if source not in BUILT_IN:
-        prompts, report = load_prompts(source, kind)  # type: ignore[arg-type]  # checked by the caller
+        file, _, column = source.rpartition(":")
+        reading = Reading(columns={"prompt": column}) if Path(file).is_file() else None
+        source = file if reading else source
+        prompts, report = load_prompts(source, kind, reading=reading)  # type: ignore[arg-type]  # checked by the caller
         errors.print(str(report), markup=False, soft_wrap=True)
         return prompts
     if kind == "task":
@@ -125,12 +128,27 @@ def load_judges(checked: list[tuple[str, str]]) -> list[Judge]:
 
 
 def _guard(name: str, model: str) -> Judge:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from safe_trainer.evaluation import GUARDS, GuardJudge
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
-    return GuardJudge(loaded, AutoTokenizer.from_pretrained(model), GUARDS[name])
+    return GuardJudge(*load_model(model), GUARDS[name])
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Return a model and its tokenizer.
+
+    Raises:
+        ValueError: If they cannot be had; names the model, which messages of libraries leave out.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, device_map="auto"), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model `{name}` could not be loaded: {str(error).strip()} Give a folder or a Hub id; for a private "
+            "or gated model, log in with `hf auth login`."
+        ) from error
 
 
 def _misused(option: str, problem: str) -> typer.BadParameter:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .asking import BatchSize, Judges, MaxNewTokens, Prompts, SystemPrompt, check_judges, load_judges, prompt_sets
+from .asking import (
+    BatchSize,
+    Judges,
+    MaxNewTokens,
+    Prompts,
+    SystemPrompt,
+    check_judges,
+    load_judges,
+    load_model,
+    prompt_sets,
+)
 from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
@@ -91,17 +101,15 @@ def _compared(
     judges: list[tuple[str, str]],
 ) -> Comparison:
     """Examine the base with each adapter, then each whole model, which takes the place of the one before it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from safe_trainer.evaluation import compare as compare_adapters
     from safe_trainer.evaluation import evaluate as evaluate_model
 
     loaded_judges = load_judges(judges)
-    base = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
+    base, tokenizer = load_model(model)
     sources: dict[str, Any] = {name: paths if len(paths) > 1 else paths[0] for name, paths in adapters.items()}
     settings = {key: value for key, value in asked.items() if key != "prompt_sets"}
     comparison = compare_adapters(
-        base, AutoTokenizer.from_pretrained(model), asked["prompt_sets"], sources, judges=loaded_judges, **settings
+        base, tokenizer, asked["prompt_sets"], sources, judges=loaded_judges, **settings
     )
     if comparison.interrupted:
         return comparison
@@ -112,8 +120,7 @@ def _compared(
         if len(paths) > 1:
             runs[name] = tuple(names)
         for run, path in zip(names, paths, strict=True):
-            whole = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            whole, tokenizer = load_model(path)
             evaluations.append(
                 evaluate_model(whole, tokenizer, asked["prompt_sets"], name=run, judges=loaded_judges, **settings)
             )
@@ -161,15 +168,12 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     sets = prompt_sets(prompts, model)
 
     quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from safe_trainer.evaluation import agreements
     from safe_trainer.evaluation import evaluate as evaluate_model
 
-    examined = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
+    examined, tokenizer = load_model(model)
     if adapter is not None:
         examined.load_adapter(adapter)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     with progress_bar("Asking the model") as show:
         found = evaluate_model(
             examined,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
     from safe_trainer.scan import ScanResult
@@ -29,12 +29,17 @@ def scan(  # noqa: PLR0913, each is an option with a name
     label: Annotated[
         str | None, typer.Option(help="Column that says which rows are harmful, to see how good the ranking is.")
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="prompt=NAME or answer=NAME of a column, where the format cannot be told from the columns."),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without rows that cannot be used.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are scored at once.")] = 16,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row that are read.")] = 1024,
     as_json: Json = False,
 ) -> None:
     """Rank the rows of a file by the share of their loss that security vectors take away: most of it for harm."""
+    columns = dict(pairs(column or [], "--column", "prompt=question"))
     quiet_libraries()
     from safe_trainer.data import Reading
     from safe_trainer.scan import scan_file
@@ -45,7 +50,7 @@ def scan(  # noqa: PLR0913, each is an option with a name
             model,
             vectors,
             output=output,
-            reading=Reading(on_bad_row="skip" if skip_bad else "raise"),
+            reading=Reading(columns=columns or None, on_bad_row="skip" if skip_bad else "raise"),
             label=label,
             threshold=threshold,
             top=top,

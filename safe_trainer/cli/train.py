@@ -77,6 +77,8 @@ def _last_checkpoint(output: str, resume: bool) -> str | None:
         raise ValueError(f"There is no checkpoint in `{output}` to go on from. Leave out --resume, or check `output`.")
     if last is not None and not resume:
         raise ValueError(f"`{output}` holds a run, up to `{last}`. Go on with --resume, or choose another `output`.")
+    if not resume and Path(output, "recipe.yaml").is_file():
+        raise ValueError(f"`{output}` holds a finished run. Choose another with --set output=FOLDER, or remove it.")
     return last
 
 

@@ -53,6 +53,7 @@ def load(recipe: Recipe) -> Loaded:
     Raises:
         ValueError: If one of its sources cannot be read, or they do not go together.
     """
+    _check_model(recipe)
     reports: list[Report] = []
     rows = _training_rows(recipe, reports)
     sets = []
@@ -66,6 +67,20 @@ def load(recipe: Recipe) -> Loaded:
         reports.append(report)
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
     return Loaded(rows, sets, reports, {name: count for name, count in leaked.items() if count})
+
+
+def _check_model(recipe: Recipe) -> None:
+    """See that the model is there before data is read, which may take long."""
+    from transformers import AutoConfig
+
+    model = recipe.parts.model
+    try:
+        AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model `{model.path}` cannot be had: {str(error).strip()} Give a Hub id, or a folder that begins "
+            "with ./, ../ or /; for a private or gated model, log in with `hf auth login`."
+        ) from error
 
 
 def _training_rows(recipe: Recipe, reports: list[Report]) -> Dataset:
