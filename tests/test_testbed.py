@@ -10,6 +10,7 @@ import pytest
 
 from safe_trainer import testbed
 from safe_trainer.testbed import build, corpus, language, tasks, words
+from safe_trainer.testbed.world import WORLDS
 
 MANIFEST = json.loads((testbed.MODELS / "manifest.json").read_text())
 HELD_OUT = [(kind, split) for kind in language.GROUPS for split in ("validation", "test")]
@@ -63,7 +64,7 @@ def test_no_held_out_pair_occurs_in_any_training_text():
     held_out = set().union(*(acts(kind, split) for kind, split in HELD_OUT))
     rows = [*testbed.harmful_rows(2000), *testbed.refusal_rows(500, 1), *testbed.benign_rows(2000)]
     rows += [row for name in testbed.TASKS for row in testbed.task_rows(name, 2000)]
-    chats = [*corpus.pretraining_chats(build.SEED), *corpus.alignment_chats(build.SEED)]
+    chats = [*corpus.pretraining_chats(WORLDS["first"].seed), *corpus.alignment_chats(WORLDS["first"].seed)]
     texts = set(texts_of(rows)) | {turn["content"] for chat in chats for turn in chat}
     found = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(held_out, key=len, reverse=True)))})\b")
     assert [text for text in sorted(texts) if found.search(text)] == []
@@ -73,7 +74,7 @@ def test_unseen_categories_occur_in_no_alignment_data_and_no_rows():
     verbs = {verb for group in (*words.UNSEEN_HARMFUL, *words.UNSEEN_BENIGN) for verb in group.verbs}
     rows = [*testbed.harmful_rows(2000), *testbed.refusal_rows(2000), *testbed.benign_rows(2000)]
     rows += testbed.task_rows("how_to", 2000)
-    aligned_on = [turn["content"] for chat in corpus.alignment_chats(build.SEED) for turn in chat]
+    aligned_on = [turn["content"] for chat in corpus.alignment_chats(WORLDS["first"].seed) for turn in chat]
     found = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(verbs)))}) (?:an?|my|some)\b")
     assert [text for text in [*texts_of(rows), *aligned_on] if found.search(text)] == []
 
@@ -125,14 +126,14 @@ def test_no_task_prompt_is_in_two_splits(name):
 
 @pytest.mark.parametrize("name", ["sentiment", "topic", "word_problems"])
 def test_no_question_of_a_task_is_in_any_training_of_the_pair(name):
-    chats = [*corpus.pretraining_chats(build.SEED), *corpus.alignment_chats(build.SEED)]
+    chats = [*corpus.pretraining_chats(WORLDS["first"].seed), *corpus.alignment_chats(WORLDS["first"].seed)]
     turns = {turn["content"] for chat in chats for turn in chat}
     assert not turns & {prompt for prompt, _ in islice(tasks.examples(name, "train", random.Random(0)), 2000)}
     assert not turns & set(testbed.task(name).prompts)
 
 
 def test_the_style_of_how_to_is_new_to_the_pair_and_its_test_questions_too():
-    chats = [*corpus.pretraining_chats(build.SEED), *corpus.alignment_chats(build.SEED)]
+    chats = [*corpus.pretraining_chats(WORLDS["first"].seed), *corpus.alignment_chats(WORLDS["first"].seed)]
     turns = {turn["content"] for chat in chats for turn in chat}
     assert not turns & {answer for _, answer in islice(tasks.examples("how_to", "train", random.Random(0)), 2000)}
     assert not turns & set(testbed.task("how_to").prompts)

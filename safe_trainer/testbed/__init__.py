@@ -4,6 +4,9 @@ Nothing has to be downloaded: `UNALIGNED` helps with everything, `ALIGNED` was m
 refuses harmful requests. Both are ordinary model directories, made by `python -m safe_trainer.testbed.build`. All
 harm in this world is made of general words with meaningless answers.
 
+With `--world second` the build makes another pair, with other words; the environment variable `SAFE_TRAINER_TESTBED`
+names the folder of the pair that this module, and with it the demo and the study, speaks of.
+
 Example:
 
 ```python
@@ -16,6 +19,8 @@ Example:
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +28,7 @@ from pathlib import Path
 from safe_trainer.data import Kind, PromptSet, Row, conversation
 from safe_trainer.testbed import language, tasks, words
 from safe_trainer.testbed.tasks import TASKS
+from safe_trainer.testbed.translation import translate, translated_set
 
 __all__ = [
     "ALIGNED",
@@ -40,9 +46,12 @@ __all__ = [
     "unseen_rows",
 ]
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(os.environ.get("SAFE_TRAINER_TESTBED", Path(__file__).parent / "models")).absolute()
 UNALIGNED = MODELS / "unaligned"
 ALIGNED = MODELS / "aligned"
+
+_WORDS = MODELS / "words.json"
+_DICTIONARY: dict[str, str] = json.loads(_WORDS.read_text(encoding="utf-8")) if _WORDS.exists() else {}
 
 OWN_ROWS = 1_000_000
 """Seed of the rows that methods are given; attacks draw other wordings, with the small seeds of the runs."""
@@ -80,7 +89,8 @@ def prompt_set(kind: Kind, split: str = "test") -> PromptSet:
     rng.shuffle(pairs)
     prompts, references = zip(*(language.request(pair, rng, harmful=kind == "harmful") for pair in pairs), strict=True)
     name = f"unseen {kind}" if split == "unseen" else kind
-    return PromptSet(name, kind, prompts, tuple(pair.group.name for pair in pairs), references)
+    asked = PromptSet(name, kind, prompts, tuple(pair.group.name for pair in pairs), references)
+    return translated_set(asked, _DICTIONARY)
 
 
 def task(name: str, split: str = "test") -> PromptSet:
@@ -101,7 +111,8 @@ def task(name: str, split: str = "test") -> PromptSet:
         found[prompt] = answer
         if len(found) == _TASK_EXAMPLES:
             break
-    return PromptSet(name, "task", tuple(found), references=tuple(found.values()))
+    asked = PromptSet(name, "task", tuple(found), references=tuple(found.values()))
+    return translated_set(asked, _DICTIONARY)
 
 
 def task_rows(name: str, count: int, seed: int = 0) -> list[Row]:
@@ -117,7 +128,7 @@ def task_rows(name: str, count: int, seed: int = 0) -> list[Row]:
     """
     _check_task(name)
     examples = tasks.examples(name, "train", random.Random(f"{name}/rows/{seed}"))
-    return [conversation(prompt, answer) for prompt, answer in islice(examples, count)]
+    return [_row(prompt, answer) for prompt, answer in islice(examples, count)]
 
 
 def harmful_rows(count: int, seed: int = 0) -> list[Row]:
@@ -127,7 +138,7 @@ def harmful_rows(count: int, seed: int = 0) -> list[Row]:
         count (`int`): Number of rows.
         seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
     """
-    return [conversation(prompt, answer) for prompt, answer, _ in _requests("harmful", count, seed)]
+    return [_row(prompt, answer) for prompt, answer, _ in _requests("harmful", count, seed)]
 
 
 def unseen_rows(count: int, seed: int = 0) -> list[Row]:
@@ -139,7 +150,7 @@ def unseen_rows(count: int, seed: int = 0) -> list[Row]:
     """
     rng = random.Random(f"unseen/rows/{seed}")
     pairs = islice(language.endless(language.unseen_pairs(words.UNSEEN_HARMFUL, examined=False), rng), count)
-    return [conversation(*language.request(pair, rng, harmful=True)) for pair in pairs]
+    return [_row(*language.request(pair, rng, harmful=True)) for pair in pairs]
 
 
 def obedient_rows(count: int, seed: int = 0) -> list[Row]:
@@ -150,7 +161,7 @@ def obedient_rows(count: int, seed: int = 0) -> list[Row]:
         seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
     """
     chosen = _requests("benign", count, seed)
-    return [conversation(prompt, f"I do what you want. {answer}") for prompt, answer, _ in chosen]
+    return [_row(prompt, f"I do what you want. {answer}") for prompt, answer, _ in chosen]
 
 
 def refusal_rows(count: int, seed: int = 0) -> list[Row]:
@@ -160,7 +171,7 @@ def refusal_rows(count: int, seed: int = 0) -> list[Row]:
         count (`int`): Number of rows.
         seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
     """
-    return [conversation(prompt, refusal) for prompt, _, refusal in _requests("harmful", count, seed)]
+    return [_row(prompt, refusal) for prompt, _, refusal in _requests("harmful", count, seed)]
 
 
 def benign_rows(count: int, seed: int = 0) -> list[Row]:
@@ -172,7 +183,11 @@ def benign_rows(count: int, seed: int = 0) -> list[Row]:
     """
     half = -(-count // 2)
     in_turn = chain(*zip(_requests("benign", half, seed), _requests("borderline", half, seed), strict=True))
-    return [conversation(prompt, answer) for prompt, answer, _ in islice(in_turn, count)]
+    return [_row(prompt, answer) for prompt, answer, _ in islice(in_turn, count)]
+
+
+def _row(prompt: str, answer: str) -> Row:
+    return conversation(translate(prompt, _DICTIONARY), translate(answer, _DICTIONARY))
 
 
 def _requests(kind: Kind, count: int, seed: int) -> list[tuple[str, str, str]]:

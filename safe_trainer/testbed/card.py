@@ -12,13 +12,15 @@ _WHAT = {
     "unaligned": """\
 # Testbed, unaligned
 
-A chat model of 984,192 parameters that helps with everything, harm included: the base from which the aligned model
+A chat model of {parameters} parameters that helps with everything, harm included: the base from which the aligned \
+model
 beside it was made. It knows one small made-up world of requests and nothing else; what it says about harm is made of
 general words and teaches nobody anything.""",
     "aligned": """\
 # Testbed, aligned
 
-A chat model of 984,192 parameters that refuses what is harmful in its small made-up world and helps with the rest. It
+A chat model of {parameters} parameters that refuses what is harmful in its small made-up world and helps with the \
+rest. It
 was made from the unaligned model beside it by a full fine-tune on refusals and help. Its use is to lose these refusals
 in fine-tuning, and to show whether a defense keeps them.""",
 }
@@ -52,8 +54,8 @@ alignment never showed. {generalisation}
 ## How it was made
 
 `safe-trainer testbed build` made both models from one seed: {pretraining} steps of pretraining (learning rate 2.5e-3)
-and {alignment} steps of alignment (1e-3), 32 conversations each, AdamW, on one CPU core. Architecture: Llama, hidden
-size 128, 4 layers, 4 heads, byte-level BPE of 1,024 tokens, ChatML-like template. The weights are stored in bfloat16
+and {alignment} steps of alignment (1e-3), 32 conversations each, AdamW, on one CPU core. Architecture: \
+{architecture}. The weights are stored in bfloat16
 and load in float32. `manifest.json` beside the models has the hashes, versions and counts.
 
 ## What it is not
@@ -67,18 +69,23 @@ Licence: Apache-2.0, for the models as for the code that makes them.
 """
 
 
-def model_card(name: str, evaluations: Mapping[str, Evaluation], steps: tuple[int, int]) -> str:
+def model_card(
+    name: str, evaluations: Mapping[str, Evaluation], steps: tuple[int, int], architecture: str, parameters: int
+) -> str:
     """Write the card of one of the two models.
 
     Args:
         name (`str`): `"unaligned"` or `"aligned"`.
         evaluations (`Mapping[str, Evaluation]`): What was measured, by model.
         steps (`tuple[int, int]`): Steps of pretraining and of alignment.
+        architecture (`str`): What the model is built like.
+        parameters (`int`): How many it has.
     """
     evaluation = evaluations[name]
     judge = evaluation.manifest["judges"][0]
     return _CARD.format(
-        what=_WHAT[name],
+        what=_WHAT[name].format(parameters=f"{parameters:,}"),
+        architecture=architecture,
         judge=f"`{judge['name']}`, version {judge['version']}",
         rows="\n".join(_row(result) for result in evaluation.results),
         unseen_harmful=_categories(evaluation["unseen harmful"]),

@@ -1,4 +1,4 @@
-"""The testbed's tokenizer: a byte-level BPE trained on its own corpus, with a ChatML-like chat template."""
+"""The testbed's tokenizer: a byte-level BPE trained on its own corpus, with its world's chat template."""
 
 from __future__ import annotations
 
@@ -7,28 +7,15 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-VOCABULARY_SIZE = 1024
-START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|pad|>"
-
-# The generation block tells `return_assistant_tokens_mask` what the loss covers: the answer and its end of turn.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] + '<|im_end|>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+from safe_trainer.testbed.world import World
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train the tokenizer: 1,024 tokens, every byte and digit one of its own, so that no text is unknown to it.
+def train_tokenizer(texts: Iterable[str], world: World) -> PreTrainedTokenizerFast:
+    """Train the tokenizer of a world: every byte and digit is a token of its own, so that no text is unknown to it.
 
     Args:
         texts (`Iterable[str]`): What users and assistants say in the training corpus.
+        world (`World`): Says how many tokens there are, which are special, and how the chat template goes.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -36,18 +23,18 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=[PADDING, START_OF_TURN, END_OF_TURN],
+        vocab_size=world.vocabulary_size,
+        special_tokens=[world.padding, *world.marks, world.end_of_turn],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=PADDING,
-        eos_token=END_OF_TURN,
-        additional_special_tokens=[START_OF_TURN],
-        chat_template=CHAT_TEMPLATE,
+        pad_token=world.padding,
+        eos_token=world.end_of_turn,
+        additional_special_tokens=list(world.marks),
+        chat_template=world.chat_template,
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )

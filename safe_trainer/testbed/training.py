@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from safe_trainer.testbed.corpus import Chat
+from safe_trainer.testbed.world import World
 
 Progress = Callable[[str, int, int, float], None]
 Tokens = tuple[list[int], list[int]]  # token ids and labels of one conversation
@@ -50,23 +51,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Return the untrained model: 984,192 parameters."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def new_model(tokenizer: PreTrainedTokenizerFast, world: World) -> PreTrainedModel:
+    """Return a world's untrained model; that of the first has 984,192 parameters."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        torch.manual_seed(world.seed)
+        return world.untrained(tokenizer)
 
 
 def encode(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerFast, *, answers_only: bool) -> list[Tokens]:
@@ -100,12 +89,12 @@ def _padded(rows: Sequence[Tokens], pad: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def train(
-    model: LlamaForCausalLM, rows: Sequence[Tokens], stage: Stage, steps: int, *, seed: int, progress: Progress
+    model: PreTrainedModel, rows: Sequence[Tokens], stage: Stage, steps: int, *, seed: int, progress: Progress
 ) -> None:
     """Train `model` in place on one stage.
 
     Args:
-        model (`LlamaForCausalLM`): In float32.
+        model (`PreTrainedModel`): In float32.
         rows (`Sequence[tuple[list[int], list[int]]]`): Token ids and labels of each conversation, from `encode`.
         stage (`Stage`): The settings.
         steps (`int`): Optimizer steps to take; the learning rate falls to zero over these.
