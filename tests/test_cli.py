@@ -365,6 +365,16 @@ def test_a_scan_ranks_harmful_rows_first_and_writes_all_of_them(labelled, vector
     assert told["scored"] == 20 and told["above"]["total"] == 20 and len(told["top"]) == 20
 
 
+def test_a_scan_reads_the_columns_that_are_named(vectors, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("Question asked,My answer\nWhat is a tree?,A plant.\nWhat is a lamp?,A light.\n")
+    call = ["scan", str(path), "--model", ALIGNED, "--vectors", vectors, "--json"]
+    assert "is in no known format" in invoke(*call).output
+    result = invoke(*call, "--column", "prompt=Question asked", "--column", "answer=My answer")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["scored"] == 2
+
+
 def test_a_scan_names_a_broken_row_by_its_line_and_stops(labelled, vectors, tmp_path):
     table = tmp_path / "ranked.csv"
     result = invoke("scan", labelled, "--model", ALIGNED, "--vectors", vectors, "-o", str(table))

@@ -437,13 +437,18 @@ def test_shipped_accelerate_configs_are_understood(path):
     assert load_config_from_file(str(path)).num_processes == 2
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_recipe_on_the_embedded_pair_that_runs(name, tmp_path):
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.parent.name == "testbed"], ids=lambda path: path.stem)
+def test_every_recipe_on_the_embedded_pair_runs(path, tmp_path):
     changes = [f"output={tmp_path}", "training.max_steps=1", "evaluation=null"]
     arguments = [part for change in changes for part in ("--set", change)]
-    result = invoke("train", ROOT / "recipes" / "testbed" / f"{name}.yaml", *arguments)
+    result = invoke("train", path, *arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SHIPPED}), ids=lambda folder: folder.name)
+def test_every_model_has_a_recipe_for_each_method_and_for_a_combination(folder):
+    assert {path.stem for path in folder.glob("*.yaml")} >= {*METHODS, "recommended"}
 
 
 def test_shipped_data_is_what_the_testbed_makes(tmp_path):
