@@ -11,6 +11,9 @@ REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct and a CSV of your own; wants a
 
 # %%
 import csv
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,11 +21,11 @@ import matplotlib.pyplot as plt
 
 from safe_trainer import Reading, load_prompts, load_rows, scan_file, testbed, train_security_vectors
 
-folder = Path(tempfile.mkdtemp())
 if REAL_MODEL:
     MODEL, DATA, known = "Qwen/Qwen2.5-0.5B-Instruct", Path("my.csv"), "harmful.jsonl"
 else:
-    MODEL, DATA, known = str(testbed.ALIGNED), folder / "my.csv", testbed.harmful_rows(100, seed=1)
+    os.chdir(tempfile.mkdtemp())
+    MODEL, DATA, known = str(testbed.ALIGNED), Path("my.csv"), testbed.harmful_rows(100, seed=1)
     rows = testbed.task_rows("sentiment", 120) + testbed.harmful_rows(12)
     texts = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows]
     with DATA.open("w", newline="") as file:
@@ -38,7 +41,8 @@ try:
 except ValueError as error:
     print(error, "\n")
 rows, report = load_rows(DATA, Reading(on_bad_row="skip"))
-print(report, rows[0], sep="\n\n")
+print(report)
+print("the first row:", rows[0])
 
 # %% [markdown]
 # Do prompts of the evaluation stand in the training data? Which rows would teach harm? Security vectors, fitted to
@@ -46,8 +50,8 @@ print(report, rows[0], sep="\n\n")
 
 # %%
 vectors = train_security_vectors(MODEL, known)
-vectors.save(folder / "vectors")
-result = scan_file(DATA, MODEL, folder / "vectors", reading=Reading(on_bad_row="skip"), top=200)
+vectors.save("vectors")
+result = scan_file(DATA, MODEL, "vectors", reading=Reading(on_bad_row="skip"), top=200)
 shares = [entry["share"] for entry in result.top]
 figure, panel = plt.subplots(figsize=(7, 2.2), layout="constrained")
 panel.hist(shares, bins=40, color="tab:red")
@@ -63,32 +67,28 @@ print(f"looking harmful: {result.above}")
 # named at once with its line. It trains, saves an ordinary adapter with a model card, and compares before and after.
 
 # %%
-asked = "\n".join(testbed.prompt_set("harmful").prompts[:40])
-(folder / "asked.txt").write_text(asked)
-print(load_prompts(folder / "asked.txt", "harmful")[1])
-device = "" if REAL_MODEL else "use_cpu: true, bf16: false, gradient_checkpointing: false, "
-(folder / "recipe.yaml").write_text(f"""
+Path("asked.txt").write_text("\n".join(testbed.prompt_set("harmful").prompts[:40]))
+print(load_prompts("asked.txt", "harmful")[1])
+recipe = f"""
 model: {{path: {MODEL}}}
 data:
-  - {{path: {DATA.resolve()}, on_bad_row: skip}}
+  - {{path: {DATA}, on_bad_row: skip}}
 peft: {{r: 8, lora_alpha: 16, target_modules: all-linear}}
 safety:
-  - {{method: security_vectors, vectors: {folder / "vectors"}}}
-training: {{{device}max_steps: 20, per_device_train_batch_size: 8, learning_rate: 2e-3, max_length: 128}}
+  - {{method: security_vectors, vectors: ./vectors}}
+training: {{max_steps: 20, per_device_train_batch_size: 8, learning_rate: 2e-3, max_length: 128, save_strategy: "no"}}
 evaluation:
   prompts: [{{kind: harmful, path: asked.txt}}]
   max_new_tokens: 40
-output: {folder / "out"}
-""")
+output: tuned
+"""
+_ = Path("recipe.yaml").write_text(recipe)
 
 # %%
-import subprocess
-import sys
-
-command = [sys.executable, "-m", "safe_trainer.cli", "train", str(folder / "recipe.yaml")]
-said = subprocess.run(command, capture_output=True, text=True).stderr
-print(said.replace(str(folder), "…"))
-print(sorted(path.name for path in (folder / "out").iterdir()))
+command = [sys.executable, "-m", "safe_trainer.cli", "train", "recipe.yaml"]  # safe-trainer train recipe.yaml
+run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1", "FORCE_COLOR": ""})
+print(run.stderr[run.stderr.find("Saved to") :])
+print(sorted(path.name for path in Path("tuned").iterdir()))
 
 # %% [markdown]
 # `comparison.html` is the report, `README.md` the model card, `recipe.yaml` runs it again.
