@@ -78,7 +78,11 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def quiet_libraries() -> None:
     """Keep what users cannot change out of what they read: bars in a log, and remarks that are for developers."""
+    import logging
     import warnings
+
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # that they lack kernels which are not needed here
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
