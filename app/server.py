@@ -17,7 +17,9 @@ from fastapi.responses import FileResponse
 
 from . import texts
 from .actions import Services
+from .catalogue import EMBEDDED
 from .downloads import file_of
+from .inspection import tokenizer_of
 from .jobs import JobQueue
 from .limits import Setup, local_setup
 from .security import Guard, cookie_of, is_loopback
@@ -47,6 +49,8 @@ def create_app(
     import gradio as gr
 
     from .page import Page
+
+    warm_up()
 
     sessions = Sessions(folder, setup.limits.idle_hours)
     uploads = sessions.folder / "uploads"
@@ -160,6 +164,16 @@ async def _download(request: Request, job: str, variant: str, kind: str) -> File
         raise HTTPException(404)
     # As bytes, so that no browser shows a report as a page of this app.
     return FileResponse(file, filename=f"{variant}-{file.name}", media_type="application/octet-stream")
+
+
+def warm_up() -> None:
+    """Import what the first visitor would wait for otherwise; no model is loaded."""
+    import peft  # noqa: F401, only its time counts
+    import trl  # noqa: F401
+
+    from safe_trainer import encode_row, testbed
+
+    encode_row(tokenizer_of(EMBEDDED), testbed.harmful_rows(1)[0])
 
 
 def _set_environment() -> None:

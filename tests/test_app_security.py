@@ -1,39 +1,18 @@
 """What the app must never do, each case tried against a running server."""
 
 import re
-import socket
-import threading
 import time
 import types
 
 import httpx
 import pytest
+from serving import serve_in_background
 
 from app.actions import Services
 from app.limits import Limits, Setup, local_setup, space_setup
 from app.security import Guard, is_loopback, policy
 from app.server import create_app, serve
 from app.sessions import COOKIE, Sessions
-
-
-def running(app):
-    """Serve an app on a free port until the returned function is called."""
-    import uvicorn
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-
-    def stop():
-        server.should_exit = True
-        thread.join(10)
-
-    return f"http://127.0.0.1:{port}", stop
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +22,7 @@ def app():
 
 @pytest.fixture(scope="module")
 def url(app):
-    url, stop = running(app)
+    url, stop = serve_in_background(app)
     yield url
     stop()
 
@@ -102,7 +81,7 @@ def test_requests_from_other_sites_and_under_other_names_are_refused(url):
 
 def test_a_password_stands_before_everything(tmp_path):
     app = create_app(Setup(), folder=tmp_path, password="open sesame", hosts=None)
-    url, stop = running(app)
+    url, stop = serve_in_background(app)
     try:
         for path in ("/", "/config", "/gradio_api/info", "/assets/x.js", "/download/a/b/c", "/gradio_api/file=x"):
             assert httpx.get(url + path).status_code == 401
