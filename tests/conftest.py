@@ -10,3 +10,5 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The models of the tests are tiny: threads only get in each other's way, above all between parallel test processes.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where DeepSpeed is installed, accelerate imports it, and it says on standard output which accelerator it has found.
+os.environ["DS_ACCELERATOR"] = "cpu"

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +37,15 @@ RUNS = {
     "zero2": [*EVERYWHERE, "asft: full", "security_vectors: folded", "security_vectors: loaded", "all", ADAM, TWICE],
     "zero3": ["none", "security_vectors: loaded"],
 }
+METHODS = [*EVERYWHERE[1:], "security_vectors: folded", "security_vectors: loaded"]
 SPLIT = "Load the model whole, and use DDP, FSDP2 or ZeRO-2"
 AT_HAND = "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2"
 BEFOREHAND = "Fit them beforehand with `safe-trainer vectors`"
 REFUSED = {
-    "fsdp1": dict.fromkeys(["asft", "salora", "drift_penalty", "security_vectors"], "Use FSDP2: `fsdp_version: 2`"),
+    "fsdp1": dict.fromkeys(METHODS, "Use FSDP2: `fsdp_version: 2`"),
     "fsdp2": {"security_vectors: folded": "Leave out `fold`"},
     "fsdp2: first loads": {"salora": AT_HAND, "drift_penalty": AT_HAND, "security_vectors": BEFOREHAND},
-    "tensor": dict.fromkeys(["asft", "salora", "drift_penalty", "security_vectors"], SPLIT),
+    "tensor": dict.fromkeys(METHODS, SPLIT),
     "zero3": {
         "asft": "Use FSDP2 or ZeRO-2",
         "salora": AT_HAND,
@@ -198,8 +202,81 @@ def test_what_cannot_work_is_refused_with_what_to_use_instead(strategy, name, sp
 # ---- from the command line
 
 
-CLI = """
-import runpy, sys
-sys.argv[0] = "safe-trainer"
-runpy.run_module("safe_trainer.cli", run_name="__main__", alter_sys=True)
+RECIPE = """
+model: {{path: {model}}}
+data: [{{path: rows.jsonl}}]
+peft: {{r: 4, target_modules: all-linear}}
+safety: {{method: asft, projector: none}}
+training: {{max_steps: 2, per_device_train_batch_size: 2, save_strategy: "no", ddp_backend: gloo}}
+evaluation: {{prompts: [{{kind: harmful, path: asked.csv}}], max_new_tokens: 4}}
+output: {output}
 """
+
+
+def accelerated(folder: Path, output: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Write a recipe and carry it out by `accelerate launch`, as users do."""
+    tiny.save_pair(folder)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(16)))
+    (folder / "asked.csv").write_text("prompt\nMake a bad thing.\n")
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=folder / "aligned", output=output))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    configuration = ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
+    command = ["-m", "safe_trainer.cli", "train", str(folder / "recipe.yaml"), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *configuration, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_a_recipe_launched_on_two_processes_is_told_and_compared_once(tmp_path):
+    result = accelerated(tmp_path, str(tmp_path / "out"), "--json")
+    assert result.returncode == 0, result.stderr[-4000:]
+    told = json.loads(result.stdout)
+    assert told["steps"] == 2 and told["metrics"]["train_samples_per_second"] > 0
+    assert result.stderr.count("Saved to") == result.stderr.count("Written: ") == 1
+    shown = [path.name for path in (tmp_path / "out").iterdir()]
+    assert "adapter_model.safetensors" in shown and "comparison.json" in shown
+    epochs = json.loads(result.stdout)["metrics"]["epoch"]
+    assert epochs == pytest.approx(2 * 2 * 2 / 16)  # two steps of two rows on each of two processes
+
+
+def test_a_recipe_that_fails_on_two_processes_says_why_and_fails(tmp_path):
+    result = accelerated(tmp_path, "/dev/null/out")  # no folder can be made there
+    assert result.returncode == 1 and not result.stdout
+    assert "Error: " in result.stderr and "/dev/null/out" in result.stderr
+
+
+# ---- the README
+
+
+NAMES = {
+    "`AsFT`": "asft",
+    "`SaLoRA`": "salora",
+    "`DriftPenalty`": "drift_penalty",
+    "`SecurityVectors`, fitted beforehand": "security_vectors: loaded",
+    "`SecurityVectors`, fitted in the run": "security_vectors",
+    "`SecurityVectors(fold=True)`": "security_vectors: folded",
+}
+COLUMNS = {"DDP": "ddp", "FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+COLUMNS |= {"FSDP1": "fsdp1", "tensor parallel": "tensor"}
+
+
+def test_the_readme_says_of_every_method_and_strategy_what_is_tested_here():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| | DDP | FSDP2 |"))
+    heads = [cell.strip() for cell in lines[start].strip("|").split("|")][1:]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 2 + len(NAMES)]
+    ]
+    assert [row[0] for row in rows] == list(NAMES) and heads == list(COLUMNS)
+    said = {
+        (NAMES[row[0]], COLUMNS[head]): status for row in rows for head, status in zip(heads, row[1:], strict=True)
+    }
+    for (name, strategy), status in said.items():
+        assert status == ("yes" if name in RUNS.get(strategy, []) else "refused"), (name, strategy)
+        assert status == "yes" or name in REFUSED[strategy]

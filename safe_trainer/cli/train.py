@@ -120,7 +120,12 @@ def _run(recipe: Recipe, loaded: Loaded, last: str | None) -> dict[str, Any]:
         return result
     saved = save_recipe(recipe, loaded)
     errors.print(f"Saved to {output}; {saved} runs it again.", markup=False, soft_wrap=True)
-    if loaded.prompt_sets:
+    if loaded.prompt_sets and _is_split(trainer):
+        again = _comparing(recipe, loaded)
+        errors.print("Each process has a part of the model only, so it is asked afterwards, by one:", soft_wrap=True)
+        errors.print(again, markup=False, highlight=False, soft_wrap=True)
+        result["compare"] = again
+    elif loaded.prompt_sets:
         from safe_trainer.card import publish, write_card
         from safe_trainer.evaluation import write_report
         from safe_trainer.evaluation.storage import summary
@@ -135,6 +140,21 @@ def _run(recipe: Recipe, loaded: Loaded, last: str | None) -> dict[str, Any]:
         if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
             publish(output, trainer.hub_model_id)
     return result
+
+
+def _is_split(trainer: Any) -> bool:
+    from safe_trainer.strategy import strategy_of
+
+    return strategy_of(trainer.accelerator, trainer.model).is_sharded
+
+
+def _comparing(recipe: Recipe, loaded: Loaded) -> str:
+    """Return the command that compares the model before and after."""
+    output = recipe.parts.output
+    asked = [("--prompts", f"{prompts.kind}={prompts.source}") for prompts in loaded.prompt_sets if prompts.source]
+    tuned = ["--adapter", f"fine-tuned={output}"] if recipe.peft is not None else []
+    options = [*tuned, *(part for pair in asked for part in pair), "--output", output]
+    return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options])
 
 
 def _tell_data(loaded: Loaded) -> None:

@@ -102,10 +102,19 @@ def fingerprint(model: Any, samples: int = 64) -> str:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:  # offloaded: its values are elsewhere
             continue
-        flat = parameter.detach().reshape(-1)
-        sampled = flat[:: max(1, flat.numel() // samples)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sampled.tobytes())
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        for tensor in _plain_tensors(parameter.detach()):
+            flat = tensor.reshape(-1)
+            digest.update(flat[:: max(1, flat.numel() // samples)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(tensor: Any) -> list[Any]:
+    """Return what a tensor is made of: itself, or for torchao's quantised ones the integers and their scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [plain for part in parts for plain in _plain_tensors(part)]
 
 
 def _model(model: Any) -> dict[str, Any]:
