@@ -52,7 +52,7 @@ print("the first row:", rows[0])
 vectors = train_security_vectors(MODEL, known)
 vectors.save("vectors")
 result = scan_file(DATA, MODEL, "vectors", reading=Reading(on_bad_row="skip"), top=200)
-shares = [entry["share"] for entry in result.top]
+shares = [max(-1.0, entry["share"]) for entry in result.top]  # below 0 the vectors make a row harder
 figure, panel = plt.subplots(figsize=(7, 2.2), layout="constrained")
 panel.hist(shares, bins=40, color="tab:red")
 panel.axvline(result.threshold, color="grey", linestyle=":")
