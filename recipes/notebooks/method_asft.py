@@ -89,7 +89,7 @@ runs |= {f"weight {weight:g}": fine_tune(AsFT(direction=direction, weight=weight
 
 # %% [markdown]
 # The picture of the method: each dot is a layer, by how far its update goes inside the direction and outside of it.
-# The penalty takes away what lies outside; on this model most of the rest goes with it, so the update is mainly shorter.
+# The penalty takes away what lies outside; on this model most of the rest goes with it: it is mainly shorter.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
