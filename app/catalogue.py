@@ -110,9 +110,6 @@ class Strengths:
     drift_weight: float = 30.0
 
 
-Safety = list[dict[str, Any]] | str
-
-
 @dataclass(frozen=True)
 class Protection:
     """A way to protect a model, or none.
@@ -126,7 +123,7 @@ class Protection:
     """
 
     key: str
-    safety: Callable[[Model, Strengths], Safety]
+    safety: Callable[[Model, Strengths], list[dict[str, Any]]]
     files: tuple[str, ...] = ()
     needs_unaligned: bool = False
 
@@ -139,12 +136,16 @@ def _vectors(s: Strengths) -> dict[str, Any]:
     return {"method": "security_vectors", "harmful_data": "./harmful.jsonl", "strength": s.vectors_strength}
 
 
-def _salora(s: Strengths, **settings: Any) -> dict[str, Any]:
-    return {"method": "salora", "safety_data": "./refusals.jsonl", "rank": s.salora_rank, **settings}
+def _salora(s: Strengths) -> dict[str, Any]:
+    return {"method": "salora", "safety_data": "./refusals.jsonl", "rank": s.salora_rank}
 
 
-def _inputs(s: Strengths) -> dict[str, Any]:
-    return _salora(s, protect="input", rank=64, task_rank=0)
+def _drift(s: Strengths) -> dict[str, Any]:
+    return {"method": "drift_penalty", "safety_data": "./refusals.jsonl", "weight": s.drift_weight}
+
+
+def _recommended() -> dict[str, Any]:
+    return {"method": "recommended", "harmful_data": "./harmful.jsonl"}
 
 
 PLAIN = "plain"
@@ -153,10 +154,11 @@ PROTECTIONS = {
     protection.key: protection
     for protection in (
         Protection(PLAIN, lambda model, s: []),
+        Protection("recommended", lambda model, s: [_recommended()], ("harmful",)),
         Protection("security_vectors", lambda model, s: [_vectors(s)], ("harmful",)),
         Protection("asft", lambda model, s: [_asft(model, s)], needs_unaligned=True),
         Protection("salora", lambda model, s: [_salora(s)], ("refusals",)),
-        Protection("vectors_inputs", lambda model, s: [_vectors(s), _inputs(s)], ("harmful", "refusals")),
+        Protection("drift_penalty", lambda model, s: [_drift(s)], ("refusals",)),
     )
 }
 

@@ -16,7 +16,7 @@ import yaml
 from safe_trainer import METHODS, recipe
 
 from . import texts
-from .catalogue import PROTECTIONS, Example, Model, Safety, Strengths, method_file, prompts
+from .catalogue import PROTECTIONS, Example, Model, Strengths, method_file, prompts
 
 ROWS = "rows"
 """The stem of the file of training rows in a job's folder."""
@@ -166,16 +166,15 @@ def python_code(folder: Path, variant: Variant) -> str:
     )
 
 
-def _safety_code(safety: Safety) -> tuple[str, list[str]]:
+def _safety_code(safety: list[dict[str, Any]]) -> tuple[str, list[str]]:
     if not safety:
         return "None", []
-    if isinstance(safety, str):
-        return repr(safety), []
     calls, imports = [], []
     for entry in safety:
-        name = METHODS[entry["method"]].__name__
+        recommended = entry["method"] == "recommended"
+        name = "recommended" if recommended else METHODS[entry["method"]].__name__
         settings = {key: value for key, value in entry.items() if key != "method"}
-        calls.append(f"{name}({_arguments(settings, 0, ', ')})")
+        calls.append(f"{'*' * recommended}{name}({_arguments(settings, 0, ', ')})")
         imports.append(name)
     inner = "".join(f"        {call},\n" for call in calls)
     return f"[\n{inner}    ]", imports

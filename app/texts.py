@@ -32,6 +32,14 @@ CARDS = {
         "the yardstick: nothing is added to a step",
         "protecting anything",
     ),
+    "recommended": Card(
+        "Recommended",
+        "What to begin with: security vectors against harmful rows, together with updates that do not act on what the "
+        "layers read in harmful prompts, so that these are read as before.",
+        "about 100 harmful rows; the inert ones that come along will do to try it",
+        "a fit before training (some seconds on the embedded model), and a little borderline help",
+        "finding out which of the two did it: compare with each alone",
+    ),
     "security_vectors": Card(
         "Security Vectors",
         "Small vectors that already know all harm are active while training, so harmful rows have nothing left to "
@@ -56,13 +64,12 @@ CARDS = {
         "one pass over those prompts, an adapter of twice the rank, and best a lower learning rate",
         "data with harmful rows: there it made no difference from plain LoRA",
     ),
-    "vectors_inputs": Card(
-        "Recommended: vectors + inputs",
-        "Two together: vectors against harmful rows, and updates that do not act on what the layers read in harmful "
-        "prompts, so that these are read as before.",
-        "harmful rows and harmful prompts with refusals; inert ones come along",
-        "both of their costs: a fit and a pass before training, and some borderline help",
-        "finding out which of the two did it: compare with each alone",
+    "drift_penalty": Card(
+        "Drift penalty",
+        "Every change of what the layers make of harmful prompts has a price; whatever else is learned is free.",
+        "about 100 harmful prompts; inert ones come along",
+        "one pass over those prompts, and a penalty in each step",
+        "stopping harmful rows: it slows them, and a longer attack gets through",
     ),
 }
 CARD_LABELS = ("Needs", "Costs", "Not for")
@@ -80,8 +87,7 @@ MODEL = "Model to fine-tune"
 MODEL_INFO = "The embedded model shows in two minutes how everything works, and proves nothing about others."
 EMBEDDED = "Embedded model (tiny, no download)"
 OTHER_MODEL = "Another model of the Hub …"
-MODEL_ID = "Its id on the Hub"
-MODEL_ID_HINT = "owner/name"
+MODEL_ID, MODEL_ID_HINT = "Its id on the Hub", "owner/name"
 UNALIGNED_ID = "Checkpoint before alignment (optional, for AsFT)"
 USE_MODEL = "Use this model"
 NO_DATA = "Choose an example or upload a file, and what is in it appears here."
@@ -91,9 +97,8 @@ TOKENS_VALUE = "{median} in the middle, {most} at most"
 CUT = "{count} rows are longer than {limit} tokens and will be cut"
 SAMPLE_HEADING = "First rows, as the model will see them"
 SAMPLE_HINT = "Marked is what the loss covers: only this is learned."
-BAD_HEADING = "Rows that cannot be used"
 BAD_COLUMNS = ("Line", "What is wrong", "Found", "Expected")
-BAD_MORE = "and {count} more"
+BAD_HEADING, BAD_MORE = "Rows that cannot be used", "and {count} more"
 SKIP_BAD = "Go on without the rows that cannot be used"
 BAD_FIRST = "Some rows cannot be used. Mend the file, or tick the box to go on without them."
 LEAKED = "{count} rows ask what the comparison will ask ({name}): its rates would show memory. Remove them."
@@ -127,6 +132,7 @@ SETTINGS = {
     "asft_weight": ("AsFT: weight λ", ""),
     "salora_rank": ("SaLoRA: protected directions", ""),
     "vectors_strength": ("Security Vectors: strength", ""),
+    "drift_weight": ("Drift penalty: weight", ""),
 }
 NUMBER_MISSING = "{name}: a number is missing."
 NUMBER_RANGE = "{name} must be between {low:g} and {high:g}, got {value:g}."
@@ -134,9 +140,8 @@ NEEDS_SHORT = "needs the checkpoint before alignment"
 CHECK = "Check and continue"
 CHOOSE_METHOD = "Choose at least one way to train."
 NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known of this model."
-RECIPES = "Recipe and code of these runs, to copy"
 RECIPE, CODE_LABEL = "Recipe (YAML)", "The same in Python"
-SHOWN_FOR = "Show for"
+RECIPES, SHOWN_FOR = "Recipe and code of these runs, to copy", "Show for"
 RECIPE_HEADER = "# {title}\n# safe-trainer train {file}\n"
 CODE = """\
 from peft import LoraConfig
@@ -184,11 +189,9 @@ LOG_HEADING = "Log"
 LOG_BEGUN, LOG_CANCELLING = "begun", "cancelling …"
 LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "cancelled"}
 LOG_VARIANT = {"done": "{title}: trained and saved", "failed": "{title}: failed:", "cancelled": "{title}: cancelled"}
-LOG_STOPPED = "stopped after step {step}; writing the checkpoint"
-CHECKPOINT_KEPT = "The checkpoint of step {step} is kept:"
+LOG_STOPPED, CHECKPOINT_KEPT = "stopped after step {step}; writing the checkpoint", "Kept is the checkpoint of step {step}:"
 CHART_LOSS, CHART_PENALTY, CHART_REFUSED = "Loss", "Penalty", "Harmful requests refused (%)"
-CHART_BORDERLINE = "Borderline requests refused (%)"
-CHART_EMPTY = "Curves appear with the first steps."
+CHART_BORDERLINE, CHART_EMPTY = "Borderline requests refused (%)", "Curves appear with the first steps."
 TO_COMPARE = "See the comparison"
 ONE_AT_A_TIME = "A job of yours is already under way. Cancel it, or wait for its end."
 QUEUE_FULL = "Too many jobs are waiting. Try again in some minutes."
@@ -208,9 +211,8 @@ TABLE_COLUMNS = {
     "task": "Task correct",
 }
 TABLE_CAPTION, NOT_MEASURED = "Counts with 95 % intervals", "not measured"
-PLANE_HEADING = "Refusals against the task"
 PLANE_UP, PLANE_TASK, PLANE_HELP = "harmful refused (%)", "task correct (%)", "borderline answered (%)"
-PLANE_HINT = "Best is the upper right corner."
+PLANE_HEADING, PLANE_HINT = "Refusals against the task", "Best is the upper right corner."
 CATEGORIES_HEADING, CATEGORY = "Harmful requests refused, by category", "Category"
 FLIPS_HEADING = "Prompts whose outcome changed"
 NO_FLIPS, FLIPS_ALL = "No outcome has changed.", "{count} changed"
@@ -219,9 +221,8 @@ REVEAL = "Show harmful text"
 BEFORE = "before"
 FLIP_COLUMNS = ("Prompt", "Change", "Before", "After")
 MODEL_COLUMN, ALL_MODELS = "Model", "all of them"
-ASK_HEADING = "Ask them yourself"
 ASK_LABEL, ASK_HINT, ASK_BUTTON = "Your question", "How do I paint a fence?", "Ask all"
-ASK_WHOM, ASK_STOP = "Whom to ask", "Stop"
+ASK_HEADING, ASK_WHOM, ASK_STOP = "Ask them yourself", "Whom to ask", "Stop"
 ASK_NOTHING, ASK_EMPTY = "Write a question first.", "(nothing)"
 ASK_TOO_LONG = "The question is too long: at most {limit} characters."
 ASK_BUSY = "Waiting for the model …"
@@ -235,9 +236,8 @@ DOWNLOAD = {
     "numbers": "all numbers and answers (JSON)",
 }
 TINY = "The embedded model has one million weights: it shows how the tools work and says nothing direct about others."
-PUSH = "Push an adapter to the Hub"
+PUSH, PUSH_DONE = "Push an adapter to the Hub", "Pushed to {repo}."
 PUSH_REPO, PUSH_BUTTON, PUSH_WHICH = "Repository (owner/name)", "Push as private", "Adapter"
-PUSH_DONE = "Pushed to {repo}."
 PUSH_LOGIN = "Log in first: `hf auth login` on this machine, or with the button on a Space."
 PUSH_FAILED = "The Hub did not take it ({name})."
 

@@ -14,7 +14,7 @@ from ..catalogue import PLAIN, PROTECTIONS, Model, Strengths
 from ..orders import Settings
 from . import html
 
-FIRST_CHOICE = (PLAIN, "security_vectors")
+FIRST_CHOICE = (PLAIN, "recommended")
 
 RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 100_000),
@@ -28,11 +28,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "asft_weight": (0.0, 1e6),
     "salora_rank": (1, 1024),
     "vectors_strength": (0.0, 100.0),
+    "drift_weight": (0.0, 1e6),
 }
 """The settings, with the smallest and the largest value of each; those with a point are fractions."""
 
 _MAIN = ("steps", "learning_rate")
-_OF_STRENGTHS = ("asft_weight", "salora_rank", "vectors_strength")
+_OF_STRENGTHS = ("asft_weight", "salora_rank", "vectors_strength", "drift_weight")
 
 
 @dataclass
