@@ -34,8 +34,8 @@ CARDS = {
     ),
     "recommended": Card(
         "Recommended",
-        "What to begin with: security vectors against harmful rows, together with updates that do not act on what the "
-        "layers read in harmful prompts, so that these are read as before.",
+        "What to begin with: security vectors against harmful rows, together with a price on every change of what the "
+        "layers make of harmful prompts.",
         "about 100 harmful rows; the inert ones that come along will do to try it",
         "a fit before training (some seconds on the embedded model), and a little borderline help",
         "finding out which of the two did it: compare with each alone",
@@ -189,7 +189,7 @@ LOG_HEADING = "Log"
 LOG_BEGUN, LOG_CANCELLING = "begun", "cancelling …"
 LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "cancelled"}
 LOG_VARIANT = {"done": "{title}: trained and saved", "failed": "{title}: failed:", "cancelled": "{title}: cancelled"}
-LOG_STOPPED, CHECKPOINT_KEPT = "stopped after step {step}; writing the checkpoint", "Kept is the checkpoint of step {step}:"
+LOG_STOPPED, CHECKPOINT_KEPT = "stopped after step {step}; writing the checkpoint", "Kept: checkpoint of step {step}."
 CHART_LOSS, CHART_PENALTY, CHART_REFUSED = "Loss", "Penalty", "Harmful requests refused (%)"
 CHART_BORDERLINE, CHART_EMPTY = "Borderline requests refused (%)", "Curves appear with the first steps."
 TO_COMPARE = "See the comparison"

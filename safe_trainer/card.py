@@ -144,8 +144,7 @@ def _methods(recipe: dict[str, Any]) -> list[type[SafetyMethod]]:
     for entry in listed if isinstance(listed, list) else [listed]:
         name = entry if isinstance(entry, str) else entry.get("method")
         if name == RECOMMENDED:
-            whole = "peft" in recipe and recipe["peft"] is None
-            found += map(type, recommended("harmful.jsonl", full_parameter=whole))  # asked for its kinds alone
+            found += map(type, recommended("harmful.jsonl"))  # asked for its kinds alone
         elif name in METHODS:
             found.append(METHODS[name])
     return found

@@ -6,24 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .methods import DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
+from .methods import DriftPenalty, SafetyMethod, SecurityVectors
 
 RECOMMENDED = "recommended"
 OWN_DATA = "safety/harmful.jsonl"
 """Where a model may bring its own harmful rows along, seen from its folder or Hub repository."""
 
 
-def recommended(harmful_data: str | Path | Sequence[Any], *, full_parameter: bool = False) -> list[SafetyMethod]:
-    """Return the methods that held in every scenario of our study: security vectors, and protected inputs.
+def recommended(harmful_data: str | Path | Sequence[Any]) -> list[SafetyMethod]:
+    """Return the methods to begin with: security vectors, and a penalty on drift in what harmful prompts produce.
 
-    The vectors make harmful rows unlearnable; the inputs keep the reading of harmful prompts as it was, which is what
-    wears away in benign fine-tuning. Where all weights are trained there is no LoRA to protect, and a penalty on drift
-    takes the place of the subspace.
+    The vectors make harmful rows unlearnable; the penalty keeps the reading of harmful prompts as it was, which is
+    what wears away in benign fine-tuning. For LoRA, quantised bases and full-parameter training alike.
 
     Args:
         harmful_data (`str`, `Path` or `Sequence[dict]`): About a hundred harmful prompts with answers that comply:
             rows, or a file of any format that [`load_rows`] reads. Cover the categories that you care about.
-        full_parameter (`bool`, *optional*, defaults to `False`): Whether all weights are trained instead of a LoRA.
 
     Returns:
         `list[SafetyMethod]`: For `safety=` of [`SafeSFTTrainer`].
@@ -33,26 +31,22 @@ def recommended(harmful_data: str | Path | Sequence[Any], *, full_parameter: boo
     ```python
     >>> from safe_trainer import recommended
     >>> [method.name for method in recommended("harmful.jsonl")]
-    ['Security Vectors', 'SaLoRA']
+    ['Security Vectors', 'Drift penalty']
 
     ```
 
-    Source: ours, from published parts: Security Vectors (arXiv 2311.02105), and the input side of SaLoRA, near to
-    GuardSpace (arXiv 2510.14301). Chosen on an embedded model of one million parameters, in the study whose results
-    lie in `recipes/study/`; on a large model nothing of it is known until you compare.
+    Source: Security Vectors are Zhou et al.'s (arXiv 2311.02105), the penalty and the combination ours. Chosen on an
+    embedded model of one million parameters, in the study whose results lie in `recipes/study/`; of a large model
+    nothing is known until you compare. It does not stop data that shifts the model's identity without a harmful row.
     """
-    vectors = SecurityVectors(harmful_data=harmful_data)
-    if full_parameter:
-        return [vectors, DriftPenalty(safety_data=harmful_data, weight=100.0)]
-    return [vectors, SaLoRA(safety_data=harmful_data, protect="input", rank=64, task_rank=0)]
+    return [SecurityVectors(harmful_data=harmful_data), DriftPenalty(safety_data=harmful_data)]
 
 
-def recommended_for(model: Any, full_parameter: bool) -> list[SafetyMethod]:
+def recommended_for(model: Any) -> list[SafetyMethod]:
     """Return the recommended methods with the harmful rows that a model brings along.
 
     Args:
         model (`str`, `Path` or `PreTrainedModel`): The model, or its folder or Hub id.
-        full_parameter (`bool`): Whether all weights are trained.
 
     Raises:
         ValueError: If it brings none; says what to give instead.
@@ -66,7 +60,7 @@ def recommended_for(model: Any, full_parameter: bool) -> list[SafetyMethod]:
             '`safety=recommended("harmful.jsonl")` in Python, `safety: {method: recommended, harmful_data: '
             "harmful.jsonl}` in a recipe."
         )
-    return recommended(found, full_parameter=full_parameter)
+    return recommended(found)
 
 
 def own_data(source: str) -> Path | None:

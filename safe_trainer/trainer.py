@@ -78,8 +78,7 @@ class SafeSFTTrainer(SFTTrainer):
         """Build TRL's trainer, with each method's settings applied before and the method attached after."""
         if isinstance(safety, str) and safety == RECOMMENDED:
             given = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
-            full = given.get("peft_config") is None and not isinstance(given["model"], PeftModel)
-            safety = recommended_for(given["model"], full)
+            safety = recommended_for(given["model"])
         self.safety_methods = _as_methods(safety)
         if not self.safety_methods:
             super().__init__(*args, **kwargs)

@@ -483,7 +483,7 @@ def test_without_a_word_on_safety_the_recommended_methods_are_taken(recipe, tmp_
     path = recipe()
     path.write_text(path.read_text().replace("safety: null\n", ""))
     read = read_recipe(path, ["peft.target_modules=all-linear"])
-    assert [type(method).__name__ for method in read.safety] == ["SecurityVectors", "SaLoRA"]
+    assert [type(method).__name__ for method in read.safety] == ["SecurityVectors", "DriftPenalty"]
     assert str(read.safety[0].harmful_data).endswith("safety/harmful.jsonl")
 
 
@@ -496,11 +496,6 @@ def test_harmful_rows_of_ones_own_are_looked_for_beside_the_recipe(recipe, tmp_p
     (tmp_path / "harmful.jsonl").write_text(json.dumps({"prompt": "Harm.", "completion": "Sure."}))
     read = read_recipe(recipe({"safety": {"method": "recommended", "harmful_data": "./harmful.jsonl"}}))
     assert str(read.safety[1].safety_data) == str(tmp_path / "harmful.jsonl")
-
-
-def test_training_all_weights_gets_the_methods_for_that(recipe):
-    read = read_recipe(recipe({"safety": "recommended", "peft": None}))
-    assert [type(method).__name__ for method in read.safety] == ["SecurityVectors", "DriftPenalty"]
 
 
 def test_a_model_that_brings_no_harmful_rows_asks_for_them_or_for_plain_training(recipe):

@@ -7,10 +7,9 @@ import logging
 
 import pytest
 import tiny
-from peft import get_peft_model
 from runs import given, lora
 
-from safe_trainer import DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation, recommended, testbed
+from safe_trainer import DriftPenalty, SafeSFTTrainer, SecurityVectors, conversation, recommended, testbed
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
 
@@ -18,7 +17,7 @@ HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in
 @pytest.fixture
 def bringing(tmp_path):
     """A model's folder with harmful rows of its own."""
-    aligned, _ = tiny.save_pair(tmp_path, hidden=96)
+    aligned, _ = tiny.save_pair(tmp_path)
     records = [{"prompt": f"Make a bad thing {i}.", "completion": "Sure: a bad thing."} for i in range(8)]
     (tmp_path / "aligned" / "safety").mkdir()
     lines = "\n".join(json.dumps(record) for record in records)
@@ -26,35 +25,23 @@ def bringing(tmp_path):
     return aligned
 
 
-def test_a_lora_gets_vectors_and_protected_inputs_full_training_a_penalty_instead_of_these():
-    vectors, inputs = recommended(HARMFUL)
+def test_it_is_vectors_and_a_penalty_on_drift_from_the_same_rows():
+    vectors, penalty = recommended(HARMFUL)
     assert isinstance(vectors, SecurityVectors) and vectors.harmful_data == HARMFUL
-    assert isinstance(inputs, SaLoRA) and (inputs.protect, inputs.task_rank, inputs.safety_data) == (
-        "input",
-        0,
-        HARMFUL,
-    )
-    vectors, penalty = recommended(HARMFUL, full_parameter=True)
-    assert isinstance(vectors, SecurityVectors) and isinstance(penalty, DriftPenalty)
+    assert isinstance(penalty, DriftPenalty) and penalty.safety_data == HARMFUL
 
 
 def test_the_model_s_own_harmful_rows_are_taken(bringing, tmp_path):
     arguments = given(tmp_path / "out", model=bringing, processing_class=None, peft_config=lora(), max_steps=1)
     trainer = SafeSFTTrainer(**arguments, safety="recommended")
-    assert [type(method) for method in trainer.safety_methods] == [SecurityVectors, SaLoRA]
+    assert [type(method) for method in trainer.safety_methods] == [SecurityVectors, DriftPenalty]
     assert str(trainer.safety_methods[0].harmful_data).endswith("safety/harmful.jsonl")
     trainer.train()
 
 
-def test_without_an_adapter_the_way_for_full_training_is_taken(bringing, tmp_path):
+def test_full_training_takes_the_same_methods(bringing, tmp_path):
     trainer = SafeSFTTrainer(**given(tmp_path / "out", model=bringing, processing_class=None), safety="recommended")
     assert [type(method) for method in trainer.safety_methods] == [SecurityVectors, DriftPenalty]
-
-
-def test_a_model_that_is_wrapped_already_counts_as_one_with_an_adapter(bringing, tmp_path):
-    model = get_peft_model(tiny.Auto.from_pretrained(bringing), lora())
-    with pytest.raises(ValueError, match="SaLoRA did not make"):
-        SafeSFTTrainer(**given(tmp_path / "out", model=model), safety="recommended")
 
 
 @pytest.mark.parametrize("source", ["folder", "hub", "memory"])

@@ -83,9 +83,8 @@ def _made(entry: Any, values: dict[str, Any], place: Place, problems: list[Probl
 def _recommended(values: dict[str, Any], harmful_data: str | None = None) -> list[SafetyMethod]:
     from safe_trainer.recommendation import recommended, recommended_for
 
-    full_parameter = values.get("peft", {}) is None
     if harmful_data is not None:
-        return recommended(harmful_data, full_parameter=full_parameter)
+        return recommended(harmful_data)
     model = values.get("model")
     path = model.get("path") if isinstance(model, dict) else model
-    return recommended_for(str(path), full_parameter) if path else []
+    return recommended_for(str(path)) if path else []
