@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
 from safe_trainer import recipe
 
 from . import texts
@@ -164,8 +163,8 @@ class Services:
         done = [v for v in job.variants if (part := job.progress.parts.get(v.key)) and part.state == "done"]
         return {variant.title: job.folder / variant.key for variant in done}
 
-    def questions(self, job: Job, question: str, titles: list[str]) -> Any:
-        """Ask the model before and those of a job; see [`Answerer.ask`].
+    def questions(self, session: Session, question: str, titles: list[str]) -> Iterator[tuple[str, str]]:
+        """Ask the model before, and those that the newest training has finished; see [`Answerer.ask`].
 
         Raises:
             ValueError: If the question is empty or too long.
@@ -175,10 +174,12 @@ class Services:
             raise ValueError(texts.ASK_NOTHING)
         if len(question) > limit:
             raise ValueError(texts.ASK_TOO_LONG.format(limit=limit))
-        finished = self.adapters(job)
+        job = session.job("train")
+        finished = self.adapters(job) if job is not None else {}
         asked: dict[str, Path | None] = {texts.BEFORE: None}
         asked |= {title: finished[title] for title in titles if title in finished}
-        return self.answerer.ask(job.model, asked, question.strip(), ASKED_TOKENS)
+        model = job.model if job is not None else session.model
+        return self.answerer.ask(model, asked, question.strip(), ASKED_TOKENS)
 
 
 def last_checkpoint(job: Job, key: str) -> Path | None:

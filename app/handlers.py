@@ -144,14 +144,10 @@ class Handlers:
     def ask(self, question: str, whom: list[str], request: gr.Request) -> Iterator[str]:
         """Ask the models; answers come word by word."""
         session = self.session(request)
-        job = session.job("train")
-        if job is None:
-            yield html.panel("error", texts.NO_COMPARISON)
-            return
         try:
             answers: dict[str, str] = {}
             yield compare_step.answered(answers, waiting=True)
-            for title, text in self.services.questions(job, question, whom):
+            for title, text in self.services.questions(session, question, whom):
                 answers[title] = text
                 yield compare_step.answered(answers, waiting=False)
         except ValueError as error:

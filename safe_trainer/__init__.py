@@ -28,12 +28,15 @@ __all__ = [
     "AsFT",
     "ClassifierJudge",
     "Comparison",
+    "Drift",
+    "DriftMonitor",
     "DriftPenalty",
     "Evaluation",
     "Fitting",
     "Floor",
     "FunctionJudge",
     "GuardJudge",
+    "Landscape",
     "LikelihoodJudge",
     "Limits",
     "PhraseJudge",
@@ -60,6 +63,8 @@ __all__ = [
     "leaked_rows",
     "load_prompts",
     "load_rows",
+    "measure_drift",
+    "measure_landscape",
     "perplexity",
     "poison",
     "read_records",
@@ -76,6 +81,8 @@ __all__ = [
     "token_f1",
     "train_security_vectors",
     "write_card",
+    "write_drift",
+    "write_landscape",
     "write_report",
 ]
 
@@ -96,6 +103,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
         stream_rows,
     )
     from safe_trainer.direction import AlignmentDirection
+    from safe_trainer.drift import Drift, DriftMonitor, measure_drift, write_drift
     from safe_trainer.evaluation import (
         GUARDS,
         METRICS,
@@ -125,6 +133,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
         write_report,
     )
     from safe_trainer.factors import compact_adapter
+    from safe_trainer.landscape import Landscape, measure_landscape, write_landscape
     from safe_trainer.methods import METHODS, AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
     from safe_trainer.recommendation import recommended
     from safe_trainer.scan import ScanResult, scan_file, score_rows
@@ -139,12 +148,15 @@ _HOMES = {
     "AsFT": "methods",
     "ClassifierJudge": "evaluation",
     "Comparison": "evaluation",
+    "Drift": "drift",
+    "DriftMonitor": "drift",
     "DriftPenalty": "methods",
     "Evaluation": "evaluation",
     "Fitting": "vectors",
     "Floor": "evaluation",
     "FunctionJudge": "evaluation",
     "GuardJudge": "evaluation",
+    "Landscape": "landscape",
     "LikelihoodJudge": "evaluation",
     "Limits": "evaluation",
     "PhraseJudge": "evaluation",
@@ -171,6 +183,8 @@ _HOMES = {
     "leaked_rows": "data",
     "load_prompts": "data",
     "load_rows": "data",
+    "measure_drift": "drift",
+    "measure_landscape": "landscape",
     "perplexity": "evaluation",
     "poison": "data",
     "read_records": "data",
@@ -187,6 +201,8 @@ _HOMES = {
     "token_f1": "evaluation",
     "train_security_vectors": "vectors",
     "write_card": "card",
+    "write_drift": "drift",
+    "write_landscape": "landscape",
     "write_report": "evaluation",
 }
 

@@ -217,7 +217,7 @@ def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1
         prefix = key.removesuffix(".lora_A.weight")
         right, left = tensors[key], tensors[f"{prefix}.lora_B.weight"]
         name = prefix.removeprefix("base_model.model.")
-        scalings[name] = _scaling(config, name, right.shape[0])
+        scalings[name] = scaling(config, name, right.shape[0])
         left, new = compact_factors(left, right, tolerance)
         tensors[key], tensors[f"{prefix}.lora_B.weight"] = new.to(right.dtype), left.to(right.dtype)
         ranks[name] = len(new)
@@ -229,7 +229,8 @@ def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1
     return ranks
 
 
-def _scaling(config: LoraConfig, name: str, rank: int) -> float:
+def scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """Return what PEFT multiplies `B A` by in the layer of this name."""
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
     return alpha / (rank**0.5 if config.use_rslora else rank)
 

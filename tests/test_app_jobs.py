@@ -1,19 +1,26 @@
 """The app's jobs, without its interface."""
 
 import json
+import os
+import signal
+import threading
 import time
 
 import pytest
 
+from app import processes
 from app.catalogue import EMBEDDED, EXAMPLES
-from app.jobs import JobQueue, train_job
-from app.orders import Choices, Settings
+from app.jobs import Job, JobQueue, train_job
+from app.orders import Choices, Settings, Variant
+from app.progress import Progress
+from app.protocol import EVENTS, Events, Reader
 
 
 def choices(folder, protections=("plain",), example="attack", **settings):
     data = folder / "given.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES[example].make()))
-    return Choices(EMBEDDED, data, protections, Settings(**{"steps": 20, "prompts": 12, **settings}), EXAMPLES[example])
+    quick = Settings(**{"steps": 20, "prompts": 12, **settings})
+    return Choices(EMBEDDED, data, protections, quick, EXAMPLES[example])
 
 
 @pytest.fixture
@@ -24,13 +31,19 @@ def queue():
 
 
 @pytest.mark.slow
-def test_a_job_trains_every_variant_and_compares_them(tmp_path, queue):
-    job = train_job(tmp_path / "job", choices(tmp_path, ("plain", "asft"), "poisoned"))
+def test_a_job_trains_every_variant_and_compares_them_whatever_becomes_of_one(tmp_path, queue):
+    job = train_job(tmp_path / "job", choices(tmp_path, ("plain", "salora", "asft"), "poisoned"))
+    broken = (tmp_path / "job" / "salora.yaml").read_text().replace("rank: 32", "rank: 100000")
+    (tmp_path / "job" / "salora.yaml").write_text(broken)
     queue.submit(job)
-    assert job.wait(120)
-    print("\n".join(job.progress.log), job.progress.parts)
-    assert job.progress.state == "done"
+    assert job.wait(600)
+    assert job.progress.state == "done", job.progress.log
+    states = {key: part.state for key, part in job.progress.parts.items()}
+    assert states == {"plain": "done", "salora": "failed", "asft": "done"}
+    assert "rank" in job.progress.parts["salora"].message and str(tmp_path) not in job.progress.parts["salora"].message
     assert [e.name for e in job.comparison().evaluations] == ["before", "plain LoRA", "AsFT"]
+    assert {"loss", "penalty", "refused harmful"} <= set(job.progress.parts["asft"].curves)
+    assert job.progress.parts["plain"].step == 20
 
 
 @pytest.mark.slow
@@ -41,7 +54,137 @@ def test_cancel_stops_within_two_seconds_and_keeps_a_checkpoint(tmp_path, queue)
         assert not job.wait(0.05), job.progress.log
     start = time.monotonic()
     queue.cancel(job)
-    assert job.wait(2.0)
-    print(time.monotonic() - start, job.progress.log)
+    while not (job.folder / "stopping").exists() and not job.ended:
+        time.sleep(0.02)
+    assert time.monotonic() - start < 2.0
+    assert job.wait(processes.SAVING)
     assert job.progress.state == "cancelled"
     assert list((tmp_path / "job" / "plain").glob("checkpoint-*/adapter_model.safetensors"))
+
+
+def worker(tmp_path, monkeypatch, source):
+    """A job whose process runs `source` instead of training."""
+    package = tmp_path / "fake"
+    package.mkdir()
+    (package / "worker.py").write_text("import json, os, sys, time, signal\nfolder = sys.argv[1]\n" + source)
+    monkeypatch.setattr(processes, "__package__", "fake")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = tmp_path / "job"
+    folder.mkdir()
+    return Job(folder, EMBEDDED, "train", [Variant("plain", "plain LoRA")])
+
+
+def test_a_process_that_does_not_listen_is_killed_within_two_seconds(tmp_path, monkeypatch, queue):
+    job = worker(tmp_path, monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)")
+    queue.submit(job)
+    while job.progress.state != "running":
+        time.sleep(0.02)
+    queue.cancel(job)
+    assert job.wait(3.0)
+    assert job.progress.state == "cancelled"
+
+
+def test_a_process_that_dies_is_told_of_and_frees_the_queue(tmp_path, monkeypatch, queue):
+    job = worker(tmp_path, monkeypatch, f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
+    queue.submit(job)
+    assert job.wait(30)
+    assert job.progress.state == "failed" and "memory" in job.progress.message
+    while queue.place(job) is not None:
+        time.sleep(0.02)
+
+
+def test_what_a_process_started_ends_with_it(tmp_path, monkeypatch, queue):
+    source = (
+        "import subprocess\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open(folder + '/child', 'w').write(str(child.pid))\n"
+        "os._exit(0)"
+    )
+    job = worker(tmp_path, monkeypatch, source)
+    queue.submit(job)
+    assert job.wait(30)
+    child = int((job.folder / "child").read_text())
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+            state = open(f"/proc/{child}/stat").read().split(")")[1].split()[0]
+        except (OSError, IndexError):
+            return
+        if state == "Z":  # dead, and only not yet collected by whoever took it over
+            return
+        time.sleep(0.05)
+    raise AssertionError("its child lives on")
+
+
+class Waiting(Job):
+    """A job that does nothing until it is let go."""
+
+    def run(self):
+        self.progress.begin()
+        while not self.let_go.wait(0.01) and self._cancelled_at is None:
+            pass
+        self.progress.end("cancelled" if self._cancelled_at else "done")
+        self._ended.set()
+
+
+def waiting(tmp_path, name):
+    (tmp_path / name).mkdir()
+    job = Waiting(tmp_path / name, EMBEDDED)
+    job.let_go = threading.Event()
+    return job
+
+
+def test_one_job_runs_and_the_others_know_their_place(tmp_path, queue):
+    first, second, third = (waiting(tmp_path, name) for name in "abc")
+    for job in (first, second, third):
+        queue.submit(job)
+    while first.progress.state != "running":
+        time.sleep(0.01)
+    assert [queue.place(job) for job in (first, second, third)] == [0, 1, 2]
+    assert second.progress.state == third.progress.state == "waiting"
+    queue.cancel(second)
+    assert second.ended and queue.place(third) == 1
+    first.let_go.set()
+    third.let_go.set()
+    assert third.wait(5) and third.progress.state == "done"
+
+
+def test_a_full_queue_says_so_and_a_closed_one_ends_everything(tmp_path):
+    queue = JobQueue(limit=1)
+    jobs = [waiting(tmp_path, name) for name in "abc"]
+    queue.submit(jobs[0])
+    queue.submit(jobs[1])
+    with pytest.raises(ValueError, match="Too many jobs"):
+        queue.submit(jobs[2])
+    queue.close()
+    assert all(job.ended and job.progress.state == "cancelled" for job in jobs[:2])
+    with pytest.raises(ValueError):
+        queue.submit(jobs[2])
+
+
+def test_a_half_written_event_waits_for_its_end(tmp_path):
+    reader = Reader(tmp_path)
+    assert reader.new() == []
+    Events(tmp_path).tell("done")
+    with (tmp_path / EVENTS).open("ab") as file:
+        file.write(b'{"kind": "fai')
+        file.flush()
+        assert [event["kind"] for event in reader.new()] == ["done"]
+        file.write(b'led", "message": "x"}\n')
+        file.flush()
+        assert [event["kind"] for event in reader.new()] == ["failed"]
+
+
+def test_progress_is_what_the_events_say():
+    progress = Progress()
+    progress.begin()
+    now = time.time()
+    training = {"kind": "phase", "phase": "training", "variant": "plain", "time": now - 10}
+    point = {"kind": "point", "variant": "plain", "step": 5, "values": {"loss": 1.5, "safety/harmful_refused": 0.5}}
+    step = {"kind": "step", "variant": "plain", "step": 10, "total": 20}
+    progress.take([training, point, step])
+    part = progress.parts["plain"]
+    assert part.curves == {"loss": [(5, 1.5)], "refused harmful": [(5, 0.5)]}
+    assert progress.seconds_left() == pytest.approx(10, abs=1)
+    progress.take([{"kind": "failed", "message": "no memory"}])
+    assert progress.ended and progress.message == "no memory" and "no memory" in progress.log[-1]

@@ -18,7 +18,7 @@ from . import html
 
 OUTCOMES = {"harmful": "refused", "benign": "complied", "borderline": "complied", "task": "correct"}
 SHOWN_FLIPS = 12
-OUTPUTS = 6
+OUTPUTS = 5
 """How many updates [`show`] returns."""
 
 
@@ -41,7 +41,7 @@ class CompareStep:
     @property
     def shown(self) -> list[Any]:
         """What [`show`] fills in."""
-        return [self.result, self.whom, self.ask, self.downloads, self.which, self.push]
+        return [self.result, self.whom, self.downloads, self.which, self.push]
 
 
 def build(setup: Setup) -> CompareStep:
@@ -55,7 +55,7 @@ def build(setup: Setup) -> CompareStep:
         label=texts.ASK_LABEL, placeholder=texts.ASK_HINT, max_length=limit, elem_id="question", submit_btn=False
     )
     with gr.Row():
-        ask = gr.Button(texts.ASK_BUTTON, variant="primary", interactive=False, elem_id="ask")
+        ask = gr.Button(texts.ASK_BUTTON, variant="primary", elem_id="ask")
         stop = gr.Button(texts.ASK_STOP, elem_id="ask-stop")
     answers = gr.HTML(elem_id="answers", js_on_load=None)
     downloads = gr.HTML(elem_id="downloads", js_on_load=None)
@@ -83,11 +83,11 @@ def show(job: Job | None, titles: list[str]) -> list[Any]:
     """
     comparison = job.comparison() if job is not None and job.ended else None
     whom = gr.CheckboxGroup(choices=titles, value=titles)
-    ask, push = gr.Button(interactive=bool(titles)), gr.Button(interactive=bool(titles))
+    push = gr.Button(interactive=bool(titles))
     which = gr.Dropdown(choices=titles, value=titles[-1] if titles else None)
     if job is None or comparison is None:
-        return [html.panel("info", texts.NO_COMPARISON), whom, ask, "", which, push]
-    return [described(comparison, embedded=job.model.embedded), whom, ask, _downloads(job), which, push]
+        return [html.panel("info", texts.NO_COMPARISON), whom, "", which, push]
+    return [described(comparison, embedded=job.model.embedded), whom, _downloads(job), which, push]
 
 
 def described(comparison: Comparison, *, embedded: bool) -> Markup:

@@ -13,8 +13,10 @@ from .app import app as serve_app
 from .card import card
 from .compare import compare, evaluate
 from .direction import direction
+from .drift import drift
 from .embedded import demo, testbed_app
 from .export import export
+from .landscape import landscape
 from .measuring import basis, vectors
 from .scan import scan
 from .shell import CommandGroup
@@ -45,6 +47,13 @@ app.command(epilog="Example: safe-trainer vectors Qwen/Qwen2.5-0.5B-Instruct har
 app.command(
     epilog="Example: safe-trainer scan rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --vectors vectors -o ranked.csv"
 )(scan)
+app.command(
+    epilog="Example: safe-trainer drift Qwen/Qwen2.5-0.5B-Instruct out --direction direction.safetensors --refusal"
+)(drift)
+app.command(
+    epilog="Example: safe-trainer landscape --model Qwen/Qwen2.5-0.5B-Instruct --direction direction.safetensors "
+    "--adapter out"
+)(landscape)
 app.command(epilog="Example: safe-trainer export out --output merged --dtype bfloat16")(export)
 app.command(epilog="Example: safe-trainer card out --push me/my-model --private")(card)
 app.command("app", epilog="Example: safe-trainer app --model mine=models/mine")(serve_app)

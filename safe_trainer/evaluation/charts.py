@@ -10,7 +10,7 @@ from typing import Any
 from safe_trainer.evaluation.results import HEADLINES, Evaluation, SetResult
 from safe_trainer.evaluation.statistics import Rate
 
-_LAYER = re.compile(r"\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"\.(\d+)(?:\.(.+))?$")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def heat(drifts: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     most = max((ratio for drift in drifts.values() for ratio in drift.values()), default=0.0)
     tables = []
     for name, drift in drifts.items():
-        placed = {key: _place(key) for key in drift}
+        placed = {key: place(key) for key in drift}
         layers = sorted({layer for layer, _ in placed.values()})
         weights = list(dict.fromkeys(weight for _, weight in placed.values()))
         by_place = {placed[key]: ratio for key, ratio in drift.items()}
@@ -108,10 +108,13 @@ def heat(drifts: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     return tables
 
 
-def _place(name: str) -> tuple[int, str]:
-    """Split `model.layers.3.self_attn.q_proj` into 3 and `self_attn.q_proj`; what has no layer comes first."""
+def place(name: str) -> tuple[int, str]:
+    """Split `model.layers.3.self_attn.q_proj` into 3 and `self_attn.q_proj`; what has no layer comes first.
+
+    The layer itself, `model.layers.3`, is what it adds up to, the residual stream after it.
+    """
     found = _LAYER.search(name)
-    return (int(found[1]), found[2]) if found else (-1, name)
+    return (int(found[1]), found[2] or "residual stream") if found else (-1, name)
 
 
 def _cell(ratio: float | None, most: float) -> dict[str, Any]:

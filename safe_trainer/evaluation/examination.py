@@ -86,6 +86,22 @@ def evaluate(
     return Evaluation(name, tuple(results), manifest, tuple(notes))
 
 
+def examine(model: Any, tokenizer: Any, prompt_set: PromptSet, judge: Any, decoding: Decoding) -> SetResult:
+    """Ask one judge about one prompt set, and generate answers only where the judge looks at them.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, in whatever state it is.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
+        prompt_set (`PromptSet`): Harmful, benign or borderline prompts.
+        judge (`Judge` or `LikelihoodJudge`): Who judges.
+        decoding ([`Decoding`]): How answers are generated, where they are.
+    """
+    if hasattr(judge, "bound"):
+        return judged(prompt_set, [Answer("")] * len(prompt_set), [judge.bound(model, tokenizer, decoding)])
+    answers = generate(model, tokenizer, prompt_set.prompts, **vars(decoding))
+    return judged(prompt_set, answers, [judge])
+
+
 def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Judge]) -> SetResult:
     """Judge answers that are already there, for example those of a served model.
 

@@ -11,13 +11,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.answers import Answer, Decoding
-from safe_trainer.evaluation.examination import judged
-from safe_trainer.evaluation.generation import generate
+from safe_trainer.evaluation.answers import Decoding
+from safe_trainer.evaluation.examination import examine
 from safe_trainer.evaluation.judges import Judge
 from safe_trainer.evaluation.likelihood import LikelihoodJudge
 from safe_trainer.evaluation.results import SetResult
-from safe_trainer.evaluation.state import examining
+from safe_trainer.evaluation.state import log_between
 
 logger = logging.getLogger(__name__)
 
@@ -148,21 +147,11 @@ class RefusalMonitor(TrainerCallback):
         values = {"safety/monitor_seconds": round(self.seconds, 3)}
         for result in results:
             values |= _values(result)
-        # Logging in between must not cost the training log of this step: it clears the flag that asks for it, and,
-        # with the model in training mode, SFTTrainer would spend on it what it has collected for that log.
-        due = self.trainer.control.should_log
-        with examining(self.trainer.model):
-            self.trainer.log(values)
-        self.trainer.control.should_log = due
+        log_between(self.trainer, values)
         return low
 
     def _examine(self, prompt_set: PromptSet) -> SetResult:
-        model, tokenizer = self.trainer.model, self.trainer.processing_class
-        if hasattr(self.judge, "bound"):
-            judge = self.judge.bound(model, tokenizer, self.decoding)
-            return judged(prompt_set, [Answer("")] * len(prompt_set), [judge])
-        answers = generate(model, tokenizer, prompt_set.prompts, **vars(self.decoding))
-        return judged(prompt_set, answers, [self.judge])
+        return examine(self.trainer.model, self.trainer.processing_class, prompt_set, self.judge, self.decoding)
 
     def _hold(self, step: int) -> None:
         """Keep the trainable weights, reusing the memory of those kept before."""

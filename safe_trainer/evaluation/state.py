@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,3 +27,18 @@ def examining(model: Any, seed: int = 0) -> Iterator[None]:
         # Module by module, because part of a model in training may be in evaluation mode on purpose.
         for module in training:
             module.training = True
+
+
+def log_between(trainer: Any, values: Mapping[str, float]) -> None:
+    """Write into a trainer's logs from a callback, without touching the training log of the same step.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        values (`Mapping[str, float]`): What to log.
+    """
+    # Logging in between must not cost the training log of this step: it clears the flag that asks for it, and, with
+    # the model in training mode, SFTTrainer would spend on it what it has collected for that log.
+    due = trainer.control.should_log
+    with examining(trainer.model):
+        trainer.log(dict(values))
+    trainer.control.should_log = due

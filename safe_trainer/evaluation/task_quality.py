@@ -106,8 +106,7 @@ def perplexity(
 ) -> Mean:
     """Return the model's perplexity on a task's references, given their prompts.
 
-    exp of the mean negative log-likelihood of the references' tokens, the end of the turn included; each token counts
-    the same, so long references weigh more. Only perplexities under one tokenizer can be compared.
+    It is exp of [`reference_loss`]. Only perplexities under one tokenizer can be compared.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model; left in the state it was in.
@@ -129,6 +128,18 @@ def perplexity(
     print(perplexity(model, tokenizer, task("how_to")))  # 3.214 (100) [3.102, 3.335]
     ```
     """
+    loss = reference_loss(model, tokenizer, task, system_prompt=system_prompt, batch_size=batch_size)
+    return Mean(math.exp(loss.value), loss.count, math.exp(loss.low), math.exp(loss.high))
+
+
+def reference_loss(
+    model: Any, tokenizer: Any, task: PromptSet, *, system_prompt: str | None = None, batch_size: int = 16
+) -> Mean:
+    """Return the mean negative log-likelihood of a task's references, given their prompts, in nats per token.
+
+    The end of the turn is included; each token counts the same, so long references weigh more. Arguments, interval and
+    errors as in [`perplexity`].
+    """
     if task.references is None:
         raise ValueError(f"The prompt set `{task.name}` has no references to compute a perplexity on.")
     heads = encode(model, tokenizer, task.prompts, system_prompt)
@@ -138,8 +149,7 @@ def perplexity(
     with examining(model):
         for start in range(0, len(heads), batch_size):
             losses += _losses(model, heads[start : start + batch_size], tails[start : start + batch_size])
-    mean = ratio_of(losses, [len(tail) for tail in tails])
-    return Mean(math.exp(mean.value), mean.count, math.exp(mean.low), math.exp(mean.high))
+    return ratio_of(losses, [len(tail) for tail in tails])
 
 
 def _losses(model: Any, heads: Sequence[list[int]], tails: Sequence[list[int]]) -> list[float]:

@@ -1,0 +1,78 @@
+"""`safe-trainer drift`: how far a fine-tune moved each layer, and what of it touches safety."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .asking import Prompts, prompt_sets
+from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
+
+if TYPE_CHECKING:
+    from safe_trainer.drift import Drift
+
+_SHARES = {"alignment": "along alignment", "outputs": "safety outputs", "inputs": "safety inputs"}
+
+
+def drift(  # noqa: PLR0913, each is an option with a name
+    base: Annotated[str, typer.Argument(help="The model before fine-tuning: folder or Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="An adapter on it, or the whole model afterwards: folder or Hub id.")],
+    direction: Annotated[
+        Path | None, typer.Option(help="Its alignment direction, from `safe-trainer direction`.")
+    ] = None,
+    basis: Annotated[Path | None, typer.Option(help="Its safety basis, from `safe-trainer basis`.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Leading directions of each to measure against.")] = 16,
+    refusal: Annotated[
+        bool, typer.Option("--refusal", help="Also what became of the refusal direction; loads both models.")
+    ] = False,
+    prompts: Prompts = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for drift.json and the picture.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a fine-tune changed, layer by layer: any LoRA adapter or whole model against its base."""
+    quiet_libraries()
+    from safe_trainer.drift import measure_drift, write_drift
+
+    asked = _asked(prompts, base) if refusal or prompts else None
+    with progress_bar("Measuring the drift") as show:
+        found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=show)
+    if output is not None:
+        files = [found.save(output / "drift.json"), *write_drift(found, output, f"Drift of {Path(tuned).name}")]
+        errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _show(found)
+
+
+def _asked(prompts: list[str] | None, base: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    sets = prompt_sets(prompts, base)
+    found = [next((s.prompts for s in sets if s.kind == kind), None) for kind in ("harmful", "benign")]
+    if found[0] is None or found[1] is None:
+        problem = "the refusal direction needs harmful and benign prompts: give both."
+        raise typer.BadParameter(problem, param_hint="'--prompts'")
+    return found[0], found[1]
+
+
+def _show(found: Drift) -> None:
+    from rich.table import Table
+
+    shares = [name for name in _SHARES if found.share(name) is not None]
+    refusals = found.figure("refusal")
+    columns = ["layer", "‖ΔW‖/‖W‖", *(f"{_SHARES[name]} (random)" for name in shares)]
+    table = Table(*columns, *(["refusal direction kept", "cosine"] if refusals else []), box=None)
+    for name, layer in found.layers.items():
+        row = [name, f"{layer.relative:.2%}" if layer.size > 0 else ""]
+        row += [f"{layer.shares[s]:.1%} ({layer.expected[s]:.1%})" if s in layer.shares else "" for s in shares]
+        if layer.refusal is not None:
+            row += [f"{layer.refusal.kept:.0%}", f"{layer.refusal.cosine:.2f}"]
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"All together {found.relative:.2%} of the weights' size.", markup=False)
+    for name in shares:
+        share, random = found.share(name) or (0.0, 0.0)
+        console.print(f"{_SHARES[name]}: {share:.1%} of the update (random: {random:.1%})", markup=False)

@@ -1,0 +1,145 @@
+"""`safe-trainer landscape`: how far a model can be moved before it stops refusing, and where a fine-tune took it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .asking import BatchSize, MaxNewTokens, Prompts, SystemPrompt, check_judges, load_judges, prompt_sets
+from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
+
+if TYPE_CHECKING:
+    from safe_trainer.data import PromptSet
+    from safe_trainer.landscape import Landscape
+
+
+def landscape(  # noqa: PLR0913, each is an option with a name
+    model: Annotated[str, typer.Option(help="The aligned model: folder or Hub id.")],
+    direction: Annotated[
+        Path | None, typer.Option(help="Its alignment direction, from `safe-trainer direction`.")
+    ] = None,
+    unaligned: Annotated[
+        str | None,
+        typer.Option(help="The unaligned model: folder or Hub id. Left out, the one that the direction names."),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A training run on the model, with its checkpoints: folder, or an adapter's Hub id."),
+    ] = None,
+    across: Annotated[
+        str | None,
+        typer.Option(help="The second direction: random, or an adapter. Left out, the run's end if there is a run."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for what is measured, and the picture.")
+    ] = Path("landscape"),
+    points: Annotated[int, typer.Option(min=3, help="Places along each side of the plane; an odd number.")] = 11,
+    span: Annotated[
+        float | None, typer.Option(help="How far to go along the direction, in norms of the weights. [default: 0.5]")
+    ] = None,
+    span_across: Annotated[
+        float | None, typer.Option(help="And across. [default: 0.5, or 2.5 times as far as the run went]")
+    ] = None,
+    normalize: Annotated[
+        Literal["layer", "filter", "none"], typer.Option(help="What each layer's direction is scaled to.")
+    ] = "layer",
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts of each kind to use, the first ones.")] = 40,
+    judge: Annotated[
+        str, typer.Option(help="Who judges: likelihood needs no answers; phrases and guards have them generated.")
+    ] = "likelihood",
+    seed: Annotated[int, typer.Option(help="Seed of a random direction.")] = 0,
+    max_new_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 32,
+    system_prompt: SystemPrompt = None,
+    picture: Annotated[bool, typer.Option(help="Draw the picture; needs plotly and kaleido.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Move a model's weights along and across its alignment direction, and draw where it stops refusing.
+
+    The loss is that of the first prompts with answers: `--prompts task=FILE`, or benign ones. What has been measured
+    is kept: stopped, the same command goes on, and with more points or another span it measures only what is new.
+    """
+    judges = check_judges([judge])
+    harmful, task = _asked(prompt_sets(prompts, model), count)
+    quiet_libraries()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from safe_trainer.landscape import measure_landscape, write_landscape
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
+    with progress_bar("Measuring the landscape") as show:
+        found = measure_landscape(
+            loaded,
+            AutoTokenizer.from_pretrained(model),
+            harmful,
+            direction=direction,
+            unaligned=unaligned,
+            task=task,
+            run=adapter,
+            across=across,
+            span=span,
+            span_across=span_across,
+            points=points,
+            normalize=normalize,
+            judge=load_judges(judges)[0],
+            seed=seed,
+            output=output,
+            progress=show,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            system_prompt=system_prompt,
+        )
+    if picture:
+        files = write_landscape(found, output, f"Safety around {Path(model).name}")
+        errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _show(found)
+
+
+def _asked(sets: list[PromptSet], count: int) -> tuple[PromptSet, PromptSet | None]:
+    """Choose the harmful prompts, and those with answers on which the loss is taken."""
+    harmful = next((found for found in sets if found.kind == "harmful"), None)
+    if harmful is None:
+        raise typer.BadParameter("name harmful prompts too: harmful=asked.csv.", param_hint="'--prompts'")
+    others = sorted((found for found in sets if found.kind != "harmful"), key=lambda found: found.kind != "task")
+    task = next((found for found in others if found.references is not None), None)
+    return _first(harmful, count), None if task is None else _first(task, count)
+
+
+def _first(prompts: PromptSet, count: int) -> PromptSet:
+    def cut(values: tuple[str, ...] | None) -> Any:
+        return None if values is None else values[:count]
+
+    return dataclasses.replace(
+        prompts,
+        prompts=prompts.prompts[:count],
+        categories=cut(prompts.categories),
+        references=cut(prompts.references),
+    )
+
+
+def _show(found: Landscape) -> None:
+    for name, words in (("alpha", "Along the alignment direction"), ("beta", "Across it")):
+        line = found.axis(name)  # type: ignore[arg-type]
+        low, high = found.basin(name)  # type: ignore[arg-type]
+        ends = (getattr(line[0], name), getattr(line[-1], name))
+        if low != low:
+            console.print(f"{words}: the model itself refuses less than half of the harmful prompts.")
+            continue
+        told = [f"{value:+.3g}{' (the end of what was measured)' if value in ends else ''}" for value in (low, high)]
+        console.print(f"{words} at least half is refused from {told[0]} to {told[1]}.", markup=False)
+    if not found.checkpoints[1:]:
+        return
+    from rich.table import Table
+
+    table = Table("checkpoint", "α", "β", "of its way in the plane", "harmful answered", "loss", box=None)
+    for place in found.checkpoints[1:]:
+        table.add_row(place.name, f"{place.alpha:+.4f}", f"{place.beta:+.4f}", f"{place.share:.0%}",
+                      str(place.harmful_score), f"{place.loss:.3f}")  # fmt: skip
+    console.print(table)

@@ -1,0 +1,101 @@
+"""Drift while training goes on: curves beside the loss, computed from the adapter's factors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..adapters import Update, linear_layers, updates, weight
+from ..calibration import SafetyBasis
+from ..direction import AlignmentDirection
+from ..evaluation.state import log_between
+from .subspaces import RANK, Subspaces
+from .updates import Factors
+
+
+class DriftMonitor(TrainerCallback):
+    """Measure every few steps how far training has moved the weights, and write it into the trainer's logs.
+
+    It goes wherever the loss goes, as `drift/relative` (`‖ΔW‖ / ‖W‖` of all trained layers together), `drift/largest`
+    (that of the layer which moved most), and, where the subspaces are given, `drift/alignment`, `drift/outputs` and
+    `drift/inputs`: shares of the update, each with that of a random update of the same sizes beside it
+    (`…_random`). Nothing of the size of a weight is computed for a LoRA; full fine-tuning keeps a copy of the weights
+    that are trained. Training is not disturbed.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer that it watches; its `log` is what it writes to.
+        every (`int`, *optional*, defaults to `50`): Optimizer steps between measurements; the last step is measured
+            too.
+        direction ([`AlignmentDirection`], `str` or `Path`, *optional*): For the share along the alignment direction.
+        basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces.
+        rank (`int`, *optional*, defaults to `16`): Leading directions of each subspace.
+
+    Raises:
+        ValueError: If `every` or `rank` is below 1; and at the start of training, if the update is no product of two
+            factors.
+
+    Example:
+
+    ```python
+    trainer = SafeSFTTrainer(model, train_dataset=rows, peft_config=LoraConfig())
+    trainer.add_callback(DriftMonitor(trainer, every=25, direction="direction.safetensors"))
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        every: int = 50,
+        *,
+        direction: AlignmentDirection | str | Path | None = None,
+        basis: SafetyBasis | str | Path | None = None,
+        rank: int = RANK,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1 step, got {every}.")
+        self.trainer, self.every = trainer, every
+        self._subspaces = Subspaces.load(direction, basis, rank)
+        self._updates: dict[str, Update] = {}
+        self._weights: dict[str, float] = {}  # ‖W‖²
+        self._measured = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the size of the weights, which training starts from."""
+        self._updates = updates(self.trainer.model, "The drift monitor")
+        layers = linear_layers(self.trainer.model)
+        self._weights = {name: weight(layers[name].outer).float().square().sum().item() for name in self._updates}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure every `every` steps."""
+        if state.global_step % self.every == 0:
+            self._measure(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the end, and let go of the weights."""
+        if self._measured != state.global_step:
+            self._measure(state.global_step)
+        self._updates = {}
+
+    @torch.no_grad()
+    def _measure(self, step: int) -> None:
+        self._measured = step
+        held = {name: self._subspaces.held(name, Factors(*update.factors())) for name, update in self._updates.items()}
+        whole = sum(found["all"] for found in held.values())
+        ratios = [math.sqrt(held[name]["all"] / size) for name, size in self._weights.items() if size > 0]
+        values = {
+            "drift/relative": math.sqrt(whole / sum(self._weights.values())),
+            "drift/largest": max(ratios, default=0.0),
+        }
+        for figure in ("alignment", "outputs", "inputs"):
+            known = [name for name, found in held.items() if figure in found]
+            size = sum(held[name]["all"] for name in known)
+            if size > 0:
+                random = sum(held[name]["all"] * self._subspaces.expected(name)[figure] for name in known)
+                values[f"drift/{figure}"] = sum(held[name][figure] for name in known) / size
+                values[f"drift/{figure}_random"] = random / size
+        log_between(self.trainer, values)

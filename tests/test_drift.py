@@ -1,0 +1,224 @@
+"""Drift against dense arithmetic: of adapters, of whole models, of what a model says inside, and while training."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import runs
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from trl import SFTTrainer
+from typer.testing import CliRunner
+
+from safe_trainer import AlignmentDirection, DriftMonitor, SafetyBasis, measure_drift, testbed
+from safe_trainer.adapters import linear_layers, weight
+from safe_trainer.drift import Drift, LayerDrift, RefusalChange, Subspaces, refusal_changes, refusal_directions
+from safe_trainer.drift.figure import draw
+from safe_trainer.evaluation.prompting import encode
+from safe_trainer.pictures import DARK, LIGHT
+from safe_trainer.subspace import Leading, random_basis
+
+HARMFUL, HARMLESS = ("do harm!", "more harm", "harm"), ("help", "do help me now")
+
+
+def fine_tuned(folder, architecture: str = "llama", **config):
+    """Save a base and a random adapter on it; return both paths, the base and each layer's dense ΔW."""
+    base = tiny.model(architecture)
+    base.save_pretrained(folder / "base")
+    tiny.tokenizer().save_pretrained(folder / "base")
+    starts = {name: weight(layer.outer).clone() for name, layer in linear_layers(base).items()}
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    torch.manual_seed(4)
+    wrapped = get_peft_model(base, LoraConfig(**settings))
+    wrapped.save_pretrained(folder / "adapter")
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(folder / "whole")
+    changes = {name: (weight(layer.outer) - starts[name]).double() for name, layer in linear_layers(merged).items()}
+    return folder / "base", folder / "adapter", folder / "whole", starts, {n: d for n, d in changes.items() if d.any()}
+
+
+def subspaces_of(starts: dict, folder) -> tuple[AlignmentDirection, SafetyBasis]:
+    outputs = {name: Leading(random_basis(W.shape[0], 4, 1), torch.ones(4), 4.0) for name, W in starts.items()}
+    inputs = {name: Leading(random_basis(W.shape[1], 5, 2), torch.ones(5), 5.0) for name, W in starts.items()}
+    tiny.model("gpt2" if "transformer.h.0.attn.c_attn" in starts else "llama", seed=8).save_pretrained(
+        folder / "other"
+    )
+    direction = AlignmentDirection.from_checkpoints(folder / "base", folder / "other", rank=6, max_error=0)
+    return direction, SafetyBasis(outputs, inputs)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "alpha_pattern": {"q_proj": 9}}], ids=["plain", "rslora"])
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_sizes_and_shares_are_those_of_the_dense_update(tmp_path, architecture, config, kind):
+    base, adapter, whole, starts, changes = fine_tuned(tmp_path, architecture, **config)
+    direction, basis = subspaces_of(starts, tmp_path)
+    drift = measure_drift(base, adapter if kind == "adapter" else whole, direction=direction, basis=basis, rank=4)
+    assert set(drift.layers) == set(changes)
+    for name, change in changes.items():
+        found, size = drift.layers[name], change.norm().item()
+        assert found.size == pytest.approx(size, rel=1e-4)
+        assert found.relative == pytest.approx(size / starts[name].norm().item(), rel=1e-4)
+        parts = {
+            "alignment": direction.modules[name].U[:, :4].double().mT @ change,
+            "outputs": basis.outputs[name].basis[:, :4].double().mT @ change,
+            "inputs": change @ basis.inputs[name].basis[:, :4].double(),
+        }
+        for figure, part in parts.items():
+            assert found.shares[figure] == pytest.approx(part.norm().item() ** 2 / size**2, abs=1e-5)
+            side = change.shape[figure == "inputs"]
+            assert found.expected[figure] == pytest.approx(4 / side)
+    total = math.sqrt(sum(change.square().sum().item() for change in changes.values()))
+    weights = math.sqrt(sum(starts[name].double().square().sum().item() for name in changes))
+    assert drift.relative == pytest.approx(total / weights, rel=1e-4)
+    inside = sum((basis.outputs[n].basis[:, :4].double().mT @ c).square().sum().item() for n, c in changes.items())
+    assert drift.share("outputs")[0] == pytest.approx(inside / total**2, rel=1e-4)
+
+
+def test_layers_that_did_not_change_are_left_out_and_strangers_refused(tmp_path):
+    base, adapter, whole, _, changes = fine_tuned(tmp_path, target_modules=["q_proj"])
+    assert set(measure_drift(base, adapter).layers) == set(measure_drift(base, whole).layers) == set(changes)
+    assert measure_drift(base, base).layers == {} and measure_drift(base, base).relative == 0.0
+    tiny.model(hidden=64).save_pretrained(tmp_path / "wide")
+    for tuned in (adapter, whole):
+        with pytest.raises(ValueError, match="does not fit the base model"):
+            measure_drift(tmp_path / "wide", tuned)
+    narrow = SafetyBasis({"model.layers.0.self_attn.q_proj": Leading(random_basis(8, 4, 1), torch.ones(4), 4.0)})
+    with pytest.raises(ValueError, match="belong to another model"):
+        measure_drift(base, adapter, basis=narrow)
+    with pytest.raises(ValueError, match="`rank`"):
+        Subspaces.load(rank=0)
+
+
+def test_an_update_that_is_no_product_is_refused(tmp_path):
+    base, *_ = fine_tuned(tmp_path)
+    get_peft_model(tiny.model(), LoraConfig(use_dora=True)).save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="use_dora"):
+        measure_drift(base, tmp_path / "dora")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_refusal_directions_are_differences_of_means_at_the_last_token(architecture):
+    model, tokenizer = tiny.model(architecture).train(), tiny.tokenizer()
+    block = "transformer.h.1" if architecture == "gpt2" else "model.layers.1"
+    layer = f"{block}.mlp.c_proj" if architecture == "gpt2" else f"{block}.mlp.down_proj"
+    found = refusal_directions(model, tokenizer, HARMFUL, HARMLESS, batch_size=2)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    sums = {}
+    model.eval()
+    for name in (block, layer):
+        means = []
+        for prompts in (HARMFUL, HARMLESS):
+            seen = []
+            module = model.get_submodule(name)
+            hook = module.register_forward_hook(
+                lambda m, i, out, seen=seen: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+            )
+            for ids in encode(model, tokenizer, prompts):  # one by one, without padding
+                model(torch.tensor([ids]))
+            hook.remove()
+            means.append(torch.stack(seen).mean(0))
+        sums[name] = means[0] - means[1]
+        assert torch.allclose(found[name].float(), sums[name], atol=1e-5)
+    with pytest.raises(ValueError, match="Both kinds"):
+        refusal_directions(model, tokenizer, HARMFUL, ())
+
+
+def test_change_of_the_refusal_direction_is_its_projection_on_the_old_one(tmp_path):
+    old, new = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])
+    change = refusal_changes({"a": old, "gone": old}, {"a": new})
+    assert change == {"a": RefusalChange(5.0, pytest.approx(1.8), pytest.approx(0.6))}
+    assert change["a"].kept == pytest.approx(0.36)
+    base, adapter, whole, _, changes = fine_tuned(tmp_path)
+    prompts = (HARMFUL, HARMLESS)
+    by_adapter, by_whole = (measure_drift(base, tuned, prompts=prompts) for tuned in (adapter, whole))
+    blocks = {"model.layers.0", "model.layers.1"}
+    blind = {f"model.layers.0.self_attn.{one}_proj" for one in "qkv"}  # the last token is the template's, everywhere
+    assert set(by_adapter.figure("refusal")) == (set(changes) | blocks) - blind
+    for name, kept in by_adapter.figure("refusal").items():
+        assert kept == pytest.approx(by_whole.figure("refusal")[name], rel=1e-3, abs=1e-3)
+    same = measure_drift(base, base, prompts=prompts)
+    assert list(same.figure("refusal").values()) == pytest.approx([1.0] * 13)
+    assert json.loads(json.dumps(same.to_dict()))["layers"]["model.layers.0"]["refusal"]["kept"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_monitor_logs_the_drift_that_the_saved_adapter_has_and_disturbs_nothing(tmp_path):
+    def build(monitored: bool):
+        def make(**given):
+            trainer = SFTTrainer(**given)
+            if monitored:
+                trainer.add_callback(DriftMonitor(trainer, every=2, basis=basis, rank=4))
+            return trainer
+
+        return make
+
+    base = tiny.model()
+    base.save_pretrained(tmp_path / "base")
+    basis = subspaces_of({n: weight(x.outer) for n, x in linear_layers(base).items()}, tmp_path)[1]
+    watched = runs.run(build(True), runs.given(tmp_path / "a", peft_config=runs.lora()))
+    plain = runs.run(build(False), runs.given(tmp_path / "a", peft_config=runs.lora()))
+    runs.assert_same_weights(watched.end, plain.end)
+    logs = [entry for entry in watched.trainer.state.log_history if "drift/relative" in entry]
+    assert [entry["step"] for entry in logs] == [2, 3]
+    losses = [[e["loss"] for e in run.trainer.state.log_history if "loss" in e] for run in (watched, plain)]
+    assert losses[0] == losses[1]
+    watched.trainer.save_model(str(tmp_path / "adapter"))
+    drift = measure_drift(tmp_path / "base", tmp_path / "adapter", basis=basis, rank=4)
+    assert logs[-1]["drift/relative"] == pytest.approx(drift.relative, rel=1e-3)
+    assert logs[-1]["drift/largest"] == pytest.approx(max(drift.figure("relative").values()), rel=1e-3)
+    for figure in ("outputs", "inputs"):
+        found = logs[-1][f"drift/{figure}"], logs[-1][f"drift/{figure}_random"]
+        assert found == pytest.approx(drift.share(figure), rel=1e-3)
+    with pytest.raises(ValueError, match="`every`"):
+        DriftMonitor(watched.trainer, every=0)
+
+
+@pytest.mark.slow
+def test_monitor_follows_full_fine_tuning_too(tmp_path):
+    given = runs.given(tmp_path)
+    trainer = SFTTrainer(**given)
+    start = {name: weight(layer.outer).clone() for name, layer in linear_layers(trainer.model).items()}
+    trainer.add_callback(DriftMonitor(trainer, every=3))
+    trainer.train()
+    logged = [entry["drift/relative"] for entry in trainer.state.log_history if "drift/relative" in entry]
+    layers = linear_layers(trainer.model)
+    moved = sum((weight(layers[name].outer) - W).square().sum().item() for name, W in start.items())
+    assert logged == [pytest.approx(math.sqrt(moved / sum(W.square().sum().item() for W in start.values())), rel=1e-3)]
+
+
+def test_picture_has_a_map_for_whatever_was_measured():
+    shares = {"alignment": 0.25, "outputs": 0.5}
+    layers = {
+        f"model.layers.{i}.self_attn.q_proj": LayerDrift(1.0, 4.0, shares, {"alignment": 0.1, "outputs": 0.1})
+        for i in range(3)
+    }
+    layers["model.layers.2"] = LayerDrift(refusal=RefusalChange(2.0, 1.0, 0.9))
+    for theme in (LIGHT, DARK):
+        figure = draw(Drift(layers), theme)
+        assert [trace.type for trace in figure.data] == ["heatmap"] * 4
+        assert list(figure.data[0].z[0]) == [25.0, 25.0, 25.0]
+        assert list(figure.data[3].z[0])[-1] == 50.0 and figure.data[3].y[0] == "residual stream"
+        assert figure.layout.paper_bgcolor == theme.paper
+    assert draw(Drift({}), LIGHT).data == ()
+
+
+@pytest.mark.slow
+def test_command_tells_the_drift_of_an_adapter_on_the_embedded_pair(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from safe_trainer.cli import app
+
+    model = AutoModelForCausalLM.from_pretrained(testbed.ALIGNED)
+    torch.manual_seed(0)
+    get_peft_model(model, LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
+    arguments = ["drift", str(testbed.ALIGNED), str(tmp_path / "adapter"), "--refusal", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["relative"] > 0 and "kept" in found["layers"]["model.layers.3"]["refusal"]
+    table = CliRunner().invoke(app, arguments[:-2])
+    assert table.exit_code == 0 and "All together" in table.stdout
