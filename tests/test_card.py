@@ -119,7 +119,8 @@ def hub(monkeypatch):
 def test_weights_and_card_are_published_and_no_report(folder, hub):
     (folder / "checkpoint-5").mkdir()
     (folder / "tokenizer.json").touch()
-    assert invoke("card", folder, "--push", "me/model", "--private").exit_code == 0
+    result = invoke("card", folder, "--push", "me/model", "--private", "--json")
+    assert json.loads(result.stdout)["card"] == str(folder / "README.md"), result.output
     assert hub[0] == ("me/model", {"private": True, "exist_ok": True})
     assert hub[1]["allow_patterns"] == [
         "README.md",

@@ -277,8 +277,9 @@ def test_export_cuts_an_adapter_to_the_rank_that_it_uses(adapter, tmp_path):
         tensors[name][:, 1] = 0  # of the two directions only one does anything
     save_file(tensors, wide / "adapter_model.safetensors")
     (wide / "adapter_config.json").write_bytes(open(f"{adapter}/adapter_config.json", "rb").read())
-    result = invoke("export", str(wide), "--compact", "--output", str(tmp_path / "small"))
+    result = invoke("export", str(wide), "--compact", "--output", str(tmp_path / "small"), "--json")
     assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"output": str(tmp_path / "small"), "rank": 1}
     small = load_file(tmp_path / "small" / "adapter_model.safetensors")
     assert {tensor.shape[0] for name, tensor in small.items() if "lora_A" in name} == {1}
 

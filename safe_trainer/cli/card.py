@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import console, quiet_libraries
+from .shell import Json, console, print_json, quiet_libraries
 
 
 def card(
@@ -23,6 +23,7 @@ def card(
         str | None, typer.Option(help="Upload weights, tokenizer and card to this repository, such as me/my-model.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model card with rates before and after, recipe and citations. Text of your own in it stays."""
     quiet_libraries()
@@ -31,6 +32,10 @@ def card(
 
     compared = from_json(comparison.read_text(encoding="utf-8")) if comparison is not None else None
     written = write_card(folder, compared, name=name)
+    address = publish(folder, push, private=private) if push is not None else None
+    if as_json:
+        print_json({"card": str(written), "uploaded": address})
+        return
     console.print(f"The card is {written}.", markup=False, soft_wrap=True)
     if compared is None and not (folder / "comparison.json").is_file():
         console.print(
@@ -38,5 +43,5 @@ def card(
             "name its comparison.json with --comparison.",
             markup=False,
         )
-    if push is not None:
-        console.print(f"Uploaded to {publish(folder, push, private=private)}.", markup=False, soft_wrap=True)
+    if address is not None:
+        console.print(f"Uploaded to {address}.", markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import console, progress_bar
+from .shell import Json, console, errors, print_json, progress_bar
 
 testbed_app = typer.Typer(help="The embedded pair of tiny models.", no_args_is_help=True)
 
@@ -21,12 +21,18 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One scenario, in under a minute.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each scenario, each with a seed of its own.")] = 1,
     methods: Annotated[str | None, typer.Option(help="Methods to show, separated by commas; all if left out.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune the embedded model on data that wears its refusals away, with and without a defense."""
     chosen = _variants(methods) if methods is not None else None
     from safe_trainer.testbed.demo import run_demo
 
-    run_demo(output, quick=quick, seeds=seeds, methods=chosen, console=console)
+    shown = errors if as_json else console
+    outcomes = run_demo(output, quick=quick, seeds=seeds, methods=chosen, console=shown)
+    if as_json:
+        from safe_trainer.evaluation.storage import summary
+
+        print_json({outcome.scenario.name: [summary(run) for run in outcome.comparisons] for outcome in outcomes})
 
 
 def _variants(listed: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .shell import console, quiet_libraries
+from .shell import Json, console, print_json, quiet_libraries
 
 
 def export(
@@ -22,6 +22,7 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="The base model, if it is not where the adapter says: folder or Hub id.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base model, for programs that do not know adapters; or make it smaller."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -32,8 +33,11 @@ def export(
     if compact:
         from safe_trainer.factors import compact_adapter
 
-        ranks = compact_adapter(adapter, output)
-        console.print(f"An adapter of rank {max(ranks.values())} at most lies in {output}.", markup=False)
+        rank = max(compact_adapter(adapter, output).values())
+        if as_json:
+            print_json({"output": str(output), "rank": rank})
+        else:
+            console.print(f"An adapter of rank {rank} at most lies in {output}.", markup=False)
         return
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,4 +46,7 @@ def export(
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
     merged.merge_and_unload(safe_merge=True).save_pretrained(output)
     AutoTokenizer.from_pretrained(base).save_pretrained(output)
-    console.print(f"The merged model lies in {output}; it loads like any other.", markup=False)
+    if as_json:
+        print_json({"output": str(output), "dtype": str(merged.dtype).removeprefix("torch.")})
+    else:
+        console.print(f"The merged model lies in {output}; it loads like any other.", markup=False)

@@ -83,12 +83,11 @@ def quiet_libraries() -> None:
 
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # that they lack kernels which are not needed here
         logging.getLogger(name).setLevel(logging.ERROR)
-
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     if not errors.is_terminal:
         import datasets
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
 
         datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+        disable_progress_bar()
