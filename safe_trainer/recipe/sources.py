@@ -33,7 +33,7 @@ def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> A
     if isinstance(value, list):
         return [moved(inner, (*place, n), folder, seat) for n, inner in enumerate(value)]
     keys = [key for key in place if isinstance(key, str)]
-    is_file = keys in (["data", "path"], ["evaluation", "prompts", "path"])
+    is_file = keys in (["data", "path"], ["evaluation", "prompts", "path"]) and not str(value).startswith(PREFIX)
     is_path = isinstance(value, str) and (is_file or value.startswith(("./", "../"))) and keys != ["output"]
     if not is_path or os.path.isabs(value):
         return value
