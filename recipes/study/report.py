@@ -149,6 +149,7 @@ COLOURS = {
     "inputs": "#5b8e3e",
     "drift penalty": "#c8752d",
     "vectors +": "#2f6fde",
+    "recommended": "#12a150",
 }
 
 

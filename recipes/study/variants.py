@@ -99,12 +99,13 @@ def drift(weight: float) -> DriftPenalty:
 VARIANTS: dict[str, Variant] = {
     "before": Variant(steps=0),
     "plain LoRA": Variant(),
+    "recommended": Variant(lambda: [vectors(), drift(30)]),
     "security vectors": Variant(lambda: [vectors()]),
+    "drift penalty": Variant(lambda: [drift(30)]),
+    "drift penalty, weight 3000": Variant(lambda: [drift(3000)]),
     "inputs": Variant(lambda: [inputs()]),
-    "drift penalty": Variant(lambda: [drift(3000)]),
     "vectors + inputs": Variant(lambda: [vectors(), inputs()]),
-    "vectors + drift penalty": Variant(lambda: [vectors(), drift(100)]),
-    "vectors + inputs + drift penalty": Variant(lambda: [vectors(), inputs(), drift(100)]),
+    "vectors + inputs + drift penalty": Variant(lambda: [vectors(), inputs(), drift(30)]),
     "AsFT": Variant(lambda: [asft(10.0)]),
     "SaLoRA": Variant(lambda: [salora()]),
     # Controls: of the data, of the schedule, of each subspace.
@@ -132,7 +133,7 @@ SWEEP: dict[str, Variant] = {
     },
     **{
         f"drift penalty, weight {weight:g}": Variant(lambda weight=weight: [drift(weight)])
-        for weight in (1, 10, 100, 300, 1000, 3000, 10000)
+        for weight in (1, 10, 30, 100, 300, 1000, 3000, 10000)
     },
 }
 """Each method from weak to strong."""
