@@ -27,6 +27,8 @@ from .sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
+GRACE = 2
+"""Seconds that open pages may hold up the end, for their connections never close by themselves."""
 _SWEEP = 300.0  # seconds between two looks for idle sessions
 
 
@@ -135,7 +137,10 @@ def serve(
     app = create_app(setup, folder=folder, password=password, hosts=None if shared else ())
     if browser:
         threading.Timer(1.0, webbrowser.open, [f"http://{host}:{port}/"]).start()
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
+    finally:
+        app.state.services.close()
 
 
 @asynccontextmanager
