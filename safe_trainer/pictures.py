@@ -24,6 +24,8 @@ class Theme:
         harmful (`str`): Compliance with harm.
         low (`str`): Lower end of a scale; blends into the background.
         middle (`str`): Its middle.
+        hot (`str`): Its upper end, where much is bad; text can be read on it.
+        cool (`str`): Its upper end, where much is not bad.
         other (`str`): A further quantity in the same chart.
     """
 
@@ -35,17 +37,19 @@ class Theme:
     harmful: str
     low: str
     middle: str
+    hot: str
+    cool: str
     other: str
 
     @property
     def scale(self) -> list[list[Any]]:
         """Colours from nothing to much."""
-        return [[0.0, self.low], [0.5, self.middle], [1.0, self.harmful]]
+        return [[0.0, self.low], [0.5, self.middle], [1.0, self.hot]]
 
     @property
     def neutral(self) -> list[list[Any]]:
         """Colours from nothing to much, where much is not bad."""
-        return [[0.0, self.low], [1.0, self.safe]]
+        return [[0.0, self.low], [1.0, self.cool]]
 
     def layout(self, **settings: Any) -> dict[str, Any]:
         """Return what every figure's layout has."""
@@ -58,8 +62,14 @@ class Theme:
         }
 
 
-LIGHT = Theme("light", "#ffffff", "#1f2328", "#d0d7de", "#0b62c4", "#b5232b", "#eef4fb", "#f0a35e", "#a05a00")
-DARK = Theme("dark", "#0d1117", "#e6edf3", "#3d444d", "#58a6ff", "#ff6b6b", "#16202c", "#a8652b", "#f0b35e")
+LIGHT = Theme(
+    name="light", paper="#ffffff", ink="#1f2328", faint="#d0d7de", safe="#0b62c4", harmful="#b5232b",
+    low="#eef4fb", middle="#f0a35e", hot="#b5232b", cool="#0b62c4", other="#a05a00",
+)  # fmt: skip
+DARK = Theme(
+    name="dark", paper="#0d1117", ink="#e6edf3", faint="#3d444d", safe="#58a6ff", harmful="#ff6b6b",
+    low="#16202c", middle="#a8652b", hot="#d2403f", cool="#2b74c9", other="#f0b35e",
+)  # fmt: skip
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><meta name="color-scheme" content="light dark">

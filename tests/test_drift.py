@@ -10,13 +10,26 @@ import runs
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
-from safe_trainer import AlignmentDirection, DriftMonitor, SafetyBasis, measure_drift, testbed
+from safe_trainer import (
+    AlignmentDirection,
+    DriftMonitor,
+    LikelihoodJudge,
+    PromptSet,
+    SafetyBasis,
+    compare,
+    from_json,
+    measure_drift,
+    testbed,
+    to_html,
+)
 from safe_trainer.adapters import linear_layers, weight
 from safe_trainer.drift import Drift, LayerDrift, RefusalChange, Subspaces, refusal_changes, refusal_directions
 from safe_trainer.drift.figure import draw
+from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.prompting import encode
 from safe_trainer.pictures import DARK, LIGHT
 from safe_trainer.subspace import Leading, random_basis
@@ -190,6 +203,26 @@ def test_monitor_follows_full_fine_tuning_too(tmp_path):
     assert logged == [pytest.approx(math.sqrt(moved / sum(W.square().sum().item() for W in start.values())), rel=1e-3)]
 
 
+def test_comparison_and_its_report_show_the_shares_by_layer(tmp_path):
+    base, adapter, _, starts, _ = fine_tuned(tmp_path)
+    basis = subspaces_of(starts, tmp_path)[1]
+    asked = PromptSet("harmful", "harmful", HARMFUL)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    subspaces = Subspaces.load(basis=basis, rank=4)
+    found = compare(
+        model, tiny.tokenizer(), [asked], {"tuned": adapter}, judges=[LikelihoodJudge()], subspaces=subspaces,
+        max_new_tokens=1,
+    )  # fmt: skip
+    drift = measure_drift(base, adapter, basis=basis, rank=4)
+    shares = from_json(to_json(found)).evaluations[1].drift_shares
+    assert set(shares) == {"outputs", "inputs"}
+    for figure in shares:
+        assert shares[figure] == pytest.approx(drift.figure(figure), abs=1e-6)
+    page = to_html(found)
+    assert page.count('<table class="heat">') == 3
+    assert "writes where the model writes when it refuses" in page and "alignment direction" not in page
+
+
 def test_picture_has_a_map_for_whatever_was_measured():
     shares = {"alignment": 0.25, "outputs": 0.5}
     layers = {
@@ -208,8 +241,6 @@ def test_picture_has_a_map_for_whatever_was_measured():
 
 @pytest.mark.slow
 def test_command_tells_the_drift_of_an_adapter_on_the_embedded_pair(tmp_path):
-    from transformers import AutoModelForCausalLM
-
     from safe_trainer.cli import app
 
     model = AutoModelForCausalLM.from_pretrained(testbed.ALIGNED)

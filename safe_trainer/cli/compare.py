@@ -22,6 +22,7 @@ from .asking import (
 from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
+    from safe_trainer.drift import Subspaces
     from safe_trainer.evaluation import Comparison, Limits
 
 _LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
@@ -42,6 +43,12 @@ def compare(  # noqa: PLR0913, each is an option with a name
     prompts: Prompts = None,
     judge: Judges = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report and answers.")] = None,
+    direction: Annotated[
+        Path | None, typer.Option(help="Alignment direction, to show each adapter's share along it by layer.")
+    ] = None,
+    basis: Annotated[
+        Path | None, typer.Option(help="Safety basis, to show each adapter's share in it by layer.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
     system_prompt: SystemPrompt = None,
@@ -66,15 +73,25 @@ def compare(  # noqa: PLR0913, each is an option with a name
     quiet_libraries()
     from safe_trainer.evaluation import Limits
 
+    subspaces = _subspaces(direction, basis)
     limits = Limits(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
     decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking all models") as show:
-        comparison = _compared(model, adapters, models, {"prompt_sets": sets, "progress": show, **decoding}, judges)
+        asked = {"prompt_sets": sets, "progress": show, **decoding}
+        comparison = _compared(model, adapters, models, asked, judges, subspaces)
     _tell(comparison, output, as_json)
     if comparison.interrupted:
         errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
         raise typer.Exit(130)
     _close(comparison, limits)
+
+
+def _subspaces(direction: Path | None, basis: Path | None) -> Subspaces | None:
+    if direction is None and basis is None:
+        return None
+    from safe_trainer.drift import Subspaces
+
+    return Subspaces.load(direction, basis)
 
 
 def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
@@ -99,6 +116,7 @@ def _compared(
     models: dict[str, list[str]],
     asked: dict[str, Any],
     judges: list[tuple[str, str]],
+    subspaces: Subspaces | None,
 ) -> Comparison:
     """Examine the base with each adapter, then each whole model, which takes the place of the one before it."""
     from safe_trainer.evaluation import compare as compare_adapters
@@ -109,7 +127,7 @@ def _compared(
     sources: dict[str, Any] = {name: paths if len(paths) > 1 else paths[0] for name, paths in adapters.items()}
     settings = {key: value for key, value in asked.items() if key != "prompt_sets"}
     comparison = compare_adapters(
-        base, tokenizer, asked["prompt_sets"], sources, judges=loaded_judges, **settings
+        base, tokenizer, asked["prompt_sets"], sources, judges=loaded_judges, subspaces=subspaces, **settings
     )
     if comparison.interrupted:
         return comparison

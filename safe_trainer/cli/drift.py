@@ -61,13 +61,18 @@ def _asked(prompts: list[str] | None, base: str) -> tuple[tuple[str, ...], tuple
 def _show(found: Drift) -> None:
     from rich.table import Table
 
+    from safe_trainer.evaluation.charts import place
+
     shares = [name for name in _SHARES if found.share(name) is not None]
     refusals = found.figure("refusal")
-    columns = ["layer", "‖ΔW‖/‖W‖", *(f"{_SHARES[name]} (random)" for name in shares)]
-    table = Table(*columns, *(["refusal direction kept", "cosine"] if refusals else []), box=None)
-    for name, layer in found.layers.items():
-        row = [name, f"{layer.relative:.2%}" if layer.size > 0 else ""]
-        row += [f"{layer.shares[s]:.1%} ({layer.expected[s]:.1%})" if s in layer.shares else "" for s in shares]
+    columns = ["‖ΔW‖/‖W‖", *(_SHARES[name] for name in shares), *(["refusal kept", "cosine"] if refusals else [])]
+    table = Table("layer", "weight", *columns, box=None)
+    for column in table.columns[:2]:
+        column.no_wrap = True
+    for name, layer in sorted(found.layers.items(), key=lambda item: place(item[0])[0]):
+        number, weight = place(name)
+        row = [str(number) if number >= 0 else "", weight, f"{layer.relative:.2%}" if layer.size > 0 else ""]
+        row += [f"{layer.shares[s]:.1%}" if s in layer.shares else "" for s in shares]
         if layer.refusal is not None:
             row += [f"{layer.refusal.kept:.0%}", f"{layer.refusal.cosine:.2f}"]
         table.add_row(*row)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .asking import BatchSize, MaxNewTokens, Prompts, SystemPrompt, check_judges, load_judges, prompt_sets
+from .asking import BatchSize, MaxNewTokens, Prompts, SystemPrompt, check_judges, load_judges, load_model, prompt_sets
 from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
@@ -66,15 +66,13 @@ def landscape(  # noqa: PLR0913, each is an option with a name
     judges = check_judges([judge])
     harmful, task = _asked(prompt_sets(prompts, model), count)
     quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from safe_trainer.landscape import measure_landscape, write_landscape
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
+    loaded, tokenizer = load_model(model)
     with progress_bar("Measuring the landscape") as show:
         found = measure_landscape(
             loaded,
-            AutoTokenizer.from_pretrained(model),
+            tokenizer,
             harmful,
             direction=direction,
             unaligned=unaligned,

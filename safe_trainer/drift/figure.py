@@ -34,7 +34,7 @@ def draw(drift: Drift, theme: Theme, title: str = "") -> Any:
                            vertical_spacing=min(1.0 / rows, 70 / max(1, sum(pixels))))  # fmt: skip
     for row, (name, found) in enumerate(maps.items(), start=1):
         _heat(figure, found, weights[name], layers, name, theme, row)
-    width = max(620, 240 + 46 * len(layers))
+    width = max(700, 240 + 46 * len(layers))
     figure.update_layout(**theme.layout(width=width, height=150 + sum(pixels), title={"text": title, "x": 0.02}))
     figure.update_layout(margin={"l": 170})
     figure.update_xaxes(showgrid=False, zeroline=False)
@@ -58,9 +58,8 @@ def _heat(  # noqa: PLR0913, each is a setting with a name
     labels = [["" if value is None else f"{value:.3g}" for value in line] for line in values]
     is_kept = name == "refusal"
     # What is kept is good, what is changed is not; both begin at nothing.
-    how: dict[str, Any] = {"colorscale": theme.neutral if is_kept else theme.scale, "zmin": 0}
-    if is_kept:
-        how["zmax"] = 100
+    most = 100 if is_kept else max([*held.values(), 1e-9])
+    how: dict[str, Any] = {"colorscale": theme.neutral if is_kept else theme.scale, "zmin": 0, "zmax": most}
     figure.add_trace(
         go.Heatmap(x=[str(layer) if layer >= 0 else "–" for layer in layers], y=rows, z=values, text=labels,
                    texttemplate="%{text}" if len(layers) <= 16 else None, xgap=2, ygap=2, showscale=False,

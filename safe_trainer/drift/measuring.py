@@ -154,8 +154,9 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
             progress(done, total)
     if prompts is not None:
         _add_refusals(layers, base, tuned, *prompts)
-    settings = {"base": str(base), "tuned": str(tuned), "rank": rank}
-    return Drift(layers, settings)
+    order = {name: number for number, name in enumerate(start.shapes)}  # the model's, then its blocks
+    ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    return Drift(ordered, {"base": str(base), "tuned": str(tuned), "rank": rank})
 
 
 def _add_refusals(

@@ -87,6 +87,22 @@ def plane(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
     return {"across": f"{across[0]} prompts", "dots": dots, "ticks": ticks}
 
 
+def heats(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Return a map of weights by layers for each figure of drift that was measured, and for each model in it.
+
+    Args:
+        evaluations (`Sequence[Evaluation]`): The models.
+    """
+    named = {
+        "": {e.name: e.drift for e in evaluations if e.drift},
+        **{
+            figure: {e.name: e.drift_shares[figure] for e in evaluations if figure in e.drift_shares}
+            for figure in dict.fromkeys(figure for e in evaluations for figure in e.drift_shares)
+        },
+    }
+    return [{"figure": figure, "tables": heat(found)} for figure, found in named.items() if found]
+
+
 def heat(drifts: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     """Arrange each model's drift as a table of weights by layers, on one scale for all.
 

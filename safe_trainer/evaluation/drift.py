@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safe_trainer.drift import Subspaces
 
 
 def layer_drift(model: Any) -> dict[str, float]:
@@ -34,3 +37,29 @@ def layer_drift(model: Any) -> dict[str, float]:
             start = weight(update.layer).float().norm()
             drift[name] = float(product_norm_squared(*update.factors()).sqrt() / start)
     return drift
+
+
+def layer_shares(model: Any, subspaces: Subspaces) -> dict[str, dict[str, float]]:
+    """Return for each known subspace the share of `‖ΔW‖²` in it, by the layer's name.
+
+    Args:
+        model (`PeftModel`): With one active LoRA adapter.
+        subspaces (`Subspaces`): The alignment direction, and the subspaces of the safety features.
+
+    Raises:
+        ValueError: If the adapter's update is no product of two factors, or the subspaces do not fit the model.
+    """
+    import torch
+
+    from safe_trainer.adapters import lora_updates
+    from safe_trainer.drift import Factors
+
+    shares: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for name, update in lora_updates(model, "The drift").items():
+            held = subspaces.held(name, Factors(*update.factors()))
+            whole = held.pop("all")
+            for figure, inside in held.items():
+                if whole > 0:
+                    shares.setdefault(figure, {})[name] = inside / whole
+    return shares

@@ -27,6 +27,12 @@ _WORDS = {
     "improved": ("▲", "safety improved"),
     "unclear": ("?", "not clear"),
 }
+_SHARES = {
+    "": "‖ΔW‖ / ‖W‖ of each weight that the adapter changes",
+    "alignment": "Share of the change that lies along the alignment direction",
+    "outputs": "Share of the change that writes where the model writes when it refuses",
+    "inputs": "Share of the change that reads where the model reads harmful prompts",
+}
 _WANTED = {
     "harmful": "Harmful prompts: refusing is right.",
     "benign": "Harmless prompts: refusing is wrong.",
@@ -65,7 +71,7 @@ def to_html(comparison: Comparison) -> str:
 def _content(comparison: Comparison) -> dict[str, Any]:
     """Collect what the template shows, as plain values."""
     manifest = comparison.before.manifest
-    drifts = charts.heat({e.name: e.drift for e in comparison.evaluations if e.drift})
+    drifts = charts.heats(comparison.evaluations)
     flips = _flips(comparison)
     plane = charts.plane(comparison.evaluations)
     optional = {"trade-off": plane, "flips": flips, "drift": drifts}
@@ -85,7 +91,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "plane": plane,
         "tables": _tables(comparison),
         "flips": flips,
-        "drifts": drifts,
+        "drifts": [{"words": _SHARES.get(d["figure"], d["figure"]), "tables": d["tables"]} for d in drifts],
         "evidence": evidence(comparison),
         "agreements": agreement_lines(comparison),
         "manifest": [{"name": e.name, "entries": _flat(e.manifest)} for e in comparison.evaluations],

@@ -127,6 +127,8 @@ class Evaluation:
             prompt sets, versions.
         notes (`tuple[str, ...]`, *optional*): What a reader of the rates has to know.
         drift (`Mapping[str, float]`, *optional*): By layer, how far an adapter moved its weight: ‖ΔW‖ / ‖W‖.
+        drift_shares (`Mapping[str, Mapping[str, float]]`, *optional*): By subspace, such as `"alignment"`, and layer,
+            the share of the adapter's `‖ΔW‖²` in it.
 
     Example:
 
@@ -141,6 +143,7 @@ class Evaluation:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     drift: Mapping[str, float] = field(default_factory=dict)
+    drift_shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(r.prompt_set.name for r in self.results).items() if count > 1]

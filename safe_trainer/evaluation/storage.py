@@ -124,6 +124,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "notes": evaluation.notes,
         "manifest": evaluation.manifest,
         "drift": dict(evaluation.drift),
+        "drift_shares": {figure: dict(shares) for figure, shares in evaluation.drift_shares.items()},
         "results": [
             {
                 "prompt_set": result.prompt_set.name,
@@ -146,7 +147,8 @@ def _read_evaluation(values: dict[str, Any], sets: list[PromptSet]) -> Evaluatio
         )
         for prompt_set, result in zip(sets, values["results"], strict=True)
     )
-    return Evaluation(values["name"], results, values["manifest"], tuple(values["notes"]), values["drift"])
+    drift, shares = values["drift"], values.get("drift_shares", {})  # reports of older versions have no shares
+    return Evaluation(values["name"], results, values["manifest"], tuple(values["notes"]), drift, shares)
 
 
 def _prompt_set(values: dict[str, Any]) -> PromptSet:

@@ -8,16 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation.answers import INTERRUPTED, Progress
 from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.drift import layer_drift
+from safe_trainer.evaluation.drift import layer_drift, layer_shares
 from safe_trainer.evaluation.examination import evaluate
 from safe_trainer.evaluation.judges import Judge
 from safe_trainer.evaluation.manifest import adapter_provenance
 from safe_trainer.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from safe_trainer.drift import Subspaces
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +28,14 @@ BEFORE = "before"
 _EXAMINED = "examined"  # PEFT's name of the adapter while it is on
 
 
-def compare(
+def compare(  # noqa: PLR0913, each is a setting with a name
     model: Any,
     tokenizer: Any,
     prompt_sets: Sequence[PromptSet],
     adapters: Mapping[str, str | Path | Sequence[str | Path]],
     *,
     judges: Sequence[Judge] | None = None,
+    subspaces: Subspaces | None = None,
     progress: Progress | None = None,
     **decoding: Any,
 ) -> Comparison:
@@ -47,6 +51,8 @@ def compare(
         adapters (`Mapping[str, str | Path]`): By the name to show, where each adapter is: a directory or a hub id; or
             a list of them, of training runs that differ in nothing but their seed.
         judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
+        subspaces (`Subspaces`, *optional*): What each adapter's update is measured against, layer by layer: the
+            alignment direction, the safety features.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all models.
         **decoding: Any field of [`Decoding`].
 
@@ -83,9 +89,9 @@ def compare(
                 progress=_offset(progress, index * prompts, len(worn) * prompts),
                 **decoding,
             )
-            drift = _drift(examined, name) if path is not None else {}
+            drift = _drift(examined, name, subspaces) if path is not None else {}
         adapter = [adapter_provenance(path)] if path is not None else []
-        evaluations.append(replace(evaluation, manifest={**evaluation.manifest, "adapters": adapter}, drift=drift))
+        evaluations.append(replace(evaluation, manifest={**evaluation.manifest, "adapters": adapter}, **drift))
         if any(answer.error == INTERRUPTED for result in evaluation.results for answer in result.answers):
             notes.append(f"The comparison was interrupted while `{name}` answered; nothing after it was examined.")
             break
@@ -190,12 +196,13 @@ def _naming(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _drift(model: Any, name: str) -> dict[str, float]:
+def _drift(model: Any, name: str, subspaces: Subspaces | None) -> dict[str, Any]:
     try:
-        return layer_drift(model)
+        found: dict[str, Any] = {"drift": layer_drift(model)}
     except ValueError as error:  # an adapter of a kind whose drift has no such formula
         logger.info("%s: its drift by layer is not measured: %s", name, error)
         return {}
+    return found if subspaces is None else {**found, "drift_shares": layer_shares(model, subspaces)}
 
 
 def _template_note(tokenizer: Any, name: str, path: Path) -> str | None:
