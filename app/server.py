@@ -138,7 +138,8 @@ def serve(
     if browser:
         threading.Timer(1.0, webbrowser.open, [f"http://{host}:{port}/"]).start()
     try:
-        uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
+        options = {"log_level": "warning", "server_header": False, "timeout_graceful_shutdown": GRACE}
+        uvicorn.run(app, host=host, port=port, **options)
     finally:
         app.state.services.close()
 

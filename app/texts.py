@@ -165,7 +165,7 @@ trainer.save_model()
 PLAN = ("Rows", "Steps", "Weights trained", "Memory", "Time to train")
 PLAN_TIME = "about {each} for each of {count}, and the comparison"
 PLAN_TIME_ONE = "about {each}, and the comparison"
-PLAN_LEAD = "Checked: this can be run. Nothing has been started."
+PLAN_LEAD = "Checked: this can be run."
 
 # Step 3: train
 TRAIN_HEADING = "Train"
