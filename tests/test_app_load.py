@@ -55,7 +55,7 @@ def test_twenty_ask_and_five_train_at_the_same_time():
         before = None
         for number, session in enumerate(sessions[:TRAINING]):
             [job] = session.jobs
-            assert job.wait(600) and job.progress.state == "done", job.progress.log
+            assert job.wait(600) and job.progress.state == "done", job.progress.message
             assert job.progress.parts["plain"].total == 2 + number
             assert job.folder.is_relative_to(session.folder) and job.comparison() is not None
             before = before or memory()
