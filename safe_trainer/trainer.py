@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
+from . import checkpoints
 from .methods.base import SafetyMethod
 from .recommendation import RECOMMENDED, recommended_for
 from .strategy import strategy_of
@@ -50,7 +51,9 @@ class SafeSFTTrainer(SFTTrainer):
             configuration, or the way in which it is spread over processes.
 
     The sum of all penalties is logged as `safety_penalty`; what the methods can say about the finished run is logged
-    once more when `train()` ends.
+    once more when `train()` ends. Their settings are saved with each checkpoint, and a run that goes on from it with
+    others is refused. `train(resume_from_checkpoint=True)` goes on from the last checkpoint that is whole, which one
+    that was cut short by a kill or a full disk is not.
 
     Example:
 
@@ -102,11 +105,12 @@ class SafeSFTTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it."""
+        resumed = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.safety_methods)
         with ExitStack() as stack:
             for method in self.safety_methods:
                 stack.enter_context(method.training(self.model))
-            self._is_loaded = self._load_before_sharding(resume_from_checkpoint)
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._is_loaded = self._load_before_sharding(resumed)
+            output = super().train(resumed, *args, **kwargs)
             diagnostics: dict[str, float] = {}
             for method in self.safety_methods:
                 diagnostics.update(method.diagnostics(self.model))
@@ -155,6 +159,12 @@ class SafeSFTTrainer(SFTTrainer):
             steps = accumulation if num_items_in_batch is not None else 1
             loss = loss + penalty / steps
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Semi-private, and TRL overrides it as well: there is no public moment before a checkpoint is written.
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with checkpoints.saving(folder, self.safety_methods, self.args.should_save):
+            super()._save_checkpoint(model, trial)
 
     def _log_penalty(self, penalty: Tensor) -> None:
         value = penalty.item()

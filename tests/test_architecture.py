@@ -24,6 +24,7 @@ STOPS = {
     "artifacts",
     "calibration",
     "card",
+    "checkpoints",
     "cli",
     "data",
     "direction",
@@ -49,7 +50,7 @@ OURS = {
     "adapters": set(),
     "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors"}
     | {"methods.base", "strategy"},
-    "trainer": {"methods.base", "recommendation", "strategy"},
+    "trainer": {"methods.base", "recommendation", "strategy", "checkpoints"},
 }
 # What it may import besides the standard library and ours.
 THEIRS = {"subspace": {"torch"}, "adapters": {"torch", "peft", "transformers"}}  # transformers for GPT-2's Conv1D

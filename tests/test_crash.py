@@ -1,0 +1,155 @@
+"""Runs that are killed, stopped, or find no room: what they leave behind is whole, and going on from it ends the same.
+
+The runs that are killed are real processes. Each trains for all methods in turn, since starting one costs seconds, and
+is killed at a random step or in the middle of a save; the next process goes on where it can.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from runs import exact_settings, given, history, lora
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
+from safe_trainer.checkpoints import SETTINGS, is_whole, last_checkpoint
+from safe_trainer.methods.settings import settings_of
+
+HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
+REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
+STEPS = 7
+
+
+def made(name: str, pair: tuple[str, str]) -> Any:
+    """Return the method of a case; `"plain"` has none, and is to be as safe from crashes as the others."""
+    fitting = {"rank": 2, "max_steps": 3, "learning_rate": 0.05}
+    return {
+        "plain": lambda: None,
+        "asft": lambda: AsFT(unaligned_model=pair[1], weight=0.5),
+        "salora": lambda: SaLoRA(safety_data=REFUSED, rank=4, task_rank=4),
+        "security_vectors": lambda: SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
+        "drift_penalty": lambda: DriftPenalty(safety_data=REFUSED, rank=8),
+        "recommended": lambda: [
+            SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
+            SaLoRA(safety_data=REFUSED, protect="input", rank=4, task_rank=0),
+        ],
+    }[name]()
+
+
+CASES = ("plain", "asft", "salora", "security_vectors", "drift_penalty", "recommended")
+
+
+def trainer_of(name: str, folder: Path, pair: tuple[str, str], **changes: Any) -> SafeSFTTrainer:
+    """Return a trainer that accumulates, evaluates, saves at every second step and keeps two checkpoints."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+    training = {"max_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = exact_settings(
+        folder, **{**saving, **evaluation, **training, "optim": "adamw_torch", "learning_rate": 1e-2, **changes}
+    )
+    arguments = given(folder, peft_config=lora(lora_dropout=0.1), model=pair[0])
+    return SafeSFTTrainer(**{**arguments, "args": args, "eval_dataset": tiny.rows(4)}, safety=made(name, pair))
+
+
+# ---- kills
+
+
+class KillAt(TrainerCallback):
+    """Kills the process between the two halves of a step, as the kernel kills one that takes too much memory."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillWhileSaving(TrainerCallback):
+    """Kills the process when one stage of a save has written half of its last file."""
+
+    def __init__(self, trainer: SafeSFTTrainer, step: int, stage: str) -> None:
+        self.trainer, self.step, self.stage = trainer, step, stage
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            owner = state if hasattr(state, self.stage) else self.trainer
+            setattr(owner, self.stage, partial(self.die_in, getattr(owner, self.stage)))
+
+    def die_in(self, stage: Any, *args: Any, **kwargs: Any) -> None:
+        stage(*args, **kwargs)
+        folder = Path(self.trainer.args.output_dir, f"checkpoint-{self.step}")
+        last = max((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+        os.truncate(last, last.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+STAGES = ("save_model", "_save_optimizer_and_scheduler", "save_to_json")
+
+
+def train(name: str, folder: Path, pair: tuple[str, str], kill: tuple[int, str | None] | None) -> None:
+    """Train, from the last checkpoint on if there is one; save the adapter and the log at the end."""
+    trainer = trainer_of(name, folder, pair)
+    if kill is not None:
+        step, stage = kill
+        trainer.add_callback(KillAt(step) if stage is None else KillWhileSaving(trainer, step, stage))
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    trainer.save_model(str(folder / "end"))
+    log = [{key: value for key, value in entry.items() if key != "num_tokens"} for entry in history(trainer)]
+    (folder / "end" / "log.json").write_text(json.dumps(log))  # TRL counts tokens from the resumption on
+
+
+def in_a_process(target: Any, *args: Any) -> int:
+    """Run a function in a process of its own and return its exit status; importing what it needs costs nothing."""
+    process = PROCESSES.Process(target=target, args=args)
+    process.start()
+    process.join(240)
+    return process.exitcode
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["trl", "peft", "safe_trainer.trainer", "safe_trainer.methods"])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[str, str]:
+    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+def outcome(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    log = json.loads((folder / "end" / "log.json").read_text())
+    return load_file(folder / "end" / "adapter_model.safetensors"), log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair, tmp_path):
+    chance = random.Random(f"seed 7 {name}")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert in_a_process(train, name, whole, pair, None) == 0
+    saves = STAGES if name == "plain" else chance.sample(STAGES, 1)
+    kills = [*((4, stage) for stage in saves), (chance.randint(3, 6), None)]
+    for kill in kills:
+        assert in_a_process(train, name, broken, pair, kill) == -signal.SIGKILL, kill
+    assert in_a_process(train, name, broken, pair, None) == 0
+
+    (expected, log), (found, resumed_log) = outcome(whole), outcome(broken)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6, msg=key)
+    for kept, entry in zip(log, resumed_log, strict=True):
+        assert entry == pytest.approx(kept, rel=1e-5, abs=1e-6)
+    kept = sorted(path.name for path in broken.glob("checkpoint-*"))
+    assert kept == ["checkpoint-6", "checkpoint-7"] and all(is_whole(broken / one) for one in kept)
