@@ -10,7 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
-from safe_trainer.checkpoints import SETTINGS, is_whole, last_checkpoint
+from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SafetyBasis, SaLoRA, SecurityVectors, conversation
+from safe_trainer.checkpoints import SETTINGS, is_whole, last_checkpoint, saving
 from safe_trainer.methods.settings import settings_of
+from safe_trainer.testbed import ALIGNED
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
@@ -107,7 +112,7 @@ def train(name: str, folder: Path, pair: tuple[str, str], kill: tuple[int, str |
         trainer.add_callback(KillAt(step) if stage is None else KillWhileSaving(trainer, step, stage))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     trainer.save_model(str(folder / "end"))
-    log = [{key: value for key, value in entry.items() if key != "num_tokens"} for entry in history(trainer)]
+    log = [{key: value for key, value in entry.items() if not key.endswith("num_tokens")} for entry in history(trainer)]
     (folder / "end" / "log.json").write_text(json.dumps(log))  # TRL counts tokens from the resumption on
 
 
@@ -153,3 +158,208 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair,
         assert entry == pytest.approx(kept, rel=1e-5, abs=1e-6)
     kept = sorted(path.name for path in broken.glob("checkpoint-*"))
     assert kept == ["checkpoint-6", "checkpoint-7"] and all(is_whole(broken / one) for one in kept)
+
+
+# ---- checkpoints that were cut short
+
+
+def checkpoint(output: Path, step: int, state: str = "{}") -> Path:
+    """Make a folder that looks like a checkpoint; without a state, like one that was cut short."""
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    if state:
+        (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+@pytest.mark.parametrize("state", ["", '{"global_step": 1', "[]"])
+def test_the_last_whole_checkpoint_is_taken_and_the_others_are_named(state, tmp_path, caplog):
+    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
+    for step in (2, 10):
+        checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 12, state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert "`checkpoint-12` was cut short" in caplog.text and "going on from checkpoint-10" in caplog.text
+
+
+def test_a_checkpoint_cut_short_is_refused_where_it_is_asked_for(pair, tmp_path):
+    trainer = trainer_of("plain", tmp_path, pair)
+    half = checkpoint(tmp_path, 4, "")
+    with pytest.raises(ValueError, match="holds no whole checkpoint: `checkpoint-4` was cut short"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="is missing or damaged. Start the run anew, and remove this one"):
+        trainer.train(resume_from_checkpoint=str(half))
+    checkpoint(tmp_path, 2)
+    with pytest.raises(ValueError, match="missing or damaged. Go on from `.*checkpoint-2`"):
+        trainer.train(resume_from_checkpoint=str(half))
+
+
+def test_a_checkpoint_that_is_written_over_is_not_whole_until_the_end(tmp_path):
+    old = checkpoint(tmp_path, 2)
+    with pytest.raises(KeyboardInterrupt), saving(old, [], is_first_process=True):
+        assert not is_whole(old)
+        raise KeyboardInterrupt
+    assert not is_whole(old) and (old / "adapter_model.safetensors").exists()
+
+
+# ---- other methods than the checkpoint's
+
+
+@pytest.fixture(scope="module")
+def protected_run(pair, tmp_path_factory) -> tuple[Path, Path]:
+    """Train one step with AsFT and vectors from files; return the checkpoint and the file."""
+    folder = tmp_path_factory.mktemp("private-place")
+    file = folder / "harmful.jsonl"
+    file.write_text("\n".join(map(json.dumps, HARMFUL)))
+    resumable(folder / "run", pair, methods_of(file)).train()
+    return folder / "run" / "checkpoint-1", file
+
+
+def methods_of(file: Path, weight: float = 0.5) -> list[Any]:
+    return [
+        AsFT(unaligned_model=None, projector="none", weight=weight),
+        SecurityVectors(harmful_data=file, fitting={"rank": 2, "max_steps": 1}),
+    ]
+
+
+def resumable(folder: Path, pair: tuple[str, str], methods: Any) -> SafeSFTTrainer:
+    arguments = given(folder, model=pair[0], peft_config=lora(), max_steps=1, save_strategy="steps", save_steps=1)
+    return SafeSFTTrainer(**arguments, safety=methods)
+
+
+def test_the_settings_beside_a_checkpoint_tell_neither_data_nor_places(protected_run):
+    checkpoint, file = protected_run
+    text = (checkpoint / SETTINGS).read_text()
+    assert json.loads(text)["AsFT"]["weight"] == 0.5
+    assert "private-place" not in text and "bad thing" not in text
+    assert [path.suffix for path in checkpoint.glob("safety*")] == [".json"]
+
+
+def test_a_run_goes_on_with_the_same_settings_from_another_place(protected_run, pair, tmp_path):
+    checkpoint, file = protected_run
+    moved = tmp_path / "renamed.jsonl"
+    moved.write_bytes(file.read_bytes())
+    resumable(tmp_path, pair, methods_of(moved)).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file, other: methods_of(file, weight=0.7), "`weight` of AsFT was 0.5 and is 0.7"),
+        (lambda file, other: methods_of(other), "`harmful_data` of SecurityVectors was .*sha256"),
+        (lambda file, other: methods_of(file)[:1], "was made with SecurityVectors, this run has none"),
+        (lambda file, other: None, "was made with AsFT, this run has none; .*was made with SecurityVectors"),
+        (
+            lambda file, other: [*methods_of(file), DriftPenalty(safety_data=REFUSED, rank=4)],
+            "the checkpoint was made without DriftPenalty",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_methods_or_settings(change, message, protected_run, pair, tmp_path):
+    checkpoint, file = protected_run
+    other = tmp_path / "harmful.jsonl"
+    other.write_text("\n".join(map(json.dumps, HARMFUL[:-1])))
+    trainer = resumable(tmp_path, pair, change(file, other))
+    with pytest.raises(ValueError, match=message) as raised:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert "Resume with those of the checkpoint" in str(raised.value)
+
+
+def test_damaged_settings_are_named(protected_run, pair, tmp_path):
+    damaged = tmp_path / "checkpoint-1"
+    shutil.copytree(protected_run[0], damaged)
+    (damaged / SETTINGS).write_text('{"AsFT": ')
+    with pytest.raises(ValueError, match="safety_methods.json` is damaged"):
+        resumable(tmp_path, pair, methods_of(protected_run[1])).train(resume_from_checkpoint=True)
+
+
+def test_rows_bases_and_iterators_are_told_apart_by_what_is_in_them():
+    def told(**given):
+        return settings_of([DriftPenalty(**given)])["DriftPenalty"]
+
+    assert told(safety_data=REFUSED) == told(safety_data=tuple(REFUSED))
+    assert told(safety_data=REFUSED) != told(safety_data=HARMFUL)
+    assert told(safety_data=iter(REFUSED))["safety_data"] == {"kind": "list_iterator"}
+    one, same, other = (
+        SafetyBasis({}, {}, {"rows_sha256": rows, "created": day})
+        for rows, day in (("a", "Monday"), ("a", "Friday"), ("b", "Monday"))
+    )
+    assert told(basis=one) == told(basis=same) != told(basis=other)
+    assert told(basis="/home/me/absent.safetensors")["basis"] == "absent.safetensors"
+
+
+# ---- no room, no place, and being asked to stop
+
+
+class NoRoom(TrainerCallback):
+    """From the first checkpoint on, lets no file grow beyond a limit, as the kernel does when the disk is full."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+
+
+def fill(folder: Path, pair: tuple[str, str], limit: int) -> None:
+    trainer = trainer_of("asft", folder, pair)
+    trainer.add_callback(NoRoom(limit))
+    try:
+        trainer.train()
+    except OSError as error:
+        (folder / "told").write_text(f"{error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [30_000, 100_000], ids=["no room for weights", "no room for the optimizer"])
+def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_to_go_on_from(limit, pair, tmp_path):
+    assert in_a_process(fill, tmp_path, pair, limit) == 0
+    told = (tmp_path / "told").read_text()
+    assert "checkpoint-4` could not be saved (" in told and "Those saved before are intact" in told
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert in_a_process(train, "asft", tmp_path, pair, None) == 0
+
+
+def test_a_checkpoint_that_has_no_place_is_told(pair, tmp_path):
+    trainer = trainer_of("plain", tmp_path, pair, max_steps=2, eval_strategy="no")
+    (tmp_path / "checkpoint-2").write_text("a file stands where the folder should")
+    with pytest.raises(OSError, match="checkpoint-2` could not be saved .* make the folder writable"):
+        trainer.train()
+
+
+def test_other_failures_while_saving_keep_their_own_words(tmp_path):
+    with pytest.raises(RuntimeError, match="^a bug$"), saving(tmp_path / "checkpoint-1", [], is_first_process=True):
+        raise RuntimeError("a bug")
+
+
+def run_recipe(recipe: Path, told: Path) -> None:
+    from safe_trainer.cli import app
+
+    sys.argv[1:] = ["train", str(recipe)]
+    with told.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    app(prog_name="safe-trainer")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_says_how_to_go_on_and_exits_as_a_shell_expects(tmp_path):
+    rows = [{"prompt": f"Name the number {n}.", "completion": str(n)} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe, output, told = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "told"
+    training = {"max_steps": 500, "per_device_train_batch_size": 2, "save_steps": 1, "save_total_limit": 1}
+    values = {"model": {"path": str(ALIGNED)}, "data": [{"path": "rows.jsonl"}], "output": str(output)}
+    recipe.write_text(json.dumps({**values, "safety": None, "peft": {"r": 2}, "training": training}))
+    process = PROCESSES.Process(target=run_recipe, args=(recipe, told))
+    process.start()
+    deadline = time.monotonic() + 200
+    while not any(output.glob("checkpoint-*")) and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM, told.read_text()
+    assert "Stopped by SIGTERM behind step" in told.read_text() and "--resume" in told.read_text()
+    assert "Traceback" not in told.read_text()
+    (last,) = output.glob("checkpoint-*")
+    assert is_whole(last)

@@ -1,6 +1,6 @@
 """The command `safe-trainer`: one function a command, heavy imports inside, so that `--help` answers at once.
 
-Exit codes: 0 done, 1 failed, 2 used wrongly, 3 a gate was not passed, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 used wrongly, 3 a gate was not passed, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations

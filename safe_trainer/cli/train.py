@@ -70,9 +70,9 @@ def _is_first_process() -> bool:
 
 def _last_checkpoint(output: str, resume: bool) -> str | None:
     """Find the checkpoint to go on from, and refuse to write a second run over a first."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from safe_trainer.checkpoints import last_checkpoint
 
-    last: str | None = get_last_checkpoint(output) if Path(output).is_dir() else None
+    last = last_checkpoint(output)
     if resume and last is None:
         raise ValueError(f"There is no checkpoint in `{output}` to go on from. Leave out --resume, or check `output`.")
     if last is not None and not resume:
@@ -83,12 +83,12 @@ def _last_checkpoint(output: str, resume: bool) -> str | None:
 
 
 def _trained(recipe: Recipe, trainer: Any, last: str | None) -> Any:
-    """Train; on Ctrl-C save a checkpoint, say how to go on, and exit."""
+    """Train; on Ctrl-C or SIGTERM save a checkpoint, say how to go on, and exit as a shell expects."""
     from safe_trainer.recipe.stopping import stopping
     from safe_trainer.recipe.telling import tell
 
     output = recipe.parts.output
-    told = "\nCtrl-C: a checkpoint is saved behind this step. Once more stops at once and loses it."
+    told = "\nStopping: a checkpoint is saved behind this step. Once more stops at once and loses it."
     try:
         with stopping(trainer, lambda: errors.print(told)) as stopper, progress_bar("Training") as show:
             tell(trainer, show, lambda line: errors.print(line, markup=False, highlight=False))
@@ -97,14 +97,15 @@ def _trained(recipe: Recipe, trainer: Any, last: str | None) -> Any:
         step = trainer.state.global_step
         errors.print(f"\nStopped in step {step + 1}. If `{output}` holds a checkpoint, --resume goes on from it.")
         raise typer.Exit(130) from None
-    if stopper.step:
+    if stopper.step and stopper.asked:
+        by = {"SIGINT": "Ctrl-C"}.get(stopper.asked.name, stopper.asked.name)
         again = shlex.join(["safe-trainer", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
         errors.print(
-            f"Stopped by Ctrl-C behind step {stopper.step}; the checkpoint is in `{output}`. Go on with: {again}",
+            f"Stopped by {by} behind step {stopper.step}; the checkpoint is in `{output}`. Go on with: {again}",
             markup=False,
             soft_wrap=True,
         )
-        raise typer.Exit(130)
+        raise typer.Exit(128 + stopper.asked)
     return trained
 
 
