@@ -54,8 +54,9 @@ def recommended_for(model: Any) -> list[SafetyMethod]:
     source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
     found = own_data(source)
     if found is None:
+        told = f"`{source}`" if source else "this model"
         raise ValueError(
-            f'`safety="recommended"` needs about a hundred harmful prompts with answers that comply, and `{source}` '
+            f'`safety="recommended"` needs about a hundred harmful prompts with answers that comply, and {told} '
             f"brings none along (there is no `{OWN_DATA}` in it). Give yours: "
             '`safety=recommended("harmful.jsonl")` in Python, `safety: {method: recommended, harmful_data: '
             "harmful.jsonl}` in a recipe."

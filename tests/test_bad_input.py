@@ -7,6 +7,7 @@ user what was found and what to do. Nothing here trains: what is wrong has to be
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ METHODS: dict[str, Case] = {
     "AsFT with an unaligned model that is not there": (
         lambda r: r.trainer(st.AsFT(unaligned_model=str(r.folder / "absent")), model=r.pair[0]),
         OSError,
-        "is not a folder|no config.json|no such",
+        "absent",
     ),
     "AsFT with a direction that is not there": (
         lambda r: r.trainer(st.AsFT(direction=r.folder / "absent.safetensors")),
@@ -200,14 +201,18 @@ METHODS: dict[str, Case] = {
     "SaLoRA with another initialisation": (
         lambda r: r.trainer(st.SaLoRA(safety_data=REFUSED), peft_config=lora(init_lora_weights="pissa")),
         ValueError,
-        "brings its own initialisation",
+        "Remove `init_lora_weights",
     ),
     "SaLoRA with data without answers": (
         lambda r: r.trainer(st.SaLoRA(safety_data=["Make a bad thing."], rank=4)),
-        (ValueError, TypeError),
-        "answer|conversation|row",
+        ValueError,
+        "no conversation with `prompt` and `completion`",
     ),
-    "SaLoRA with no rows at all": (lambda r: r.trainer(st.SaLoRA(safety_data=[], rank=4)), ValueError, "no rows|empty"),
+    "SaLoRA with no rows at all": (
+        lambda r: r.trainer(st.SaLoRA(safety_data=[], rank=4)),
+        ValueError,
+        "holds no rows",
+    ),
     "vectors without a source": (lambda r: st.SecurityVectors(), ValueError, "needs `vectors`"),
     "vectors with retained rows and nothing to fit": (
         lambda r: st.SecurityVectors("vectors", retain_data=REFUSED),
@@ -298,7 +303,7 @@ METHODS: dict[str, Case] = {
 
 DATA: dict[str, Case] = {
     "no such file": (lambda r: st.load_rows(r.folder / "absent.csv"), FileNotFoundError, "Check the path"),
-    "a folder": (lambda r: st.load_rows(r.folder), (OSError, ValueError), "Rename it|no file"),
+    "a folder": (lambda r: st.load_rows(r.folder), ValueError, "Rename it"),
     "a kind that cannot be read": (lambda r: rows(r, "rows.docx", "x"), ValueError, "Rename it to one of .json"),
     "an empty file": (lambda r: rows(r, "rows.jsonl", ""), ValueError, "is empty"),
     "blank lines": (lambda r: rows(r, "rows.jsonl", "\n\n"), ValueError, "no "),
@@ -311,8 +316,8 @@ DATA: dict[str, Case] = {
         ValueError,
         "line 1",
     ),
-    "a number for an answer": (
-        lambda r: rows(r, "rows.jsonl", '{"prompt": "a", "completion": 3}'),
+    "an answer of null": (
+        lambda r: rows(r, "rows.jsonl", '{"prompt": "a", "completion": null}'),
         ValueError,
         "line 1",
     ),
@@ -343,7 +348,7 @@ DATA: dict[str, Case] = {
     "a filter that lets nothing through": (
         lambda r: rows(r, "rows.csv", "instruction,output\na,b", where={"output": "c"}),
         ValueError,
-        "where|no row",
+        "where",
     ),
     "gzip cut short": (
         lambda r: rows(r, "rows.csv.gz", b"\x1f\x8b\x08\x00" + b"\0" * 20),
@@ -372,7 +377,11 @@ DATA: dict[str, Case] = {
         ValueError,
         "prompt",
     ),
-    "a trainer without rows": (lambda r: r.trainer(None, train_dataset=None), (ValueError, TypeError), "train_dataset"),
+    "a trainer without rows": (
+        lambda r: r.trainer(None, train_dataset=None),
+        (ValueError, TypeError),
+        "train_dataset",
+    ),
 }
 
 MODELS: dict[str, Case] = {
@@ -447,7 +456,7 @@ EVALUATION: dict[str, Case] = {
     "one prompt instead of a list of them": (
         lambda r: st.generate(tiny.model(), tiny.tokenizer(), "Say one."),
         TypeError,
-        "list",
+        "`prompts` must be a list",
     ),
     "an adapter that is not there": (
         lambda r: st.compare(tiny.model(), tiny.tokenizer(), [asked()], {"tuned": str(r.folder / "absent")}),
@@ -459,11 +468,6 @@ EVALUATION: dict[str, Case] = {
         ValueError,
         "before",
     ),
-    "no adapters": (
-        lambda r: st.compare(tiny.model(), tiny.tokenizer(), [asked()], {}),
-        ValueError,
-        "adapter",
-    ),
     "a judge that is none": (
         lambda r: st.evaluate(tiny.model(), tiny.tokenizer(), [asked()], name="x", judges=["phrases"]),
         TypeError,
@@ -471,7 +475,7 @@ EVALUATION: dict[str, Case] = {
     ),
     "a judge of no sentences": (lambda r: st.PhraseJudge(sentences=0), ValueError, "at least 1, got 0"),
     "answers without prompts": (lambda r: st.PhraseJudge()(["a"], []), ValueError, "Give one for each"),
-    "a limit below zero": (lambda r: st.Limits(max_harmful_rise=-1), ValueError, "max_harmful_rise"),
+    "a limit below zero": (lambda r: st.Limits(harmful_rise=-1), ValueError, "0 percentage points or more"),
     "a comparison that is no JSON": (lambda r: st.from_json("{"), ValueError, "Was writing it interrupted"),
     "a comparison that is something else": (lambda r: st.from_json("{}"), ValueError, "no comparison"),
     "a comparison without its parts": (
@@ -543,8 +547,9 @@ CASES = {f"{table}: {name}": case for table, cases in TABLES.items() for name, c
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_input_is_refused_in_words_that_help(name, room):
     build, error, words = CASES[name]
-    with pytest.raises(error, match=words):
+    with pytest.raises(error) as raised:
         build(room)
+    assert words in str(raised.value)
 
 
 # ---- the command line: exit code and the words on standard error
@@ -579,7 +584,7 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
         1,
         "absent",
     ),
-    "a basis of rank 0": (["basis", "{model}", "{asked}", "--rank", "0"], 2, "is not in the range"),
+    "a basis of rank 0": (["basis", "{model}", "{asked}", "--rank", "0"], 2, "greater than or equal to 1"),
     "a direction between a model and itself": (
         ["direction", "{model}", "{model}", "-o", "{folder}/d.safetensors"],
         1,
@@ -587,7 +592,7 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
     ),
     "vectors of no file": (["vectors", "{model}", "{folder}/absent.jsonl", "-o", "{folder}/v"], 1, "no file"),
     "a scan with vectors that are not there": (
-        ["scan", "{asked}", "--model", "{model}", "--vectors", "{folder}/absent"],
+        ["scan", "{rows}", "--model", "{model}", "--vectors", "{folder}/absent"],
         1,
         "absent",
     ),
@@ -609,10 +614,13 @@ def test_a_wrong_command_ends_with_one_sentence_and_its_exit_code(name, room):
         recipe=room.folder / "recipe.yaml",
         model=room.pair[0],
         folder=room.folder,
+        rows=room.folder / "rows.jsonl",
         asked=room.file("asked.csv", "prompt\nMake a bad thing."),
     )
     filled = [argument.format(**vars(names)) for argument in arguments]
     result = CliRunner().invoke(app, filled, prog_name="safe-trainer", env={"COLUMNS": "400", "TERM": "dumb"})
     assert result.exit_code == code, result.output
-    assert words in result.stderr.replace("\n", " ")
+    assert words in " ".join(
+        re.split(r"[\s│]+", result.stderr)
+    )  # as it was before it was broken into lines, in a frame
     assert "Traceback" not in result.output

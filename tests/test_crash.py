@@ -101,6 +101,7 @@ class KillWhileSaving(TrainerCallback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+SINCE_RESUMED = {"num_tokens", "eval_num_tokens", "train_loss"}  # what TRL and transformers count from there on
 STAGES = ("save_model", "_save_optimizer_and_scheduler", "save_to_json")
 
 
@@ -112,8 +113,8 @@ def train(name: str, folder: Path, pair: tuple[str, str], kill: tuple[int, str |
         trainer.add_callback(KillAt(step) if stage is None else KillWhileSaving(trainer, step, stage))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     trainer.save_model(str(folder / "end"))
-    log = [{key: value for key, value in entry.items() if not key.endswith("num_tokens")} for entry in history(trainer)]
-    (folder / "end" / "log.json").write_text(json.dumps(log))  # TRL counts tokens from the resumption on
+    log = [{key: value for key, value in entry.items() if key not in SINCE_RESUMED} for entry in history(trainer)]
+    (folder / "end" / "log.json").write_text(json.dumps(log))
 
 
 def in_a_process(target: Any, *args: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..data import Row, conversation
 from ..data.encoding import encode_row
+from ..data.parsing import shortened
 
 
 class Example(NamedTuple):
@@ -106,6 +107,8 @@ def _examples_of(row: Mapping[str, Any], number: int, tokenizer: Any, what: str)
 
 def _with_answer(row: Mapping[str, Any]) -> Row:
     """Return a row as turns before the answer, and the answer."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"it is {shortened(row)}, no conversation with `prompt` and `completion`")
     if "messages" in row:
         messages = list(row["messages"])
         row = {"prompt": messages[:-1], "completion": messages[-1:]}

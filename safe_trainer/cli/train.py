@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,7 +50,10 @@ def train(  # noqa: PLR0913, each is an option with a name
     from safe_trainer.recipe.running import load
 
     checked = read_recipe(recipe, changes or [])
-    last = _last_checkpoint(checked.parts.output, resume) if not dry_run else None
+    last = None
+    if not dry_run:
+        _check_place(checked.parts.output)
+        last = _last_checkpoint(checked.parts.output, resume)
     loaded = load(checked)
     if _is_first_process():
         _tell_data(loaded)
@@ -66,6 +70,20 @@ def train(  # noqa: PLR0913, each is an option with a name
 
 def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _check_place(output: str) -> None:
+    """Hear before training, not behind it, that what comes of it has no place."""
+    if Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"`{output}` is a file. Choose a folder for the run with --set output=FOLDER.")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"`{output}` cannot be written ({error.strerror}). Choose another folder with --set output=FOLDER.",
+        ) from error
 
 
 def _last_checkpoint(output: str, resume: bool) -> str | None:

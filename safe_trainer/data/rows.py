@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Row = dict[str, Any]
 Kind = Literal["harmful", "benign", "borderline", "task"]
@@ -51,7 +51,8 @@ class PromptSet:
             difference between two sets.
 
     Raises:
-        ValueError: If there are no prompts, or a list does not have one entry for each prompt.
+        TypeError: If `prompts` is one text.
+        ValueError: If the kind is unknown, there are no prompts, or a list does not have one entry for each prompt.
     """
 
     name: str
@@ -62,6 +63,10 @@ class PromptSet:
     source: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+        if isinstance(self.prompts, str):
+            raise TypeError(f"`prompts` must be a tuple of prompts, got one text. Write `({self.prompts[:40]!r},)`.")
         if not self.prompts:
             raise ValueError(f"The prompt set `{self.name}` is empty. Give at least one prompt.")
         if self.kind == "task" and self.references is None:

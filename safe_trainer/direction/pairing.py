@@ -72,5 +72,8 @@ def _select(checkpoint: Checkpoint, modules: str | Collection[str] | None) -> li
     if modules is None:
         return list(checkpoint.linears)
     if isinstance(modules, str):
-        return [name for name in checkpoint.linears if re.search(modules, name)]
+        try:
+            return [name for name in checkpoint.linears if re.search(modules, name)]
+        except re.error as error:
+            raise ValueError(f"`modules` is no regular expression ({error}), got {modules!r}.") from error
     return [name for name in checkpoint.linears if name in set(modules)]

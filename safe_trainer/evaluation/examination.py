@@ -48,6 +48,7 @@ def evaluate(
         `notes` says.
 
     Raises:
+        TypeError: If something among the judges is none.
         ValueError: If there is no judge, a judge gives something other than a verdict, or [`generate`] finds fault
             with the tokenizer.
         FloatingPointError: If the model computes NaN.
@@ -63,6 +64,9 @@ def evaluate(
     ```
     """
     judges = (PhraseJudge(),) if judges is None else tuple(judges)
+    for judge in judges:
+        if not callable(judge) or not hasattr(judge, "name"):
+            raise TypeError(f"`judges` takes judges such as `PhraseJudge()`, got {judge!r}.")
     names = [judge.name for judge in judges]
     if not judges or len(set(names)) < len(names):
         raise ValueError(f"`judges` must be at least one judge, each with a name of its own, got {names}.")

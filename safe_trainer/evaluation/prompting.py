@@ -26,9 +26,12 @@ def encode(
         template_options (`Mapping[str, Any]`, *optional*): Further variables of the chat template.
 
     Raises:
+        TypeError: If `prompts` is one text and no list.
         ValueError: If there is no chat template, the template refuses the system prompt, or a token id lies outside
             the model's vocabulary.
     """
+    if isinstance(prompts, str):  # which would be taken for as many prompts as it has letters
+        raise TypeError("`prompts` must be a list of prompts, got one text. Write `[prompt]`.")
     if tokenizer.chat_template is None:
         raise ValueError(
             "`tokenizer` has no chat template, so a prompt cannot be put to the model in the form that it was trained "

@@ -48,7 +48,7 @@ def from_json(text: str) -> Comparison:
         text (`str`): What [`to_json`] returned.
 
     Raises:
-        ValueError: If the text is not JSON, not a comparison, or of a format that this version does not know.
+        ValueError: If the text is not JSON, not a comparison, damaged, or of a format that this version does not know.
     """
     try:
         content = json.loads(text)
@@ -61,13 +61,16 @@ def from_json(text: str) -> Comparison:
             f"The comparison is in format {content.get('format')}, this version of safe_trainer reads {FORMAT}. "
             "Read it with the version that wrote it."
         )
-    sets = [_prompt_set(values) for values in content["prompt_sets"]]
-    return Comparison(
-        tuple(_read_evaluation(values, sets) for values in content["evaluations"]),
-        notes=tuple(content["notes"]),
-        seed=content["seed"],
-        runs={name: tuple(runs) for name, runs in content.get("runs", {}).items()},
-    )
+    try:
+        sets = [_prompt_set(values) for values in content["prompt_sets"]]
+        return Comparison(
+            tuple(_read_evaluation(values, sets) for values in content["evaluations"]),
+            notes=tuple(content["notes"]),
+            seed=content["seed"],
+            runs={name: tuple(runs) for name, runs in content.get("runs", {}).items()},
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(f"The comparison is damaged: {error!r}. Make it again, or copy the file again.") from error
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ..calibration import by_first_process
 from ..direction import AlignmentDirection, DirectionFactors
 from ..strategy import Strategy
 from .base import Paper, SafetyMethod
+from .checking import check_choices, check_weight, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +107,9 @@ class AsFT(SafetyMethod):
     _updates: dict[str, adapters.Update] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"`weight` must be a finite number of at least 0, got {self.weight}. The paper uses 1.0.")
-        if self.projector not in get_args(Projector):
-            raise ValueError(f"`projector` must be one of {', '.join(get_args(Projector))}, got {self.projector!r}.")
-        if self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
+        check_weight(self.weight, "The paper uses 1.0.")
+        check_choices(self, projector=Projector)
+        check_whole(self, rank=1)
         if self.direction is not None and self.unaligned_model is not None:
             raise ValueError("Give `unaligned_model` or `direction`, not both: a direction already knows its models.")
         if self.direction is None and self.unaligned_model is None and self.projector != "none":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import adapters, calibration, subspace
 from ..calibration import InputTokens, SafetyBasis
 from .base import SafetyMethod
+from .checking import check_choices, check_weight, check_whole
 
 
 @dataclass
@@ -77,11 +78,9 @@ class DriftPenalty(SafetyMethod):
     _moments: dict[str, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"`weight` must be a finite number of at least 0, got {self.weight}. Usual is 30.")
-        for name in ("rank", "samples", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_weight(self.weight, "Usual is 30.")
+        check_choices(self, input_tokens=InputTokens)
+        check_whole(self, rank=1, samples=1, max_length=1)
         if (self.safety_data is None) == (self.basis is None):
             raise ValueError(
                 "DriftPenalty needs harmful prompts: give one of `safety_data` (rows or a file) and `basis` (a "

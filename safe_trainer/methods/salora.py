@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import adapters, calibration, factors, subspace
 from ..calibration import InputTokens, SafetyBasis, Side
 from .base import Paper, SafetyMethod
+from .checking import check_choices, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +119,8 @@ class SaLoRA(SafetyMethod):
     _bases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 0), ("task_rank", 0), ("samples", 1), ("max_length", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        for name, choices in (("protect", Protect), ("input_tokens", InputTokens), ("directions", Directions)):
-            if getattr(self, name) not in (known := get_args(choices)):
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        check_whole(self, rank=0, task_rank=0, samples=1, max_length=1)
+        check_choices(self, protect=Protect, input_tokens=InputTokens, directions=Directions)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"`energy` must be above 0 and at most 1, got {self.energy}. Usual is 0.95.")
         if self.rank and self.directions == "safety" and (self.safety_data is None) == (self.basis is None):

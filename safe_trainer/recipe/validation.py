@@ -25,6 +25,8 @@ NOT_UNDER_TRAINING = {
     "output_dir": "is `output` in a recipe",
     "model_init_kwargs": "is `model` in a recipe",
     "resume_from_checkpoint": "is `safe-trainer train --resume`",
+    "trust_remote_code": "must not stand in a file, since it runs what others have written; in Python, load the model "
+    "yourself and give it to `SafeSFTTrainer`",
     "hub_token": "must not stand in a file; log in with `hf auth login`",
 }
 NOT_UNDER_PEFT = {

@@ -70,7 +70,8 @@ def score_rows(
         [`Score`] or `None`: In the rows' order; `None` for a row without an answer within `max_length`.
 
     Raises:
-        ValueError: If the vectors do not fit the model, or the tokenizer has no chat template.
+        ValueError: If the vectors do not fit the model, the tokenizer has no chat template, or a setting is out of
+            its range.
 
     Example:
 
@@ -85,6 +86,9 @@ def score_rows(
     print([score.share for score in score_rows(rows, model, vectors, tokenizer)])
     ```
     """
+    for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     found = vectors if isinstance(vectors, TrainedVectors) else TrainedVectors.load(vectors)
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("`tokenizer` has no chat template, without which rows cannot be put into the model's form.")
