@@ -80,6 +80,15 @@ def test_anchors_are_followed():
         ("", "line 1: expected keys"),
         ("a: 1\nb: 2\na: 3\n", "line 1, a: stands in line 3 a second time"),
         ("a: !!python/object:os.system {}\n", "line 1: no YAML: could not determine a constructor"),
+        ("a: \x1f\n", "no YAML: unacceptable character"),
+        ("b: 1\n? [a]\n: 2\n", "line 2: no YAML: a key must be one word"),
+        ("a: &a [*a]\n", "no YAML that can be read: maximum recursion depth exceeded"),
+        ("a: 2020-13-45\n", "no YAML that can be read: month must be in 1..12"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{n}: &{n} [{','.join([f'*{o}'] * 8)}]\n" for o, n in zip("abcdef", "bcdefg", strict=True)),
+            "it holds more than 100,000 values",
+        ),
     ],
 )
 def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, message):

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+_LARGEST = 100_000  # values in a recipe, aliases each time they stand there; a bomb of aliases has millions
+
 Place = tuple[str | int, ...]
 """Where a value stands: the keys and positions that lead to it, such as `("data", 0, "path")`."""
 
@@ -51,16 +53,17 @@ class Document:
         self.name = name
         self._lines: dict[Place, str] = {}
         self._problems: list[Problem] = []
-        loader = _Loader(text)
+        self._room = _LARGEST
         try:
+            loader = _Loader(text)
             node = loader.get_single_node()
             self.values: dict[str, Any] = self._construct(loader, node, ())
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}: " if mark else ""
             raise RecipeError(name, [f"{line}no YAML: {getattr(error, 'problem', None) or error}"]) from error
-        finally:
-            loader.dispose()
+        except (RecursionError, ValueError, AttributeError) as error:  # values within themselves, dates that are none
+            raise RecipeError(name, [f"no YAML that can be read: {error}"]) from error
         if not isinstance(self.values, dict):
             raise RecipeError(name, [f"line 1: expected keys such as `model:`, found {self.values!r}"])
         self.complain(self._problems)
@@ -101,11 +104,16 @@ class Document:
         if node is None:
             return None
         self._lines.setdefault(place, f"line {node.start_mark.line + 1}")
+        self._room -= 1
+        if self._room < 0:
+            raise ValueError(f"it holds more than {_LARGEST:,} values; is there an anchor within itself?")
         if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
             return [self._construct(loader, item, (*place, n)) for n, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode) or not node.tag.endswith(":map"):
             return loader.construct_object(node, deep=True)  # refuses tags that would make Python objects
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key must be one word", key_node.start_mark)
             inner, line = (*place, key_node.value), key_node.start_mark.line + 1
             if inner in self._lines:
                 self._problems.append(Problem(inner, f"stands in line {line} a second time"))
@@ -137,7 +145,10 @@ def assignment(text: str) -> tuple[Place, Any]:
     place: Place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
     if not sign or "" in place:
         raise ValueError(f"--set {text}: expected a form such as training.learning_rate=1e-4")
-    return place, yaml.load(value, Loader=_Loader)
+    try:
+        return place, yaml.load(value, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise ValueError(f"--set {text}: the value is no YAML. Quote it: --set '{path}=\"…\"'") from error
 
 
 def dotted(place: Place) -> str:
