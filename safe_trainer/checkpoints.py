@@ -137,7 +137,7 @@ def _is_of_the_disk(error: Exception) -> bool:
     """Tell failures to write from others: torch and safetensors report them in exceptions of their own."""
     if isinstance(error, OSError):
         return True
-    told = ("No space left", "File too large", "I/O error", "IoError", "iostream error", "PytorchStreamWriter")
+    told = ("No space left", "File too large", "I/O error", "IoError", "iostream error", "inline_container")
     return any(words in str(error) for words in told)
 
 
