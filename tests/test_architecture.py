@@ -49,7 +49,7 @@ OURS = {
     "subspace": set(),
     "adapters": set(),
     "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors"}
-    | {"methods.base", "strategy"},
+    | {"methods.base", "methods.checking", "strategy"},
     "trainer": {"methods.base", "recommendation", "strategy", "checkpoints"},
 }
 # What it may import besides the standard library and ours.

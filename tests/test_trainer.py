@@ -453,7 +453,7 @@ def test_contexts_are_opened_anew_each_time_that_training_begins(tmp_path):
 def test_a_penalty_that_is_not_finite_stops_training_and_leaves_earlier_checkpoints_intact(value, tmp_path):
     @dataclass
     class Breaks(Pull):
-        asked: int = 0
+        asked: int = field(default=0, init=False)
 
         def penalty(self, model):
             self.asked += 1
@@ -469,8 +469,8 @@ def test_a_penalty_that_is_not_finite_stops_training_and_leaves_earlier_checkpoi
     saved = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
     assert saved and all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert_same_weights(weights(trainer.model), last[0])  # the step with the bad penalty was not taken
-    resumed = SafeSFTTrainer(**given(tmp_path / "run", **config), safety=Pull())
-    resumed.train(resume_from_checkpoint=True)
+    resumed = SafeSFTTrainer(**given(tmp_path / "run", **config), safety=Breaks())
+    resumed.train(resume_from_checkpoint=True)  # two steps, so that none is the third
     assert resumed.state.global_step == 4
 
 
