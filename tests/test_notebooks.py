@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
-import re
 import runpy
 from pathlib import Path
 
@@ -63,11 +63,12 @@ def test_the_notebooks_that_were_promised_are_there_and_small():
 def test_notebooks_use_public_names_only(name):
     import safe_trainer
 
-    text = (FOLDER / f"{name}.py").read_text()
-    assert not re.findall(r"from safe_trainer\.\S+ import|import safe_trainer\.", text)
-    for listed in re.findall(r"from safe_trainer import \(?([^)\n]*(?:\n[^)]*\))?)", text):
-        names = [part.strip() for part in listed.strip("()\n ").split(",") if part.strip("()\n ")]
-        assert {n.strip("()\n ") for n in names} <= set(safe_trainer.__all__), names
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import)]
+    modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
+    assert not {module for module in modules if module.startswith("safe_trainer.")}
+    ours = [node for node in imports if isinstance(node, ast.ImportFrom) and node.module == "safe_trainer"]
+    assert {alias.name for node in ours for alias in node.names} <= set(safe_trainer.__all__)
 
 
 def test_colab_opens_the_repository_that_the_project_declares():
