@@ -132,7 +132,7 @@ def scan(job: Mapping[str, Any], events: Events) -> None:
         vectors,
         tokenizer,
         reading=Reading(on_bad_row="skip"),
-        top=50,
+        top=20,
         max_length=job["max_length"],
         progress=lambda done, total: events.tell_sometimes("progress", done=done, total=total),
     )

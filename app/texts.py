@@ -35,9 +35,9 @@ CARDS = {
     "recommended": Card(
         "Recommended",
         "What to begin with: security vectors against harmful rows, together with a price on every change of what the "
-        "layers make of harmful prompts.",
+        "layers make of harmful prompts, against drift.",
         "about 100 harmful rows; the inert ones that come along will do to try it",
-        "a fit before training (some seconds on the embedded model), and a little borderline help",
+        "a fit before training (some seconds on the embedded model), and a penalty in each step",
         "finding out which of the two did it: compare with each alone",
     ),
     "security_vectors": Card(
