@@ -147,7 +147,8 @@ def _texts(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _measured(tokenizer: Any, rows: list[dict[str, Any]]) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
-    lengths, samples = [], []
+    lengths: list[int] = []
+    samples: list[tuple[str, str]] = []
     for row in rows[:MEASURED]:
         encoded = encode_row(tokenizer, row)
         lengths.append(len(encoded.ids))

@@ -106,9 +106,10 @@ class Job:
             work.join(0.1)
             self.progress.take(reader.new())
         if not self.progress.ended:
-            cancelled = self._cancelled_at is not None
-            state, message = ("cancelled", "") if cancelled else ("failed", texts.PROCESS_LOST)
-            self.progress.end(state, message)
+            if self._cancelled_at is not None:
+                self.progress.end("cancelled")
+            else:
+                self.progress.end("failed", texts.PROCESS_LOST)
 
 
 def train_job(folder: Path, choices: Choices) -> Job:

@@ -148,8 +148,10 @@ def scan(job: Mapping[str, Any], events: Events) -> None:
 
 def _first(asked: PromptSet, count: int) -> PromptSet:
     """Return the first prompts of a set, which is in random order."""
-    cut = {
-        name: values[:count] if values is not None else None
-        for name, values in (("categories", asked.categories), ("references", asked.references))
-    }
-    return replace(asked, prompts=asked.prompts[:count], **cut)
+    categories, references = asked.categories, asked.references
+    return replace(
+        asked,
+        prompts=asked.prompts[:count],
+        categories=categories[:count] if categories else None,
+        references=references[:count] if references else None,
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import threading
 import time
 import webbrowser
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,19 @@ def serve(
     app = create_app(setup, folder=folder, password=password, hosts=None if shared else ())
     if browser:
         threading.Timer(1.0, webbrowser.open, [f"http://{host}:{port}/"]).start()
-    try:
-        options = {"log_level": "warning", "server_header": False, "timeout_graceful_shutdown": GRACE}
-        uvicorn.run(app, host=host, port=port, **options)
-    finally:
-        app.state.services.close()
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(app.state.services):
+        config = uvicorn.Config(app, host, port, log_level="warning", server_header=False)
+        config.timeout_graceful_shutdown = GRACE
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
+        uvicorn.Server(config).run()
 
 
-@asynccontextmanager
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leave out that the connections of open pages were cut off at the end."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+@contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     threading.Thread(target=_sweep, args=(services.sessions,), daemon=True, name="sweep").start()
