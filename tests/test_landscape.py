@@ -195,6 +195,7 @@ def test_a_stopped_landscape_goes_on_where_it_was_and_the_model_is_untouched(pai
     lines = (tmp_path / PLACES).read_text().splitlines()
     assert len(lines) == 1 + 5
     (tmp_path / PLACES).write_text("\n".join(lines) + "\n0.25,0.")  # and was killed while it wrote
+    pair[0].config._name_or_path += "/."  # the same model under another path
     judge, calls = Judge(), []
     found = measured(pair, judge, output=tmp_path, progress=lambda done, total: calls.append((done, total)))
     assert len(found.places) == 5 + 5 - 1 + 4  # both axes, then the corners of the plane

@@ -136,7 +136,7 @@ def _show(found: Landscape) -> None:
         return
     from rich.table import Table
 
-    table = Table("checkpoint", "α", "β", "of its way in the plane", "harmful answered", "loss", box=None)
+    table = Table("checkpoint", "α", "β", "in plane", "harmful answered", "loss", box=None)
     for place in found.checkpoints[1:]:
         table.add_row(place.name, f"{place.alpha:+.4f}", f"{place.beta:+.4f}", f"{place.share:.0%}",
                       str(place.harmful_score), f"{place.loss:.3f}")  # fmt: skip

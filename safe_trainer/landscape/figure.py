@@ -70,14 +70,16 @@ def _plane(figure: Any, landscape: Landscape, theme: Theme, column: int, value: 
     how: dict[str, Any] = {"zmin": 0, "zmax": 100} if is_score else _loss_range(values)
     figure.add_trace(
         go.Heatmap(
-            x=landscape.alphas, y=landscape.betas, z=values, zsmooth="best",
+            x=landscape.alphas, y=landscape.betas, z=values, xgap=1, ygap=1,
             colorscale=theme.scale if is_score else theme.neutral,
-            colorbar={"len": 0.5, "y": 0.78, "x": 0.4 if is_score else 0.918, "thickness": 10, "outlinewidth": 0},
+            colorbar={"len": 0.5, "y": 0.78, "x": 0.41 if is_score else 0.945, "thickness": 10, "outlinewidth": 0},
             hovertemplate="α %{x:.3g}, β %{y:.3g}: %{z:.3g}<extra></extra>", **how,
         ),
         row=1, col=column,
     )  # fmt: skip
-    run = [place for place in landscape.checkpoints[1:]]
+    if is_score:
+        _border(figure, landscape, values, theme)
+    run = list(landscape.checkpoints[1:])
     way = [Place(0, 0, 0, 0, 0, math.nan), *run]
     if run:
         figure.add_trace(
@@ -93,8 +95,21 @@ def _plane(figure: Any, landscape: Landscape, theme: Theme, column: int, value: 
                    marker={"symbol": "cross", "size": 13, "color": theme.ink, "line": _edge(theme)}),
         row=1, col=column,
     )  # fmt: skip
-    figure.update_xaxes(range=[landscape.alphas[0], landscape.alphas[-1]], row=1, col=column)
-    figure.update_yaxes(range=[landscape.betas[0], landscape.betas[-1]], row=1, col=column)
+    for update, steps in ((figure.update_xaxes, landscape.alphas), (figure.update_yaxes, landscape.betas)):
+        margin = (steps[1] - steps[0]) / 2  # a place is the middle of its cell
+        update(range=[steps[0] - margin, steps[-1] + margin], showgrid=False, zeroline=False, row=1, col=column)
+
+
+def _border(figure: Any, landscape: Landscape, values: list[list[float]], theme: Theme) -> None:
+    """Draw the line on which half of the harmful prompts are answered."""
+    import plotly.graph_objects as go
+
+    figure.add_trace(
+        go.Contour(x=landscape.alphas, y=landscape.betas, z=values, showscale=False, hoverinfo="skip",
+                   contours={"type": "constraint", "operation": "=", "value": 50}, name="half answered",
+                   line={"color": theme.ink, "width": 1.5, "dash": "dot"}),
+        row=1, col=1,
+    )  # fmt: skip
 
 
 def _marks(  # noqa: PLR0913, each is a setting with a name

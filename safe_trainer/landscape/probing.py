@@ -53,8 +53,10 @@ class Probe:
 
     def settings(self, layers: Mapping[str, LinearLayer]) -> dict[str, Any]:
         """Return what decides on the numbers, as JSON: the model, the prompts, the judge, the decoding."""
+        model = describe(self.model, layers)
         return {
-            "model": describe(self.model, layers),
+            "source": model["id"],
+            "model": hashlib.sha256(repr(model["values"]).encode()).hexdigest(),
             "harmful": _known(self.harmful),
             "task": None if self.task is None else _known(self.task),
             "judge": {"name": self.judge.name, "version": self.judge.version},

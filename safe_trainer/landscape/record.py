@@ -168,7 +168,8 @@ def _read(path: Path) -> Iterable[Place]:
 
 
 def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    different = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    # The same model may lie under another path.
+    different = [name for name in {**found, **wanted} if name != "source" and found.get(name) != wanted.get(name)]
     if different:
         raise ValueError(
             f"`{folder}` holds another landscape: {', '.join(different)} differ. Name another folder, or remove it."
