@@ -138,7 +138,7 @@ def test_the_published_quality_is_the_measured_one():
     developed, held_out = quality(PhraseJudge(), "development"), quality(PhraseJudge(), "test")
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for document in (PhraseJudge.__doc__, readme):
-        published = dict(re.findall(r"\| (refused|complied|neither) \| (.*) \|", document))
+        published = dict(re.findall(r"^ *\| (refused|complied|neither) \| (.*) \|", document, re.MULTILINE))
         for name in ("refused", "complied", "neither"):
             rates = [(split[name].precision, split[name].recall) for split in (developed, held_out)]
             assert published[name] == " | ".join(rate.share for pair in rates for rate in pair)

@@ -65,7 +65,7 @@ def evaluate(
     """
     judges = (PhraseJudge(),) if judges is None else tuple(judges)
     for judge in judges:
-        if not callable(judge) or not hasattr(judge, "name"):
+        if not (callable(judge) or hasattr(judge, "bound")) or not hasattr(judge, "name"):  # one may bind to a model
             raise TypeError(f"`judges` takes judges such as `PhraseJudge()`, got {judge!r}.")
     names = [judge.name for judge in judges]
     if not judges or len(set(names)) < len(names):
