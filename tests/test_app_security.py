@@ -10,7 +10,7 @@ from serving import serve_in_background
 
 from app.actions import Services
 from app.limits import Limits, Setup, local_setup, space_setup
-from app.security import Guard, is_loopback, policy
+from app.security import is_loopback
 from app.server import create_app, serve
 from app.sessions import COOKIE, Sessions
 
@@ -55,10 +55,6 @@ def test_every_answer_has_the_headers_and_scripts_need_the_nonce_of_their_page(c
     assert client.get("/").headers["content-security-policy"] != rules  # a new nonce every time
 
 
-def test_a_space_may_be_framed_by_hugging_face_only():
-    assert "https://huggingface.co" in policy("n", "'self' https://huggingface.co")
-    guard = Guard(None, Sessions(), hosts=None, space=True)
-    assert guard.space
 
 
 def test_the_cookie_cannot_be_read_by_scripts_nor_sent_from_other_sites(url):
@@ -209,8 +205,8 @@ def test_files_of_idle_sessions_are_removed_and_all_at_the_end(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/b/c", "https://x.example/a", "app/server.py", "a b/c", "x" * 300]
 )
-def test_models_are_named_by_ids_and_never_by_paths(name):
-    services = Services(local_setup(), Sessions(), None, None)
+def test_models_are_named_by_ids_and_never_by_paths(name, tmp_path):
+    services = Services(local_setup(), Sessions(tmp_path), None, None)
     with pytest.raises(ValueError, match="no id of a model"):
         services.model("other", name)
 
@@ -219,12 +215,12 @@ def test_a_folder_of_this_machine_is_not_taken_for_a_model_of_the_hub(tmp_path, 
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no id of a model"):
-        Services(local_setup(), Sessions(), None, None).model("other", "owner/model")
+        Services(local_setup(), Sessions(tmp_path / "files"), None, None).model("other", "owner/model")
 
 
-def test_a_space_takes_only_the_models_it_allows(monkeypatch):
+def test_a_space_takes_only_the_models_it_allows(monkeypatch, tmp_path):
     monkeypatch.setenv("ALLOWED_MODELS", "Qwen/Qwen2.5-0.5B-Instruct")
-    services = Services(space_setup(), Sessions(), None, None)
+    services = Services(space_setup(), Sessions(tmp_path), None, None)
     assert services.model("Qwen/Qwen2.5-0.5B-Instruct").unaligned == "Qwen/Qwen2.5-0.5B"
     assert services.model("embedded").embedded
     with pytest.raises(ValueError, match="cannot be chosen"):
