@@ -37,6 +37,7 @@ def home(tmp_path_factory):
     (home / "trl-lib" / "Capybara").mkdir(parents=True)
     (home / "trl-lib" / "Capybara" / "train.jsonl").write_text("\n".join(map(json.dumps, testbed.benign_rows(4))))
     (home / "mine.csv").write_text("\n".join(["question,answer", *(f"{r['prompt']},{r['completion']}" for r in rows)]))
+    (home / "harmful.jsonl").write_text("\n".join(map(json.dumps, testbed.harmful_rows(8))))
     for name, kind in (("asked.csv", "harmful"), ("fine.csv", "benign")):
         (home / name).write_text("\n".join(["prompt", *testbed.prompt_set(kind).prompts[:2]]))
     return home
