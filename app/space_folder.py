@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 _ROOT_FILES = ("README.md", "requirements.txt", "space.py")
@@ -23,6 +24,9 @@ def build(target: Path) -> Path:
     target.mkdir(parents=True)
     for name in _ROOT_FILES:
         shutil.copyfile(app / name, target / name)
+    needed = tomllib.loads((app.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    with (target / "requirements.txt").open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in needed)
     unwanted = shutil.ignore_patterns("__pycache__", *_ROOT_FILES, "*.png", Path(__file__).name)
     shutil.copytree(app, target / "app", ignore=unwanted)
     shutil.copytree(app.parent / "safe_trainer", target / "safe_trainer", ignore=shutil.ignore_patterns("__pycache__"))
