@@ -1,12 +1,13 @@
 """Files of ours on disk: safetensors with provenance, written whole or not at all, refused with a clear message.
 
 An artifact is an ordinary safetensors file, readable by any tool. Its metadata says what it is (`kind`), how it is
-laid
-out (`format_version`), and carries `details`, JSON that tells where it came from.
+laid out (`format_version`), and carries `details`, JSON that tells where it came from, and a SHA-256 of all of it, by
+which damage is told.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+_PIECE = 2**24
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -73,8 +75,10 @@ def save_artifact(
         path.parent.mkdir(parents=True, exist_ok=True)
         payload = tempfile.TemporaryFile(dir=path.parent)  # same disk as the file: if it is full, we hear of it early
     with payload:
-        header = _write_payload(payload, tensors, path)
+        digests: list[bytes] = []
+        header = _write_payload(payload, tensors, path, digests)
         metadata = {"kind": kind, "format_version": str(version), "details": json.dumps(details)}
+        metadata["sha256"] = _checksum(metadata, digests)
         with _explained(path):
             _publish(path, {"__metadata__": metadata, **header}, payload)
     return path
@@ -108,7 +112,12 @@ def load_artifact(path: str | Path, kind: str, version: int) -> Artifact:
             f"Cannot load the {kind} `{path}`: it is not a whole safetensors file ({error}). It is another file, or "
             "was cut short or damaged on its way; make or copy it again."
         ) from error
-    return Artifact(tensors, _check_metadata(metadata, path, kind, version))
+    details = _check_metadata(metadata, path, kind, version)
+    if metadata.get("sha256") != _checksum(metadata, _digests(path)):
+        raise ValueError(
+            f"The {kind} `{path}` is damaged: by its SHA-256 it is not what was written. Make or copy it again."
+        )
+    return Artifact(tensors, details)
 
 
 def _check_metadata(metadata: Mapping[str, str], path: Path, kind: str, version: int) -> dict[str, Any]:
@@ -121,27 +130,57 @@ def _check_metadata(metadata: Mapping[str, str], path: Path, kind: str, version:
             f"safe_trainer reads {version}. Make it again, or install the version of safe_trainer that wrote it."
         )
     try:
-        details = json.loads(metadata["details"])
-    except (KeyError, json.JSONDecodeError) as error:
+        return dict(json.loads(metadata["details"]))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"The details of the {kind} `{path}` are damaged ({error}); make or copy it again."
         ) from error
-    return dict(details)
 
 
-def _write_payload(payload: IO[bytes], tensors: Iterable[tuple[str, Tensor]], path: Path) -> dict[str, Any]:
-    """Write the tensors' bytes one after the other and return their entries of the header."""
+def _checksum(metadata: Mapping[str, str], digests: Iterable[bytes]) -> str:
+    """Return a SHA-256 of what was saved, whatever the order in which the tensors lie in the file."""
+    told = json.dumps([metadata.get(name) for name in ("kind", "format_version", "details")]).encode()
+    return hashlib.sha256(told + b"".join(sorted(digests))).hexdigest()
+
+
+def _digests(path: Path) -> Iterator[bytes]:
+    """Yield the digest of each tensor of a file whose layout is sound, reading in pieces."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__")
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            digest = _begun(name, entry)
+            file.seek(8 + length + start)
+            for at in range(start, end, _PIECE):
+                digest.update(file.read(min(_PIECE, end - at)))
+            yield digest.digest()
+
+
+def _begun(name: str, entry: Mapping[str, Any]) -> Any:
+    return hashlib.sha256(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+
+
+def _write_payload(
+    payload: IO[bytes], tensors: Iterable[tuple[str, Tensor]], path: Path, digests: list[bytes]
+) -> dict[str, Any]:
+    """Write the tensors' bytes one after the other and return their entries of the header; collect their digests."""
     header: dict[str, Any] = {}
     for name, tensor in tensors:  # outside of `_explained`: what fails while computing a tensor is no failure to write
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         with _explained(path):
             start = payload.tell()
-            payload.write(flat.view(torch.uint8).numpy().data)
+            content = flat.view(torch.uint8).numpy().data
+            payload.write(content)
             header[name] = {
                 "dtype": _DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, payload.tell()],
             }
+            digest = _begun(name, header[name])
+            digest.update(content)
+            digests.append(digest.digest())
     return header
 
 

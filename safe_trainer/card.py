@@ -60,7 +60,7 @@ def write_card(folder: str | Path, comparison: Comparison | None = None, *, name
     folder = Path(folder)
     _check_folder(folder)
     if comparison is None and (folder / "comparison.json").is_file():
-        comparison = from_json((folder / "comparison.json").read_text(encoding="utf-8"))
+        comparison = from_json((folder / "comparison.json").read_bytes())
     tuned = None
     if comparison is not None:
         tuned = comparison[name] if name else comparison.evaluations[-1]

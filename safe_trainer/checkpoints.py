@@ -172,11 +172,20 @@ def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str
         elif name not in saved:
             yield f"the checkpoint was made without {name}"
         else:
-            fields = saved[name].keys() & current[name].keys()  # another version may know others
-            for field in sorted(fields):
-                if saved[name][field] != current[name][field]:
-                    before, now = (json.dumps(side[name][field]) for side in (saved, current))
-                    yield f"`{field}` of {name} was {before} and is {now}"
+            before, now = saved[name], current[name]
+            fields = before.keys() & now.keys()  # another version may know others
+            for field in sorted(fields - _exchanged(before, now)):
+                if before[field] != now[field]:
+                    was, is_now = json.dumps(before[field]), json.dumps(now[field])
+                    yield f"`{field}` of {name} was {was} and is {is_now}"
+
+
+def _exchanged(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """Return sources of which one took the other's place, as data and the basis that was measured with it do."""
+    sources = {field for field in before.keys() & now.keys() if isinstance(before[field] or now[field], (dict, str))}
+    gone = {field for field in sources if now[field] is None}
+    new = {field for field in sources if before[field] is None}
+    return gone | new if gone and new else set()
 
 
 def _checkpoints(output: Path) -> list[Path]:

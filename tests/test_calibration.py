@@ -15,13 +15,14 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from runs import given, lora
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
 from safe_trainer import SafetyBasis, conversation
 from safe_trainer.adapters import linear_layers
+from safe_trainer.artifacts import save_artifact
 from safe_trainer.calibration import examples_from, leading_directions
 from safe_trainer.subspace import Sketch
 
@@ -231,7 +232,7 @@ def test_a_damaged_file_is_refused(basis, tmp_path):
         ({key: None}, key),
     ):
         changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
-        save_file(changed, path, metadata=metadata)
+        save_artifact(path, "safety basis", 1, changed.items(), json.loads(metadata["details"]))
         with pytest.raises(ValueError, match=f"damaged .*{complaint}"):
             SafetyBasis.load(path)
     with pytest.raises(FileNotFoundError, match="there is no such file"):

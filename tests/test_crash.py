@@ -267,6 +267,19 @@ def test_a_run_does_not_go_on_with_other_methods_or_settings(change, message, pr
     assert "Resume with those of the checkpoint" in str(raised.value)
 
 
+def test_a_basis_may_take_the_place_of_the_data_that_it_was_measured_with(pair, tmp_path):
+    def drift(**given):
+        return DriftPenalty(rank=4, **given)
+
+    resumable(tmp_path, pair, drift(safety_data=REFUSED)).train()
+    basis = SafetyBasis.from_rows(tiny.model(), tiny.tokenizer(), REFUSED, sides=("input",), rank=4)
+    basis.provenance = {}  # so that it is not asked which model it was measured on
+    resumable(tmp_path, pair, drift(basis=basis)).train(resume_from_checkpoint=True)
+    other = DriftPenalty(rank=5, safety_data=REFUSED)
+    with pytest.raises(ValueError, match="`rank` of DriftPenalty was 4 and is 5"):
+        resumable(tmp_path, pair, other).train(resume_from_checkpoint=True)
+
+
 def test_damaged_settings_are_named(protected_run, pair, tmp_path):
     damaged = tmp_path / "checkpoint-1"
     shutil.copytree(protected_run[0], damaged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict
@@ -38,21 +39,23 @@ def to_json(comparison: Comparison) -> str:
         "evaluations": [_evaluation(evaluation) for evaluation in comparison.evaluations],
         "summary": summary(comparison),
     }
-    return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    content = json.loads(json.dumps(content, allow_nan=False))  # as it will be read, without tuples
+    content["sha256"] = _checksum(content)
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
-def from_json(text: str) -> Comparison:
+def from_json(text: str | bytes) -> Comparison:
     """Read a comparison back.
 
     Args:
-        text (`str`): What [`to_json`] returned.
+        text (`str` or `bytes`): What [`to_json`] returned, or the bytes of its file.
 
     Raises:
         ValueError: If the text is not JSON, not a comparison, damaged, or of a format that this version does not know.
     """
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"This is not a whole JSON file: {error}. Was writing it interrupted?") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ValueError('This is JSON, but no comparison: it does not say `"kind": "safe_trainer comparison"`.')
@@ -60,6 +63,11 @@ def from_json(text: str) -> Comparison:
         raise ValueError(
             f"The comparison is in format {content.get('format')}, this version of safe_trainer reads {FORMAT}. "
             "Read it with the version that wrote it."
+        )
+    if content.pop("sha256", None) != _checksum(content):
+        raise ValueError(
+            "The comparison is damaged or was edited: by its SHA-256 it is not what was written. Make it again, or "
+            "copy the file again."
         )
     try:
         sets = [_prompt_set(values) for values in content["prompt_sets"]]
@@ -71,6 +79,10 @@ def from_json(text: str) -> Comparison:
         )
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"The comparison is damaged: {error!r}. Make it again, or copy the file again.") from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def check_weight(weight: Any, usual: str) -> None:
     """
     if not isinstance(weight, Real) or isinstance(weight, bool):
         raise TypeError(f"`weight` must be a number, got {weight!r}. {usual}")
-    if not (math.isfinite(weight) and weight >= 0):
+    if not (math.isfinite(weight) and float(weight) >= 0):
         raise ValueError(f"`weight` must be a finite number of at least 0, got {weight}. {usual}")
 
 
