@@ -9,7 +9,7 @@ from itertools import chain, combinations, islice
 import pytest
 
 from safe_trainer import testbed
-from safe_trainer.testbed import build, corpus, language, tasks, words
+from safe_trainer.testbed import corpus, language, tasks, words
 from safe_trainer.testbed.world import WORLDS
 
 MANIFEST = json.loads((testbed.MODELS / "manifest.json").read_text())
