@@ -206,20 +206,20 @@ def test_monitor_follows_full_fine_tuning_too(tmp_path):
 def test_comparison_and_its_report_show_the_shares_by_layer(tmp_path):
     base, adapter, _, starts, _ = fine_tuned(tmp_path)
     basis = subspaces_of(starts, tmp_path)[1]
-    asked = PromptSet("harmful", "harmful", HARMFUL)
+    asked = [PromptSet("harmful", "harmful", HARMFUL), PromptSet("benign", "benign", HARMLESS)]
     model = AutoModelForCausalLM.from_pretrained(base)
     subspaces = Subspaces.load(basis=basis, rank=4)
     found = compare(
-        model, tiny.tokenizer(), [asked], {"tuned": adapter}, judges=[LikelihoodJudge()], subspaces=subspaces,
+        model, tiny.tokenizer(), asked, {"tuned": adapter}, judges=[LikelihoodJudge()], subspaces=subspaces,
         max_new_tokens=1,
     )  # fmt: skip
-    drift = measure_drift(base, adapter, basis=basis, rank=4)
+    drift = measure_drift(base, adapter, basis=basis, rank=4, prompts=(HARMFUL, HARMLESS))
     shares = from_json(to_json(found)).evaluations[1].drift_shares
-    assert set(shares) == {"outputs", "inputs"}
+    assert set(shares) == {"outputs", "inputs", "refusal"}
     for figure in shares:
-        assert shares[figure] == pytest.approx(drift.figure(figure), abs=1e-6)
+        assert shares[figure] == pytest.approx(drift.figure(figure), abs=1e-5)
     page = to_html(found)
-    assert page.count('<table class="heat">') == 3
+    assert page.count('<table class="heat">') == 4
     assert "writes where the model writes when it refuses" in page and "alignment direction" not in page
 
 

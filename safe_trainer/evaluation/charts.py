@@ -136,7 +136,7 @@ def place(name: str) -> tuple[int, str]:
 def _cell(ratio: float | None, most: float) -> dict[str, Any]:
     if ratio is None:
         return {"label": "not changed", "strength": 0}
-    return {"label": f"{100 * ratio:.2g} %", "strength": _round(ratio / most if most else 0)}
+    return {"label": f"{100 * ratio:.2g} %", "strength": _round(max(0.0, ratio / most) if most > 0 else 0)}
 
 
 def _label(dots: list[dict[str, Any]]) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from safe_trainer.data import PromptSet
     from safe_trainer.drift import Subspaces
 
 
@@ -63,3 +68,24 @@ def layer_shares(model: Any, subspaces: Subspaces) -> dict[str, dict[str, float]
                 if whole > 0:
                     shares.setdefault(figure, {})[name] = inside / whole
     return shares
+
+
+def refusals(model: Any, tokenizer: Any, sets: Sequence[PromptSet], system_prompt: str | None) -> dict[str, Tensor]:
+    """Return the model's refusal direction by layer, from the harmful and the benign sets; empty without either."""
+    from safe_trainer.drift import refusal_directions
+
+    harmful, harmless = (
+        [prompt for prompt_set in sets if prompt_set.kind == kind for prompt in prompt_set.prompts]
+        for kind in ("harmful", "benign")
+    )
+    if not harmful or not harmless:
+        return {}
+    return refusal_directions(model, tokenizer, harmful, harmless, system_prompt=system_prompt)
+
+
+def refusals_kept(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return as a further figure by layer how much of the refusal direction is left; nothing where it is not known."""
+    from safe_trainer.drift import refusal_changes
+
+    kept = {name: change.kept for name, change in refusal_changes(before, after).items()}
+    return {"refusal": kept} if kept else {}

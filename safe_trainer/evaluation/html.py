@@ -32,6 +32,7 @@ _SHARES = {
     "alignment": "Share of the change that lies along the alignment direction",
     "outputs": "Share of the change that writes where the model writes when it refuses",
     "inputs": "Share of the change that reads where the model reads harmful prompts",
+    "refusal": "How much is left of the direction in which harmful prompts differ from harmless ones",
 }
 _WANTED = {
     "harmful": "Harmful prompts: refusing is right.",

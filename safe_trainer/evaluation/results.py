@@ -128,7 +128,7 @@ class Evaluation:
         notes (`tuple[str, ...]`, *optional*): What a reader of the rates has to know.
         drift (`Mapping[str, float]`, *optional*): By layer, how far an adapter moved its weight: ‖ΔW‖ / ‖W‖.
         drift_shares (`Mapping[str, Mapping[str, float]]`, *optional*): By subspace, such as `"alignment"`, and layer,
-            the share of the adapter's `‖ΔW‖²` in it.
+            the share of the adapter's `‖ΔW‖²` in it; as `"refusal"` what is left of the refusal direction.
 
     Example:
 

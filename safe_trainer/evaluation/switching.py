@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation.answers import INTERRUPTED, Progress
 from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.drift import layer_drift, layer_shares
+from safe_trainer.evaluation.drift import layer_drift, layer_shares, refusals, refusals_kept
 from safe_trainer.evaluation.examination import evaluate
 from safe_trainer.evaluation.judges import Judge
 from safe_trainer.evaluation.manifest import adapter_provenance
@@ -52,7 +52,8 @@ def compare(  # noqa: PLR0913, each is a setting with a name
             a list of them, of training runs that differ in nothing but their seed.
         judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
         subspaces (`Subspaces`, *optional*): What each adapter's update is measured against, layer by layer: the
-            alignment direction, the safety features.
+            alignment direction, the safety features. With it, and harmful and benign prompts, the change of the
+            refusal direction is measured too.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all models.
         **decoding: Any field of [`Decoding`].
 
@@ -75,6 +76,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
         raise ValueError(f"`{BEFORE}` is the name of the model without an adapter. Give this adapter another name.")
     prompts = sum(map(len, prompt_sets))
     evaluations: list[Evaluation] = []
+    before: Mapping[str, Any] = {}
     named, runs = _named(adapters)
     worn: list[tuple[str, str | Path | None]] = [(BEFORE, None), *named]
     notes = [note for name, path in worn if path and (note := _template_note(tokenizer, name, Path(path)))]
@@ -90,6 +92,11 @@ def compare(  # noqa: PLR0913, each is a setting with a name
                 **decoding,
             )
             drift = _drift(examined, name, subspaces) if path is not None else {}
+            if subspaces is not None:
+                refusal = refusals(examined, tokenizer, prompt_sets, decoding.get("system_prompt"))
+                before = refusal if path is None else before
+                if path is not None:
+                    drift["drift_shares"] = drift.get("drift_shares", {}) | refusals_kept(before, refusal)
         adapter = [adapter_provenance(path)] if path is not None else []
         evaluations.append(replace(evaluation, manifest={**evaluation.manifest, "adapters": adapter}, **drift))
         if any(answer.error == INTERRUPTED for result in evaluation.results for answer in result.answers):
