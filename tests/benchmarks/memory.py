@@ -36,7 +36,7 @@ def peaks(arguments: argparse.Namespace, pair: tuple[str, str], name: str) -> tu
     """Return by how many MB building a trainer, and then its steps, raise what this process holds at most."""
     before = resident("VmRSS")
     forget()
-    stepper = step_time.Stepper(pair[0], arguments, step_time.variants(pair, arguments.rank)[name]())
+    stepper = step_time.Stepper(pair[0], arguments, step_time.variants(pair, arguments)[name]())
     building = resident("VmHWM") - before
     forget()
     for _ in range(arguments.rounds):
@@ -54,7 +54,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         pair = tiny.save_pair(folder, hidden=arguments.hidden, layers=arguments.layers)
-        for name in step_time.variants(pair, arguments.rank):
+        for name in step_time.variants(pair, arguments):
             if arguments.only in name or "plain" in name:
                 with processes.Pool(1) as pool:
                     found[name] = pool.apply(peaks, (arguments, pair, name))

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/step_time.py                       # Llama, hidden 1024, 8 layers, 4 x 256 tokens, r = 16
     python tests/benchmarks/step_time.py --hidden 256 --rounds 9
-    python tests/benchmarks/step_time.py --only SaLoRA --rounds 15
+    python tests/benchmarks/step_time.py --only SaLoRA --rounds 15 --targets q_proj,v_proj
 
 The variants take turns, one step each, in an order that changes from round to round. CPU time of the process is
 compared, since other work on the machine hardly disturbs it; the ratio of each round is taken and the median reported.
@@ -33,8 +33,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import planted
 import tiny
 
-from safe_trainer import AlignmentDirection, AsFT, SafeSFTTrainer, SaLoRA, SecurityVectors, TrainedVectors
+from safe_trainer import (
+    AlignmentDirection,
+    AsFT,
+    DriftPenalty,
+    SafeSFTTrainer,
+    SafetyBasis,
+    SaLoRA,
+    SecurityVectors,
+    TrainedVectors,
+)
+from safe_trainer.adapters import linear_layers
 from safe_trainer.methods.base import SafetyMethod
+from safe_trainer.subspace import Leading, random_basis
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -61,11 +74,12 @@ class DenseAsFT(SafetyMethod):
         return torch.stack(terms).sum()
 
 
-def variants(pair: tuple[str, str], rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def variants(pair: tuple[str, str], arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return what is compared: the trainer's extra arguments by name."""
+    rank, targets = arguments.rank, arguments.targets
     return {
         "plain SFTTrainer": dict,
-        "plain SFTTrainer, rank 2r": lambda: {"peft_config": lora(2 * rank)},
+        "plain SFTTrainer, rank 2r": lambda: {"peft_config": lora(2 * rank, targets)},
         "SafeSFTTrainer(safety=None)": lambda: {"safety": None},
         "AsFT, published, exact": lambda: {
             "safety": AsFT(direction=AlignmentDirection.from_checkpoints(*pair, max_error=0.0))
@@ -76,14 +90,25 @@ def variants(pair: tuple[str, str], rank: int) -> dict[str, Callable[[], dict[st
         # Random directions, since which ones are protected costs no time.
         "SaLoRA": lambda: {"safety": SaLoRA(directions="random")},
         "SaLoRA, inputs, own start": lambda: {"safety": SaLoRA(directions="random", protect="input", task_rank=0)},
+        "Drift penalty": lambda: {"safety": DriftPenalty(basis=random_inputs(pair[0]))},
         "Security Vectors, rank 8": lambda: {"safety": SecurityVectors(random_vectors(pair[0]))},
         "Security Vectors, rank 8, folded": lambda: {"safety": SecurityVectors(random_vectors(pair[0]), fold=True)},
     }
 
 
-def lora(rank: int) -> LoraConfig:
+def lora(rank: int, targets: str) -> LoraConfig:
     """Return the LoRA that all variants have, but for its rank."""
-    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    modules = targets if targets == "all-linear" else targets.split(",")
+    return LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM")
+
+
+def random_inputs(path: str, rank: int = 64) -> SafetyBasis:
+    """Return input directions of every linear layer; which ones they are costs no time."""
+    shapes = {name: layer.shape for name, layer in linear_layers(tiny.Auto.from_pretrained(path)).items()}
+    falling = torch.arange(rank, 0, -1, dtype=torch.float32)
+    energy = 2 * falling.square().sum().item()
+    inputs = {n: Leading(random_basis(d_in, rank, 0), falling, energy) for n, (_, d_in) in shapes.items()}
+    return SafetyBasis({}, inputs)
 
 
 def random_vectors(path: str) -> TrainedVectors:
@@ -111,7 +136,7 @@ class Stepper:
             ),
             train_dataset=Dataset.from_dict(rows),
             processing_class=tiny.tokenizer(),
-            **({"peft_config": lora(arguments.rank)} | extra),
+            **({"peft_config": lora(arguments.rank, arguments.targets)} | extra),
         )
         self.preparation = time.perf_counter() - start
         self.trainer.create_optimizer()
@@ -135,7 +160,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return for each variant its median step time, its ratio to plain `SFTTrainer` and its preparation time."""
     with tempfile.TemporaryDirectory() as folder:
         pair = tiny.save_pair(folder, hidden=arguments.hidden, layers=arguments.layers)
-        found = variants(pair, arguments.rank)
+        found = variants(pair, arguments)
         chosen = {name: build for name, build in found.items() if arguments.only in name or "plain" in name}
         steppers = {name: Stepper(pair[0], arguments, build()) for name, build in chosen.items()}
         times: dict[str, list[float]] = {name: [] for name in steppers}
@@ -160,6 +185,7 @@ def sized_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"hidden": 1024, "layers": 8, "length": 256, "batch": 4, "rank": 16, "rounds": 7}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--targets", default="all-linear", help="all-linear, or names such as q_proj,v_proj")
     return parser
 
 
