@@ -165,7 +165,7 @@ def product_texts() -> list[Path]:
     folders = [folder for folder in (PACKAGE, ROOT / "app", ROOT / "recipes", ROOT / "tests") if folder.exists()]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
     files += [path for path in ROOT.iterdir() if path.suffix in suffixes or path.name == "Makefile"]
-    return sorted([*files, ROOT / ".ci" / "run"])
+    return sorted([*files, *(ROOT / ".ci").iterdir()])
 
 
 def test_modules_import_only_what_the_plan_allows():
