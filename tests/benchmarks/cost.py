@@ -123,7 +123,8 @@ def main() -> None:
             f"Random Llama models of {given['layers']} layers, {given['batch']} x {given['length']} tokens a step, "
         )
         head += f"float32, medians of {given['rounds']} rounds of CPU time. `SafeSFTTrainer(safety=None)` does what "
-        head += "plain `SFTTrainer` does: how far its ratio is from 1 shows the noise. By `tests/benchmarks/cost.py`.\n\n"
+        head += "plain `SFTTrainer` does: how far its ratio is from 1 shows the noise. Directions of random pairs "
+        head += "have full rank, which those of real ones do not. By `tests/benchmarks/cost.py`.\n\n"
         (output / "RESULTS.md").write_text(head + "\n".join(map(table, found)))
 
 
