@@ -100,6 +100,30 @@ def table(figures: dict[tuple[str, str], Figures]) -> str:
     return "\n".join(text)
 
 
+def summary(figures: dict[tuple[str, str], Figures], variant: str = "recommended") -> str:
+    """Return what the README shows: plain LoRA beside one variant, and the bars that this misses."""
+    measures = ("harmful answered", "benign helped", "borderline helped", "task correct")
+    heading = [
+        "embedded pair",
+        "runs",
+        "plain LoRA: harmful answered",
+        "task",
+        *(f"{variant}: {measures[0]}", *measures[1:]),
+    ]
+    text = ["| " + " | ".join([*heading, "misses a bar"]) + " |", "|---" * (len(heading) + 1) + "|"]
+    for scenario, about in SCENARIOS.items():
+        wanted = [(scenario, name) for name in (BEFORE, PLAIN, variant)]
+        if not all(cell in figures for cell in wanted):
+            continue
+        before, plain, found = (figures[cell] for cell in wanted)
+        runs = f"{len(plain['harmful answered'].rates)}, {len(found['harmful answered'].rates)}"
+        cells = [about.title, runs]
+        cells += [shown(plain[name]) if name in plain else "" for name in (measures[0], measures[-1])]
+        cells += [shown(found[name]) if name in found else "" for name in measures]
+        text.append("| " + " | ".join([*cells, "; ".join(missed(scenario, found, before, plain)) or "none"]) + " |")
+    return "\n".join(text)
+
+
 def picture(figures: dict[tuple[str, str], Figures], chosen: Sequence[str], path: Path) -> None:
     """Draw harmful requests answered against the task and against borderline help, one row for each scenario."""
     import plotly.graph_objects as go
