@@ -426,21 +426,18 @@ from runs import exact_settings, given, lora
 from safe_trainer import SafeSFTTrainer, SecurityVectors
 from safetensors.torch import save_file
 
-folder, fsdp, peft = sys.argv[1], sys.argv[2] == "fsdp", sys.argv[3] == "lora"
+folder, peft = sys.argv[1], sys.argv[2] == "lora"
 base = tiny.model()
 found = planted.vectors(base)
 method = SecurityVectors(found)
-sharding = {{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-changes = dict(fsdp="full_shard auto_wrap", fsdp_config=sharding)
 for name, model, safety in (("ours", copy.deepcopy(base), method), ("theirs", planted.merged(base, found), None)):
-    args = exact_settings(folder, per_device_train_batch_size=2, **(changes if fsdp else {{}}))
+    args = exact_settings(folder, per_device_train_batch_size=2)
     torch.manual_seed(7)
     arguments = given(folder, model=model, args=args, peft_config=lora() if peft else None)
     trainer = SafeSFTTrainer(**arguments, safety=safety)
     start = {{n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}}
     trainer.train()
-    whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
-    end = {{n: whole(p.detach()) for n, p in trainer.model.named_parameters() if p.requires_grad}}
+    end = {{n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}}
     moved = {{n: (tensor - start[n]).contiguous() for n, tensor in end.items()}}
     if trainer.args.process_index == 0:
         save_file(moved, f"{{folder}}/{{name}}.safetensors")
@@ -448,10 +445,9 @@ for name, model, safety in (("ours", copy.deepcopy(base), method), ("theirs", pl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_training_on_two_processes_is_that_of_the_merged_model(kind, way, tmp_path):
-    launch(TWO.format(tests=str(TESTS)), tmp_path, way, kind)
+def test_training_on_two_processes_is_that_of_the_merged_model(kind, tmp_path):  # sharded: tests/test_distributed.py
+    launch(TWO.format(tests=str(TESTS)), tmp_path, kind)
     ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors")
     assert ours.keys() == theirs.keys() and any(tensor.abs().max() > 1e-4 for tensor in ours.values())
     for name, tensor in ours.items():
