@@ -12,3 +12,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 # Where DeepSpeed is installed, accelerate imports it, and it says on standard output which accelerator it has found.
 os.environ["DS_ACCELERATOR"] = "cpu"
+
+LONGEST = ("test_testbed_pair.py", "test_distributed.py", "test_notebooks.py", "test_crash.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take minutes: begun last, they would keep one process while the others have ended."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
