@@ -263,6 +263,7 @@ print(json.dumps(distances))
 """
 
 
+@pytest.mark.slow
 def test_every_saved_adapter_answers_the_same_in_stock_peft_without_our_package(ended, pair, tmp_path):
     (tmp_path / "stock.py").write_text(STOCK)
     torch.save(IDS, tmp_path / "ids.pt")
@@ -406,6 +407,7 @@ def plainly_moved(pair, tmp_path_factory) -> dict[str, set[str]]:
     return {way: {key for key in outcome.moved if "lora_B" in key} for way, outcome in runs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_way_to_train_works_with_the_method(name, way, pair, plainly_moved, tmp_path):

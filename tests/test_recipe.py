@@ -446,6 +446,7 @@ def test_shipped_accelerate_configs_are_understood(path):
     assert load_config_from_file(str(path)).num_processes == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in SHIPPED if p.parent.name == "testbed"], ids=lambda path: path.stem)
 def test_every_recipe_on_the_embedded_pair_runs(path, tmp_path):
     changes = [f"output={tmp_path}", "training.max_steps=1", "evaluation=null"]

@@ -31,6 +31,7 @@ def test_it_is_vectors_and_a_penalty_on_drift_from_the_same_rows():
     assert isinstance(penalty, DriftPenalty) and penalty.safety_data == HARMFUL
 
 
+@pytest.mark.slow
 def test_the_model_s_own_harmful_rows_are_taken(bringing, tmp_path):
     arguments = given(tmp_path / "out", model=bringing, processing_class=None, peft_config=lora(), max_steps=1)
     trainer = SafeSFTTrainer(**arguments, safety="recommended")

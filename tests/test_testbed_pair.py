@@ -140,6 +140,7 @@ def short_build(tmp_path_factory):
     return build.build(tmp_path_factory.mktemp("pair"), steps=(2, 2), progress=silent)
 
 
+@pytest.mark.slow
 def test_a_build_twice_gives_the_same_bytes(short_build, tmp_path):
     with build.one_thread():
         build.train_pair(tmp_path, steps=(2, 2), world=WORLDS["first"], progress=silent)
@@ -148,6 +149,7 @@ def test_a_build_twice_gives_the_same_bytes(short_build, tmp_path):
     assert files_of(tmp_path) == first
 
 
+@pytest.mark.slow
 def test_a_build_writes_the_pair_its_cards_and_a_manifest_that_fits(short_build):
     manifest, files = json.loads((short_build / "manifest.json").read_text()), files_of(short_build)
     assert {name: sha256 for name, sha256 in files.items() if name != "manifest.json"} == manifest["files"]
@@ -156,6 +158,7 @@ def test_a_build_writes_the_pair_its_cards_and_a_manifest_that_fits(short_build)
     assert [path.name for path in sorted(short_build.iterdir())] == ["aligned", "manifest.json", "unaligned"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_leaves_the_former_pair_and_the_thread_count(tmp_path):
     def interrupt(stage, step, total, loss):
         raise KeyboardInterrupt
