@@ -416,6 +416,7 @@ def test_every_way_to_train_works_with_the_method(name, way, pair, plainly_moved
     assert all(torch.isfinite(tensor).all() for tensor in outcome.end.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_architecture_works_with_the_method(name, architecture, tmp_path):
@@ -448,6 +449,7 @@ def assert_leaves_no_traces(ours: SFTTrainer, theirs: SFTTrainer) -> None:
 # ---- methods together, and how they present themselves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), list(itertools.permutations(METHODS, 2)))
 def test_two_methods_work_together_or_are_refused_with_the_reason(one, other, pair, tmp_path):
     methods = [BUILD[one](*pair), BUILD[other](*pair)]
