@@ -363,6 +363,7 @@ def arguments_of(case: str, folder: object, path: str) -> dict[str, Any]:
     return arguments
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's, about what it will remove; parity holds until it does
 @pytest.mark.parametrize("case", CASES)
 def test_rows_log_and_weights_are_those_of_trl(case, path, tmp_path):
