@@ -114,9 +114,9 @@ def train_pair(output_dir: Path, *, steps: tuple[int, int], world: World, progre
     """
     if min(steps) < 1:
         raise ValueError(f"`steps` must be two numbers of at least 1, for pretraining and alignment, got {steps}.")
-    mixes = (corpus.pretraining_chats(world.seed), corpus.alignment_chats(world.seed))
+    mixes, dictionary = (corpus.pretraining_chats(world.seed), corpus.alignment_chats(world.seed)), world.dictionary()
     for turn in (turn for mix in mixes for chat in mix for turn in chat):
-        turn["content"] = translate(turn["content"], world.dictionary())
+        turn["content"] = translate(turn["content"], dictionary)
     texts = (text for chat in mixes[0] for turn in chat for text in (turn["role"], turn["content"]))
     tokenizer = train_tokenizer(texts, world)
     model = new_model(tokenizer, world)
@@ -191,7 +191,8 @@ def _manifest(pair: Path, world: World, steps: tuple[int, int], evaluations: dic
     sets = {f"{kind}/{split}": prompt_set(kind, split) for kind in language.GROUPS for split in language.SPLITS}
     sets |= {f"{kind}/unseen": prompt_set(kind, "unseen") for kind in language.UNSEEN}
     sets |= {f"{name}/{split}": task(name, split) for name in TASKS for split in ("validation", "test")}
-    sets = {name: translated_set(asked, world.dictionary()) for name, asked in sets.items()}
+    dictionary = world.dictionary()
+    sets = {name: translated_set(asked, dictionary) for name, asked in sets.items()}
     return {
         "seed": world.seed,
         "steps": dict(zip((PRETRAINING.name, ALIGNMENT.name), steps, strict=True)),
