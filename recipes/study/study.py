@@ -107,7 +107,8 @@ def append(path: Path, lines: Sequence[dict[str, object]]) -> None:
 
 def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> Iterator[tuple[Cell, list[dict[str, object]]]]:
     """Carry out the runs that are missing, and yield each when it is in the table."""
-    missing = [cell for cell in cells if cell not in finished(path)]
+    done = finished(path)
+    missing = [cell for cell in cells if cell not in done]
     with workers(jobs) as pool:
         running: dict[Future[list[dict[str, object]]], Cell] = {pool.submit(measure, cell): cell for cell in missing}
         for future in as_completed(running):

@@ -57,16 +57,17 @@ def _made(entry: Any, values: dict[str, Any], place: Place, problems: list[Probl
     """Return the method of one entry, or the several that `recommended` stands for."""
     from safe_trainer.methods import METHODS
 
-    settings = {"method": entry} if entry == "recommended" else entry
-    if not isinstance(settings, dict):
+    if entry == "recommended":
+        entry = {"method": entry}
+    if not isinstance(entry, dict):
         return []  # the schema has complained
+    settings = dict(entry)
     kinds: dict[str, type] = {"recommended": Recommended, **METHODS}
-    name = settings.get("method")
+    name = settings.pop("method", None)
     if name not in kinds:
         hint = f"got {name!r}; {did_you_mean(name, kinds)}" if name else f"is missing; {did_you_mean('', kinds)}"
         problems.append(Problem((*place, "method"), hint))
         return []
-    settings = {key: value for key, value in settings.items() if key != "method"}
     checked, found = check_fields(kinds[name], settings, place)
     problems += found
     if found:
@@ -74,8 +75,7 @@ def _made(entry: Any, values: dict[str, Any], place: Place, problems: list[Probl
     try:
         return _recommended(values, **checked) if name == "recommended" else [kinds[name](**checked)]
     except (ValueError, TypeError) as error:
-        spoken_of = "safety" in values
-        hint = "" if spoken_of else " Or write `safety: null` to train without protection."
+        hint = "" if "safety" in values else " Or write `safety: null` to train without protection."
         problems.append(Problem(place, f"{error}{hint}"))
         return []
 
