@@ -1,6 +1,7 @@
 # make demo       see refusals before and after a fine-tune, with and without a defense
 # make test       everything that is tested; make test-fast leaves out what trains for long
 # make lint types the checks that a change must pass
+# make study      the measurements behind the README's table of methods
 # make space      the folder to upload as a Hugging Face Space, in build/space
 #
 # Each target makes its own environment in .venv first, so all of them work in a fresh clone.
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 # Tests of one file stay in one process, since they share its fixtures (often a trained model).
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast lint types space notebooks clean
+.PHONY: demo test test-fast lint types space notebooks study clean
 
 demo: $(INSTALLED)
 	$(BIN)/safe-trainer demo --output demo
@@ -40,6 +41,18 @@ space:
 # Runs the notebooks' sources and keeps what they show; minutes.
 notebooks: $(DEVELOPING)
 	$(BIN)/python recipes/notebooks/build.py
+
+# Whatever is missing of the study, in both worlds, and its tables and pictures; about three hours on two cores in all.
+STUDY := $(BIN)/python recipes/study/study.py
+study: $(DEVELOPING) build/second/manifest.json
+	$(STUDY) strength
+	$(STUDY) weight
+	$(STUDY) test
+	SAFE_TRAINER_TESTBED=build/second $(STUDY) second
+	$(BIN)/python recipes/study/report.py
+
+build/second/manifest.json: $(DEVELOPING)
+	$(BIN)/python -m safe_trainer.testbed.build --world second --output build/second
 
 clean:
 	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -107,7 +107,7 @@ class Strengths:
     asft_weight: float = 1.0
     salora_rank: int = 32
     vectors_strength: float = 1.0
-    drift_weight: float = 30.0
+    drift_weight: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from safe_trainer import PromptSet, RefusalMonitor, compare, recipe, scan_file, train_security_vectors, write_report
+from safe_trainer import RefusalMonitor, compare, recipe, scan_file, train_security_vectors, write_report
 
 from .protocol import COMPARISON, SCAN, Events, Stop
 
@@ -63,7 +62,7 @@ def train(key: str, events: Events, stop: Stop) -> None:
     trainer = recipe.make_trainer(checked, loaded.rows, show_bars=False)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(key, events, stop))
-    sets = [_first(s, WATCHED) for s in loaded.prompt_sets if s.kind in ("harmful", "borderline")]
+    sets = [s.first(WATCHED) for s in loaded.prompt_sets if s.kind in ("harmful", "borderline")]
     if sets:
         every = max(1, checked.training["max_steps"] // CHECKS)
         trainer.add_callback(RefusalMonitor(trainer, sets, every=every))
@@ -144,14 +143,3 @@ def scan(job: Mapping[str, Any], events: Events) -> None:
         "top": [{name: entry[name] for name in kept} for entry in result.top],
     }
     Path(SCAN).write_text(json.dumps(found), encoding="utf-8")
-
-
-def _first(asked: PromptSet, count: int) -> PromptSet:
-    """Return the first prompts of a set, which is in random order."""
-    categories, references = asked.categories, asked.references
-    return replace(
-        asked,
-        prompts=asked.prompts[:count],
-        categories=categories[:count] if categories else None,
-        references=references[:count] if references else None,
-    )

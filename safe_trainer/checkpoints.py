@@ -1,7 +1,8 @@
-"""Checkpoints: which one is whole, whether it belongs to the methods at hand, and what they were when it was made.
+"""Checkpoints: which one is whole, and how one is saved so that it can be told.
 
 A trainer writes a checkpoint file by file into its folder, and `trainer_state.json` last. So a checkpoint without it
-was cut short, by a kill or a full disk, and may hold weights of one step and an optimizer of none.
+was cut short, by a kill or a full disk, and may hold weights of one step and an optimizer of none. One that lacks
+another part was cut short while it was removed, and transformers would go on without that part.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = "safety_methods.json"
 """The file that holds the methods' settings, beside the weights of a checkpoint."""
 _STATE = "trainer_state.json"
+_PARTS = {"optimizer.pt": "optimizer*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*.pth"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -42,7 +43,7 @@ def last_checkpoint(output: str | Path) -> str | None:
     Raises:
         ValueError: If there are checkpoints, but none is whole.
     """
-    found = _checkpoints(Path(output))
+    found = checkpoints_of(Path(output))
     whole = [folder for folder in found if is_whole(folder)]
     if found and not whole:
         raise ValueError(
@@ -62,38 +63,26 @@ def last_checkpoint(output: str | Path) -> str | None:
 
 
 def is_whole(checkpoint: str | Path) -> bool:
-    """Return whether the saving of a checkpoint came to its end."""
+    """Return whether the saving of a checkpoint came to its end, and nothing of its state was lost since."""
+    return fault(Path(checkpoint)) is None
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Return the file of a checkpoint's state that is missing or cut short; `None` if it is whole."""
     try:
-        return isinstance(json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8")), dict)
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        if not (isinstance(state, dict) and isinstance(state.get("global_step"), int)):
+            return _STATE
     except (OSError, ValueError):
-        return False
-
-
-def checkpoint_to_resume(wanted: Any, output: str | Path, methods: Sequence[SafetyMethod]) -> Any:
-    """Return what to resume from: a checkpoint that is whole and was made with the same methods.
-
-    Args:
-        wanted (`bool` or `str`, *optional*): What `train(resume_from_checkpoint=...)` was given.
-        output (`str` or `Path`): The run's `output_dir`.
-        methods (`Sequence[SafetyMethod]`): The methods of the run that goes on.
-
-    Raises:
-        ValueError: If the checkpoint was cut short, or made with other methods or settings; says which.
-    """
-    if wanted is True and Path(output).is_dir():
-        wanted = last_checkpoint(output) or wanted
-    if not isinstance(wanted, (str, os.PathLike)) or not Path(wanted).is_dir():
-        return wanted  # nothing is resumed, or nothing is there, which is told in the trainer's words
-    checkpoint = Path(wanted)
-    if not is_whole(checkpoint):
-        others = [folder for folder in _checkpoints(checkpoint.parent) if is_whole(folder)]
-        instead = f"Go on from `{others[-1]}`" if others else "Start the run anew"
-        raise ValueError(
-            f"`{checkpoint}` was cut short while it was saved, by a kill or a full disk: its `{_STATE}`, which is "
-            f"written last, is missing or damaged. {instead}, and remove this one."
-        )
-    _check_methods(checkpoint, methods)
-    return wanted
+        return _STATE
+    found = {name: sorted(checkpoint.glob(pattern)) for name, pattern in _PARTS.items()}
+    absent = [name for name, paths in found.items() if not paths]
+    # None at all is `save_only_model`, and DeepSpeed keeps its optimizer in a folder of its own.
+    if 0 < len(absent) < len(found) and not any(checkpoint.glob("global_step*")):
+        return absent[0]
+    files = [path for paths in found.values() for path in paths if path.is_file()]
+    # What torch saves is a zip archive, whose directory is at its end.
+    return next((path.name for path in files if not zipfile.is_zipfile(path)), None)
 
 
 @contextmanager
@@ -141,54 +130,7 @@ def _is_of_the_disk(error: Exception) -> bool:
     return any(words in str(error) for words in told)
 
 
-def _check_methods(checkpoint: Path, methods: Sequence[SafetyMethod]) -> None:
-    path = checkpoint / SETTINGS
-    if not path.is_file():
-        if methods:
-            logger.warning(
-                "`%s` does not say which safety methods it was made with; it goes on with %s.",
-                checkpoint,
-                " and ".join(method.name for method in methods),
-            )
-        return
-    try:
-        saved = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"`{path}` is damaged ({error}). Copy the checkpoint again, or take another.") from error
-    differences = list(_differences(saved, settings_of(methods)))
-    if differences:
-        raise ValueError(
-            f"`{checkpoint}` was made with other safety methods or settings: {'; '.join(differences)}. Resume with "
-            "those of the checkpoint. To go on with others, start a new run from its weights: pass "
-            "`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)` as `model`, or the checkpoint itself "
-            "where all weights were trained."
-        )
-
-
-def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
-    for name in sorted(saved.keys() | current.keys()):
-        if name not in current:
-            yield f"the checkpoint was made with {name}, this run has none"
-        elif name not in saved:
-            yield f"the checkpoint was made without {name}"
-        else:
-            before, now = saved[name], current[name]
-            fields = before.keys() & now.keys()  # another version may know others
-            for field in sorted(fields - _exchanged(before, now)):
-                if before[field] != now[field]:
-                    was, is_now = json.dumps(before[field]), json.dumps(now[field])
-                    yield f"`{field}` of {name} was {was} and is {is_now}"
-
-
-def _exchanged(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
-    """Return sources of which one took the other's place, as data and the basis that was measured with it do."""
-    sources = {field for field in before.keys() & now.keys() if isinstance(before[field] or now[field], (dict, str))}
-    gone = {field for field in sources if now[field] is None}
-    new = {field for field in sources if before[field] is None}
-    return gone | new if gone and new else set()
-
-
-def _checkpoints(output: Path) -> list[Path]:
+def checkpoints_of(output: Path) -> list[Path]:
     """Return the checkpoints of a run from the first to the last."""
     if not output.is_dir():
         return []

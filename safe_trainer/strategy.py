@@ -27,11 +27,13 @@ class Strategy:
             while it is trained.
         has_weights (`bool`, *optional*, defaults to `True`): Whether each process holds all weights before that, when
             the trainer is built.
+        saves_adapter (`bool`, *optional*, defaults to `True`): Whether the adapter is saved in one piece.
     """
 
     name: str
     is_sharded: bool = False
     has_weights: bool = True
+    saves_adapter: bool = True
 
 
 def strategy_of(accelerator: Any, model: nn.Module) -> Strategy:
@@ -49,7 +51,12 @@ def strategy_of(accelerator: Any, model: nn.Module) -> Strategy:
     if kind == "FSDP":
         plugin = accelerator.state.fsdp_plugin
         # Otherwise only the first process of a machine reads the checkpoint, and the others hold empty tensors.
-        return Strategy(f"FSDP{plugin.fsdp_version}", True, has_weights=not plugin.cpu_ram_efficient_loading)
+        return Strategy(
+            f"FSDP{plugin.fsdp_version}",
+            is_sharded=True,
+            has_weights=not plugin.cpu_ram_efficient_loading,
+            saves_adapter="FULL" in str(plugin.state_dict_type),
+        )
     if kind == "DEEPSPEED":
         stage = accelerator.state.deepspeed_plugin.zero_stage
         return Strategy(f"ZeRO-{stage}", is_sharded=stage == 3, has_weights=stage != 3)

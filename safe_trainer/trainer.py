@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
-from . import checkpoints
+from . import checkpoints, resuming
 from .methods.base import SafetyMethod
 from .recommendation import RECOMMENDED, recommended_for
 from .strategy import strategy_of
@@ -105,7 +105,8 @@ class SafeSFTTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it."""
-        resumed = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.safety_methods)
+        output_dir, methods = self.args.output_dir, self.safety_methods
+        resumed = resuming.agreed_checkpoint(resume_from_checkpoint, output_dir, methods, self.model)
         with ExitStack() as stack:
             for method in self.safety_methods:
                 stack.enter_context(method.training(self.model))

@@ -55,6 +55,7 @@ def methods(folder: Path) -> dict[str, Callable[[], Any]]:
         "security_vectors": vectors,
         "security_vectors: folded": lambda: vectors(fold=True),
         "security_vectors: loaded": lambda: METHODS["security_vectors"](TrainedVectors.load(folder / "vectors")),
+        "recommended": lambda: [vectors(), METHODS["drift_penalty"](safety_data=harmful, rank=8)],
         "all": lambda: [made["asft"](), made["salora"](), vectors()],
     }
     return made | dict.fromkeys([ADAM, TWICE], made["all"])
@@ -124,8 +125,11 @@ def carry_out(name: str, strategy: str, folder: Path) -> None:
         torch.manual_seed(0)
         peft_config = None if full else lora()
         rows = tiny.rows(24)
-        safety = methods(folder)[name]()
-        trainer = SafeSFTTrainer(model, args=args, train_dataset=rows, peft_config=peft_config, safety=safety)
+        # The one method that ZeRO-3 takes stands for all of them there.
+        stopped = strategy == "zero3" and name in (ADAM, TWICE)
+        safety = methods(folder)["security_vectors: loaded" if stopped else name]()
+        with counted() as runs_of_layers:
+            trainer = SafeSFTTrainer(model, args=args, train_dataset=rows, peft_config=peft_config, safety=safety)
     seen: list[Any] = []
     learned: set[int] = set()
 
@@ -141,9 +145,29 @@ def carry_out(name: str, strategy: str, folder: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     rank = trainer.args.process_index
     told = facts(trainer) | {"rows": seen, "trainable": max(learned), "history": history(trainer)}
+    told["prepared with"] = len(runs_of_layers)
     (place / f"{rank}.json").write_text(json.dumps(told))
     save_file(held_at_start, place / f"{rank}.safetensors")
     trainer.save_model(str(place / "saved"))
+
+
+@contextmanager
+def counted() -> Iterator[list[None]]:
+    """Add an entry to a list whenever a linear layer of any model runs."""
+    from torch.nn import Linear
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    runs: list[None] = []
+
+    def count(module: Any, args: Any) -> None:
+        if isinstance(module, Linear):
+            runs.append(None)
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        yield runs
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -154,7 +178,11 @@ def spread(strategy: str, folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     path, configured = str(folder / "aligned"), {"accelerator_config": {"use_configured_state": True}}
     AcceleratorState._reset_state(reset_partial_state=True)
     if strategy.startswith("fsdp"):
-        _set_up_fsdp(version=1 if strategy == "fsdp1" else 2, first_loads=strategy == "fsdp2: first loads")
+        _set_up_fsdp(
+            version=1 if strategy == "fsdp1" else 2,
+            first_loads=strategy == "fsdp2: first loads",
+            kept="SHARDED_STATE_DICT" if strategy == "fsdp2: in pieces" else "FULL_STATE_DICT",
+        )
         yield path, configured
     elif strategy.startswith("zero"):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -170,7 +198,7 @@ def spread(strategy: str, folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield path, {}
 
 
-def _set_up_fsdp(version: int, first_loads: bool) -> None:
+def _set_up_fsdp(version: int, first_loads: bool, kept: str = "FULL_STATE_DICT") -> None:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
@@ -178,7 +206,7 @@ def _set_up_fsdp(version: int, first_loads: bool) -> None:
         fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        state_dict_type="FULL_STATE_DICT",
+        state_dict_type=kept,
         cpu_ram_efficient_loading=False,
     )
     plugin.cpu_ram_efficient_loading = first_loads  # its constructor would look for a GPU

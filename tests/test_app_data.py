@@ -162,7 +162,7 @@ def test_a_protection_that_lacks_its_checkpoint_is_refused_in_words(tmp_path):
 
 
 def test_settings_outside_their_range_are_refused_by_name():
-    fine = [True] + [False] * (len(PROTECTIONS) - 1) + [125, 2e-3, 8, 16, 128, 42, 100, 40, 1.0, 32, 1.0, 30.0]
+    fine = [True] + [False] * (len(PROTECTIONS) - 1) + [125, 2e-3, 8, 16, 128, 42, 100, 40, 1.0, 32, 1.0, 10.0]
     keys, settings = method_step.read(fine)
     assert keys == ["plain"] and settings.steps == 125 and settings.strengths.salora_rank == 32
     for place, value, told in ((0, 0, "Training steps"), (1, None, "Learning rate"), (1, 5.0, "between 1e-07 and 1")):

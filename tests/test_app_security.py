@@ -55,8 +55,6 @@ def test_every_answer_has_the_headers_and_scripts_need_the_nonce_of_their_page(c
     assert client.get("/").headers["content-security-policy"] != rules  # a new nonce every time
 
 
-
-
 def test_the_cookie_cannot_be_read_by_scripts_nor_sent_from_other_sites(url):
     found = httpx.get(url).headers["set-cookie"]
     assert "HttpOnly" in found and "SameSite=Strict" in found

@@ -36,6 +36,7 @@ STOPS = {
     "pictures",
     "recipe",
     "recommendation",
+    "resuming",
     "scan",
     "strategy",
     "subspace",
@@ -50,7 +51,7 @@ OURS = {
     "adapters": set(),
     "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors"}
     | {"methods.base", "methods.checking", "strategy"},
-    "trainer": {"methods.base", "recommendation", "strategy", "checkpoints"},
+    "trainer": {"methods.base", "recommendation", "strategy", "checkpoints", "resuming"},
 }
 # What it may import besides the standard library and ours.
 THEIRS = {"subspace": {"torch"}, "adapters": {"torch", "peft", "transformers"}}  # transformers for GPT-2's Conv1D

@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SafetyBasis, SaLoRA, SecurityVectors, conversation
 from safe_trainer.checkpoints import SETTINGS, is_whole, last_checkpoint, saving
 from safe_trainer.methods.settings import settings_of
+from safe_trainer.resuming import checkpoint_to_resume
 from safe_trainer.testbed import ALIGNED
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
@@ -48,7 +49,7 @@ def made(name: str, pair: tuple[str, str]) -> Any:
         "drift_penalty": lambda: DriftPenalty(safety_data=REFUSED, rank=8),
         "recommended": lambda: [
             SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
-            SaLoRA(safety_data=REFUSED, protect="input", rank=4, task_rank=0),
+            DriftPenalty(safety_data=HARMFUL, rank=8),
         ],
     }[name]()
 
@@ -101,6 +102,16 @@ class KillWhileSaving(TrainerCallback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Steps(TrainerCallback):
+    """Keeps which steps a process took: one that began anew would end as well as one that went on."""
+
+    def __init__(self, taken: list[int]) -> None:
+        self.taken = taken
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.taken.append(state.global_step)
+
+
 SINCE_RESUMED = {"num_tokens", "eval_num_tokens", "train_loss"}  # what TRL and transformers count from there on
 STAGES = ("save_model", "_save_optimizer_and_scheduler", "save_to_json")
 
@@ -111,8 +122,11 @@ def train(name: str, folder: Path, pair: tuple[str, str], kill: tuple[int, str |
     if kill is not None:
         step, stage = kill
         trainer.add_callback(KillAt(step) if stage is None else KillWhileSaving(trainer, step, stage))
+    steps: list[int] = []
+    trainer.add_callback(Steps(steps))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     trainer.save_model(str(folder / "end"))
+    (folder / "end" / "steps.json").write_text(json.dumps(steps))
     log = [{key: value for key, value in entry.items() if key not in SINCE_RESUMED} for entry in history(trainer)]
     (folder / "end" / "log.json").write_text(json.dumps(log))
 
@@ -149,7 +163,10 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair,
     kills = [*((4, stage) for stage in saves), (chance.randint(3, 6), None)]
     for kill in kills:
         assert in_a_process(train, name, broken, pair, kill) == -signal.SIGKILL, kill
+    last = last_checkpoint(broken)
     assert in_a_process(train, name, broken, pair, None) == 0
+    taken = json.loads((broken / "end" / "steps.json").read_text())
+    assert taken == list(range(int(last.rpartition("-")[2]) + 1, STEPS + 1)) and taken[0] > 1
 
     (expected, log), (found, resumed_log) = outcome(whole), outcome(broken)
     assert expected.keys() == found.keys()
@@ -164,7 +181,7 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair,
 # ---- checkpoints that were cut short
 
 
-def checkpoint(output: Path, step: int, state: str = "{}") -> Path:
+def checkpoint(output: Path, step: int, state: str = '{"global_step": 1}') -> Path:
     """Make a folder that looks like a checkpoint; without a state, like one that was cut short."""
     folder = output / f"checkpoint-{step}"
     folder.mkdir(parents=True)
@@ -174,7 +191,7 @@ def checkpoint(output: Path, step: int, state: str = "{}") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("state", ["", '{"global_step": 1', "[]"])
+@pytest.mark.parametrize("state", ["", '{"global_step": 1', "[]", "{}"])
 def test_the_last_whole_checkpoint_is_taken_and_the_others_are_named(state, tmp_path, caplog):
     assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
     for step in (2, 10):
@@ -194,6 +211,21 @@ def test_a_checkpoint_cut_short_is_refused_where_it_is_asked_for(pair, tmp_path)
     checkpoint(tmp_path, 2)
     with pytest.raises(ValueError, match="missing or damaged. Go on from `.*checkpoint-2`"):
         trainer.train(resume_from_checkpoint=str(half))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_all_of_its_state_is_refused_and_told_why(file, damage, protected_run, tmp_path):
+    damaged = tmp_path / "checkpoint-1"
+    shutil.copytree(protected_run[0], damaged)
+    assert is_whole(damaged)
+    if damage == "missing":  # as a kill leaves one that was being removed; transformers would go on without it
+        (damaged / file).unlink()
+    else:
+        os.truncate(damaged / file, (damaged / file).stat().st_size - 10)
+    assert not is_whole(damaged)
+    with pytest.raises(ValueError, match=f"its `{file}` is missing or damaged. Start the run anew"):
+        checkpoint_to_resume(str(damaged), tmp_path, [])
 
 
 def test_a_checkpoint_that_is_written_over_is_not_whole_until_the_end(tmp_path):
@@ -224,8 +256,9 @@ def methods_of(file: Path, weight: float = 0.5) -> list[Any]:
     ]
 
 
-def resumable(folder: Path, pair: tuple[str, str], methods: Any) -> SafeSFTTrainer:
-    arguments = given(folder, model=pair[0], peft_config=lora(), max_steps=1, save_strategy="steps", save_steps=1)
+def resumable(folder: Path, pair: tuple[str, str], methods: Any, **changes: Any) -> SafeSFTTrainer:
+    config = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    arguments = given(folder, model=pair[0], **{"peft_config": lora(), **config, **changes})
     return SafeSFTTrainer(**arguments, safety=methods)
 
 
@@ -235,6 +268,19 @@ def test_the_settings_beside_a_checkpoint_tell_neither_data_nor_places(protected
     assert json.loads(text)["AsFT"]["weight"] == 0.5
     assert "private-place" not in text and "bad thing" not in text
     assert [path.suffix for path in checkpoint.glob("safety*")] == [".json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"lora_alpha": 7}, "`lora_alpha` was .* and is 7"), ({"r": 3}, "`r` was .* and is 3")]
+)
+def test_another_adapter_than_the_checkpoint_s_is_refused_with_the_difference(
+    changes, told, protected_run, pair, tmp_path
+):
+    """Its weights would fit, and mean something else."""
+    checkpoint, file = protected_run
+    trainer = resumable(tmp_path, pair, methods_of(file), peft_config=lora(**changes))
+    with pytest.raises(ValueError, match=f"was made with other settings of the adapter: {told}. Resume with those"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_run_goes_on_with_the_same_settings_from_another_place(protected_run, pair, tmp_path):
@@ -280,10 +326,18 @@ def test_a_basis_may_take_the_place_of_the_data_that_it_was_measured_with(pair, 
         resumable(tmp_path, pair, other).train(resume_from_checkpoint=True)
 
 
-def test_damaged_settings_are_named(protected_run, pair, tmp_path):
+def test_a_checkpoint_that_was_made_without_methods_does_not_go_on_with_one(pair, tmp_path):
+    resumable(tmp_path, pair, None).train()
+    method = AsFT(projector="none", weight=0.5)
+    with pytest.raises(ValueError, match="was made without AsFT, by TRL or with `safety=None`"):
+        resumable(tmp_path, pair, method).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("content", ['{"AsFT": ', "3", "[]", '{"AsFT": 3}', '{"AsFT": null}'])
+def test_damaged_settings_are_named(content, protected_run, pair, tmp_path):
     damaged = tmp_path / "checkpoint-1"
     shutil.copytree(protected_run[0], damaged)
-    (damaged / SETTINGS).write_text('{"AsFT": ')
+    (damaged / SETTINGS).write_text(content)
     with pytest.raises(ValueError, match="safety_methods.json` is damaged"):
         resumable(tmp_path, pair, methods_of(protected_run[1])).train(resume_from_checkpoint=True)
 

@@ -313,3 +313,9 @@ def test_a_dataset_is_written_in_one_word(written, expected):
 def test_a_dataset_that_cannot_be_had_says_what_to_do(dataset, written, message):
     with pytest.raises(ValueError, match=message):
         load_prompts("hf:" + written.format(dataset), "harmful")
+
+
+def test_the_first_prompts_keep_what_belongs_to_them():
+    whole = PromptSet("sums", "task", ("1 + 1", "2 + 2", "3 + 3"), ("small", "small", "large"), ("2", "4", "6"))
+    assert whole.first(2) == PromptSet("sums", "task", ("1 + 1", "2 + 2"), ("small", "small"), ("2", "4"))
+    assert whole.first(9) == whole and PromptSet("a", "benign", ("b", "c")).first(1).prompts == ("b",)

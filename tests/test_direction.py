@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 
 import pytest
 import tiny
@@ -209,7 +210,7 @@ def test_saved_direction_comes_back_with_provenance(llama, tmp_path):
         assert torch.equal(loaded.modules[name].singular_values, factors.singular_values)
     assert direction.provenance["aligned"]["source"] == llama[0]
     assert {"rank": 5, "max_error": 0.01}.items() <= direction.provenance.items()
-    assert direction.provenance["versions"]["torch"] == torch.__version__
+    assert direction.provenance["versions"]["torch"] == version("torch")
 
 
 def test_output_writes_what_save_would_have_written(llama, tmp_path):

@@ -8,8 +8,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +31,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from safe_trainer.checkpoints import last_checkpoint
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
+TOGETHER = ["all", "recommended"]
 EVERYWHERE = ["none", "asft", "salora", "salora: both sides", "drift_penalty", "security_vectors"]
 # What is run under each strategy, and with which words the rest is refused.
 RUNS = {
-    "ddp": [*EVERYWHERE, "asft: full", "security_vectors: folded", "security_vectors: loaded", "all", ADAM, TWICE],
-    "fsdp2": [*EVERYWHERE, "asft: full", "security_vectors: loaded", "all", ADAM, TWICE],
+    "ddp": [*EVERYWHERE, "asft: full", "security_vectors: folded", "security_vectors: loaded", *TOGETHER, ADAM, TWICE],
+    "fsdp2": [*EVERYWHERE, "asft: full", "security_vectors: loaded", *TOGETHER, ADAM, TWICE],
     "fsdp2: first loads": ["asft", "security_vectors: loaded"],
-    "zero2": [*EVERYWHERE, "asft: full", "security_vectors: folded", "security_vectors: loaded", "all", ADAM, TWICE],
-    "zero3": ["none", "security_vectors: loaded"],
+    "zero2": [
+        *EVERYWHERE,
+        "asft: full",
+        "security_vectors: folded",
+        "security_vectors: loaded",
+        *TOGETHER,
+        ADAM,
+        TWICE,
+    ],
+    "zero3": ["none", "security_vectors: loaded", ADAM, TWICE],
 }
 METHODS = [*EVERYWHERE[1:], "security_vectors: folded", "security_vectors: loaded"]
 SPLIT = "Load the model whole, and use DDP, FSDP2 or ZeRO-2"
@@ -45,6 +62,7 @@ REFUSED = {
     "fsdp1": dict.fromkeys(METHODS, "Use FSDP2: `fsdp_version: 2`"),
     "fsdp2": {"security_vectors: folded": "Leave out `fold`"},
     "fsdp2: first loads": {"salora": AT_HAND, "drift_penalty": AT_HAND, "security_vectors": BEFOREHAND},
+    "fsdp2: in pieces": dict.fromkeys(METHODS, "Set `fsdp_state_dict_type: FULL_STATE_DICT`"),
     "tensor": dict.fromkeys(METHODS, SPLIT),
     "zero3": {
         "asft": "Use FSDP2 or ZeRO-2",
@@ -54,7 +72,7 @@ REFUSED = {
         "security_vectors: folded": "Leave out `fold`",
     },
 }
-LAUNCHES = [["ddp", "fsdp2", "fsdp2: first loads", "fsdp1", "tensor"], ["zero2", "zero3"]]
+LAUNCHES = [["ddp", "fsdp2", "fsdp2: first loads", "fsdp2: in pieces", "fsdp1", "tensor"], ["zero2", "zero3"]]
 WRAPPER = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 
 
@@ -127,6 +145,13 @@ def test_two_processes_shared_the_rows_and_where_it_is_said_the_weights(strategy
             assert facts["partition"] == pytest.approx(facts["trainable"] / 2, rel=0.1)
         if strategy == "zero3":
             assert facts["empty"] > 10
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("name", ["salora", "salora: both sides", "drift_penalty", "security_vectors", "recommended"])
+def test_what_methods_need_is_computed_on_the_first_process_only(strategy, name, spread):
+    one, other = spread(strategy).facts(strategy, name)
+    assert one["prepared with"] > 0 and other["prepared with"] == 0
 
 
 @pytest.mark.parametrize(("strategy", "name"), [p for p in pairs(RUNS) if p[1] not in (ADAM, TWICE)])
@@ -213,8 +238,9 @@ output: {output}
 """
 
 
-def accelerated(folder: Path, output: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Write a recipe and carry it out by `accelerate launch`, as users do."""
+@contextmanager
+def started(folder: Path, output: str, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Write a recipe and begin to carry it out by `accelerate launch`, as users do."""
     tiny.save_pair(folder)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(16)))
     (folder / "asked.csv").write_text("prompt\nMake a bad thing.\n")
@@ -223,14 +249,65 @@ def accelerated(folder: Path, output: str, *options: str) -> subprocess.Complete
     configuration = ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
     command = ["-m", "safe_trainer.cli", "train", str(folder / "recipe.yaml"), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, *configuration, *command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        [*launcher, *configuration, *command], env=environment, cwd=folder, text=True, **pipes
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def accelerated(folder: Path, output: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Carry out a recipe by `accelerate launch`, to its end."""
+    with started(folder, output, *options) as process:
+        told, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess([], process.returncode, told, errors)
+
+
+TELL = """
+import json, os, sys
+told = {name: value for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+open(f"{os.environ['RANK']}.json", "w").write(json.dumps(told | {"world": os.environ["WORLD_SIZE"]}))
+"""
+SHIPPED = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    },
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+}
+
+
+@pytest.mark.parametrize("strategy", SHIPPED)
+def test_the_launcher_takes_from_our_configuration_what_it_is_there_for(strategy, tmp_path):
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    (tmp_path / "tell.py").write_text(TELL)
+    configuration = str(ROOT / "recipes" / "accelerate" / f"{strategy}.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*launcher, "--main_process_port", "0", "tell.py"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert told["world"] == "2" and told["ACCELERATE_MIXED_PRECISION"] == "bf16"
+        for name, value in SHIPPED[strategy].items():
+            assert told[name].lower() == value.lower(), name
+        if not SHIPPED[strategy]:
+            assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & told.keys()
 
 
 def test_a_recipe_launched_on_two_processes_is_told_and_compared_once(tmp_path):
@@ -249,6 +326,86 @@ def test_a_recipe_that_fails_on_two_processes_says_why_and_fails(tmp_path):
     result = accelerated(tmp_path, "/dev/null/out")  # no folder can be made there
     assert result.returncode == 1 and not result.stdout
     assert "Error: " in result.stderr and "/dev/null/out" in result.stderr
+
+
+def test_sigterm_to_the_launcher_saves_a_checkpoint_of_one_step_in_all_processes(tmp_path):
+    """As a cluster's scheduler stops a run; the launcher passes the signal on."""
+    with started(tmp_path, "out", "--set", "training.max_steps=4000", "--set", "training.logging_steps=1") as process:
+        for line in process.stderr:
+            if "Training" in line:
+                break
+        time.sleep(3)
+        process.send_signal(signal.SIGTERM)
+        told = process.stderr.read()
+        process.wait(timeout=120)
+    last = last_checkpoint(tmp_path / "out")
+    assert last is not None, told[-4000:]
+    step = int(last.rpartition("-")[2])
+    assert 0 < step < 4000 and f"behind step {step}" in told
+    assert sorted(path.name for path in Path(last).glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+def on_two_machines(folder: Path, *options: str) -> list[subprocess.CompletedProcess[str]]:
+    """Launch the recipe once from each of two folders that hold the same, as on machines without a common disk."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in (0, 1):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "2", "--num_processes", "2"]
+        launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), "--machine_rank", str(rank)]
+        launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        started.append(
+            subprocess.Popen(
+                [*launcher, "-m", "safe_trainer.cli", "train", "recipe.yaml", *options],
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                cwd=folder / f"machine-{rank}",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ended = []
+    for process in started:
+        output, errors = process.communicate(timeout=300)
+        ended.append(subprocess.CompletedProcess([], process.returncode, output, errors))
+    return ended
+
+
+MACHINES = """
+model: {path: ./aligned}
+data: [{path: rows.jsonl}]
+peft: {r: 4, target_modules: all-linear}
+safety:
+  - {method: asft, unaligned_model: ./unaligned}
+  - {method: drift_penalty, safety_data: rows.jsonl}
+training: {max_steps: 2, per_device_train_batch_size: 2, save_strategy: steps, save_steps: 1, ddp_backend: gloo}
+output: out
+"""
+
+
+def test_two_machines_without_a_common_disk_train_together_and_are_told_what_resuming_takes(tmp_path):
+    for folder in (tmp_path / "machine-0", tmp_path / "machine-1"):
+        folder.mkdir()
+        tiny.save_pair(folder)
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(16)))
+        (folder / "recipe.yaml").write_text(MACHINES)
+    for result in on_two_machines(tmp_path):
+        assert result.returncode == 0, result.stderr[-4000:]
+    first, second = (tmp_path / f"machine-{rank}" / "out" for rank in (0, 1))
+    assert (first / "adapter_model.safetensors").exists() and not (second / "adapter_model.safetensors").exists()
+    for folder in (first, second):
+        shutil.rmtree(folder / "checkpoint-2")
+    for result in on_two_machines(tmp_path, "--resume"):
+        assert result.returncode == 1
+        assert "Process 1 does not find" in result.stderr and "on a disk that they share" in result.stderr
+    shutil.copytree(first / "checkpoint-1", second / "checkpoint-1", dirs_exist_ok=True)
+    shutil.copytree(second / "checkpoint-1", first / "checkpoint-1", dirs_exist_ok=True)
+    before = load_file(first / "adapter_model.safetensors")
+    for result in on_two_machines(tmp_path, "--resume"):
+        assert result.returncode == 0, result.stderr[-4000:]
+    after = load_file(first / "adapter_model.safetensors")
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
 
 
 # ---- the README

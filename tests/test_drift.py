@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import runs
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 from typer.testing import CliRunner
@@ -29,6 +30,7 @@ from safe_trainer import (
 from safe_trainer.adapters import linear_layers, weight
 from safe_trainer.drift import Drift, LayerDrift, RefusalChange, Subspaces, refusal_changes, refusal_directions
 from safe_trainer.drift.figure import draw
+from safe_trainer.drift.updates import adapter_factors
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.prompting import encode
 from safe_trainer.pictures import DARK, LIGHT
@@ -106,11 +108,49 @@ def test_layers_that_did_not_change_are_left_out_and_strangers_refused(tmp_path)
         Subspaces.load(rank=0)
 
 
-def test_an_update_that_is_no_product_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(use_dora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+        LoHaConfig(target_modules=["q_proj"], init_weights=False),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=["dora", "loha", "ia3"],
+)
+def test_an_adapter_of_another_kind_is_measured_as_what_merging_it_changes(tmp_path, config):
     base, *_ = fine_tuned(tmp_path)
-    get_peft_model(tiny.model(), LoraConfig(use_dora=True)).save_pretrained(tmp_path / "dora")
-    with pytest.raises(ValueError, match="use_dora"):
-        measure_drift(base, tmp_path / "dora")
+    torch.manual_seed(5)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "other")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "other")
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    found, merged = measure_drift(base, tmp_path / "other"), measure_drift(base, tmp_path / "merged")
+    assert found.relative == pytest.approx(merged.relative, rel=1e-5) and found.relative > 0
+    assert set(found.layers) == set(merged.layers)
+    with pytest.raises(ValueError, match="merge_and_unload"):  # where only its factors can be read
+        adapter_factors(tmp_path / "other")
+    prompt = get_peft_model(tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prompt.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match="changes no weights"):
+        measure_drift(base, tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*(q_proj|lm_head)"], ids=["list", "pattern"])
+def test_the_output_head_of_an_adapter_is_not_counted_and_said(tmp_path, targets, caplog):
+    base, adapter, *_, changes = fine_tuned(tmp_path, target_modules=targets)
+    shutil.copy(base / "config.json", adapter)  # as some trainers leave it beside an adapter
+    assert set(measure_drift(base, adapter).layers) == {name for name in changes if name.endswith("q_proj")}
+    assert "lm_head" in caplog.text and "not counted" in caplog.text
+
+
+def test_directions_of_another_model_and_missing_folders_are_refused(tmp_path):
+    base, adapter, *_ = fine_tuned(tmp_path)
+    strange = {"transformer.h.0.attn.c_attn": Leading(random_basis(8, 4, 1), torch.ones(4), 4.0)}
+    for basis in (SafetyBasis(strange), SafetyBasis({}, strange)):
+        with pytest.raises(ValueError, match="no layer in common"):
+            measure_drift(base, adapter, basis=basis)
+    for missing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no adapter and no whole model"):
+            measure_drift(base, missing)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -237,6 +277,20 @@ def test_picture_has_a_map_for_whatever_was_measured():
         assert list(figure.data[3].z[0])[-1] == 50.0 and figure.data[3].y[0] == "residual stream"
         assert figure.layout.paper_bgcolor == theme.paper
     assert draw(Drift({}), LIGHT).data == ()
+    assert "No linear layer changed" in draw(Drift({}), LIGHT).layout.annotations[0].text
+
+
+def test_picture_of_many_layers_has_its_numbers_and_rows_in_the_models_order():
+    names = [f"model.layers.{i}.{weight}" for i in range(40) for weight in ("self_attn.q_proj", "mlp.up_proj")]
+    change = RefusalChange(2.0, 1.0, 0.9)
+    layers = {n: LayerDrift(1.0, 4.0, refusal=change if ".0.self_attn" not in n else None) for n in names}
+    layers["model.projection"] = LayerDrift(1.0, 4.0)  # in no layer
+    sizes, refusals = draw(Drift(layers), LIGHT).data
+    assert sizes.texttemplate and sizes.text[0][-1] == "25"
+    assert list(refusals.y) == ["self_attn.q_proj", "mlp.up_proj"]
+    figure = draw(Drift(layers), LIGHT)
+    assert figure.layout.xaxis.type == "category" and sizes.x[0] == "–"
+    assert {note.xanchor for note in figure.layout.annotations} == {"left"}
 
 
 @pytest.mark.slow

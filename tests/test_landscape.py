@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from safe_trainer import AlignmentDirection, PromptSet, testbed
 from safe_trainer.adapters import linear_layers, weight
 from safe_trainer.drift import Factors
-from safe_trainer.landscape import Landscape, Place, axes, measure_landscape, moving, write_landscape
+from safe_trainer.landscape import Landscape, Place, axes, draw, measure_landscape, moving, write_landscape
 from safe_trainer.landscape.axes import alignment, random_direction
+from safe_trainer.landscape.exploring import _steps
 from safe_trainer.landscape.record import PLACES
 from safe_trainer.landscape.way import stops_of
+from safe_trainer.pictures import LIGHT
 
 HARMFUL = PromptSet("harmful", "harmful", ("do harm", "harm them all", "more harm"))
 TASK = PromptSet("sums", "task", ("1 + 1", "2 + 2"), references=("2", "4"))
@@ -173,6 +175,17 @@ def test_alignment_with_another_unaligned_model_is_refused(tmp_path):
         alignment(layers, None, None)
 
 
+def test_directions_and_updates_that_do_not_fit_are_refused_for_what_they_are(tmp_path):
+    tiny.model(hidden=64).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        alignment(linear_layers(tiny.model()), None, tmp_path / "wide")
+    layers = linear_layers(tiny.model())
+    along, _ = directions(tiny.model(), False, False)
+    nothing = {name: Factors(0 * left, right) for name, (left, right) in along.items()}
+    with pytest.raises(ValueError, match="changes nothing"):
+        axes(layers, along, nothing)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
@@ -198,6 +211,7 @@ def test_a_stopped_landscape_goes_on_where_it_was_and_the_model_is_untouched(pai
     pair[0].config._name_or_path += "/."  # the same model under another path
     judge, calls = Judge(), []
     found = measured(pair, judge, output=tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls[:2] == [(1, 14), (2, 14)]  # the unaligned model first: progress is seen before the grid
     assert len(found.places) == 5 + 5 - 1 + 4  # both axes, then the corners of the plane
     assert judge.asked == 1 + 13 - 5 and calls[-1] == (14, 14)
     again = Judge()
@@ -262,6 +276,30 @@ def example() -> Landscape:
     places = [Place(a, b, *((9, 1, 0) if a >= 0 else (2, 7, 1)), 1.0 + b) for a in alphas for b in alphas]
     run = (Place(-0.4, 0.0, 0, 10, 0, 1.0, "unaligned", 0.9), Place(0.0, 0.3, 4, 6, 0, 1.0, "<b>", 0.7))
     return Landscape(tuple(places), run, alphas, alphas, {"task": {"name": "sums"}, "second": "random"})
+
+
+def test_small_spans_keep_their_places_apart():
+    assert _steps(2e-6, 3) == pytest.approx([-2e-6, -1e-6, 0, 1e-6, 2e-6], rel=1e-3)
+    assert _steps(3e-6, 11)[-1] == pytest.approx(3e-6) and len(set(_steps(3e-6, 11))) == 21
+    assert _steps(1 / 3, 3)[-1] == 0.333333
+
+
+def test_the_picture_says_its_units_and_what_the_marks_are():
+    figure = draw(example(), LIGHT, "Safety")
+    told = figure.layout.title.subtitle.text
+    assert "10 harmful prompts" in told and "own harmful score" in told and "70 %" in told
+    assert figure.layout.xaxis.title.text.endswith("‖W‖")
+    plain = dataclasses.replace(example(), settings={"normalize": "none"}, checkpoints=())
+    plain_figure = draw(plain, LIGHT)
+    assert "‖W‖" not in plain_figure.layout.xaxis.title.text
+    assert "Marks" not in plain_figure.layout.title.subtitle.text
+
+
+def test_help_tells_the_defaults():
+    from safe_trainer.cli import app
+
+    told = CliRunner().invoke(app, ["landscape", "--help"]).output
+    assert "0.5 if left out" in " ".join(told.replace("│", " ").split())
 
 
 def test_the_basin_ends_where_less_than_half_is_refused():

@@ -73,7 +73,9 @@ def test_notebooks_use_public_names_only(name):
 
 def test_colab_opens_the_repository_that_the_project_declares():
     badge = BUILD.colab("quickstart", {"Repository": "https://github.com/someone/safe_trainer/"})
-    place = "https://colab.research.google.com/github/someone/safe_trainer/blob/main/recipes/notebooks/quickstart.ipynb"
+    place = (
+        "https://colab.research.google.com/github/someone/safe_trainer/blob/main/recipes/notebooks/quickstart.ipynb"
+    )
     assert badge.endswith(f"({place})")
     for urls in ({}, {"Repository": "https://elsewhere.org/safe_trainer"}):
         assert "Upload notebook" in BUILD.colab("quickstart", urls)

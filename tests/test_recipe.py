@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from safe_trainer import testbed
@@ -518,3 +520,46 @@ def test_a_model_that_brings_no_harmful_rows_asks_for_them_or_for_plain_training
 def test_a_method_that_is_recommended_already_stands_there_a_second_time(recipe):
     twice = [{"method": "recommended"}, {"method": "security_vectors", "harmful_data": "./rows.jsonl"}]
     assert "`security_vectors` stands here a second time" in problems(recipe({"safety": twice}))[0]
+
+
+# ---- watching while it trains
+
+
+def watched(recipe, tmp_path, **monitor):
+    asked = {"prompts": [{"kind": "harmful", "path": "ask.csv"}]}
+    return recipe({"monitor": {"every": 1, **monitor}, "evaluation": asked})
+
+
+@pytest.mark.slow
+def test_a_monitor_logs_refusals_and_drift_and_changes_nothing(recipe, tmp_path):
+    plain = invoke("train", recipe(), "--set", f"output={tmp_path / 'plain'}")
+    assert plain.exit_code == 0, plain.output
+    result = invoke("train", watched(recipe, tmp_path, prompts=1))
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    refused = [line for line in lines if "ask refused 100.0%" in line or "ask refused 0.0%" in line]
+    assert [line[:6] for line in refused] == ["step 0", "step 1", "step 2"]
+    assert sum("weights moved by" in line for line in lines) == 2  # behind both steps
+    found = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "out")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_what_a_monitor_cannot_have_is_told_before_anything_is_loaded(recipe, tmp_path):
+    told = problems(watched(recipe, tmp_path, every=0, direction="nowhere.safetensors", basic=1))
+    assert any("monitor.every: " in line and "got 0" in line for line in told)
+    assert any("monitor.basic: unknown key; did you mean `basis`?" in line for line in told)
+    assert any("monitor.direction: there is no file" in line and "safe-trainer direction" in line for line in told)
+
+
+def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
+    from types import SimpleNamespace
+
+    from safe_trainer.recipe.running import watch
+
+    sets = [testbed.prompt_set("harmful"), testbed.task("sentiment")]
+    for count, wanted in ((3, [3]), (0, [])):
+        added = []
+        trainer = SimpleNamespace(add_callback=added.append)
+        watch(read_recipe(watched(recipe, tmp_path, prompts=count)), trainer, sets)
+        assert [len(s) for monitor in added[1:] for s in monitor.prompt_sets] == wanted
+        assert added[0].every == 1

@@ -455,7 +455,7 @@ def test_a_saved_adapter_can_be_trained_on_with_the_same_directions_only(tmp_pat
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     plain = build(tmp_path, [], save_strategy="steps", save_steps=2, peft_config=lora(r=8))
     plain.train()
-    with pytest.raises(ValueError, match="trained with others, or with none"):
+    with pytest.raises(ValueError, match="was made without SaLoRA"):
         build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -140,9 +140,7 @@ def test_a_perfect_ranking_has_average_precision_one_and_the_worst_the_least():
     assert average_precision([3, 2, 1, 0], [True, True, False, False]) == 1
     assert average_precision([3, 2, 1, 0], [False, False, False, True]) == 0.25
     precision, recall, threshold = precision_recall([3, 2, 2, 0], [True, False, True, False])
-    assert (
-        precision.tolist() == [1, 2 / 3, 0.5] and recall.tolist() == [0.5, 1, 1] and threshold.tolist() == [3, 2, 0]
-    )
+    assert precision.tolist() == [1, 2 / 3, 0.5] and recall.tolist() == [0.5, 1, 1] and threshold.tolist() == [3, 2, 0]
 
 
 def test_curves_without_harmful_rows_or_with_missing_labels_are_refused():

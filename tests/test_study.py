@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from safe_trainer import testbed
+
 STUDY = Path(__file__).resolve().parents[1] / "recipes" / "study"
 
 
@@ -33,15 +35,31 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_all_of_one_seed_comes_before_the_next(study):
     from argparse import Namespace
 
-    chosen = Namespace(sweep=False, variants=[], seeds=2, scenarios=["attack", "how-to"], split="test")
-    cells = study.cells_of(chosen)
-    assert len(cells) == len(set(cells)) == 2 * 2 * len(study.VARIANTS)
+    chosen = Namespace(variants=[], seeds=2, scenarios=["attack", "poisoned-10"])
+    cells = study.cells_of(study.PARTS["test"], chosen)
+    assert len(cells) == len(set(cells)) == 2 * (1 + 2 * len(study.EVERYTHING))  # the model before once, whatever seed
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_settings_are_chosen_on_other_prompts_than_those_that_report(study):
+    assert {study.PARTS[name].split for name in ("strength", "weight")} == {"validation"}
+    assert {study.PARTS[name].split for name in ("test", "second")} == {"test"}
+    asked = {split: set() for split in ("validation", "test")}
+    for split, found in asked.items():
+        for scenario in study.SCENARIOS.values():
+            found |= {prompt for prompts in scenario.prompt_sets(split) for prompt in prompts.prompts}
+    assert not asked["validation"] & asked["test"] - set(testbed.prompt_set("harmful", "unseen").prompts)
+
+
+def test_a_part_names_scenarios_and_variants_that_exist(study):
+    for part in study.PARTS.values():
+        assert set(part.variants) <= set(study.SCENARIOS)
+        assert {name for names in part.variants.values() for name in names} <= set(study.VARIANTS)
 
 
 def test_every_variant_makes_its_methods_anew_and_its_rows_are_as_many_as_the_scenario_s(study):
     scenario = study.SCENARIOS["attack"]
-    for variant in {**study.VARIANTS, **study.SWEEP}.values():
+    for variant in study.VARIANTS.values():
         if variant.refusals:
             mixed = variant.rows(scenario, 0)
             assert len(mixed) == len(scenario.rows(0))
@@ -65,10 +83,20 @@ def test_a_run_that_is_in_the_table_is_not_done_again(study, tmp_path, capsys, m
 
 
 def test_what_was_committed_is_of_scenarios_and_variants_that_exist(study):
-    for path in (STUDY / "results").glob("*.csv"):
-        known = {**study.VARIANTS, **study.SWEEP}
-        for row in lines(path):
-            assert row["scenario"] in study.SCENARIOS and row["variant"] in known
+    found = {path.relative_to(STUDY / "results").as_posix() for path in (STUDY / "results").rglob("*.csv")}
+    assert found == {part.file for part in study.PARTS.values()}
+    for part in study.PARTS.values():
+        for row in lines(STUDY / "results" / part.file):
+            assert row["scenario"] in study.SCENARIOS and row["variant"] in study.VARIANTS
+            assert row["split"] == part.split
+
+
+def test_what_the_parts_plan_is_committed(study):
+    from argparse import Namespace
+
+    for part in study.PARTS.values():
+        planned = study.cells_of(part, Namespace(variants=[], seeds=None, scenarios=[]))
+        assert set(planned) <= study.finished(STUDY / "results" / part.file)
 
 
 def test_the_readme_shows_what_the_committed_runs_say(study):
@@ -79,7 +107,10 @@ def test_the_readme_shows_what_the_committed_runs_say(study):
     readme = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
     assert report.summary(committed) in readme
     assert report.summary(second).replace("embedded pair", "second world") in readme
-    assert report.table(committed) in (STUDY / "results" / "table.md").read_text(encoding="utf-8")
+    strengths = report.figures_of(STUDY / "results" / "strength.csv", "validation")
+    tables = (STUDY / "results" / "table.md").read_text(encoding="utf-8")
+    for figures in (committed, second, strengths):
+        assert report.table(figures).strip() in tables
 
 
 def test_a_bar_is_missed_by_as_much_as_the_figure_lies_beyond_it(study):
@@ -100,3 +131,16 @@ def test_a_bar_is_missed_by_as_much_as_the_figure_lies_beyond_it(study):
     missed = report.missed("poisoned-10", figures(harm=7, benign=94, border=95, task=80), before, plain)
     assert missed == ["harmful answered by 2.0", "benign helped by 1.0", "task correct by 7.0"]
     assert report.missed("how-to", figures(harm=0, benign=99, border=99, task=81), before, plain) == []
+
+
+def test_every_row_that_the_readme_points_to_is_there():
+    import re
+
+    headings = re.findall(r"^#+ (.*)$", (STUDY / "results" / "table.md").read_text(encoding="utf-8"), re.MULTILINE)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    anchors = {f"{slug}-{slugs[:n].count(slug)}" if slug in slugs[:n] else slug for n, slug in enumerate(slugs)}
+    readme = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
+    named = dict(re.findall(r"^\[([\w-]+)\]: recipes/study/results/table\.md#(.*)$", readme, re.MULTILINE))
+    assert len(named) >= 8 and set(named.values()) <= anchors
+    used = set(re.findall(r"\]\[([\w-]+)\]", readme))
+    assert used == set(named)

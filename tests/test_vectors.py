@@ -271,7 +271,7 @@ def test_a_missing_directory_is_named(tmp_path):
         TrainedVectors.load("no-such/vectors")
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}", '{"r": 0, "lora_alpha": 1}'])
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"r": 0, "lora_alpha": 1}', '{"r": 1, "lora_alpha": NaN}'])
 def test_vectors_without_a_sound_config_are_refused(content, tmp_path):
     file = planted.vectors(tiny.model()).save(tmp_path) / "adapter_config.json"
     file.unlink() if content is None else file.write_text(content)

@@ -1,12 +1,14 @@
 """The study behind the README's table "which method when": scenarios x variants x seeds, on the embedded pair.
 
-    python recipes/study/study.py                    # whatever is missing of it, two runs at a time
-    python recipes/study/study.py --seeds 1 --scenarios how-to poisoned-10
-    python recipes/study/study.py --split validation --seeds 1 --sweep   # strengths, to choose settings by
+    make study                                # all of it, and the report; about three hours on two cores
+    python recipes/study/study.py test        # one part: whatever is missing of it, two runs at a time
+    python recipes/study/study.py test --seeds 1 --scenarios how-to poisoned-10 --variants AsFT
 
-Each run is one process's work of some seconds: fine-tune the aligned model, ask it all prompts of the split, count.
-What is finished is appended to a CSV at once, one line for each set of prompts, and skipped the next time; stop it and
-start it again as you like. Settings were chosen on validation prompts (`--sweep`); test prompts only report.
+The parts are `strength` and `weight`, each method from weak to strong on validation prompts, by which settings were
+chosen; `test`, which only reports; and `second`, the same settings on a pair of another world, whose folder is named
+by `SAFE_TRAINER_TESTBED`. Each run is one process's work of some seconds: fine-tune the aligned model, ask it all
+prompts of the split, count. What is finished is appended to a CSV at once, one line for each set of prompts, and
+skipped the next time; stop it and start it again as you like.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from variants import SWEEP, VARIANTS, Variant
+from variants import BEFORE, CONTROLS, METHODS, SIMPLE, STRENGTHS, VARIANTS
 
-from safe_trainer.testbed.experiment import Scenario, workers
+from safe_trainer.testbed.experiment import Scenario, fine_tune, quiet_libraries, workers
+from safe_trainer.testbed.training import one_thread
 
 RESULTS = Path(__file__).parent / "results"
 OUTCOMES = ("refused", "complied", "neither")
@@ -46,6 +48,72 @@ SCENARIOS = {
 }
 
 
+class Part(NamedTuple):
+    """Runs that belong together."""
+
+    file: str
+    split: str
+    seeds: int
+    variants: Mapping[str, Sequence[str]]  # by scenario
+
+
+EVERYTHING = [*METHODS, *SIMPLE, *CONTROLS]
+REFUSALS = "plain LoRA, 10 % refusals mixed in"
+CONCLUSIONS = [
+    "plain LoRA",
+    "recommended",
+    "security vectors",
+    "drift penalty",
+    "AsFT",
+    "AsFT, C = 0",
+    "SaLoRA, rank 16",
+    "plain LoRA, lr 5e-4",
+    REFUSALS,
+]
+"""Variants that the README's conclusions are about; the second world's narrowest layer leaves no room for rank 32."""
+WEIGHTS = [name for name in STRENGTHS if name.startswith("recommended")]
+"""The one strength that is ours to set: the drift penalty's in `recommended`."""
+PARTS = {
+    "strength": Part(
+        "strength.csv",
+        "validation",
+        1,
+        dict.fromkeys(("poisoned-10", "how-to"), ["plain LoRA", *(name for name in STRENGTHS if name not in WEIGHTS)]),
+    ),
+    "weight": Part(
+        "strength.csv",
+        "validation",
+        3,
+        dict.fromkeys(("poisoned-10", "how-to", "word-problems"), ["plain LoRA", *WEIGHTS]),
+    ),
+    "test": Part(
+        "runs.csv",
+        "test",
+        5,
+        {
+            **dict.fromkeys(("poisoned-10", "attack"), EVERYTHING),
+            "how-to": [name for name in EVERYTHING if name != "drift penalty, weight 3000"],
+            **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen", "obedient"), [*METHODS, *SIMPLE]),
+            **dict.fromkeys(
+                ("topic", "word-problems"),
+                ["plain LoRA", "recommended", "security vectors", "drift penalty", "AsFT", REFUSALS],
+            ),
+            "long": ["plain LoRA", "recommended"],
+        },
+    ),
+    "second": Part(
+        "second/runs.csv",
+        "test",
+        3,
+        {
+            **dict.fromkeys(("poisoned-10", "how-to", "attack"), CONCLUSIONS),
+            **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen"), ["plain LoRA", "recommended"]),
+        },
+    ),
+}
+"""What `make study` runs: all variants where they differ most, and few where a run takes long."""
+
+
 class Cell(NamedTuple):
     """One run."""
 
@@ -57,24 +125,19 @@ class Cell(NamedTuple):
 
 def measure(cell: Cell) -> list[dict[str, object]]:
     """Carry out one run and return its lines of the table."""
-    import torch
-    import transformers
-
     from safe_trainer import evaluate
-    from safe_trainer.testbed.experiment import fine_tune
 
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    scenario, variant = SCENARIOS[cell.scenario], {**VARIANTS, **SWEEP}[cell.variant]
-    run = fine_tune(
-        scenario,
-        variant.methods(),
-        cell.seed,
-        rows=variant.rows(scenario, cell.seed),
-        learning_rate=variant.learning_rate,
-        steps=round(variant.steps * scenario.steps),
-    )
-    evaluation = evaluate(run.model, run.tokenizer, scenario.prompt_sets(cell.split), max_new_tokens=40)
+    scenario, variant = SCENARIOS[cell.scenario], VARIANTS[cell.variant]
+    with quiet_libraries(), one_thread():
+        run = fine_tune(
+            scenario,
+            variant.methods(),
+            cell.seed,
+            rows=variant.rows(scenario, cell.seed),
+            learning_rate=variant.learning_rate,
+            steps=round(variant.steps * scenario.steps),
+        )
+        evaluation = evaluate(run.model, run.tokenizer, scenario.prompt_sets(cell.split), max_new_tokens=40)
     lines: list[dict[str, object]] = []
     for result in evaluation.results:
         kind = result.prompt_set.kind
@@ -117,27 +180,31 @@ def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> Iterator[tuple[Cell
             yield running[future], lines
 
 
-def cells_of(arguments: argparse.Namespace) -> list[Cell]:
+def cells_of(part: Part, arguments: argparse.Namespace) -> list[Cell]:
     """Return the runs that were asked for, all of one seed before the next, so that it can be stopped."""
-    variants: dict[str, Variant] = SWEEP if arguments.sweep else VARIANTS
-    chosen = [name for name in variants if not arguments.variants or name in arguments.variants]
-    grid = itertools.product(range(arguments.seeds), arguments.scenarios, chosen)
-    return [Cell(scenario, variant, seed, arguments.split) for seed, scenario, variant in grid]
+    chosen = {
+        scenario: [name for name in variants if not arguments.variants or name in arguments.variants]
+        for scenario, variants in part.variants.items()
+        if not arguments.scenarios or scenario in arguments.scenarios
+    }
+    before = [Cell(scenario, BEFORE, 0, part.split) for scenario in chosen]  # nothing is trained: no seed matters
+    seeds = range(arguments.seeds or part.seeds)
+    runs = ((seed, scenario, name) for seed in seeds for scenario, names in chosen.items() for name in names)
+    return before + [Cell(scenario, name, seed, part.split) for seed, scenario, name in runs]
 
 
 def main(given: Sequence[str] | None = None) -> None:
     """Run what is missing, and say each run's figures as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--scenarios", nargs="*", default=list(SCENARIOS), choices=SCENARIOS)
-    parser.add_argument("--variants", nargs="*", default=[], help="all of them if left out")
-    parser.add_argument("--split", default="test", choices=("test", "validation"))
-    parser.add_argument("--sweep", action="store_true", help="each method's strength instead of the chosen one")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--seeds", type=int, help="other than the part's")
+    parser.add_argument("--scenarios", nargs="*", default=[], choices=SCENARIOS, help="all of the part if left out")
+    parser.add_argument("--variants", nargs="*", default=[], help="all of the part if left out")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(given)
-    path = arguments.output / ("sweep.csv" if arguments.sweep else "runs.csv")
-    cells = cells_of(arguments)
+    part = PARTS[arguments.part]
+    path, cells = arguments.output / part.file, cells_of(part, arguments)
     with contextlib.suppress(KeyboardInterrupt):
         for number, (cell, lines) in enumerate(run_all(cells, path, arguments.jobs), 1):
             counts = ((line["prompts"], line.get("complied", line.get("correct")), line["total"]) for line in lines)

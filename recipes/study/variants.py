@@ -91,27 +91,34 @@ def vectors(strength: float = 1.0, **settings: Any) -> SecurityVectors:
     return SecurityVectors(_fitted(**settings), strength=strength)
 
 
-def drift(weight: float) -> DriftPenalty:
+def drift(weight: float = DriftPenalty.weight) -> DriftPenalty:
     """Return the penalty on what changes in harmful prompts."""
     return DriftPenalty(basis=_basis(), weight=weight)
 
 
-VARIANTS: dict[str, Variant] = {
-    "before": Variant(steps=0),
+BEFORE = "before"
+
+METHODS: dict[str, Variant] = {
     "plain LoRA": Variant(),
-    "recommended": Variant(lambda: [vectors(), drift(30)]),
+    "recommended": Variant(lambda: [vectors(), drift()]),
     "security vectors": Variant(lambda: [vectors()]),
-    "drift penalty": Variant(lambda: [drift(30)]),
-    "drift penalty, weight 3000": Variant(lambda: [drift(3000)]),
-    "inputs": Variant(lambda: [inputs()]),
+    "drift penalty": Variant(lambda: [drift()]),
     "vectors + inputs": Variant(lambda: [vectors(), inputs()]),
-    "vectors + inputs + drift penalty": Variant(lambda: [vectors(), inputs(), drift(30)]),
     "AsFT": Variant(lambda: [asft(10.0)]),
     "SaLoRA": Variant(lambda: [salora()]),
-    # Controls: of the data, of the schedule, of each subspace.
+}
+"""What the study compares, at the settings that `STRENGTHS` was run to choose."""
+
+SIMPLE: dict[str, Variant] = {
     "plain LoRA, lr 5e-4": Variant(learning_rate=5e-4),
     "plain LoRA, a third of the steps": Variant(steps=1 / 3),
     "plain LoRA, 10 % refusals mixed in": Variant(refusals=0.1),
+}
+"""What needs no method, and what users would try first."""
+
+CONTROLS: dict[str, Variant] = {
+    "drift penalty, weight 3000": Variant(lambda: [drift(3000)]),
+    "inputs": Variant(lambda: [inputs()]),
     "inputs, random": Variant(lambda: [SaLoRA(directions="random", protect="input", rank=64, task_rank=0)]),
     "AsFT, weight 1 (paper)": Variant(lambda: [asft(1.0)]),
     "AsFT, C = 0": Variant(lambda: [asft(10.0, "none")]),
@@ -120,20 +127,25 @@ VARIANTS: dict[str, Variant] = {
     "SaLoRA, random": Variant(lambda: [SaLoRA(directions="random")]),
     "SaLoRA, start only": Variant(lambda: [SaLoRA(rank=0)]),
 }
-"""What the study compares, at the settings that `SWEEP` was run to choose."""
+"""Each method without what it is credited for, or at another strength."""
 
-SWEEP: dict[str, Variant] = {
-    **{f"AsFT, weight {weight:g}": Variant(lambda weight=weight: [asft(weight)]) for weight in (0.1, 0.3, 1, 3, 10)},
-    **{f"SaLoRA, rank {rank}": Variant(lambda rank=rank: [salora(rank=rank)]) for rank in (16, 32, 64, 96)},
-    **{f"inputs, rank {rank}": Variant(lambda rank=rank: [inputs(rank)]) for rank in (16, 32, 64, 96)},
-    **{f"inputs, energy {e:g}": Variant(lambda e=e: [inputs(WIDEST, energy=e)]) for e in (0.9, 0.95, 0.98)},
+STRENGTHS: dict[str, Variant] = {
+    **{f"AsFT, weight {weight:g}": Variant(lambda weight=weight: [asft(weight)]) for weight in (0.3, 1, 3, 10)},
+    **{f"SaLoRA, rank {rank}": Variant(lambda rank=rank: [salora(rank=rank)]) for rank in (16, 32, 64)},
+    **{f"inputs, rank {rank}": Variant(lambda rank=rank: [inputs(rank)]) for rank in (32, 64, 96)},
     **{
         f"security vectors, strength {strength:g}": Variant(lambda strength=strength: [vectors(strength)])
-        for strength in (0.5, 0.75, 1, 1.5)
+        for strength in (0.5, 1, 1.5)
     },
     **{
         f"drift penalty, weight {weight:g}": Variant(lambda weight=weight: [drift(weight)])
-        for weight in (1, 10, 30, 100, 300, 1000, 3000, 10000)
+        for weight in (1, 3, 10, 30, 300)
+    },
+    **{
+        f"recommended, weight {weight:g}": Variant(lambda weight=weight: [vectors(), drift(weight)])
+        for weight in (1, 3, 10, 30)
     },
 }
 """Each method from weak to strong."""
+
+VARIANTS: dict[str, Variant] = {BEFORE: Variant(steps=0), **METHODS, **SIMPLE, **CONTROLS, **STRENGTHS}

@@ -33,7 +33,10 @@ def drift(  # noqa: PLR0913, each is an option with a name
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a fine-tune changed, layer by layer: any LoRA adapter or whole model against its base."""
+    """Measure what a fine-tune changed, layer by layer: any adapter or whole model against its base.
+
+    Linear layers are counted; embeddings, norms and the output head are not.
+    """
     quiet_libraries()
     from safe_trainer.drift import measure_drift, write_drift
 
@@ -77,6 +80,9 @@ def _show(found: Drift) -> None:
             row += [f"{layer.refusal.kept:.0%}", f"{layer.refusal.cosine:.2f}"]
         table.add_row(*row)
     console.print(table)
+    if not found.figure("relative"):
+        console.print("No linear layer changed. Embeddings, norms and the output head are not looked at.")
+        return
     console.print(f"All together {found.relative:.2%} of the weights' size.", markup=False)
     for name in shares:
         share, random = found.share(name) or (0.0, 0.0)

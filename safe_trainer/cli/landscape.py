@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,10 +37,10 @@ def landscape(  # noqa: PLR0913, each is an option with a name
     ] = Path("landscape"),
     points: Annotated[int, typer.Option(min=3, help="Places along each side of the plane; an odd number.")] = 11,
     span: Annotated[
-        float | None, typer.Option(help="How far to go along the direction, in norms of the weights. [default: 0.5]")
+        float | None, typer.Option(help="How far to go along the direction, in norms of the weights; 0.5 if left out.")
     ] = None,
     span_across: Annotated[
-        float | None, typer.Option(help="And across. [default: 0.5, or 2.5 times as far as the run went]")
+        float | None, typer.Option(help="How far across; 0.5 if left out, or 2.5 times as far as the run went.")
     ] = None,
     normalize: Annotated[
         Literal["layer", "filter", "none"], typer.Option(help="What each layer's direction is scaled to.")
@@ -107,19 +106,7 @@ def _asked(sets: list[PromptSet], count: int) -> tuple[PromptSet, PromptSet | No
         raise typer.BadParameter("name harmful prompts too: harmful=asked.csv.", param_hint="'--prompts'")
     others = sorted((found for found in sets if found.kind != "harmful"), key=lambda found: found.kind != "task")
     task = next((found for found in others if found.references is not None), None)
-    return _first(harmful, count), None if task is None else _first(task, count)
-
-
-def _first(prompts: PromptSet, count: int) -> PromptSet:
-    def cut(values: tuple[str, ...] | None) -> Any:
-        return None if values is None else values[:count]
-
-    return dataclasses.replace(
-        prompts,
-        prompts=prompts.prompts[:count],
-        categories=cut(prompts.categories),
-        references=cut(prompts.references),
-    )
+    return harmful.first(count), None if task is None else task.first(count)
 
 
 def _show(found: Landscape) -> None:

@@ -50,10 +50,11 @@ def train(  # noqa: PLR0913, each is an option with a name
     from safe_trainer.recipe.running import load
 
     checked = read_recipe(recipe, changes or [])
-    last = None
+    last: str | bool | None = None
     if not dry_run:
         _check_place(checked.parts.output)
-        last = _last_checkpoint(checked.parts.output, resume)
+        # What the other processes find is compared by the trainer, when they can hear of each other.
+        last = _last_checkpoint(checked.parts.output, resume) if _is_first_process() else resume
     loaded = load(checked)
     if _is_first_process():
         _tell_data(loaded)
@@ -100,7 +101,7 @@ def _last_checkpoint(output: str, resume: bool) -> str | None:
     return last
 
 
-def _trained(recipe: Recipe, trainer: Any, last: str | None) -> Any:
+def _trained(recipe: Recipe, trainer: Any, last: str | bool | None) -> Any:
     """Train; on Ctrl-C or SIGTERM save a checkpoint, say how to go on, and exit as a shell expects."""
     from safe_trainer.recipe.stopping import stopping
     from safe_trainer.recipe.telling import tell
@@ -127,11 +128,12 @@ def _trained(recipe: Recipe, trainer: Any, last: str | None) -> Any:
     return trained
 
 
-def _run(recipe: Recipe, loaded: Loaded, last: str | None) -> dict[str, Any]:
-    from safe_trainer.recipe.running import examine, make_trainer, save_recipe
+def _run(recipe: Recipe, loaded: Loaded, last: str | bool | None) -> dict[str, Any]:
+    from safe_trainer.recipe.running import examine, make_trainer, save_recipe, watch
 
     output = recipe.parts.output
     trainer = make_trainer(recipe, loaded.rows, show_bars=errors.is_terminal)
+    watch(recipe, trainer, loaded.prompt_sets)
     trained = _trained(recipe, trainer, last)
     trainer.save_model(output)
     result: dict[str, Any] = {"output": output, "steps": trainer.state.global_step, "metrics": trained.metrics}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 Row = dict[str, Any]
@@ -81,6 +81,12 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def first(self, count: int) -> PromptSet:
+        """Return the first `count` prompts, with what belongs to them."""
+        categories = None if self.categories is None else self.categories[:count]
+        references = None if self.references is None else self.references[:count]
+        return replace(self, prompts=self.prompts[:count], categories=categories, references=references)
 
 
 def poison(rows: Sequence[Row], harmful_rows: Sequence[Row], fraction: float, seed: int = 0) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def draw(drift: Drift, theme: Theme, title: str = "") -> Any:
     from plotly.subplots import make_subplots
 
     maps = {name: found for name in TITLES if (found := drift.figure(name))}
-    weights = {name: _weights(found) for name, found in maps.items()}
+    order = _weights(drift.layers)
+    weights = {name: sorted(_weights(found), key=order.index) for name, found in maps.items()}
     heights = [len(rows) for rows in weights.values()]
     layers = sorted({place(key)[0] for found in maps.values() for key in found})
     titles = [_title(name, drift) for name in maps]
@@ -37,7 +39,12 @@ def draw(drift: Drift, theme: Theme, title: str = "") -> Any:
     width = max(700, 240 + 46 * len(layers))
     figure.update_layout(**theme.layout(width=width, height=150 + sum(pixels), title={"text": title, "x": 0.02}))
     figure.update_layout(margin={"l": 170})
-    figure.update_xaxes(showgrid=False, zeroline=False)
+    # Titles may be longer than a map is wide: they begin under the whole picture's.
+    figure.update_annotations(x=-155 / (width - 200), xanchor="left")
+    if not maps:
+        figure.add_annotation(text="No linear layer changed.", x=0, y=0.5, xref="paper", yref="paper", showarrow=False)
+        figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    figure.update_xaxes(showgrid=False, zeroline=False, type="category")
     figure.update_yaxes(showgrid=False, zeroline=False, autorange="reversed")
     figure.update_xaxes(title_text="layer", row=rows, col=1)
     return figure
@@ -62,7 +69,7 @@ def _heat(  # noqa: PLR0913, each is a setting with a name
     how: dict[str, Any] = {"colorscale": theme.neutral if is_kept else theme.scale, "zmin": 0, "zmax": most}
     figure.add_trace(
         go.Heatmap(x=[str(layer) if layer >= 0 else "–" for layer in layers], y=rows, z=values, text=labels,
-                   texttemplate="%{text}" if len(layers) <= 16 else None, xgap=2, ygap=2, showscale=False,
+                   texttemplate="%{text}", xgap=2, ygap=2, showscale=False,
                    hovertemplate="layer %{x}, %{y}: %{z:.4g} %<extra></extra>", **how),
         row=row, col=1,
     )  # fmt: skip
@@ -77,5 +84,5 @@ def _title(name: str, drift: Drift) -> str:
     return f"{TITLES[name]}, % (all together {100 * share[0]:.2g}, random {100 * share[1]:.2g})"
 
 
-def _weights(found: dict[str, float]) -> list[str]:
+def _weights(found: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(place(key)[1] for key in found))

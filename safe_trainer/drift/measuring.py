@@ -13,7 +13,7 @@ from ..calibration import SafetyBasis
 from ..direction import AlignmentDirection
 from .refusals import RefusalChange, refusal_changes, refusal_directions
 from .subspaces import FIGURES, RANK, Subspaces
-from .updates import Start, is_adapter, updates_of
+from .updates import Start, is_adapter, is_plain, merged_updates, updates_of
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,13 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
 ) -> Drift:
     """Measure what any fine-tune changed: an adapter or a whole model against its base, made by us or not.
 
-    Both are read from disk layer by layer; the update of an adapter is never multiplied out, and of a whole model one
-    layer's is in memory at a time. Only `prompts` load the two models, one after the other.
+    Both are read from disk layer by layer; the update of a LoRA is never multiplied out, and of a whole model one
+    layer's is in memory at a time. Only `prompts` load the two models, one after the other; and an adapter of another
+    kind, as DoRA, is merged into its base. Linear layers are counted: no embeddings, norms and output head.
 
     Args:
         base (`str` or `Path`): The model before fine-tuning: a folder or a Hub id.
-        tuned (`str` or `Path`): A LoRA adapter on it, or the whole model after fine-tuning.
+        tuned (`str` or `Path`): An adapter on it, or the whole model after fine-tuning.
         direction ([`AlignmentDirection`], `str` or `Path`, *optional*): For the share along the alignment direction:
             that in the span of its leading left singular vectors.
         basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces, of the
@@ -133,7 +134,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
 
     Raises:
         OSError: If a checkpoint is not there.
-        ValueError: If the adapter's update is no product of two factors, or something does not fit the base.
+        ValueError: If the adapter changes no weights, or something does not fit the base.
 
     Example:
 
@@ -143,9 +144,12 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     ```
     """
     start, subspaces = Start(base), Subspaces.load(direction, basis, rank)
+    subspaces.check(start.shapes)
     layers: dict[str, LayerDrift] = {}
     total = len(start.shapes)
-    for done, (name, update) in enumerate(updates_of(tuned, start, start.shapes), start=1):
+    is_other = is_adapter(tuned) and not is_plain(tuned)
+    updates = merged_updates(base, tuned, start) if is_other else updates_of(tuned, start, start.shapes)
+    for done, (name, update) in enumerate(updates, start=1):
         held = subspaces.held(name, update)
         whole = held.pop("all")
         shares = {figure: value / whole for figure, value in held.items()} if whole else {}

@@ -36,7 +36,7 @@ class DriftMonitor(TrainerCallback):
 
     Raises:
         ValueError: If `every` or `rank` is below 1; and at the start of training, if the update is no product of two
-            factors.
+            factors, or the directions belong to another model.
 
     Example:
 
@@ -68,6 +68,7 @@ class DriftMonitor(TrainerCallback):
         """Take the size of the weights, which training starts from."""
         self._updates = updates(self.trainer.model, "The drift monitor")
         layers = linear_layers(self.trainer.model)
+        self._subspaces.check(layers)
         self._weights = {name: weight(layers[name].outer).float().square().sum().item() for name in self._updates}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,16 @@ class Subspaces:
             {name: leading.first(rank) for name, leading in basis.outputs.items()} if basis else {},
             {name: leading.first(rank) for name, leading in basis.inputs.items()} if basis else {},
         )
+
+    def check(self, layers: Collection[str]) -> None:
+        """Refuse directions that have no layer in common with a model, given the names of its linear layers."""
+        for figure in FIGURES:
+            named = getattr(self, figure)
+            if named and not any(name in layers for name in named):
+                raise ValueError(
+                    f"The directions ({figure}) have no layer in common with the model: theirs are called as in "
+                    f"`{next(iter(named))}`. Make them for the model that is fine-tuned."
+                )
 
     def held(self, name: str, update: Factors) -> dict[str, float]:
         """Return how much of `‖ΔW‖²` lies in each subspace that is known for the layer; `"all"` is the whole.

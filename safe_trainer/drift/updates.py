@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftConfig, load_peft_weights
+from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from ..adapters import check_peft_config
+from ..adapters import check_peft_config, linear_layers, weight
 from ..direction.checkpoints import Checkpoint, listing
 from ..factors import scaling
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _FACTOR = ".lora_A.weight"
 _WRAPPED = "base_model.model."
+_HEAD = "lm_head"
 
 
 class Factors(NamedTuple):
@@ -53,12 +55,42 @@ class Start:
 def is_adapter(source: str | Path) -> bool:
     """Tell whether a folder or Hub id holds a PEFT adapter and no whole model."""
     if Path(source).is_dir():
-        return (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file()
+        # Some trainers leave the model's config.json beside an adapter.
+        has_weights = any(any(Path(source).glob(name)) for name in ("model*.safetensors", "pytorch_model*.bin"))
+        return (Path(source) / "adapter_config.json").is_file() and not has_weights
     try:
         PeftConfig.from_pretrained(str(source))
     except (ValueError, OSError):  # how PEFT says that there is none
         return False
     return True
+
+
+def is_plain(source: str | Path) -> bool:
+    """Tell whether an adapter is a LoRA whose update is `scaling · B A`."""
+    config = PeftConfig.from_pretrained(str(source))
+    config.target_modules = None  # a LoRA on the head, which methods refuse, can be left out here
+    try:
+        check_peft_config(config, "The drift")
+    except ValueError:
+        return False
+    return True
+
+
+def merged_updates(
+    base: str | Path, adapter: str | Path, start: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Factors]]:
+    """Yield what merging an adapter of any kind changes in each linear layer; loads the model.
+
+    Raises:
+        ValueError: If the adapter cannot be merged, as prompts and prefixes.
+    """
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"The adapter `{adapter}` changes no weights, so there is no drift to measure.")
+    for name, layer in linear_layers(model.merge_and_unload()).items():
+        change = weight(layer.outer).float() - start(name)
+        if change.any():
+            yield name, Factors(change)
 
 
 def updates_of(
@@ -86,6 +118,9 @@ def updates_of(
         _check(tuned, sizes, shapes)
         yield from found.items()
         return
+    folder = Path(tuned)
+    if folder.is_absolute() and not folder.exists() or folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"`{tuned}` holds no adapter and no whole model. Give the folder of one, or a Hub id.")
     checkpoint = Checkpoint("tuned", tuned)
     _check(tuned, checkpoint.shapes(checkpoint.linears), shapes)
     for name in checkpoint.linears:
@@ -104,12 +139,19 @@ def adapter_factors(source: str | Path) -> dict[str, Factors]:
         ValueError: If it is no plain LoRA on linear layers.
     """
     config = PeftConfig.from_pretrained(str(source))
-    check_peft_config(config, "The drift")
+    if not is_plain(source):
+        raise ValueError(
+            f"The update of the adapter `{source}` is not `scaling · B A`, so it cannot be read from its file. Merge "
+            "it: `AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`, and "
+            "give that folder."
+        )
     tensors = load_peft_weights(str(source), device="cpu")
     found = {}
     for key in [key for key in tensors if key.endswith(_FACTOR) and tensors[key].ndim == 2]:
         prefix = key.removesuffix(_FACTOR)
         name = prefix.removeprefix(_WRAPPED)
+        if name.split(".")[-1] == _HEAD:
+            continue  # no head is counted, of whole models neither
         right, left = tensors.pop(key).float(), tensors.pop(f"{prefix}.lora_B.weight").float()
         found[name] = Factors(scaling(config, name, right.shape[0]) * left, right)
     if not found:

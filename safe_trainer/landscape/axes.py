@@ -77,7 +77,7 @@ def alignment(
     checkpoint = Checkpoint("unaligned", source)
     names = list(layers) if direction is None else list(direction.modules)
     missing = [name for name in names if name not in layers or name not in checkpoint.linears]
-    shapes = checkpoint.shapes(name for name in names if name not in missing)
+    shapes = checkpoint.shapes([name for name in names if name not in missing])
     missing += [name for name, shape in shapes.items() if tuple(shape) != tuple(layers[name].shape)]
     if missing:
         raise ValueError(
@@ -137,7 +137,7 @@ def axes(
         normalize (`str`, *optional*, defaults to `"layer"`): `"layer"`, `"filter"` or `"none"`.
 
     Raises:
-        ValueError: If nothing of `across` is orthogonal to `along`.
+        ValueError: If nothing of `across` is orthogonal to `along`, or it is zero.
     """
     by_row = normalize == "filter"
     sizes = {name: _row_squares(layers[name]) for name in {**along, **across}} if normalize != "none" else {}
@@ -147,6 +147,8 @@ def axes(
         free = _orthogonal(factors, scaled[name], by_row) if name in scaled else factors
         if _inner(free, free) > _NOISE * _inner(factors, factors):
             other[name] = _scaled(free, sizes.get(name), by_row)
+    if not any(_inner(factors, factors) > 0 for factors in across.values()):
+        raise ValueError("The second direction is zero: that fine-tune changes nothing in the model's linear layers.")
     if not other:
         raise ValueError("The second direction lies wholly along the alignment direction. Choose another one.")
     return Axes(scaled, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,23 +114,25 @@ def measure_landscape(  # noqa: PLR0913, each is a setting with a name
     }  # fmt: skip
     record = Record(output, settings)
     with moving(model, layers if stops else {**plane.along, **plane.across}) as mover:
-        explorer = _Explorer(plane, probe, mover, record, progress or (lambda done, total: None))
+        total = 1 + len(stops) + 4 * points - 3 + (points - 1) ** 2  # the plane shares its middle with the axes
+        explorer = _Explorer(plane, probe, mover, record, progress or (lambda done, total: None), total)
         way = explorer.follow([(UNALIGNED, _turned(d))]) + explorer.follow(ways(stops, layers))
         # Towards random directions as far as along; of a run, what it reached and some more.
         reached = _ROOM * max((abs(place.beta) for place in way[1:]), default=0.0)
         alphas = _steps(span or SPAN, points)
         betas = _steps(span_across or (not is_random and reached) or SPAN, points)
-        places = explorer.explore(_grid(alphas, betas), len(way))
+        places = explorer.explore(_grid(alphas, betas))
     return Landscape(tuple(places), tuple(way), tuple(alphas[::2]), tuple(betas[::2]), settings)
 
 
 class _Explorer:
     """Goes to places and measures, where that was not done before."""
 
-    def __init__(
-        self, plane: Axes, probe: Probe, mover: Mover, record: Record, progress: Callable[[int, int], None]
+    def __init__(  # noqa: PLR0913, what it goes with
+        self, plane: Axes, probe: Probe, mover: Mover, record: Record, progress: Callable[[int, int], None], total: int
     ) -> None:
         self.plane, self.probe, self.mover, self.record, self.progress = plane, probe, mover, record, progress
+        self.done, self.total = 0, total
 
     def follow(self, updates: Iterable[tuple[str, Mapping[str, Factors]]]) -> list[Place]:
         """Measure checkpoints, each at its own weights."""
@@ -141,16 +144,21 @@ class _Explorer:
                 self.record.add(self.probe.at(alpha, beta, name, share))
                 self.mover.to()  # home: the next update may be read off as a difference to the model
             found.append(self.record.held[name, alpha, beta])
+            self._tell()
         return found
 
-    def explore(self, grid: list[tuple[float, float]], before: int) -> list[Place]:
+    def explore(self, grid: list[tuple[float, float]]) -> list[Place]:
         """Measure places of the plane."""
-        for number, (alpha, beta) in enumerate(grid, start=1):
+        for alpha, beta in grid:
             if ("", alpha, beta) not in self.record.held:
                 self.mover.to((alpha, self.plane.along), (beta, self.plane.across))
                 self.record.add(self.probe.at(alpha, beta))
-            self.progress(before + number, before + len(grid))
+            self._tell()
         return [self.record.held["", alpha, beta] for alpha, beta in grid]
+
+    def _tell(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
 
 
 def _check(points: int, span: float | None, span_across: float | None, harmful: PromptSet) -> None:
@@ -168,7 +176,8 @@ def _turned(direction: Mapping[str, Factors]) -> dict[str, Factors]:
 
 def _steps(span: float, points: int) -> list[float]:
     """Return twice as many places along an axis as the plane has, the model in their middle."""
-    return [round(span * step / (points - 1), 6) for step in range(1 - points, points)]
+    digits = max(6, 3 - math.floor(math.log10(span / (points - 1))))  # more where steps are small
+    return [round(span * step / (points - 1), digits) for step in range(1 - points, points)]
 
 
 def _grid(alphas: list[float], betas: list[float]) -> list[tuple[float, float]]:

@@ -32,7 +32,8 @@ def draw(landscape: Landscape, theme: Theme, title: str = "") -> Any:
     task = (landscape.settings.get("task") or {}).get("name", "task")
     loss_title = f"Loss on {task} answers, nats per token" if has_loss else ""
     second = "random" if landscape.settings.get("second") == RANDOM else "fine-tuning"
-    across = f"β, {second} direction across it"
+    unit = "" if landscape.settings.get("normalize") == "none" else ", in ‖W‖"
+    along, across = f"{ALONG}{unit}", f"β, {second} direction across it{unit}"
     figure = make_subplots(
         rows=2, cols=2, vertical_spacing=0.16, horizontal_spacing=0.13, row_heights=[0.56, 0.44],
         specs=[[{}, {}], [{"secondary_y": True}, {"secondary_y": True}]],
@@ -44,17 +45,32 @@ def draw(landscape: Landscape, theme: Theme, title: str = "") -> Any:
     for column, name in ((1, "alpha"), (2, "beta")):
         _axis(figure, landscape.axis(name), name, theme, column, has_loss)  # type: ignore[arg-type]
     for column in (1, 2):
-        figure.update_xaxes(title_text=ALONG, row=1, col=column)
+        figure.update_xaxes(title_text=along, row=1, col=column)
         figure.update_yaxes(title_text=across, row=1, col=column)
-    figure.update_xaxes(title_text=ALONG, row=2, col=1)
+    figure.update_xaxes(title_text=along, row=2, col=1)
     figure.update_xaxes(title_text=across, row=2, col=2)
     figure.update_xaxes(gridcolor=theme.faint, zerolinecolor=theme.faint, linecolor=theme.faint)
     figure.update_yaxes(gridcolor=theme.faint, zerolinecolor=theme.faint, linecolor=theme.faint)
     figure.update_layout(
-        **theme.layout(width=1080, height=860, title={"text": title, "x": 0.02}),
+        **theme.layout(width=1080, height=910),
+        title={"text": title, "x": 0.02, "y": 0.985, "yanchor": "top", "subtitle": _caption(landscape)},
+        margin_t=120,
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.1, "yanchor": "top"},
     )
     return figure
+
+
+def _caption(landscape: Landscape) -> dict[str, Any]:
+    """Say on how many prompts the picture rests, and what the marks are."""
+    judge = (landscape.settings.get("judge") or {}).get("name", "")
+    told = f"{landscape.places[0].harmful_score.total} harmful prompts at each place"
+    told += f", judged by {judge}" if judge else ""
+    if landscape.checkpoints:
+        told += ".<br>Marks have the colour of their own harmful score, and stand at the nearest place of the plane"
+    if run := [round(100 * place.share) for place in landscape.checkpoints[1:]]:
+        low, high = min(run), max(run)
+        told += f": {low if low == high else f'{low} to {high}'} % of a checkpoint's way lies in it"
+    return {"text": told + ".", "font": {"size": 12}}
 
 
 def write_landscape(landscape: Landscape, folder: str | Path, title: str = "") -> list[Path]:

@@ -90,8 +90,8 @@ class SafetyMethod:
             strategy ([`~strategy.Strategy`]): The way.
 
         Raises:
-            ValueError: With what to use instead. Here for FSDP1, for weights that are split as they are loaded, and
-                for a method that needs weights which are not at hand.
+            ValueError: With what to use instead. Here for FSDP1, for weights that are split as they are loaded, where
+                no adapter would be saved, and for a method that needs weights which are not at hand.
         """
         if strategy.name == "FSDP1":
             raise ValueError(
@@ -102,6 +102,11 @@ class SafetyMethod:
             raise ValueError(
                 f"{self.name} does not work with {strategy.name} (tensor, expert, context or sequence parallelism, or "
                 "a `distributed_config` of transformers). Load the model whole, and use DDP, FSDP2 or ZeRO-2."
+            )
+        if not strategy.saves_adapter:
+            raise ValueError(
+                f"Under {strategy.name} with this `fsdp_state_dict_type` no adapter would be saved at the end. Set "
+                "`fsdp_state_dict_type: FULL_STATE_DICT` in the configuration of accelerate."
             )
         if self.needs_weights and not strategy.has_weights:
             raise ValueError(

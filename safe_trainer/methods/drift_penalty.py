@@ -31,7 +31,7 @@ class DriftPenalty(SafetyMethod):
     attack gets through.
 
     Args:
-        weight (`float`, *optional*, defaults to `30.0`):
+        weight (`float`, *optional*, defaults to `10.0`):
             `λ`, in nats for a change of the whole energy; `0` only measures.
         rank (`int`, *optional*, defaults to `64`):
             Leading input directions of each layer that are kept; less where a layer is narrower.
@@ -54,7 +54,7 @@ class DriftPenalty(SafetyMethod):
     ```python
     >>> from safe_trainer import DriftPenalty
     >>> DriftPenalty(safety_data="refusals.jsonl").weight
-    30.0
+    10.0
 
     ```
 
@@ -66,7 +66,7 @@ class DriftPenalty(SafetyMethod):
     tag: ClassVar[str] = "drift-penalty"
     needs_weights: ClassVar[bool] = True
 
-    weight: float = 30.0
+    weight: float = 10.0
     rank: int = 64
     safety_data: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
     basis: SafetyBasis | str | Path | None = field(default=None, repr=False)
@@ -78,7 +78,7 @@ class DriftPenalty(SafetyMethod):
     _moments: dict[str, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_weight(self.weight, "Usual is 30.")
+        check_weight(self.weight, "Usual is 10.")
         check_choices(self, input_tokens=InputTokens)
         check_whole(self, rank=1, samples=1, max_length=1)
         if (self.safety_data is None) == (self.basis is None):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from .. import adapters
-from ..calibration import from_first_process
+from ..calibration import by_first_process
 from ..strategy import Strategy
 from ..vectors import Fitting, TrainedVectors, VectorFactors, active, train_security_vectors
 from .base import Paper, SafetyMethod
@@ -103,13 +103,9 @@ class SecurityVectors(SafetyMethod):
                 "or `harmful_data` (about a hundred harmful rows to fit them to), one of the two."
             )
         if self.retain_data is not None and self.harmful_data is None:
-            raise ValueError(
-                "`retain_data` is for fitting to `harmful_data`; the `vectors` given are fitted already."
-            )
+            raise ValueError("`retain_data` is for fitting to `harmful_data`; the `vectors` given are fitted already.")
         if not (math.isfinite(self.strength) and self.strength > 0):
-            raise ValueError(
-                f"`strength` must be finite and above 0, got {self.strength}. The paper's method is 1."
-            )
+            raise ValueError(f"`strength` must be finite and above 0, got {self.strength}. The paper's method is 1.")
         if isinstance(self.fitting, Mapping):
             self.fitting = Fitting(**self.fitting)
 
@@ -159,18 +155,22 @@ class SecurityVectors(SafetyMethod):
     def _fit(self, model: nn.Module, tokenizer: Any, harmful_data: Any) -> TrainedVectors:
         settings = asdict(self.fitting) if isinstance(self.fitting, Fitting) else dict(self.fitting)
         most = settings.get("max_steps", Fitting.max_steps)
-        with tqdm(total=most, desc="Fitting security vectors") as bar:
-            vectors = train_security_vectors(
-                model,
-                harmful_data,
-                tokenizer,
-                retain_rows=self.retain_data,
-                progress=lambda done, total, loss: bar.update(),
-                **settings,
-            )
-        # One set for all processes, whatever the order of their sums; on the CPU, as that is where it can be sent.
-        modules = {name: VectorFactors(A.cpu(), B.cpu()) for name, (A, B) in vectors.modules.items()}
-        return from_first_process(TrainedVectors(modules, vectors.provenance))
+
+        def fitted() -> TrainedVectors:
+            with tqdm(total=most, desc="Fitting security vectors") as bar:
+                vectors = train_security_vectors(
+                    model,
+                    harmful_data,
+                    tokenizer,
+                    retain_rows=self.retain_data,
+                    progress=lambda done, total, loss: bar.update(),
+                    **settings,
+                )
+            # On the CPU, from where they can be sent to the other processes.
+            modules = {name: VectorFactors(A.cpu(), B.cpu()) for name, (A, B) in vectors.modules.items()}
+            return TrainedVectors(modules, vectors.provenance)
+
+        return by_first_process(fitted)
 
 
 def _check_adapted(model: nn.Module) -> None:

@@ -69,9 +69,12 @@ def shown(hint: Any) -> str:
 
 def json_schema(cls: type, hidden: Collection[str] = ()) -> dict[str, Any]:
     """Return the JSON schema of a dataclass's settings, for editors."""
-    properties = {
-        name: TypeAdapter(hint).json_schema() for name, hint in plain_fields(cls).items() if name not in hidden
-    }
+    properties = {}
+    for name, hint in plain_fields(cls).items():
+        if name not in hidden:
+            properties[name] = TypeAdapter(hint).json_schema()
+            # The order in which Python keeps a union's members depends on what else was imported.
+            properties[name].get("anyOf", []).sort(key=lambda member: str(member.get("type")))
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 

@@ -136,6 +136,21 @@ def make_trainer(recipe: Recipe, rows: Dataset, show_bars: bool = True) -> SafeS
     )
 
 
+def watch(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
+    """Let what the recipe's `monitor` asks for be measured while training, and logged beside the loss."""
+    from safe_trainer.drift import DriftMonitor
+    from safe_trainer.evaluation import RefusalMonitor
+
+    asked = recipe.parts.monitor
+    if asked is None:
+        return
+    drift = DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis)
+    trainer.add_callback(drift)
+    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
+    if sets:
+        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
+
+
 def _quantization(bits: str | None, bf16: bool) -> Any:
     if bits is None:
         return None

@@ -83,6 +83,19 @@ class EvaluationPart(Part):
     system_prompt: str | None = Field(None, description="System turn before each prompt.")
 
 
+class MonitorPart(Part):
+    """What is measured while training, and logged: refusals, and how far the weights have moved."""
+
+    every: int = Field(50, ge=1, description="Optimizer steps between measurements.")
+    prompts: int = Field(
+        40, ge=0, description="How many prompts of each set under `evaluation`, but tasks, are judged; 0 for none."
+    )
+    direction: str | None = Field(
+        None, description="File of an alignment direction, for the share of the update along it."
+    )
+    basis: str | None = Field(None, description="File of a safety basis, for the shares in the safety features.")
+
+
 class RecipePart(Part):
     """One run. `peft`, `safety` and `training` take what the classes behind them take."""
 
@@ -98,6 +111,7 @@ class RecipePart(Part):
     )
     training: dict[str, Any] = Field(default_factory=dict, description="Settings of TRL's SFTConfig.")
     evaluation: EvaluationPart | None = None
+    monitor: MonitorPart | None = None
     output: str = Field(description="Folder for the adapter, checkpoints and report, seen from where you start it.")
 
     @model_validator(mode="before")

@@ -15,12 +15,15 @@ from safe_trainer.data.hub import PREFIX
 from .document import Place, Problem
 from .schema import ReadingPart, SourcePart
 
+FILES = (["data", "path"], ["evaluation", "prompts", "path"], ["monitor", "direction"], ["monitor", "basis"])
+"""Keys of a recipe under which a file stands."""
+
 
 def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
     """Return a value of a recipe with the paths in it made absolute, or as they are seen from another folder.
 
-    Paths are the files of data and prompts, and elsewhere all texts that begin with `./` or `../`; but the output is
-    made where the command is given, and absolute paths stay what they are.
+    Paths are the files of data, prompts and monitor, and elsewhere all texts that begin with `./` or `../`; but the
+    output is made where the command is given, and absolute paths stay what they are.
 
     Args:
         value (`Any`): The value, or several in lists and mappings.
@@ -33,7 +36,7 @@ def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> A
     if isinstance(value, list):
         return [moved(inner, (*place, n), folder, seat) for n, inner in enumerate(value)]
     keys = [key for key in place if isinstance(key, str)]
-    is_file = keys in (["data", "path"], ["evaluation", "prompts", "path"]) and not str(value).startswith(PREFIX)
+    is_file = keys in FILES and not str(value).startswith(PREFIX)
     is_path = isinstance(value, str) and (is_file or value.startswith(("./", "../"))) and keys != ["output"]
     if not is_path or os.path.isabs(value):
         return value
@@ -50,6 +53,7 @@ def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
     path = model.get("path") if isinstance(model, dict) else None
     if isinstance(path, str) and path.startswith(("/", "~")) and not Path(path).expanduser().is_dir():
         problems.append(Problem(("model", "path"), f"there is no folder `{path}`"))
+    _check_monitor(values.get("monitor"), problems)
     for place, source in _sources(values):
         path = source.get("path")
         hub = source.get("hub")
@@ -71,6 +75,13 @@ def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
             Reading(**settings).chosen_format()
         except (ValueError, TypeError, AttributeError) as error:
             problems.append(Problem((*place, next(iter(settings))), str(error)))
+
+
+def _check_monitor(monitor: Any, problems: list[Problem]) -> None:
+    for key in ("direction", "basis"):
+        path = monitor.get(key) if isinstance(monitor, dict) else None
+        if isinstance(path, str) and not Path(path).is_file():
+            problems.append(Problem(("monitor", key), f"there is no file `{path}`; `safe-trainer {key}` writes one"))
 
 
 def _sources(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 
@@ -30,33 +32,43 @@ class Stopper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop; behind the last step there is nothing to stop."""
-        if self.asked is not None and state.global_step < state.max_steps:
+        if self._asked_anywhere(args.device) and state.global_step < state.max_steps:
             self.step = state.global_step
             control.should_save = control.should_training_stop = True
+
+    def _asked_anywhere(self, device: torch.device) -> bool:
+        """Return the same in all processes: signals reach them in different steps, or only one of them."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.asked is not None
+        asked = torch.tensor(int(self.asked is not None), device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked.item())
 
 
 @contextmanager
 def stopping(trainer: Any, tell: Callable[[], None]) -> Iterator[Stopper]:
     """Turn the first Ctrl-C or SIGTERM into the end of training behind the current step; a second one ends it at once.
 
-    With several processes, and outside the main thread, they do what they do without: the processes could not agree
-    on a step to stop behind.
+    With several processes all stop behind the same step, and a second signal changes nothing: their launcher repeats
+    the first, and ends them itself if they take too long. Outside the main thread signals do what they do without.
 
     Args:
         trainer (`transformers.Trainer`): What trains meanwhile.
         tell (`Callable[[], None]`): Is called at the first signal.
     """
     stopper = Stopper()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield stopper
         return
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if stopper.asked is None:
+            tell()
         stopper.asked = signal.Signals(number)
-        for each in before:
+        for each in before if is_alone else ():
             signal.signal(each, signal.default_int_handler)
-        tell()
 
     trainer.add_callback(stopper)
     for number in before:

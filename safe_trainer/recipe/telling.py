@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 SHOWN = ("loss", "safety_penalty", "eval_loss", "mean_token_accuracy", "learning_rate")
+DRIFT, REFUSED = "drift/relative", "_refused"  # what the monitors log that is told as well
 
 
 class Teller(TrainerCallback):
@@ -15,7 +16,8 @@ class Teller(TrainerCallback):
 
     Args:
         step (`Callable[[int, int], None]`): Is called with (done, total) steps.
-        line (`Callable[[str], None]`): Is called with one line for each entry of the log that has a loss.
+        line (`Callable[[str], None]`): Is called with one line for each entry of the log that has a loss, or
+            what a monitor measured.
     """
 
     def __init__(self, step: Callable[[int, int], None], line: Callable[[str], None]) -> None:
@@ -31,9 +33,17 @@ class Teller(TrainerCallback):
             return
         logs: Mapping[str, Any] = kwargs.get("logs") or {}
         values = {name: float(logs[name]) for name in SHOWN if name in logs}
-        if "loss" in values or "eval_loss" in values:
-            told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+        watched = {name: float(logs[name]) for name in logs if name == DRIFT or name.endswith(REFUSED)}
+        if "loss" in values or "eval_loss" in values or watched:
+            told = ", ".join(
+                [f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()]
+                + [f"{_called(name)} {value:.1%}" for name, value in watched.items()]
+            )
             self.line(f"step {state.global_step} of {state.max_steps}: {told}")
+
+
+def _called(name: str) -> str:
+    return "weights moved by" if name == DRIFT else name.removeprefix("safety/").replace("_", " ")
 
 
 def tell(trainer: Any, step: Callable[[int, int], None], line: Callable[[str], None]) -> None:

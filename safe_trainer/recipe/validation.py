@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from .document import Document, Place, Problem, RecipeError, assignment, did_you_mean
 from .fields import check_fields
 from .protection import check_safety
-from .schema import DataPart, EvaluationPart, ModelPart, Part, PromptsPart, RecipePart
+from .schema import DataPart, EvaluationPart, ModelPart, MonitorPart, Part, PromptsPart, RecipePart
 from .sources import check_sources, moved
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ _PARTS: dict[Place, type[Part]] = {
     ("model",): ModelPart,
     ("data",): DataPart,
     ("evaluation",): EvaluationPart,
+    ("monitor",): MonitorPart,
     ("evaluation", "prompts"): PromptsPart,
 }
 

@@ -7,13 +7,11 @@ before. What is shown is what came out; settings were chosen on validation promp
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
@@ -24,7 +22,15 @@ from safe_trainer.evaluation import Comparison, compare
 from safe_trainer.evaluation.report import write_atomically, write_report
 from safe_trainer.methods import METHODS
 from safe_trainer.testbed import summary
-from safe_trainer.testbed.experiment import PLAIN, SCENARIOS, VARIANTS, Scenario, fine_tune, workers
+from safe_trainer.testbed.experiment import (
+    PLAIN,
+    SCENARIOS,
+    VARIANTS,
+    Scenario,
+    fine_tune,
+    quiet_libraries,
+    workers,
+)
 from safe_trainer.testbed.training import one_thread
 
 Job = Future[tuple[Path, float]]
@@ -74,7 +80,7 @@ def run_demo(
     scenarios = [SCENARIOS[QUICK]] if quick else list(SCENARIOS.values())
     console.print(Text(summary.INTRODUCTION, "dim"))
     outcomes: list[Outcome] = []
-    with _quiet_libraries(), one_thread(), workers(2) as pool:
+    with quiet_libraries(), one_thread(), workers(2) as pool:
         jobs = {
             (scenario.name, seed): {
                 variant: pool.submit(train_variant, scenario.name, variant, seed, output_dir) for variant in variants
@@ -100,7 +106,7 @@ def run_demo(
 def train_variant(scenario: str, variant: str, seed: int, output_dir: Path) -> tuple[Path, float]:
     """Fine-tune one variant, in a process of its own, and return where its adapter is and the seconds it took."""
     folder = output_dir / scenario / f"seed-{seed}" / variant.replace(" ", "-")
-    with _quiet_libraries(), one_thread():
+    with quiet_libraries(), one_thread():
         return folder, fine_tune(SCENARIOS[scenario], VARIANTS[variant](), seed, folder).seconds
 
 
@@ -144,33 +150,3 @@ def _bar(console: Console, title: str, total: int | None) -> Iterator[Callable[[
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Hold back the libraries' progress bars and remarks, which would tear ours apart; errors still come through."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    loggers = [logging.getLogger(name) for name in ("safe_trainer", "trl", "accelerate")]
-    levels: list[Any] = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.utils.logging.enable_progress_bar()
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, old in zip(loggers, levels, strict=True):
-            logger.setLevel(old)

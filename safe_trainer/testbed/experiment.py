@@ -6,10 +6,12 @@ is the same for all variants of a scenario: rows, order, adapter, learning rate,
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -88,7 +90,7 @@ def _harmful() -> list[Row]:
 
 
 # How each method of METHODS, and the recommended combination, is set up on the embedded pair. What is not named is the
-# method's default. What is named was chosen on validation prompts (recipes/study/study.py --sweep).
+# method's default. What is named was chosen on validation prompts (`study.py strength` in recipes/study).
 VARIANTS: dict[str, Callable[[], Sequence[SafetyMethod]]] = {
     PLAIN: lambda: (),
     "asft": lambda: [AsFT(unaligned_model=str(testbed.UNALIGNED), weight=10.0)],
@@ -177,6 +179,34 @@ def workers(most: int) -> Iterator[ProcessPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back the libraries' progress bars and remarks, which would tear ours apart; errors still come through."""
+    import datasets
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    loggers = [logging.getLogger(name) for name in ("safe_trainer", "trl", "accelerate")]
+    levels: list[Any] = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.utils.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
+        for logger, old in zip(loggers, levels, strict=True):
+            logger.setLevel(old)
 
 
 def _end_with_parent() -> None:

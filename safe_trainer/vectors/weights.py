@@ -109,9 +109,7 @@ class TrainedVectors:
             if key.endswith(".lora_B.weight"):
                 A = tensors.get(f"{_PREFIX}{name}.lora_A.weight")
                 if A is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-                    raise ValueError(
-                        f"The vectors in `{path}` are damaged: the two factors of `{name}` do not match."
-                    )
+                    raise ValueError(f"The vectors in `{path}` are damaged: the two factors of `{name}` do not match.")
                 modules[name] = VectorFactors(A, scaling * B)
         if not modules or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ValueError(
@@ -175,7 +173,10 @@ def _find_folder(source: str, revision: str | None) -> Path:
 def _scaling(config_file: Path) -> float:
     try:
         config: Mapping[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        return float(config["lora_alpha"]) / float(config["r"])
+        scaling = float(config["lora_alpha"]) / float(config["r"])
+        if not 0 < scaling < float("inf"):
+            raise ValueError(f"its scale is {scaling}")
+        return scaling
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"`{config_file}` is missing or damaged ({error!r}), and without it the vectors have no scale. Copy the "

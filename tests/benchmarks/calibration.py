@@ -68,8 +68,22 @@ def spent(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def main() -> None:
-    """Measure and write a Markdown table."""
+def measure(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Return for each pass its median CPU time in seconds and its ratio to a bare one."""
+    compared = passes(arguments)
+    times: dict[str, list[float]] = {name: [] for name in compared}
+    for turn in range(arguments.rounds):
+        for name in random.Random(turn).sample(list(compared), len(compared)):
+            times[name].append(spent(compared[name]))
+    ratios = {
+        name: statistics.median(ours / theirs for ours, theirs in zip(seconds, times["bare pass"], strict=True))
+        for name, seconds in times.items()
+    }
+    return {name: (statistics.median(seconds), ratios[name]) for name, seconds in times.items()}
+
+
+def parsed(given: list[str]) -> argparse.Namespace:
+    """Return the settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {
         "hidden": 1024,
@@ -83,16 +97,15 @@ def main() -> None:
     }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = parser.parse_args()
-    compared = passes(arguments)
-    times: dict[str, list[float]] = {name: [] for name in compared}
-    for turn in range(arguments.rounds):
-        for name in random.Random(turn).sample(list(compared), len(compared)):
-            times[name].append(spent(compared[name]))
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Measure and write a Markdown table."""
+    arguments = parsed(sys.argv[1:])
     sys.stdout.write("| pass | CPU s | ratio |\n|---|---|---|\n")
-    for name, seconds in times.items():
-        ratios = [ours / theirs for ours, theirs in zip(seconds, times["bare pass"], strict=True)]
-        sys.stdout.write(f"| {name} | {statistics.median(seconds):.2f} | {statistics.median(ratios):.3f} |\n")
+    for name, (seconds, ratio) in measure(arguments).items():
+        sys.stdout.write(f"| {name} | {seconds:.2f} | {ratio:.3f} |\n")
     sys.stdout.write(f"\nMedians of {arguments.rounds} rounds. torch {torch.__version__}\n")
 
 

@@ -11,14 +11,30 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import step_time
-import tiny
+
+# Of glibc's allocator: blocks of 64 kB or more are given back as they are freed. Otherwise what a process holds at
+# most depends on where its blocks came to lie, and differs by 8 % from one run of the same steps to the next.
+STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def apart(work: Callable[..., Any], *given: Any) -> Any:
+    """Return what a function returns in a fresh process, which has imported everything and done nothing yet."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["step_time"])
+    path = {"PYTHONPATH": str(Path(__file__).parent)}  # where the server, which outlives the first call, finds it
+    with patch.dict(os.environ, STEADY | path), processes.Pool(1) as pool:
+        return pool.apply(work, given)
 
 
 def resident(which: str) -> float:
@@ -50,14 +66,12 @@ def main() -> None:
     parser.set_defaults(rounds=2)
     parser.add_argument("--only", default="", help="only variants whose name holds this, beside plain SFTTrainer")
     arguments = parser.parse_args()
-    processes = multiprocessing.get_context("spawn")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        pair = tiny.save_pair(folder, hidden=arguments.hidden, layers=arguments.layers)
+        pair = step_time.save_pair(folder, arguments.hidden, arguments.layers)
         for name in step_time.variants(pair, arguments):
             if arguments.only in name or "plain" in name:
-                with processes.Pool(1) as pool:
-                    found[name] = pool.apply(peaks, (arguments, pair, name))
+                found[name] = apart(peaks, arguments, pair, name)
     plain = found["plain SFTTrainer"]
     sys.stdout.write("| variant | steps, MB | ratio | building, MB | ratio |\n|---|---|---|---|---|\n")
     for name, (building, steps) in found.items():

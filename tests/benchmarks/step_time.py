@@ -74,6 +74,21 @@ class DenseAsFT(SafetyMethod):
         return torch.stack(terms).sum()
 
 
+class DenseSaLoRA(SafetyMethod):
+    """The authors' form: every `C` (d_out x d_out) written out and applied to the activations, as a yardstick."""
+
+    def attach(self, model: Any, tokenizer: Any, train_dataset: Any) -> None:
+        """Hook `C` behind every LoRA; what is taken from the base weights costs no time in a step."""
+        for layer in list(model.modules()):
+            if hasattr(layer, "lora_A"):
+                U = random_basis(layer.out_features, 32, 0)
+                layer.lora_B["default"].register_forward_hook(_times(torch.eye(layer.out_features) - U @ U.mT))
+
+
+def _times(complement: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda module, given, output: output @ complement
+
+
 def variants(pair: tuple[str, str], arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return what is compared: the trainer's extra arguments by name."""
     rank, targets = arguments.rank, arguments.targets
@@ -90,10 +105,33 @@ def variants(pair: tuple[str, str], arguments: argparse.Namespace) -> dict[str, 
         # Random directions, since which ones are protected costs no time.
         "SaLoRA": lambda: {"safety": SaLoRA(directions="random")},
         "SaLoRA, inputs, own start": lambda: {"safety": SaLoRA(directions="random", protect="input", task_rank=0)},
+        "SaLoRA, dense (authors' form)": lambda: {"safety": DenseSaLoRA()},
         "Drift penalty": lambda: {"safety": DriftPenalty(basis=random_inputs(pair[0]))},
         "Security Vectors, rank 8": lambda: {"safety": SecurityVectors(random_vectors(pair[0]))},
         "Security Vectors, rank 8, folded": lambda: {"safety": SecurityVectors(random_vectors(pair[0]), fold=True)},
     }
+
+
+def save_pair(folder: str, hidden: int, layers: int, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Save a random model and one that alignment has moved as far as the embedded pair's; return paths, aligned first.
+
+    By a fifth of each weight's norm, and with singular values that fall as there, to 2 % of the largest: random
+    differences alone would have full rank, which those of real pairs do not.
+    """
+    paths = tiny.save_pair(folder, shift=0.0, hidden=hidden, layers=layers)
+    model = tiny.Auto.from_pretrained(paths[1])
+    if dtype != model.dtype:
+        model.to(dtype).save_pretrained(paths[1])
+    torch.manual_seed(2)
+    for layer in linear_layers(model).values():
+        W = layer.base.weight
+        inner = min(W.shape)
+        falling = torch.exp(torch.linspace(0, -4, inner))
+        d = (torch.randn(W.shape[0], inner) * falling) @ torch.randn(inner, W.shape[1])
+        with torch.no_grad():
+            W.add_((0.2 * W.norm() / d.norm() * d).to(dtype))
+    model.save_pretrained(paths[0])
+    return paths
 
 
 def lora(rank: int, targets: str) -> LoraConfig:
@@ -159,7 +197,7 @@ class Stepper:
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return for each variant its median step time, its ratio to plain `SFTTrainer` and its preparation time."""
     with tempfile.TemporaryDirectory() as folder:
-        pair = tiny.save_pair(folder, hidden=arguments.hidden, layers=arguments.layers)
+        pair = save_pair(folder, arguments.hidden, arguments.layers)
         found = variants(pair, arguments)
         chosen = {name: build for name, build in found.items() if arguments.only in name or "plain" in name}
         steppers = {name: Stepper(pair[0], arguments, build()) for name, build in chosen.items()}
