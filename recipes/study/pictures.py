@@ -102,7 +102,7 @@ def draw_strengths(figures: Figures, path: Path) -> None:
             settings = [name for name in STRENGTHS if name.partition(",")[0] == family]
             for measure, (colour, symbol) in LINES.items():
                 line = go.Scatter(
-                    x=["0", *(name.rpartition(" ")[2] for name in settings)],
+                    x=["0", *(name.rpartition(" ")[2].replace("000", "k") for name in settings)],
                     y=[100 * figures[scenario, name][measure].mean for name in ("plain LoRA", *settings)],
                     mode="lines+markers",
                     name=measure,

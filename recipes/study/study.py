@@ -1,14 +1,15 @@
 """The study behind the README's table "which method when": scenarios x variants x seeds, on the embedded pair.
 
-    make study                                # all of it, and the report; about three hours on two cores
+    make study                                # all but the part `more`, and the report; about two hours on two cores
     python recipes/study/study.py test        # one part: whatever is missing of it, two runs at a time
     python recipes/study/study.py test --seeds 1 --scenarios how-to poisoned-10 --variants AsFT
 
 The parts are `strength` and `weight`, each method from weak to strong on validation prompts, by which settings were
-chosen; `test`, which only reports; and `second`, the same settings on a pair of another world, whose folder is named
-by `SAFE_TRAINER_TESTBED`. Each run is one process's work of some seconds: fine-tune the aligned model, ask it all
-prompts of the split, count. What is finished is appended to a CSV at once, one line for each set of prompts, and
-skipped the next time; stop it and start it again as you like.
+chosen; `test`, which only reports; `second`, the same settings on a pair of another world, whose folder is named by
+`SAFE_TRAINER_TESTBED`; and `more`, test runs of another hour that repeat elsewhere what `test` says. Each run is one
+process's work of some seconds: fine-tune the aligned model, ask it all prompts of the split, count. What is finished
+is appended to a CSV at once, one line for each set of prompts, and skipped the next time; stop it and start it again
+as you like.
 """
 
 from __future__ import annotations
@@ -71,8 +72,31 @@ CONCLUSIONS = [
     REFUSALS,
 ]
 """Variants that the README's conclusions are about; the second world's narrowest layer leaves no room for rank 32."""
+PAIR = ["plain LoRA", "recommended"]
+ALONE = [*PAIR, "security vectors", "drift penalty"]
+COMBINED = "vectors + inputs"
 WEIGHTS = [name for name in STRENGTHS if name.startswith("recommended")]
 """The one strength that is ours to set: the drift penalty's in `recommended`."""
+TEST: dict[str, Sequence[str]] = {
+    **dict.fromkeys(("poisoned-10", "attack"), EVERYTHING),
+    "how-to": [
+        *(name for name in METHODS if name != COMBINED),
+        *SIMPLE,
+        *("AsFT, C = 0", "AsFT, random subspace", "SaLoRA, random", "SaLoRA, start only"),
+    ],
+    "obedient": list(METHODS),
+    **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen"), [*ALONE, "AsFT"]),
+    "word-problems": ALONE,
+    "topic": PAIR,
+}
+MORE: dict[str, Sequence[str]] = {
+    "how-to": [COMBINED, "inputs", "inputs, random", "AsFT, weight 1 (paper)", "SaLoRA, lr 5e-4"],
+    "obedient": list(SIMPLE),
+    **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen"), [*SIMPLE, COMBINED, "SaLoRA"]),
+    "word-problems": ["AsFT", REFUSALS],
+    "topic": ["security vectors", "drift penalty", "AsFT", REFUSALS],
+    "long": PAIR,
+}
 PARTS = {
     "strength": Part(
         "strength.csv",
@@ -86,32 +110,19 @@ PARTS = {
         3,
         dict.fromkeys(("poisoned-10", "how-to", "word-problems"), ["plain LoRA", *WEIGHTS]),
     ),
-    "test": Part(
-        "runs.csv",
-        "test",
-        5,
-        {
-            **dict.fromkeys(("poisoned-10", "attack"), EVERYTHING),
-            "how-to": [name for name in EVERYTHING if name != "drift penalty, weight 3000"],
-            **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen", "obedient"), [*METHODS, *SIMPLE]),
-            **dict.fromkeys(
-                ("topic", "word-problems"),
-                ["plain LoRA", "recommended", "security vectors", "drift penalty", "AsFT", REFUSALS],
-            ),
-            "long": ["plain LoRA", "recommended"],
-        },
-    ),
+    "test": Part("runs.csv", "test", 5, TEST),
+    "more": Part("runs.csv", "test", 5, MORE),
     "second": Part(
         "second/runs.csv",
         "test",
         3,
         {
             **dict.fromkeys(("poisoned-10", "how-to", "attack"), CONCLUSIONS),
-            **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen"), ["plain LoRA", "recommended"]),
+            **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen"), PAIR),
         },
     ),
 }
-"""What `make study` runs: all variants where they differ most, and few where a run takes long."""
+"""All variants where they differ most, and few where a run takes long."""
 
 
 class Cell(NamedTuple):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 from safe_trainer import AlignmentDirection, AsFT, DriftPenalty, SafetyBasis, SaLoRA, SecurityVectors, poison, testbed
 from safe_trainer.data import Row
 from safe_trainer.methods import SafetyMethod
-from safe_trainer.testbed.experiment import LEARNING_RATE, Scenario
+from safe_trainer.testbed.experiment import BATCH_SIZE, LEARNING_RATE, Scenario
+from safe_trainer.vectors import Fitting
 
 WIDEST = 127
 """Input directions that are measured: one fewer than the narrowest layer of the embedded pair has."""
@@ -96,6 +97,16 @@ def drift(weight: float = DriftPenalty.weight) -> DriftPenalty:
     return DriftPenalty(basis=_basis(), weight=weight)
 
 
+SETTINGS = {
+    "learning rate": LEARNING_RATE,
+    "batch size": BATCH_SIZE,
+    "drift penalty": (DriftPenalty.weight, DriftPenalty.rank),
+    "SaLoRA": (SaLoRA.rank, SaLoRA.task_rank, SaLoRA.protect),
+    "AsFT": (AsFT.rank, AsFT.projector, AsFT.scaled),
+    "security vectors": (SecurityVectors.strength, *asdict(Fitting()).values()),
+}
+"""The library's defaults that runs are made with: rows in the tables were measured at those that a test pins."""
+
 BEFORE = "before"
 
 METHODS: dict[str, Variant] = {
@@ -139,7 +150,7 @@ STRENGTHS: dict[str, Variant] = {
     },
     **{
         f"drift penalty, weight {weight:g}": Variant(lambda weight=weight: [drift(weight)])
-        for weight in (1, 3, 10, 30, 300)
+        for weight in (1, 3, 10, 30, 300, 3000)
     },
     **{
         f"recommended, weight {weight:g}": Variant(lambda weight=weight: [vectors(), drift(weight)])
