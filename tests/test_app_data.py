@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from app import charts, inspection, texts
-from app.catalogue import EMBEDDED, EXAMPLES, PROTECTIONS, Model, hub_model
+from app.catalogue import EMBEDDED, EXAMPLES, PROTECTIONS, Model, Strengths, hub_model
 from app.inspection import inspect, tokenizer_of, write_example
 from app.limits import Limits
 from app.orders import Choices, Settings, defaults, python_code, write_order
@@ -32,6 +32,19 @@ def given(folder, text, name="given.jsonl"):
 
 def row(prompt="Say hello.", completion="Hello."):
     return json.dumps({"prompt": prompt, "completion": completion}) + "\n"
+
+
+def test_the_app_offers_the_library_s_defaults_to_start_from():
+    defaults = {
+        f"{name}.{key}": getattr(METHODS[name], key)
+        for name, key in (
+            ("asft", "weight"),
+            ("salora", "rank"),
+            ("security_vectors", "strength"),
+            ("drift_penalty", "weight"),
+        )
+    }
+    assert Strengths(*defaults.values()) == Strengths()
 
 
 def test_an_inspection_tells_rows_troubles_duplicates_and_what_is_learned(tmp_path, tokenizer):
