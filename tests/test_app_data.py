@@ -35,16 +35,8 @@ def row(prompt="Say hello.", completion="Hello."):
 
 
 def test_the_app_offers_the_library_s_defaults_to_start_from():
-    defaults = {
-        f"{name}.{key}": getattr(METHODS[name], key)
-        for name, key in (
-            ("asft", "weight"),
-            ("salora", "rank"),
-            ("security_vectors", "strength"),
-            ("drift_penalty", "weight"),
-        )
-    }
-    assert Strengths(*defaults.values()) == Strengths()
+    offered = {"asft": "weight", "salora": "rank", "security_vectors": "strength", "drift_penalty": "weight"}
+    assert Strengths(*(getattr(METHODS[method], name) for method, name in offered.items())) == Strengths()
 
 
 def test_an_inspection_tells_rows_troubles_duplicates_and_what_is_learned(tmp_path, tokenizer):
