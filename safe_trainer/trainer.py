@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from . import checkpoints, resuming
 from .methods.base import SafetyMethod
 from .recommendation import RECOMMENDED, recommended_for
+from .stopping import stopping
 from .strategy import strategy_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class SafeSFTTrainer(SFTTrainer):
 
     Attributes:
         safety_methods (`list[SafetyMethod]`): The methods in order; empty without any.
+        resume_command (`str`): What is told to go on with after a run was stopped.
 
     Raises:
         TypeError: If `safety` holds something that is not a [`SafetyMethod`].
@@ -54,6 +56,9 @@ class SafeSFTTrainer(SFTTrainer):
     once more when `train()` ends. Their settings are saved with each checkpoint, and a run that goes on from it with
     others is refused. `train(resume_from_checkpoint=True)` goes on from the last checkpoint that is whole, which one
     that was cut short by a kill or a full disk is not.
+
+    Ctrl-C and SIGTERM, which a cluster's scheduler sends, finish the step and save a checkpoint, unless a handler of
+    your own or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once.
 
     Example:
 
@@ -71,6 +76,8 @@ class SafeSFTTrainer(SFTTrainer):
     trainer.train()
     ```
     """
+
+    resume_command = "trainer.train(resume_from_checkpoint=True)"
 
     def __init__(
         self,
@@ -104,20 +111,37 @@ class SafeSFTTrainer(SFTTrainer):
             method.attach(self.model, self._tokenizer, self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it."""
+        """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, when the step is finished, its checkpoint saved and the methods are left.
+            SystemExit: So after SIGTERM.
+        """
         output_dir, methods = self.args.output_dir, self.safety_methods
         resumed = resuming.agreed_checkpoint(resume_from_checkpoint, output_dir, methods, self.model)
-        with ExitStack() as stack:
+        with stopping(self, self.resume_command) as stopper, ExitStack() as stack:
             for method in self.safety_methods:
                 stack.enter_context(method.training(self.model))
             self._is_loaded = self._load_before_sharding(resumed)
             output = super().train(resumed, *args, **kwargs)
+            if stopper.lacks_checkpoint(self):
+                self._save_checkpoint(self.model, trial=None)
             diagnostics: dict[str, float] = {}
             for method in self.safety_methods:
                 diagnostics.update(method.diagnostics(self.model))
         if diagnostics:
             self.log(diagnostics)
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch as [`~trl.SFTTrainer`] does, unless the run goes on from its last step.
+
+        Transformers looks for the end behind a step only, and would take one step more than it was to.
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _load_before_sharding(self, checkpoint: str | bool | None) -> bool:
         """With FSDP, load the adapter to go on from while it is whole, and return whether that was done.

@@ -38,6 +38,7 @@ STOPS = {
     "recommendation",
     "resuming",
     "scan",
+    "stopping",
     "strategy",
     "subspace",
     "testbed",
@@ -51,7 +52,8 @@ OURS = {
     "adapters": set(),
     "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors"}
     | {"methods.base", "methods.checking", "strategy"},
-    "trainer": {"methods.base", "recommendation", "strategy", "checkpoints", "resuming"},
+    "trainer": {"methods.base", "recommendation", "strategy", "checkpoints", "resuming", "stopping"},
+    "stopping": set(),
 }
 # What it may import besides the standard library and ours.
 THEIRS = {"subspace": {"torch"}, "adapters": {"torch", "peft", "transformers"}}  # transformers for GPT-2's Conv1D

@@ -356,7 +356,12 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(recipe):
     training = {"max_steps": 400, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1}
     path = recipe({"training": training})
     command = [sys.executable, "-m", "safe_trainer.cli", "train", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+    def listen() -> None:  # also where the tests run in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, **pipes, preexec_fn=listen)
     seen = ""
     while "'loss'" not in seen and '"loss"' not in seen and "loss" not in seen:
         seen += process.stdout.readline()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
-from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .planned import tell_plan
+from .shell import Json, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from safe_trainer.methods import SafetyMethod
     from safe_trainer.recipe import Recipe
-    from safe_trainer.recipe.planning import Plan
     from safe_trainer.recipe.running import Loaded
 
 
@@ -61,7 +61,7 @@ def train(  # noqa: PLR0913, each is an option with a name
     if dry_run:
         from safe_trainer.recipe.planning import plan
 
-        _tell_plan(checked, plan(checked, loaded), as_json)
+        tell_plan(checked, plan(checked, loaded), as_json)
         return
     with redirect_stdout(sys.stderr):  # whatever libraries print: standard output is for the result
         result = _run(checked, loaded, last)
@@ -102,44 +102,75 @@ def _last_checkpoint(output: str, resume: bool) -> str | None:
 
 
 def _trained(recipe: Recipe, trainer: Any, last: str | bool | None) -> Any:
-    """Train; on Ctrl-C or SIGTERM save a checkpoint, say how to go on, and exit as a shell expects."""
-    from safe_trainer.recipe.stopping import stopping
+    """Train; on Ctrl-C or SIGTERM the trainer saves a checkpoint and says how to go on."""
     from safe_trainer.recipe.telling import tell
 
-    output = recipe.parts.output
-    told = "\nStopping: a checkpoint is saved behind this step. Once more stops at once and loses it."
+    trainer.resume_command = _again()
     try:
-        with stopping(trainer, lambda: errors.print(told)) as stopper, progress_bar("Training") as show:
+        with progress_bar("Training") as show:
             tell(trainer, show, lambda line: errors.print(line, markup=False, highlight=False))
-            trained = trainer.train(resume_from_checkpoint=last)
-    except KeyboardInterrupt:
-        step = trainer.state.global_step
-        errors.print(f"\nStopped in step {step + 1}. If `{output}` holds a checkpoint, --resume goes on from it.")
+            return trainer.train(resume_from_checkpoint=last)
+    except KeyboardInterrupt as error:
+        if not error.args:  # nothing was saved for it and nothing told: it was the second, or came behind training
+            step, output = trainer.state.global_step, recipe.parts.output
+            errors.print(f"\nStopped behind step {step}. If `{output}` holds a checkpoint, --resume goes on from it.")
         raise typer.Exit(130) from None
-    if stopper.step and stopper.asked:
-        by = {"SIGINT": "Ctrl-C"}.get(stopper.asked.name, stopper.asked.name)
-        again = shlex.join(["safe-trainer", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
-        errors.print(
-            f"Stopped by {by} behind step {stopper.step}; the checkpoint is in `{output}`. Go on with: {again}",
-            markup=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(128 + stopper.asked)
-    return trained
+
+
+def _again() -> str:
+    """Return the command that goes on with this run."""
+    return shlex.join(["safe-trainer", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
+
+
+def _left(output: str) -> tuple[str, str]:
+    """Return what is left of a training whose end was not saved, and how to have it."""
+    from safe_trainer.checkpoints import checkpoints_of, is_whole
+
+    whole = [folder for folder in checkpoints_of(Path(output)) if is_whole(folder)]
+    if whole:
+        return f"The last checkpoint, `{whole[-1]}`, is intact", f"go on with: {_again()}"
+    return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
+
+
+@contextmanager
+def _saving(output: str) -> Iterator[None]:
+    """Explain a disk that is full, or a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        kept, go_on = _left(output)
+        raise OSError(
+            f"What was trained could not be saved in `{output}` ({error}). {kept}. Free some space or make the "
+            f"folder writable, and {go_on}"
+        ) from error
 
 
 def _run(recipe: Recipe, loaded: Loaded, last: str | bool | None) -> dict[str, Any]:
-    from safe_trainer.recipe.running import examine, make_trainer, save_recipe, watch
+    from safe_trainer.recipe.running import make_trainer, watch
 
-    output = recipe.parts.output
     trainer = make_trainer(recipe, loaded.rows, show_bars=errors.is_terminal)
     watch(recipe, trainer, loaded.prompt_sets)
     trained = _trained(recipe, trainer, last)
-    trainer.save_model(output)
-    result: dict[str, Any] = {"output": output, "steps": trainer.state.global_step, "metrics": trained.metrics}
+    try:
+        return _finished(recipe, loaded, trainer, trained.metrics)
+    except KeyboardInterrupt:
+        kept, go_on = _left(recipe.parts.output)
+        errors.print(f"\nStopped by Ctrl-C behind training. {kept}; {go_on}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _finished(recipe: Recipe, loaded: Loaded, trainer: Any, metrics: Any) -> dict[str, Any]:
+    """Save what was trained, and compare the model before and after."""
+    from safe_trainer.recipe.running import examine, save_recipe
+
+    output = recipe.parts.output
+    with _saving(output):
+        trainer.save_model(output)
+    result: dict[str, Any] = {"output": output, "steps": trainer.state.global_step, "metrics": metrics}
     if not trainer.is_world_process_zero():
         return result
-    saved = save_recipe(recipe, loaded)
+    with _saving(output):
+        saved = save_recipe(recipe, loaded)
     errors.print(f"Saved to {output}; {saved} runs it again.", markup=False, soft_wrap=True)
     if loaded.prompt_sets and _is_split(trainer):
         again = _comparing(recipe, loaded)
@@ -153,7 +184,8 @@ def _run(recipe: Recipe, loaded: Loaded, last: str | bool | None) -> dict[str, A
 
         with progress_bar("Asking the model before and after") as show:
             comparison = examine(recipe, trainer, loaded.prompt_sets, show)
-        files = [*write_report(comparison, output), write_card(output, comparison)]
+        with _saving(output):
+            files = [*write_report(comparison, output), write_card(output, comparison)]
         result |= {"report": [str(file) for file in files], "comparison": summary(comparison)}
         for sentence in comparison.sentences(comparison.evaluations[-1].name):
             errors.print(sentence, markup=False, soft_wrap=True)
@@ -188,44 +220,3 @@ def _tell_data(loaded: Loaded) -> None:
             style="bold yellow",
             soft_wrap=True,
         )
-
-
-def _tell_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
-    if as_json:
-        print_json(vars(made))
-        return
-    from rich.table import Table
-
-    size = f"{made.parameters:,}, of which {made.trainable / made.parameters:.2%}"
-    facts = {
-        "model": recipe.parts.model.path,
-        "protected by": "\n".join(map(_told, recipe.safety)) or "nothing: plain fine-tuning",
-        "rows": f"{made.rows:,}",
-        "tokens": f"{made.tokens:,} in an epoch; {made.cut:.1%} of the rows are cut at the maximum length",
-        "steps": f"{made.steps:,} by {made.processes} process(es)",
-        "weights": f"{size} as many are trained ({made.trainable:,})",
-        "memory": f"about {_size(made.memory)} for each process",
-        "time": f"about {_duration(made.seconds)} on this machine",
-        "output": recipe.parts.output,
-    }
-    table = Table(show_header=False, box=None)
-    for name, fact in facts.items():
-        table.add_row(name, fact)
-    console.print(table)
-    console.print("Nothing was trained. Leave out --dry-run to start.")
-
-
-def _told(method: SafetyMethod) -> str:
-    """Return a method with the settings that are not the defaults, among them where its artefacts come from."""
-    fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]  # each is one
-    settings = [f"{f.name}={getattr(method, f.name)!r}" for f in fields if getattr(method, f.name) != f.default]
-    return f"{method.name}({', '.join(settings)})"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count > 2**29 else f"{count / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
