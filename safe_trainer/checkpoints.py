@@ -1,8 +1,8 @@
 """Checkpoints: which one is whole, and how one is saved so that it can be told.
 
 A trainer writes a checkpoint file by file into its folder, and `trainer_state.json` last. So a checkpoint without it
-was cut short, by a kill or a full disk, and may hold weights of one step and an optimizer of none. One that lacks
-another part was cut short while it was removed, and transformers would go on without that part.
+was cut short, by a kill or a full disk, and may hold weights of one step and an optimizer of none. Behind it the
+checksums of all files are written, by which every later damage is told; see `integrity`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,52 @@ import json
 import logging
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
+from .integrity import CHECKSUMS, damage, write_checksums
 from .methods.base import SafetyMethod
 from .methods.settings import settings_of
+from .strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = "safety_methods.json"
 """The file that holds the methods' settings, beside the weights of a checkpoint."""
+SPREAD = "spread"
+"""What it calls the number of processes and how training was spread over them, beside the methods' names."""
 _STATE = "trainer_state.json"
-_PARTS = {"optimizer.pt": "optimizer*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*.pth"}
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run with methods keeps of itself beside its checkpoints, to be compared where one is resumed from.
+
+    Args:
+        methods (`Sequence[SafetyMethod]`): The run's methods. Without any, nothing is kept.
+        strategy ([`~strategy.Strategy`], *optional*): How training is spread over processes.
+        processes (`int`, *optional*, defaults to `1`): How many they are.
+    """
+
+    methods: Sequence[SafetyMethod]
+    strategy: Strategy | None = None
+    processes: int = 1
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The record as JSON. All rows are hashed for it, so once for a run."""
+        if not self.methods:
+            return {}
+        spread = {SPREAD: {"processes": self.processes, "strategy": self.strategy.name}} if self.strategy else {}
+        return {**spread, **settings_of(self.methods)}
 
 
 def last_checkpoint(output: str | Path) -> str | None:
@@ -44,55 +73,55 @@ def last_checkpoint(output: str | Path) -> str | None:
         ValueError: If there are checkpoints, but none is whole.
     """
     found = checkpoints_of(Path(output))
-    whole = [folder for folder in found if is_whole(folder)]
-    if found and not whole:
+    damaged: list[Path] = []
+    while found and not is_whole(found[-1]):
+        damaged.insert(0, found.pop())
+    if damaged and not found:
         raise ValueError(
-            f"`{output}` holds no whole checkpoint: {_listing(found)} was cut short while it was saved, by a kill or "
-            "a full disk. Remove it, and start the run anew without resuming."
+            f"`{output}` holds no whole checkpoint: {_listing(damaged)} was cut short while it was saved, by a kill "
+            "or a full disk, or damaged since. Remove it, and start the run anew without resuming."
         )
-    if not whole:
-        return None
-    damaged = found[found.index(whole[-1]) + 1 :]
     if damaged:
         logger.warning(
-            "%s was cut short while it was saved, by a kill or a full disk; going on from %s, the last whole one.",
+            "%s was cut short while it was saved, by a kill or a full disk, or damaged since; going on from %s, the "
+            "last whole one.",
             _listing(damaged),
-            whole[-1].name,
+            found[-1].name,
         )
-    return str(whole[-1])
+    return str(found[-1]) if found else None
 
 
 def is_whole(checkpoint: str | Path) -> bool:
-    """Return whether the saving of a checkpoint came to its end, and nothing of its state was lost since."""
+    """Return whether the saving of a checkpoint came to its end, and nothing of it was lost or damaged since."""
     return fault(Path(checkpoint)) is None
 
 
-def fault(checkpoint: Path) -> str | None:
-    """Return the file of a checkpoint's state that is missing or cut short; `None` if it is whole."""
+def fault(checkpoint: Path, by_content: bool = True) -> str | None:
+    """Return the file of a checkpoint that is missing or damaged; `None` if it is whole.
+
+    Args:
+        checkpoint (`Path`): Its folder.
+        by_content (`bool`, *optional*, defaults to `True`): Whether files are read to compare them with their
+            checksums; otherwise their sizes are.
+    """
     try:
         state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         if not (isinstance(state, dict) and isinstance(state.get("global_step"), int)):
             return _STATE
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return _STATE
-    found = {name: sorted(checkpoint.glob(pattern)) for name, pattern in _PARTS.items()}
-    absent = [name for name, paths in found.items() if not paths]
-    # None at all is `save_only_model`, and DeepSpeed keeps its optimizer in a folder of its own.
-    if 0 < len(absent) < len(found) and not any(checkpoint.glob("global_step*")):
-        return absent[0]
-    files = [path for paths in found.values() for path in paths if path.is_file()]
-    # What torch saves is a zip archive, whose directory is at its end.
-    return next((path.name for path in files if not zipfile.is_zipfile(path)), None)
+    return damage(checkpoint, by_content)
 
 
 @contextmanager
-def saving(checkpoint: str | Path, methods: Sequence[SafetyMethod], is_first_process: bool) -> Iterator[None]:
-    """Surround the saving of a checkpoint, so that it can be told apart from a whole one until it is one.
+def saving(checkpoint: str | Path, record: Record, is_first_process: bool) -> Iterator[None]:
+    """Surround the saving of a checkpoint, so that it can be told apart from a whole one until it is one, and after.
 
     Args:
         checkpoint (`str` or `Path`): The folder that is about to be written.
-        methods (`Sequence[SafetyMethod]`): Their settings are saved with it.
-        is_first_process (`bool`): Whether this process writes what all have in common.
+        record ([`Record`]): What is saved with it.
+        is_first_process (`bool`): Whether this process writes what all have in common: the first of all, or of each
+            machine that has a disk of its own.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written. What was written of it is removed.
@@ -101,11 +130,11 @@ def saving(checkpoint: str | Path, methods: Sequence[SafetyMethod], is_first_pro
     try:
         if is_first_process:
             # One of this name may be left from a run that was resumed from an earlier one, and is now written over.
-            (checkpoint / _STATE).unlink(missing_ok=True)
-            (checkpoint / SETTINGS).unlink(missing_ok=True)
-            if methods:
+            for name in (_STATE, SETTINGS, CHECKSUMS):
+                (checkpoint / name).unlink(missing_ok=True)
+            if record.content:
                 checkpoint.mkdir(parents=True, exist_ok=True)
-                settings = json.dumps(settings_of(methods), indent=1, sort_keys=True)
+                settings = json.dumps(record.content, indent=1, sort_keys=True)
                 (checkpoint / SETTINGS).write_text(settings + "\n", encoding="utf-8")
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -120,6 +149,10 @@ def saving(checkpoint: str | Path, methods: Sequence[SafetyMethod], is_first_pro
             "intact. Free some space or make the folder writable, lower `save_total_limit` or set "
             "`save_only_model=True`, and go on with `train(resume_from_checkpoint=True)`.",
         ) from error
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # each process has files of its own among them
+    if is_first_process:
+        write_checksums(checkpoint)
 
 
 def _is_of_the_disk(error: Exception) -> bool:

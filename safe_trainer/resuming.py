@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,117 +12,156 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from .checkpoints import SETTINGS, checkpoints_of, fault, is_whole, last_checkpoint
-from .methods.base import SafetyMethod
-from .methods.settings import settings_of
+from .adapter_match import adapter_differences
+from .checkpoints import SETTINGS, SPREAD, Record, checkpoints_of, fault, is_whole, last_checkpoint
+from .methods.settings import MADE_FROM
 
 _INSTEAD = """Resume with those of the checkpoint. To go on with others, start a new run from its weights: pass \
 `PeftModel.from_pretrained(model, checkpoint, is_trainable=True)` as `model`, or the checkpoint itself where all \
 weights were trained."""
-_ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-"""Settings of an adapter without which its weights mean something else."""
 
 
 def checkpoint_to_resume(
-    wanted: Any, output: str | Path, methods: Sequence[SafetyMethod], model: nn.Module | None = None
+    wanted: Any, output: str | Path, record: Record, model: nn.Module | None = None, by_content: bool = True
 ) -> Any:
     """Return what to resume from: a checkpoint that is whole and was made with the same methods and adapter.
 
     Args:
         wanted (`bool` or `str`, *optional*): What `train(resume_from_checkpoint=...)` was given.
         output (`str` or `Path`): The run's `output_dir`.
-        methods (`Sequence[SafetyMethod]`): The methods of the run that goes on. Without any, settings are not
-            compared, as TRL does not.
+        record ([`~checkpoints.Record`]): Methods, strategy and processes of the run that goes on. Without methods,
+            nothing but the checkpoint's own files is looked at, as TRL does.
         model (`nn.Module`, *optional*): The model of the run that goes on, to compare its adapter.
+        by_content (`bool`, *optional*, defaults to `True`): Whether files are read to compare them with their
+            checksums.
 
     Raises:
-        ValueError: If the checkpoint was cut short, or made with other methods, settings or another adapter; says
-            which.
+        ValueError: If the checkpoint was cut short or damaged, or made with other methods, settings, processes or
+            another adapter; says which.
     """
     if wanted is True and Path(output).is_dir():
         wanted = last_checkpoint(output) or wanted
+        by_content = False  # it has just been read
     if not isinstance(wanted, (str, os.PathLike)) or not Path(wanted).is_dir():
         return wanted  # nothing is resumed, or nothing is there, which is told in the trainer's words
     checkpoint = Path(wanted)
-    if (lacking := fault(checkpoint)) is not None:
-        others = [folder for folder in checkpoints_of(checkpoint.parent) if is_whole(folder)]
-        instead = f"Go on from `{others[-1]}`" if others else "Start the run anew"
+    if (lacking := fault(checkpoint, by_content)) is not None:
+        others = reversed(checkpoints_of(checkpoint.parent))
+        whole = next((folder for folder in others if folder != checkpoint and is_whole(folder)), None)
+        instead = f"Go on from `{whole}`" if whole else "Start the run anew"
         raise ValueError(
             f"`{checkpoint}` was cut short while it was saved, by a kill or a full disk, or damaged since: its "
             f"`{lacking}` is missing or damaged. {instead}, and remove this one."
         )
-    _check_methods(checkpoint, methods)
-    if methods and isinstance(model, PeftModel):
-        _check_adapter(checkpoint / "adapter_config.json", model)
+    _check_record(checkpoint, record)
+    if record.methods and isinstance(model, PeftModel):
+        _check_adapter(checkpoint, model)
     return wanted
 
 
-def agreed_checkpoint(wanted: Any, output: str | Path, methods: Sequence[SafetyMethod], model: nn.Module) -> Any:
-    """Return [`checkpoint_to_resume`], or raise in all processes if one of them cannot go on from it.
+def agreed_checkpoint(wanted: Any, output: str | Path, record: Record, model: nn.Module) -> Any:
+    """Return [`checkpoint_to_resume`] of the first process, or raise in all if one of them cannot go on from it.
 
     Where each machine has a disk of its own, the first one's checkpoints are not on the others, which would fail alone
-    while the first waits for them.
+    while the first waits for them. What is on a machine's disk is read by its first process only.
 
     Raises:
-        ValueError: As there, and if processes do not find the same checkpoint; says which.
+        ValueError: As there, and if a process does not find the first one's checkpoint; says which.
     """
-    if not wanted or not (dist.is_available() and dist.is_initialized()):
-        return checkpoint_to_resume(wanted, output, methods, model)
-    found, problem = wanted, None
-    try:
-        found = checkpoint_to_resume(wanted, output, methods, model)
-    except ValueError as error:
-        problem = error
-    held: list[Any] = [None] * dist.get_world_size()
-    path = "none" if found is True else f"`{found}`"
-    dist.all_gather_object(held, (path, problem and str(problem)))
-    if problem is not None and held[0][1]:
-        raise problem
-    lone = [rank for rank, answer in enumerate(held) if answer != held[0]]
-    if lone:
-        path, trouble = held[lone[0]]
+    if not (dist.is_available() and dist.is_initialized()):
+        return checkpoint_to_resume(wanted, output, record, model)
+    found, problem = _of_first_process(wanted, output, record, model)
+    if problem is None and isinstance(found, (str, os.PathLike)) and dist.get_rank() > 0:
+        try:
+            by_content = os.environ.get("LOCAL_RANK", "0") == "0"
+            checkpoint_to_resume(found, output, record, model, by_content)
+            problem = None if Path(found).is_dir() else "there is none."
+        except ValueError as error:
+            problem = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if problems[0] is not None:
+        raise ValueError(problems[0])
+    lone = next((rank for rank, trouble in enumerate(problems) if trouble is not None), None)
+    if lone is not None:
         raise ValueError(
-            f"Process {lone[0]} does not find the checkpoint of process 0, {held[0][0]}: "
-            f"{trouble or f'it finds {path}.'} On several machines, put `output_dir` on a disk that they share, or "
-            "copy the checkpoint to all of them."
+            f"Process {lone} does not find the checkpoint of process 0, `{found}`: {problems[lone]} On several "
+            "machines, put `output_dir` on a disk that they share, or copy the checkpoint to all of them."
         )
     return found
 
 
-def _check_methods(checkpoint: Path, methods: Sequence[SafetyMethod]) -> None:
-    path = checkpoint / SETTINGS
+def _of_first_process(wanted: Any, output: str | Path, record: Record, model: nn.Module) -> tuple[Any, str | None]:
+    """Return what the first process goes on from, as it is called here, or why it cannot."""
+    told: list[Any] = [None, None, None]
+    if dist.get_rank() == 0:
+        try:
+            found = checkpoint_to_resume(wanted, output, record, model)
+            is_here = isinstance(found, (str, os.PathLike)) and Path(found).parent == Path(output)
+            told = [Path(found).name if is_here else found, is_here, None]
+        except ValueError as error:
+            told = [None, False, str(error)]
+    dist.broadcast_object_list(told)
+    found, is_here, problem = told
+    return str(Path(output) / found) if is_here else found, problem
+
+
+def _check_record(checkpoint: Path, record: Record) -> None:
+    """Compare what a checkpoint was made with and what the run that goes on is made with."""
+    path, names = checkpoint / SETTINGS, " and ".join(type(method).__name__ for method in record.methods)
     if not path.is_file():
-        if methods:
-            names = " and ".join(type(method).__name__ for method in methods)
+        if names:
             raise ValueError(f"`{checkpoint}` was made without {names}, by TRL or with `safety=None`. {_INSTEAD}")
         return
-    saved = _read(path)
+    saved, current = _read(path), dict(record.content)
     if not all(isinstance(settings, dict) for settings in saved.values()):
         raise _damaged(path, "it does not hold the settings of methods by their names")
-    differences = list(_differences(saved, settings_of(methods)))
+    before, now = saved.pop(SPREAD, None), current.pop(SPREAD, None)
+    differences = list(_differences(saved, current))
     if differences:
         told = "; ".join(differences)
         raise ValueError(f"`{checkpoint}` was made with other safety methods or settings: {told}. {_INSTEAD}")
+    if before and now and before != now:
+        raise ValueError(
+            f"`{checkpoint}` was made by {_spread(before)}, and this run has {_spread(now)}: neither the optimizer's "
+            "state nor the random numbers would be those of a run that goes on. Launch as many processes under the "
+            "same strategy. To go on with others, start a new run from its weights: pass "
+            "`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)` as `model`, or the checkpoint itself "
+            "where all weights were trained."
+        )
+    _check_random_state(checkpoint, record)
 
 
-def _check_adapter(path: Path, model: PeftModel) -> None:
-    if not path.is_file():
+def _check_random_state(checkpoint: Path, record: Record) -> None:
+    """Make sure that this process has its own: transformers goes on without, and draws other numbers."""
+    own = "rng_state.pth" if record.processes == 1 else f"rng_state_{dist.get_rank()}.pth"
+    if record.strategy and any(checkpoint.glob("rng_state*.pth")) and not (checkpoint / own).is_file():
+        raise ValueError(
+            f"`{checkpoint}` holds no `{own}`, the random numbers of this process: it was made by another number of "
+            "processes, or the file was lost. Launch as many as it was made by; on several machines, copy the "
+            "checkpoint of each to all of them."
+        )
+
+
+def _spread(spread: Mapping[str, Any]) -> str:
+    count = spread.get("processes")
+    return "one process" if count == 1 else f"{count} processes with {spread.get('strategy')}"
+
+
+def _check_adapter(checkpoint: Path, model: PeftModel) -> None:
+    if not (checkpoint / "adapter_config.json").is_file():
         return  # all weights were trained, which is told when they are loaded
-    saved, current = _read(path), model.peft_config[model.active_adapter].to_dict()
-    differences = [
-        f"`{name}` was {json.dumps(saved[name])} and is {json.dumps(current[name])}"
-        for name in _ADAPTER
-        if name in saved and name in current and saved[name] != current[name]
-    ]
+    saved = _read(checkpoint / "adapter_config.json")
+    differences = list(adapter_differences(saved, checkpoint, model))
     if differences:
         told = "; ".join(differences)
-        raise ValueError(f"`{path.parent}` was made with other settings of the adapter: {told}. {_INSTEAD}")
+        raise ValueError(f"`{checkpoint}` was made with other settings of the adapter: {told}. {_INSTEAD}")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(found, dict):
         raise _damaged(path, "it does not hold settings by their names")
@@ -141,16 +180,24 @@ def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str
             yield f"the checkpoint was made without {name}"
         else:
             before, now = saved[name], current[name]
-            fields = before.keys() & now.keys()  # another version may know others
-            for field in sorted(fields - _exchanged(before, now)):
+            shared = before.keys() & now.keys()  # another version may know others
+            for field in sorted(shared - _exchanged(before, now)):
                 if before[field] != now[field]:
                     was, is_now = json.dumps(before[field]), json.dumps(now[field])
                     yield f"`{field}` of {name} was {was} and is {is_now}"
 
 
 def _exchanged(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
-    """Return sources of which one took the other's place, as data and the basis that was measured with it do."""
-    sources = {field for field in before.keys() & now.keys() if isinstance(before[field] or now[field], (dict, str))}
+    """Return sources of which one took the other's place, as data and the basis that was measured with it do.
+
+    Only where both are known to come to the same; and how it was made does not count then, since it is among that.
+    """
+    origin = before.get(MADE_FROM)
+    if not origin or origin != now.get(MADE_FROM):
+        return set()
+    shared = before.keys() & now.keys()
+    sources = {field for field in shared if isinstance(before[field] or now[field], (dict, str))}
     gone = {field for field in sources if now[field] is None}
     new = {field for field in sources if before[field] is None}
-    return gone | new if gone and new else set()
+    making = {field for field in shared if origin.get("settings") in (before[field], now[field]) and before[field]}
+    return gone | new | making if gone and new else set()

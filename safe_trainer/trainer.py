@@ -90,6 +90,7 @@ class SafeSFTTrainer(SFTTrainer):
             given = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
             safety = recommended_for(given["model"])
         self.safety_methods = _as_methods(safety)
+        self._record = checkpoints.Record(self.safety_methods)
         if not self.safety_methods:
             super().__init__(*args, **kwargs)
             return
@@ -105,6 +106,7 @@ class SafeSFTTrainer(SFTTrainer):
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
         strategy = strategy_of(self.accelerator, self.model)
+        self._record = checkpoints.Record(self.safety_methods, strategy, self.accelerator.num_processes)
         for method in self.safety_methods:
             method.check_strategy(strategy)
         for method in self.safety_methods:
@@ -117,8 +119,7 @@ class SafeSFTTrainer(SFTTrainer):
             KeyboardInterrupt: After Ctrl-C, when the step is finished, its checkpoint saved and the methods are left.
             SystemExit: So after SIGTERM.
         """
-        output_dir, methods = self.args.output_dir, self.safety_methods
-        resumed = resuming.agreed_checkpoint(resume_from_checkpoint, output_dir, methods, self.model)
+        resumed = resuming.agreed_checkpoint(resume_from_checkpoint, self.args.output_dir, self._record, self.model)
         with stopping(self, self.resume_command) as stopper, ExitStack() as stack:
             for method in self.safety_methods:
                 stack.enter_context(method.training(self.model))
@@ -188,7 +189,7 @@ class SafeSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Semi-private, and TRL overrides it as well: there is no public moment before a checkpoint is written.
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        with checkpoints.saving(folder, self.safety_methods, self.args.should_save):
+        with checkpoints.saving(folder, self._record, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
     def _log_penalty(self, penalty: Tensor) -> None:

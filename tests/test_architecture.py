@@ -20,6 +20,7 @@ STANDARD = {"__future__", *sys.stdlib_module_names}
 LIMIT_FILE, LIMIT_FUNCTION = 250, 50
 
 STOPS = {
+    "adapter_match",
     "adapters",
     "artifacts",
     "calibration",
@@ -31,6 +32,7 @@ STOPS = {
     "drift",
     "evaluation",
     "factors",
+    "integrity",
     "landscape",
     "methods",
     "pictures",

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -27,10 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SafetyBasis, SaLoRA, SecurityVectors, conversation
-from safe_trainer.checkpoints import SETTINGS, is_whole, last_checkpoint, saving
-from safe_trainer.methods.settings import settings_of
-from safe_trainer.resuming import checkpoint_to_resume
+from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
+from safe_trainer.checkpoints import is_whole, last_checkpoint
 from safe_trainer.testbed import ALIGNED
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
@@ -178,185 +175,6 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair,
     assert kept == ["checkpoint-6", "checkpoint-7"] and all(is_whole(broken / one) for one in kept)
 
 
-# ---- checkpoints that were cut short
-
-
-def checkpoint(output: Path, step: int, state: str = '{"global_step": 1}') -> Path:
-    """Make a folder that looks like a checkpoint; without a state, like one that was cut short."""
-    folder = output / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    if state:
-        (folder / "trainer_state.json").write_text(state)
-    return folder
-
-
-@pytest.mark.parametrize("state", ["", '{"global_step": 1', "[]", "{}"])
-def test_the_last_whole_checkpoint_is_taken_and_the_others_are_named(state, tmp_path, caplog):
-    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
-    for step in (2, 10):
-        checkpoint(tmp_path, step)
-    checkpoint(tmp_path, 12, state)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert "`checkpoint-12` was cut short" in caplog.text and "going on from checkpoint-10" in caplog.text
-
-
-def test_a_checkpoint_cut_short_is_refused_where_it_is_asked_for(pair, tmp_path):
-    trainer = trainer_of("plain", tmp_path, pair)
-    half = checkpoint(tmp_path, 4, "")
-    with pytest.raises(ValueError, match="holds no whole checkpoint: `checkpoint-4` was cut short"):
-        trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="is missing or damaged. Start the run anew, and remove this one"):
-        trainer.train(resume_from_checkpoint=str(half))
-    checkpoint(tmp_path, 2)
-    with pytest.raises(ValueError, match="missing or damaged. Go on from `.*checkpoint-2`"):
-        trainer.train(resume_from_checkpoint=str(half))
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut short"])
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_without_all_of_its_state_is_refused_and_told_why(file, damage, protected_run, tmp_path):
-    damaged = tmp_path / "checkpoint-1"
-    shutil.copytree(protected_run[0], damaged)
-    assert is_whole(damaged)
-    if damage == "missing":  # as a kill leaves one that was being removed; transformers would go on without it
-        (damaged / file).unlink()
-    else:
-        os.truncate(damaged / file, (damaged / file).stat().st_size - 10)
-    assert not is_whole(damaged)
-    with pytest.raises(ValueError, match=f"its `{file}` is missing or damaged. Start the run anew"):
-        checkpoint_to_resume(str(damaged), tmp_path, [])
-
-
-def test_a_checkpoint_that_is_written_over_is_not_whole_until_the_end(tmp_path):
-    old = checkpoint(tmp_path, 2)
-    with pytest.raises(KeyboardInterrupt), saving(old, [], is_first_process=True):
-        assert not is_whole(old)
-        raise KeyboardInterrupt
-    assert not is_whole(old) and (old / "adapter_model.safetensors").exists()
-
-
-# ---- other methods than the checkpoint's
-
-
-@pytest.fixture(scope="module")
-def protected_run(pair, tmp_path_factory) -> tuple[Path, Path]:
-    """Train one step with AsFT and vectors from files; return the checkpoint and the file."""
-    folder = tmp_path_factory.mktemp("private-place")
-    file = folder / "harmful.jsonl"
-    file.write_text("\n".join(map(json.dumps, HARMFUL)))
-    resumable(folder / "run", pair, methods_of(file)).train()
-    return folder / "run" / "checkpoint-1", file
-
-
-def methods_of(file: Path, weight: float = 0.5) -> list[Any]:
-    return [
-        AsFT(unaligned_model=None, projector="none", weight=weight),
-        SecurityVectors(harmful_data=file, fitting={"rank": 2, "max_steps": 1}),
-    ]
-
-
-def resumable(folder: Path, pair: tuple[str, str], methods: Any, **changes: Any) -> SafeSFTTrainer:
-    config = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    arguments = given(folder, model=pair[0], **{"peft_config": lora(), **config, **changes})
-    return SafeSFTTrainer(**arguments, safety=methods)
-
-
-def test_the_settings_beside_a_checkpoint_tell_neither_data_nor_places(protected_run):
-    checkpoint, file = protected_run
-    text = (checkpoint / SETTINGS).read_text()
-    assert json.loads(text)["AsFT"]["weight"] == 0.5
-    assert "private-place" not in text and "bad thing" not in text
-    assert [path.suffix for path in checkpoint.glob("safety*")] == [".json"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"), [({"lora_alpha": 7}, "`lora_alpha` was .* and is 7"), ({"r": 3}, "`r` was .* and is 3")]
-)
-def test_another_adapter_than_the_checkpoint_s_is_refused_with_the_difference(
-    changes, told, protected_run, pair, tmp_path
-):
-    """Its weights would fit, and mean something else."""
-    checkpoint, file = protected_run
-    trainer = resumable(tmp_path, pair, methods_of(file), peft_config=lora(**changes))
-    with pytest.raises(ValueError, match=f"was made with other settings of the adapter: {told}. Resume with those"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_a_run_goes_on_with_the_same_settings_from_another_place(protected_run, pair, tmp_path):
-    checkpoint, file = protected_run
-    moved = tmp_path / "renamed.jsonl"
-    moved.write_bytes(file.read_bytes())
-    resumable(tmp_path, pair, methods_of(moved)).train(resume_from_checkpoint=str(checkpoint))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda file, other: methods_of(file, weight=0.7), "`weight` of AsFT was 0.5 and is 0.7"),
-        (lambda file, other: methods_of(other), "`harmful_data` of SecurityVectors was .*sha256"),
-        (lambda file, other: methods_of(file)[:1], "was made with SecurityVectors, this run has none"),
-        (lambda file, other: None, "was made with AsFT, this run has none; .*was made with SecurityVectors"),
-        (
-            lambda file, other: [*methods_of(file), DriftPenalty(safety_data=REFUSED, rank=4)],
-            "the checkpoint was made without DriftPenalty",
-        ),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_methods_or_settings(change, message, protected_run, pair, tmp_path):
-    checkpoint, file = protected_run
-    other = tmp_path / "harmful.jsonl"
-    other.write_text("\n".join(map(json.dumps, HARMFUL[:-1])))
-    trainer = resumable(tmp_path, pair, change(file, other))
-    with pytest.raises(ValueError, match=message) as raised:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert "Resume with those of the checkpoint" in str(raised.value)
-
-
-def test_a_basis_may_take_the_place_of_the_data_that_it_was_measured_with(pair, tmp_path):
-    def drift(**given):
-        return DriftPenalty(rank=4, **given)
-
-    resumable(tmp_path, pair, drift(safety_data=REFUSED)).train()
-    basis = SafetyBasis.from_rows(tiny.model(), tiny.tokenizer(), REFUSED, sides=("input",), rank=4)
-    basis.provenance = {}  # so that it is not asked which model it was measured on
-    resumable(tmp_path, pair, drift(basis=basis)).train(resume_from_checkpoint=True)
-    other = DriftPenalty(rank=5, safety_data=REFUSED)
-    with pytest.raises(ValueError, match="`rank` of DriftPenalty was 4 and is 5"):
-        resumable(tmp_path, pair, other).train(resume_from_checkpoint=True)
-
-
-def test_a_checkpoint_that_was_made_without_methods_does_not_go_on_with_one(pair, tmp_path):
-    resumable(tmp_path, pair, None).train()
-    method = AsFT(projector="none", weight=0.5)
-    with pytest.raises(ValueError, match="was made without AsFT, by TRL or with `safety=None`"):
-        resumable(tmp_path, pair, method).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize("content", ['{"AsFT": ', "3", "[]", '{"AsFT": 3}', '{"AsFT": null}'])
-def test_damaged_settings_are_named(content, protected_run, pair, tmp_path):
-    damaged = tmp_path / "checkpoint-1"
-    shutil.copytree(protected_run[0], damaged)
-    (damaged / SETTINGS).write_text(content)
-    with pytest.raises(ValueError, match="safety_methods.json` is damaged"):
-        resumable(tmp_path, pair, methods_of(protected_run[1])).train(resume_from_checkpoint=True)
-
-
-def test_rows_bases_and_iterators_are_told_apart_by_what_is_in_them():
-    def told(**given):
-        return settings_of([DriftPenalty(**given)])["DriftPenalty"]
-
-    assert told(safety_data=REFUSED) == told(safety_data=tuple(REFUSED))
-    assert told(safety_data=REFUSED) != told(safety_data=HARMFUL)
-    assert told(safety_data=iter(REFUSED))["safety_data"] == {"kind": "list_iterator"}
-    one, same, other = (
-        SafetyBasis({}, {}, {"rows_sha256": rows, "created": day})
-        for rows, day in (("a", "Monday"), ("a", "Friday"), ("b", "Monday"))
-    )
-    assert told(basis=one) == told(basis=same) != told(basis=other)
-    assert told(basis="/home/me/absent.safetensors")["basis"] == "absent.safetensors"
-
-
 # ---- no room, no place, and being asked to stop
 
 
@@ -394,11 +212,6 @@ def test_a_checkpoint_that_has_no_place_is_told(pair, tmp_path):
     (tmp_path / "checkpoint-2").write_text("a file stands where the folder should")
     with pytest.raises(OSError, match="checkpoint-2` could not be saved .* make the folder writable"):
         trainer.train()
-
-
-def test_other_failures_while_saving_keep_their_own_words(tmp_path):
-    with pytest.raises(RuntimeError, match="^a bug$"), saving(tmp_path / "checkpoint-1", [], is_first_process=True):
-        raise RuntimeError("a bug")
 
 
 def run_recipe(recipe: Path, told: Path) -> None:

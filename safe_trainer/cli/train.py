@@ -50,11 +50,10 @@ def train(  # noqa: PLR0913, each is an option with a name
     from safe_trainer.recipe.running import load
 
     checked = read_recipe(recipe, changes or [])
-    last: str | bool | None = None
     if not dry_run:
         _check_place(checked.parts.output)
-        # What the other processes find is compared by the trainer, when they can hear of each other.
-        last = _last_checkpoint(checked.parts.output, resume) if _is_first_process() else resume
+        if _is_first_process():
+            _check_run(checked.parts.output, resume)
     loaded = load(checked)
     if _is_first_process():
         _tell_data(loaded)
@@ -64,7 +63,7 @@ def train(  # noqa: PLR0913, each is an option with a name
         tell_plan(checked, plan(checked, loaded), as_json)
         return
     with redirect_stdout(sys.stderr):  # whatever libraries print: standard output is for the result
-        result = _run(checked, loaded, last)
+        result = _run(checked, loaded, resume)
     if as_json and _is_first_process():
         print_json(result)
 
@@ -87,21 +86,25 @@ def _check_place(output: str) -> None:
         ) from error
 
 
-def _last_checkpoint(output: str, resume: bool) -> str | None:
-    """Find the checkpoint to go on from, and refuse to write a second run over a first."""
-    from safe_trainer.checkpoints import last_checkpoint
+def _check_run(output: str, resume: bool) -> None:
+    """Refuse to go on from nothing, and to write a second run over a first.
 
-    last = last_checkpoint(output)
-    if resume and last is None:
+    Which checkpoint is whole is looked at by the trainer, since all processes are to go on from the same.
+    """
+    from safe_trainer.checkpoints import checkpoints_of
+
+    found = checkpoints_of(Path(output))
+    if resume and not found:
         raise ValueError(f"There is no checkpoint in `{output}` to go on from. Leave out --resume, or check `output`.")
-    if last is not None and not resume:
-        raise ValueError(f"`{output}` holds a run, up to `{last}`. Go on with --resume, or choose another `output`.")
+    if found and not resume:
+        raise ValueError(
+            f"`{output}` holds a run, up to `{found[-1]}`. Go on with --resume, or choose another `output`."
+        )
     if not resume and Path(output, "recipe.yaml").is_file():
         raise ValueError(f"`{output}` holds a finished run. Choose another with --set output=FOLDER, or remove it.")
-    return last
 
 
-def _trained(recipe: Recipe, trainer: Any, last: str | bool | None) -> Any:
+def _trained(recipe: Recipe, trainer: Any, resume: bool) -> Any:
     """Train; on Ctrl-C or SIGTERM the trainer saves a checkpoint and says how to go on."""
     from safe_trainer.recipe.telling import tell
 
@@ -109,7 +112,7 @@ def _trained(recipe: Recipe, trainer: Any, last: str | bool | None) -> Any:
     try:
         with progress_bar("Training") as show:
             tell(trainer, show, lambda line: errors.print(line, markup=False, highlight=False))
-            return trainer.train(resume_from_checkpoint=last)
+            return trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt as error:
         if not error.args:  # nothing was saved for it and nothing told: it was the second, or came behind training
             step, output = trainer.state.global_step, recipe.parts.output
@@ -145,12 +148,12 @@ def _saving(output: str) -> Iterator[None]:
         ) from error
 
 
-def _run(recipe: Recipe, loaded: Loaded, last: str | bool | None) -> dict[str, Any]:
+def _run(recipe: Recipe, loaded: Loaded, resume: bool) -> dict[str, Any]:
     from safe_trainer.recipe.running import make_trainer, watch
 
     trainer = make_trainer(recipe, loaded.rows, show_bars=errors.is_terminal)
     watch(recipe, trainer, loaded.prompt_sets)
-    trained = _trained(recipe, trainer, last)
+    trained = _trained(recipe, trainer, resume)
     try:
         return _finished(recipe, loaded, trainer, trained.metrics)
     except KeyboardInterrupt:

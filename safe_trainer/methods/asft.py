@@ -137,6 +137,7 @@ class AsFT(SafetyMethod):
         if self.projector == "none":
             return
         direction = self._resolve_direction(model)
+        self.provenance = direction.provenance
         direction.check_fits({name: update.shape for name, update in self._updates.items()})
         _compare_sources(direction, self.aligned_model or _source(model))
         for name in self._updates:

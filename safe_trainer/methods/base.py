@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,6 +70,9 @@ class SafetyMethod:
     """Its source, if it has one."""
     needs_weights: ClassVar[bool] = False
     """Whether every process must hold all of the model's weights when the method is attached."""
+    provenance: Mapping[str, Any] | None = None
+    """Where the tensors at work come from, once the method is attached: the provenance of its basis, direction or
+    vectors. Kept with checkpoints, by which they may be exchanged for the data that they were made from."""
 
     def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
         """Return the PEFT configuration to wrap the model with.

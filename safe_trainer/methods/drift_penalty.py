@@ -110,6 +110,7 @@ class DriftPenalty(SafetyMethod):
             input_tokens=self.input_tokens,
             **wanted,
         )
+        self.provenance = basis.provenance
         self._moments = {
             name: _relative_moment(basis.inputs[name], self.rank, adapters.weight(layer.base))
             for name, layer in layers.items()

@@ -204,6 +204,7 @@ class SaLoRA(SafetyMethod):
             wanted = {"sides": sides, "rank": self.rank, "input_tokens": self.input_tokens, **self._sampling}
             source = self.basis, self.safety_data, model, tokenizer
             self.safety_basis = calibration.supplied_basis(*source, layers=layers, **wanted)
+            self.provenance = self.safety_basis.provenance
         for name, layer in layers.items() if self.rank else ():
             for side in sides:
                 if self.safety_basis is not None:

@@ -143,6 +143,7 @@ class SecurityVectors(SafetyMethod):
         vectors = self.fitted or self.vectors
         if not isinstance(vectors, TrainedVectors):
             vectors = TrainedVectors.load(str(vectors))
+        self.provenance = vectors.provenance
         self._layers = vectors.check_fits(model)
         self._factors = {name: VectorFactors(A, self.strength * B) for name, (A, B) in vectors.modules.items()}
 

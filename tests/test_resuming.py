@@ -1,0 +1,390 @@
+"""Going on from a checkpoint: with the same methods, data, adapter and processes, or told what is different."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from runs import given, lora
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from safe_trainer import (
+    AlignmentDirection,
+    AsFT,
+    DriftPenalty,
+    SafeSFTTrainer,
+    SafetyBasis,
+    SaLoRA,
+    SecurityVectors,
+    conversation,
+    train_security_vectors,
+)
+from safe_trainer.checkpoints import SETTINGS, SPREAD, Record
+from safe_trainer.methods.settings import MADE_FROM, settings_of
+from safe_trainer.resuming import checkpoint_to_resume
+from safe_trainer.strategy import Strategy
+
+HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
+REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[str, str]:
+    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+# ---- methods and their settings
+
+
+@pytest.fixture(scope="module")
+def protected_run(pair, tmp_path_factory) -> tuple[Path, Path]:
+    """Train one step with AsFT and vectors from files; return the checkpoint and the file."""
+    folder = tmp_path_factory.mktemp("private-place")
+    file = folder / "harmful.jsonl"
+    file.write_text("\n".join(map(json.dumps, HARMFUL)))
+    resumable(folder / "run", pair, methods_of(file)).train()
+    return folder / "run" / "checkpoint-1", file
+
+
+def methods_of(file: Path, weight: float = 0.5) -> list[Any]:
+    return [
+        AsFT(unaligned_model=None, projector="none", weight=weight),
+        SecurityVectors(harmful_data=file, fitting={"rank": 2, "max_steps": 1}),
+    ]
+
+
+def resumable(folder: Path, pair: tuple[str, str], methods: Any, **changes: Any) -> SafeSFTTrainer:
+    config = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    arguments = given(folder, model=pair[0], **{"peft_config": lora(), **config, **changes})
+    return SafeSFTTrainer(**arguments, safety=methods)
+
+
+def test_the_settings_beside_a_checkpoint_tell_neither_data_nor_places(protected_run):
+    checkpoint, file = protected_run
+    text = (checkpoint / SETTINGS).read_text()
+    assert json.loads(text)["AsFT"]["weight"] == 0.5
+    assert "private-place" not in text and "bad thing" not in text
+    assert [path.suffix for path in checkpoint.glob("safety*")] == [".json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"lora_alpha": 7}, "`lora_alpha` was .* and is 7"), ({"r": 3}, "`r` was .* and is 3")]
+)
+def test_another_adapter_than_the_checkpoint_s_is_refused_with_the_difference(
+    changes, told, protected_run, pair, tmp_path
+):
+    """Its weights would fit, and mean something else."""
+    checkpoint, file = protected_run
+    trainer = resumable(tmp_path, pair, methods_of(file), peft_config=lora(**changes))
+    with pytest.raises(ValueError, match=f"was made with other settings of the adapter: {told}. Resume with those"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_run_goes_on_with_the_same_settings_from_another_place(protected_run, pair, tmp_path):
+    checkpoint, file = protected_run
+    moved = tmp_path / "renamed.jsonl"
+    moved.write_bytes(file.read_bytes())
+    resumable(tmp_path, pair, methods_of(moved)).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file, other: methods_of(file, weight=0.7), "`weight` of AsFT was 0.5 and is 0.7"),
+        (lambda file, other: methods_of(other), "`harmful_data` of SecurityVectors was .*sha256"),
+        (lambda file, other: methods_of(file)[:1], "was made with SecurityVectors, this run has none"),
+        (lambda file, other: None, "was made with AsFT, this run has none; .*was made with SecurityVectors"),
+        (
+            lambda file, other: [*methods_of(file), DriftPenalty(safety_data=REFUSED, rank=4)],
+            "the checkpoint was made without DriftPenalty",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_methods_or_settings(change, message, protected_run, pair, tmp_path):
+    checkpoint, file = protected_run
+    other = tmp_path / "harmful.jsonl"
+    other.write_text("\n".join(map(json.dumps, HARMFUL[:-1])))
+    trainer = resumable(tmp_path, pair, change(file, other))
+    with pytest.raises(ValueError, match=message) as raised:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert "Resume with those of the checkpoint" in str(raised.value)
+
+
+def test_a_checkpoint_that_was_made_without_methods_does_not_go_on_with_one(pair, tmp_path):
+    resumable(tmp_path, pair, None).train()
+    method = AsFT(projector="none", weight=0.5)
+    with pytest.raises(ValueError, match="was made without AsFT, by TRL or with `safety=None`"):
+        resumable(tmp_path, pair, method).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("content", ['{"AsFT": ', "3", "[]", '{"AsFT": 3}', '{"AsFT": null}'])
+def test_damaged_settings_are_named(content, protected_run, pair, tmp_path):
+    damaged = tmp_path / "checkpoint-1"
+    shutil.copytree(protected_run[0], damaged)
+    (damaged / "checksums.json").unlink()
+    (damaged / SETTINGS).write_text(content)
+    with pytest.raises(ValueError, match="safety_methods.json` is damaged"):
+        resumable(tmp_path, pair, methods_of(protected_run[1])).train(resume_from_checkpoint=True)
+
+
+def test_rows_bases_and_iterators_are_told_apart_by_what_is_in_them():
+    def told(**given):
+        return settings_of([DriftPenalty(**given)])["DriftPenalty"]
+
+    assert told(safety_data=REFUSED) == told(safety_data=tuple(REFUSED))
+    assert told(safety_data=REFUSED) != told(safety_data=HARMFUL)
+    assert told(safety_data=iter(REFUSED))["safety_data"] == {"kind": "list_iterator"}
+    one, same, other = (
+        SafetyBasis({}, {}, {"rows_sha256": rows, "created": day})
+        for rows, day in (("a", "Monday"), ("a", "Friday"), ("b", "Monday"))
+    )
+    assert told(basis=one) == told(basis=same) != told(basis=other)
+    assert told(basis="/home/me/absent.safetensors")["basis"] == "absent.safetensors"
+
+
+# ---- data and what was made from it
+
+
+def aligned(pair: tuple[str, str]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+
+
+def exchanges(pair: tuple[str, str], folder: Path) -> dict[str, tuple[Any, Any, Any]]:
+    """Return by name how to make a method from data, from what was made of it, and from what was made of other."""
+    fitting = {"rank": 2, "max_steps": 2}
+
+    def basis(rows: Any, sides: Any) -> SafetyBasis:
+        # Of more layers, sides and directions than are needed, as one from a file usually is.
+        return SafetyBasis.from_rows(aligned(pair), tiny.tokenizer(), rows, sides=sides, rank=5)
+
+    def vectors(rows: Any) -> str:
+        made = train_security_vectors(aligned(pair), rows, tiny.tokenizer(), **fitting)
+        return str(made.save(folder / f"vectors-{len(list(folder.iterdir()))}"))
+
+    def direction(unaligned: str) -> AlignmentDirection:
+        return AlignmentDirection.from_checkpoints(pair[0], unaligned)
+
+    def drift(**given: Any) -> DriftPenalty:
+        return DriftPenalty(rank=4, **given)
+
+    def salora(**given: Any) -> SaLoRA:
+        return SaLoRA(rank=4, task_rank=0, **given)
+
+    other = aligned(pair)
+    for parameter in other.parameters():
+        parameter.data.mul_(1 + 0.1 * torch.rand_like(parameter))
+    other.save_pretrained(folder / "other")
+    return {
+        "drift_penalty": (
+            lambda: drift(safety_data=REFUSED),
+            lambda: drift(basis=basis(REFUSED, ("input",))),
+            lambda: drift(basis=basis(HARMFUL, ("input",))),
+        ),
+        "salora": (
+            lambda: salora(safety_data=REFUSED),
+            lambda: salora(basis=basis(REFUSED, ("output", "input")).save(folder / "basis.safetensors")),
+            lambda: salora(basis=basis(REFUSED[:-1], ("output",))),
+        ),
+        "security_vectors": (
+            lambda: SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
+            lambda: SecurityVectors(vectors(HARMFUL)),
+            lambda: SecurityVectors(vectors(HARMFUL[:-1])),
+        ),
+        "asft": (
+            lambda: AsFT(unaligned_model=pair[1]),
+            lambda: AsFT(direction=direction(pair[1]).save(folder / "d.safetensors")),
+            lambda: AsFT(direction=direction(str(folder / "other"))),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["drift_penalty", "salora", "security_vectors", "asft"])
+def test_what_was_made_from_data_may_take_its_place_and_nothing_else(name, pair, tmp_path):
+    """As a basis that of the data that it was measured with."""
+    first, same, other = exchanges(pair, tmp_path)[name]
+    folder = tmp_path / "run"
+    resumable(folder, pair, first()).train()
+    resumable(folder, pair, same(), max_steps=2).train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    with pytest.raises(ValueError, match="was made with other safety methods or settings: .*`made_from`"):
+        resumable(folder, pair, other()).train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+
+
+def test_a_basis_that_does_not_tell_its_data_is_not_taken_for_them(pair, tmp_path):
+    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train()
+    basis = SafetyBasis.from_rows(aligned(pair), tiny.tokenizer(), REFUSED, sides=("input",), rank=4)
+    basis.provenance = {}
+    with pytest.raises(ValueError, match="`basis` of DriftPenalty was null and is .*; `safety_data` .* is null"):
+        resumable(tmp_path, pair, DriftPenalty(rank=4, basis=basis)).train(resume_from_checkpoint=True)
+
+
+def test_a_stream_of_other_rows_is_told_by_what_was_measured(pair, tmp_path):
+    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(REFUSED))).train()
+    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(REFUSED))).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="`made_from` of DriftPenalty was .*rows_sha256"):
+        resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(HARMFUL))).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_that_do_not_tell_what_was_made_from_what_are_still_resumed(pair, tmp_path):
+    """Those of versions before."""
+    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train()
+    folder = tmp_path / "checkpoint-1"
+    saved = json.loads((folder / SETTINGS).read_text())
+    assert saved.pop(SPREAD) == {"processes": 1, "strategy": "one process"} and saved["DriftPenalty"].pop(MADE_FROM)
+    (folder / SETTINGS).write_text(json.dumps(saved))
+    (folder / "checksums.json").unlink()
+    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train(resume_from_checkpoint=True)
+
+
+def told(**given: Any) -> Any:
+    return settings_of([DriftPenalty(**{"safety_data": REFUSED, **given})])["DriftPenalty"]
+
+
+def test_every_row_counts_also_behind_the_ten_thousandth():
+    rows = [{"prompt": f"{number}", "completion": "no"} for number in range(10_001)]
+    assert told(safety_data=rows) != told(safety_data=[*rows[:-1], rows[0]])
+    assert told(safety_data=Dataset.from_list(rows)) == told(safety_data=rows)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, torch.tensor, np.array], ids=str)
+def test_numbers_of_numpy_and_torch_are_told_as_numbers(kind):
+    rows = {"safety_data": REFUSED}
+    assert told(**rows, seed=kind(4)) == told(**rows, seed=4) != told(**rows, seed=kind(8))
+    assert told(weight=np.float32(0.5)) == told(weight=0.5)
+
+
+def test_rows_with_values_of_any_kind_are_told_alike_in_every_process():
+    class Own:
+        pass
+
+    def rows(number: int) -> list[dict[str, Any]]:
+        odd = {"array": np.arange(2000) * number, "set": {"a", "b", f"{number}"}, "own": Own()}
+        return [{"prompt": "a", "completion": "b", **odd}]
+
+    assert told(safety_data=rows(1)) == told(safety_data=copy.deepcopy(rows(1))) != told(safety_data=rows(2))
+    assert " at 0x" not in json.dumps(told(safety_data=rows(1)))
+
+
+def test_a_change_in_the_middle_of_a_large_file_is_seen(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"a" * 20_000_000)
+    before = told(safety_data=path)
+    with path.open("r+b") as file:
+        file.seek(10_000_000)
+        file.write(b"b")
+    assert told(safety_data=path) != before
+
+
+# ---- the adapter
+
+
+def adapted(pair: tuple[str, str], tmp_path: Path, saved: Any, current: Any) -> None:
+    """Save a checkpoint with one adapter and go on with another."""
+    method = AsFT(projector="none", weight=0.5)
+    resumable(tmp_path, pair, method, peft_config=saved).train()
+    trainer = resumable(tmp_path, pair, AsFT(projector="none", weight=0.5), peft_config=current)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    "current",
+    [
+        {"target_modules": ["v_proj", "q_proj"]},
+        {"target_modules": {"q_proj", "v_proj"}},
+        {"target_modules": r".*\.self_attn\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": ["o_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 0]},
+    ],
+    ids=str,
+)
+def test_the_same_layers_in_other_words_are_the_same_adapter(current, pair, tmp_path):
+    adapted(pair, tmp_path, lora(target_modules=["q_proj", "v_proj"]), lora(**current))
+
+
+@pytest.mark.parametrize(
+    ("current", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, "it trained `model.layers.0.self_attn.v_proj`, .* which this run does not"),
+        ({"target_modules": "all-linear"}, "this run trains `model.layers.0.mlp.down_proj`, .*of which it has no"),
+        ({"layers_to_transform": [0]}, "it trained `model.layers.1.self_attn.q_proj`, `[^`]*1.self_attn.v_proj`, w"),
+        ({"bias": "lora_only"}, "`bias` was .none. and is .lora_only."),
+        ({"modules_to_save": ["lm_head"]}, "this run trains `lm_head.weight`, of which it has no weights"),
+    ],
+    ids=str,
+)
+def test_other_layers_than_the_checkpoint_s_are_refused_by_name(current, message, pair, tmp_path):
+    before = {"target_modules": ["q_proj", "v_proj"]}
+    plain = DriftPenalty(weight=0.0, rank=4, safety_data=REFUSED), Record([])
+    resumable(tmp_path, pair, None, peft_config=lora(**before)).train()
+    model = resumable(tmp_path, pair, None, peft_config=lora(**{**before, **current})).model
+    folder = tmp_path / "checkpoint-1"
+    assert checkpoint_to_resume(str(folder), tmp_path, plain[1], model) == str(folder)  # TRL would not ask
+    record = Record([plain[0]])
+    (folder / SETTINGS).write_text(json.dumps(record.content))
+    with pytest.raises(ValueError, match=f"other settings of the adapter: .*{message}"):
+        checkpoint_to_resume(str(folder), tmp_path, record, model)
+
+
+def test_weights_of_another_model_are_refused_by_their_shapes(pair, tmp_path):
+    resumable(tmp_path, pair, None).train()
+    folder, record = tmp_path / "checkpoint-1", Record([DriftPenalty(safety_data=REFUSED)])
+    (folder / SETTINGS).write_text(json.dumps(record.content))
+    model = resumable(tmp_path, pair, None).model
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name][:, :-1].clone()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="its `adapter_model.safetensors` is missing or damaged"):
+        checkpoint_to_resume(str(folder), tmp_path, record, model)
+    (folder / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=r"`model.layers.0.\S+` was \[\d+, \d+\] and is \[\d+, \d+\]"):
+        checkpoint_to_resume(str(folder), tmp_path, record, model)
+
+
+# ---- processes and strategies
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"processes": 2, "strategy": "DDP"},
+            "was made by 2 processes with DDP, and this run has one process: .*Launch",
+        ),
+        ({"processes": 2, "strategy": "ZeRO-2"}, "was made by 2 processes with ZeRO-2"),
+        ({"processes": "two"}, "was made by two processes with None, and this run has one process"),
+    ],
+    ids=str,
+)
+def test_another_number_of_processes_or_another_strategy_is_refused(change, message, protected_run, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(protected_run[0], folder)
+    (folder / "checksums.json").unlink()
+    saved = json.loads((folder / SETTINGS).read_text())
+    (folder / SETTINGS).write_text(json.dumps(saved | {SPREAD: change}))
+    record = Record(methods_of(protected_run[1]), Strategy("one process"), 1)
+    with pytest.raises(ValueError, match=message) as raised:
+        checkpoint_to_resume(str(folder), tmp_path, record)
+    assert "start a new run from its weights" in str(raised.value)
+    assert checkpoint_to_resume(str(folder), tmp_path, Record(record.methods)) == str(folder)
+
+
+def test_the_random_numbers_of_this_process_must_be_there(protected_run, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(protected_run[0], folder)
+    (folder / "checksums.json").unlink()
+    saved = json.loads((folder / SETTINGS).read_text())
+    del saved[SPREAD]
+    (folder / SETTINGS).write_text(json.dumps(saved))
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
+    (folder / "rng_state.pth").rename(folder / "rng_state_1.pth")
+    record = Record(methods_of(protected_run[1]), Strategy("one process"), 1)
+    with pytest.raises(ValueError, match="holds no `rng_state.pth`, .*another number of processes"):
+        checkpoint_to_resume(str(folder), tmp_path, record)
