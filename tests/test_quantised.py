@@ -20,6 +20,10 @@ from safe_trainer import PromptSet, SafeSFTTrainer, compare, evaluate
 pytestmark = pytest.mark.slow
 
 BASES = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "torchao int8": "Int8Tensor"}
+TOGETHER = {
+    "asft, salora and security_vectors": ["asft", "salora", "security_vectors"],
+    "recommended": ["security_vectors", "drift_penalty"],
+}
 LIBRARY = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao int8": "torchao"}
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -59,21 +63,28 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("name", VARIANTS)
+def test_folding_is_refused_before_anything_is_fitted(kind, pair, tmp_path: Path):
+    model = base(pair[0], kind)
+    method = BUILD["security_vectors: folded"](*pair)
+    rows = {"train_dataset": tiny.rows(), "processing_class": tiny.tokenizer()}
+    with pytest.raises(ValueError, match="quantised or sharded .*Leave out `fold`"):
+        SafeSFTTrainer(model, args=settings(tmp_path, bf16=False), **rows, peft_config=lora(), safety=method)
+    assert method.fitted is None
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("name", [*(name for name in VARIANTS if not name.endswith("folded")), *TOGETHER])
 def test_a_quantised_base_goes_the_whole_way(name, kind, pair, tmp_path: Path):
     model = base(pair[0], kind)
     clean = logits(model)
     args = settings(tmp_path, bf16=False, eval_strategy="steps", eval_steps=1)
     rows = {"train_dataset": tiny.rows(), "eval_dataset": tiny.rows(4), "processing_class": tiny.tokenizer()}
-    trainer = SafeSFTTrainer(model, args=args, **rows, peft_config=lora(), safety=BUILD[name](*pair))
-    if name == "security_vectors: folded":
-        with pytest.raises(ValueError, match="quantised or sharded .*Leave out `fold`"):
-            trainer.train()
-        return
+    safety = [BUILD[one](*pair) for one in TOGETHER.get(name, [name])]
+    trainer = SafeSFTTrainer(model, args=args, **rows, peft_config=lora(), safety=safety)
     trainer.train()
     entries = trainer.state.log_history
     assert all(entry[key] > 0 for entry in entries for key in ("loss", "eval_loss") if key in entry)
-    if name.startswith("salora"):
+    if "salora" in name:
         assert max(entry.get("salora/leak", 0.0) for entry in entries) < 2e-3
     trainer.save_model()
 

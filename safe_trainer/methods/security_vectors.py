@@ -16,7 +16,15 @@ from transformers.utils.logging import tqdm
 from .. import adapters
 from ..calibration import by_first_process
 from ..strategy import Strategy
-from ..vectors import Fitting, TrainedVectors, VectorFactors, active, train_security_vectors
+from ..vectors import (
+    Fitting,
+    TrainedVectors,
+    VectorFactors,
+    active,
+    check_foldable,
+    targets,
+    train_security_vectors,
+)
 from .base import Paper, SafetyMethod
 
 
@@ -53,7 +61,8 @@ class SecurityVectors(SafetyMethod):
             that is neither quantised nor sharded.
 
     Raises:
-        ValueError: If a setting is out of its range, there are no vectors, or they do not fit the model.
+        ValueError: If a setting is out of its range, there are no vectors, they do not fit the model, or `fold` does
+            not.
         RuntimeError: If vectors are at work in the model already, as in a training within a training.
 
     Example:
@@ -145,6 +154,8 @@ class SecurityVectors(SafetyMethod):
             vectors = TrainedVectors.load(str(vectors))
         self.provenance = vectors.provenance
         self._layers = vectors.check_fits(model)
+        if self.fold:
+            check_foldable(self._layers)
         self._factors = {name: VectorFactors(A, self.strength * B) for name, (A, B) in vectors.modules.items()}
 
     @contextmanager
@@ -155,6 +166,8 @@ class SecurityVectors(SafetyMethod):
 
     def _fit(self, model: nn.Module, tokenizer: Any, harmful_data: Any) -> TrainedVectors:
         settings = asdict(self.fitting) if isinstance(self.fitting, Fitting) else dict(self.fitting)
+        if self.fold:  # refused before time is spent on fitting
+            check_foldable(targets(model, Fitting(**settings)))
         most = settings.get("max_steps", Fitting.max_steps)
 
         def fitted() -> TrainedVectors:

@@ -4,9 +4,18 @@
 `hooks` puts them to work. They are harmful by construction: see [`TrainedVectors`].
 """
 
-from .fitting import Fitting, train_security_vectors
-from .hooks import VectorFactors, active
+from .fitting import Fitting, targets, train_security_vectors
+from .hooks import VectorFactors, active, check_foldable
 from .losses import row_losses
 from .weights import TrainedVectors
 
-__all__ = ["Fitting", "TrainedVectors", "VectorFactors", "active", "row_losses", "train_security_vectors"]
+__all__ = [
+    "Fitting",
+    "TrainedVectors",
+    "VectorFactors",
+    "active",
+    "check_foldable",
+    "row_losses",
+    "targets",
+    "train_security_vectors",
+]

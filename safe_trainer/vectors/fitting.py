@@ -131,7 +131,7 @@ def train_security_vectors(
     """
     chosen = Fitting(**settings)
     base, tokenizer = with_tokenizer(model, tokenizer)
-    layers = _targets(base, chosen)
+    layers = targets(base, chosen)
     pad = tokenizer.pad_token_id or 0  # padding is masked, so any id will do
 
     def encoded(rows: Sequence[Row], name: str) -> Rows:
@@ -170,7 +170,16 @@ def train_security_vectors(
     )
 
 
-def _targets(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
+def targets(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
+    """Return the layers that vectors are fitted for, by name.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        settings ([`Fitting`]): How to fit.
+
+    Raises:
+        ValueError: If a setting does not fit the model, or its weights are not in this process.
+    """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "The model's weights are not in this process (offloaded, or loaded by the first process alone, as FSDP "

@@ -146,7 +146,7 @@ def folded(layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactor
     undo: list[Callable[[], None]] = []
     try:
         for name, vectors in factors.items():
-            _check_foldable(name, layers[name])
+            check_foldable({name: layers[name]})
             undo.append(_fold(name, layers[name], vectors, switch))
         yield
     finally:
@@ -189,22 +189,31 @@ def _exchanged(base: Any, vectors: VectorFactors) -> nn.Parameter:
     return nn.Parameter((W.float() + product).to(W.dtype), requires_grad=False)
 
 
-def _check_foldable(name: str, layer: LinearLayer) -> None:
-    weight: Any = layer.base.weight
-    stored = layer.shape[::-1] if isinstance(layer.base, Conv1D) else layer.shape
-    if weight.requires_grad:
-        problem = "its weight is being trained"
-    elif (
-        type(layer.base) not in (nn.Linear, Conv1D)
-        or type(weight) is not nn.Parameter
-        or tuple(weight.shape) != stored
-    ):
-        problem = f"its weight is quantised or sharded ({type(layer.base).__name__}, {type(weight).__name__})"
-    else:
-        return
-    raise ValueError(
-        f"`fold` needs frozen weights that are stored whole, but in `{name}` {problem}. Leave out `fold`."
-    )
+def check_foldable(layers: Mapping[str, LinearLayer]) -> None:
+    """Make sure that vectors can be folded into layers.
+
+    Args:
+        layers (`Mapping[str, LinearLayer]`): The layers by name.
+
+    Raises:
+        ValueError: If a layer's weight is trained, quantised or sharded; says which.
+    """
+    for name, layer in layers.items():
+        weight: Any = layer.base.weight
+        stored = layer.shape[::-1] if isinstance(layer.base, Conv1D) else layer.shape
+        if weight.requires_grad:
+            problem = "its weight is being trained"
+        elif (
+            type(layer.base) not in (nn.Linear, Conv1D)
+            or type(weight) is not nn.Parameter
+            or tuple(weight.shape) != stored
+        ):
+            problem = f"its weight is quantised or sharded ({type(layer.base).__name__}, {type(weight).__name__})"
+        else:
+            continue
+        raise ValueError(
+            f"`fold` needs frozen weights that are stored whole, but in `{name}` {problem}. Leave out `fold`."
+        )
 
 
 def _forget_compiled_code() -> None:
