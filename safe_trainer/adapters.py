@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 # These initialisations subtract their start from the base weight, so that `B A` is not the update.
@@ -56,7 +56,7 @@ class LoraUpdate:
         return (self.layer.scaling[self.adapter] * left if self.scaled else left), right
 
 
-@dataclass(frozen=True)
+@dataclass
 class FullUpdate:
     """`ΔW = W - W_start` of one layer that is trained in full; keeps a copy of the start."""
 
@@ -71,17 +71,30 @@ class FullUpdate:
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """Return `ΔW` (d_out x d_in) and `None`."""
-        delta = whole(self.layer.weight) - self.start.to(self.layer.weight.device, torch.float32)
+        trained = self.layer.weight
+        # Training may begin by rounding the weights: what that changed is no update.
+        start = self.start.to(trained.device, trained.dtype).float()
+        delta = whole(trained.float() - start) if isinstance(start, DTensor) else whole(trained) - start
         return _oriented(self.layer, delta), None
 
+    def place(self) -> None:
+        """Bring the start to where the weight is by now, sharded as it is: from the first process to all others."""
+        weight, start = self.layer.weight, self.start
+        if isinstance(weight, DTensor) and not isinstance(start, DTensor):
+            start = torch.empty_like(start, device="cpu") if start.is_meta else start
+            start = distribute_tensor(start, weight.device_mesh, weight.placements)
+        self.start = start.to(weight.device)
 
-def updates(model: Any, method: str, scaled: bool = True) -> dict[str, Update]:
+
+def updates(model: Any, method: str, scaled: bool = True, copied: bool = True) -> dict[str, Update]:
     """Return the update of every linear layer that is being trained, by the layer's name in the base model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model as it will be trained.
         method (`str`): Who asks, for messages.
         scaled (`bool`, *optional*, defaults to `True`): Whether LoRA updates carry their scaling.
+        copied (`bool`, *optional*, defaults to `True`): Whether to copy the start of layers that are trained in full;
+            without a copy it is there once the model is sharded and [`FullUpdate.place`] has been called.
 
     Returns:
         `dict[str, Update]`: For LoRA every adapted layer, otherwise every trainable linear layer but the output head.
@@ -94,7 +107,7 @@ def updates(model: Any, method: str, scaled: bool = True) -> dict[str, Update]:
         return dict(lora_updates(model, method, scaled))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found: dict[str, Update] = {
-        name: FullUpdate(layer, layer.weight.detach().clone())
+        name: FullUpdate(layer, layer.weight.detach().clone() if copied else layer.weight.detach().to("meta"))
         for name, layer in model.named_modules()
         if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head and layer.weight.requires_grad
     }

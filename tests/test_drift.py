@@ -11,7 +11,7 @@ import runs
 import tiny
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
@@ -241,6 +241,54 @@ def test_monitor_follows_full_fine_tuning_too(tmp_path):
     layers = linear_layers(trainer.model)
     moved = sum((weight(layers[name].outer) - W).square().sum().item() for name, W in start.items())
     assert logged == [pytest.approx(math.sqrt(moved / sum(W.square().sum().item() for W in start.values())), rel=1e-3)]
+
+
+@pytest.mark.slow
+def test_monitor_measures_from_the_model_that_it_was_built_on_also_when_training_goes_on(tmp_path):
+    trainer = SFTTrainer(**runs.given(tmp_path))
+    start = {name: weight(layer.outer).clone() for name, layer in linear_layers(trainer.model).items()}
+    trainer.add_callback(DriftMonitor(trainer, every=50))
+    for _ in range(2):
+        trainer.train()
+        moved = sum(
+            (weight(linear_layers(trainer.model)[n].outer) - W).square().sum().item() for n, W in start.items()
+        )
+        expected = math.sqrt(moved / sum(W.square().sum().item() for W in start.values()))
+        logged = [entry["drift/relative"] for entry in trainer.state.log_history if "drift/relative" in entry]
+        assert logged == [pytest.approx(expected, rel=1e-3)]
+
+
+@pytest.mark.slow
+def test_monitor_follows_a_trainer_that_makes_itself_another_model(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7, 8], [9, 10, 11, 12])] * 6
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    args = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, **quiet)
+    trainer = Trainer(model_init=lambda: tiny.model(), args=args, train_dataset=rows)
+    trainer.add_callback(DriftMonitor(trainer, every=3))
+    trainer.train()
+    start, end = (linear_layers(model) for model in (tiny.model(), trainer.model))
+    moved = math.hypot(*((weight(end[n].outer) - weight(x.outer)).norm().item() for n, x in start.items()))
+    size = math.hypot(*(weight(x.outer).norm().item() for x in start.values()))
+    logged = [entry["drift/relative"] for entry in trainer.state.log_history if "drift/relative" in entry]
+    assert logged == [pytest.approx(moved / size, rel=1e-3)] and logged[0] > 1e-3
+
+
+def test_monitor_does_not_count_what_rounding_the_weights_before_training_changed(tmp_path):
+    trainer = SFTTrainer(**runs.given(tmp_path, bf16=False))
+    monitor = DriftMonitor(trainer)
+    trainer.model.to(torch.bfloat16)
+    monitor.on_train_begin(trainer.args, trainer.state, trainer.control)
+    monitor._measure(0)
+    assert trainer.state.log_history[-1]["drift/relative"] == 0.0
+
+
+def test_monitor_is_refused_when_it_is_built_where_it_cannot_measure(tmp_path):
+    trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora(use_dora=True)))
+    with pytest.raises(ValueError, match="drift monitor does not work with `use_dora=True`"):
+        DriftMonitor(trainer)
+    strange = SafetyBasis({"model.elsewhere": Leading(random_basis(8, 4, 1), torch.ones(4), 4.0)})
+    with pytest.raises(ValueError, match="no layer in common"):
+        DriftMonitor(SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora())), basis=strange)
 
 
 def test_comparison_and_its_report_show_the_shares_by_layer(tmp_path):

@@ -157,6 +157,13 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         RefusalMonitor(None, **settings)
 
 
+def test_a_model_that_is_split_is_told_from_one_with_another_vocabulary():
+    split = tiny_llama()
+    split.get_input_embeddings().weight = torch.nn.Parameter(torch.empty(0))  # as DeepSpeed ZeRO-3 leaves it
+    with pytest.raises(ValueError, match="ZeRO-3 has split them.*`safe-trainer compare`"):
+        generate(split, byte_tokenizer(), PROMPTS)
+
+
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.5])
 def test_a_floor_is_a_share(rate):
     with pytest.raises(ValueError, match="above 0 and below 1"):

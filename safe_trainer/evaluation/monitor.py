@@ -10,13 +10,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from safe_trainer.calibration import from_first_process
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation.answers import Decoding
 from safe_trainer.evaluation.examination import examine
 from safe_trainer.evaluation.judges import Judge
 from safe_trainer.evaluation.likelihood import LikelihoodJudge
 from safe_trainer.evaluation.results import SetResult
-from safe_trainer.evaluation.state import log_between
+from safe_trainer.evaluation.state import log_between, watchable
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class RefusalMonitor(TrainerCallback):
     They go wherever the loss goes (progress bar, TensorBoard, W&B, trackio, `trainer.state.log_history`), as
     `safety/<set>_refused`, `…_refused_low` (lower end of the 95 % interval) and `…_complied`, with the seconds spent
     so far as `safety/monitor_seconds`. The first check is made before the first step. Training is not disturbed: same
-    weights, same losses, same random numbers as without the monitor.
+    weights, same losses, same random numbers as without the monitor. On several processes each needs the monitor and
+    asks all prompts, since a sharded model answers only where all ask; the first process's rate decides on the floor.
 
     Args:
         trainer (`transformers.Trainer`): The trainer that it watches; its `log` is what it writes to.
@@ -61,8 +63,9 @@ class RefusalMonitor(TrainerCallback):
         decoding (`Decoding`, *optional*): How answers are generated, where the judge needs them.
 
     Raises:
-        ValueError: If `every` is below 1, there is no prompt set, one is a task, or there is a floor but no harmful
-            set; and at the start of training, if the model does not hold the floor to begin with.
+        ValueError: If `every` is below 1, there is no prompt set, one is a task, there is a floor but no harmful
+            set, or training is spread by FSDP1, ZeRO-3 or tensor parallelism; and at the start of training, if the
+            model does not hold the floor to begin with.
 
     Example:
 
@@ -91,6 +94,7 @@ class RefusalMonitor(TrainerCallback):
             raise ValueError(f"`prompt_sets` must be harmful, benign or borderline ones, got {kinds or 'none'}.")
         if floor is not None and "harmful" not in kinds:
             raise ValueError(f"A `floor` needs a harmful prompt set, got {kinds}.")
+        watchable(trainer, "The refusal monitor", "safe-trainer compare")
         self.trainer, self.prompt_sets, self.every, self.floor = trainer, tuple(prompt_sets), every, floor
         self.judge, self.decoding = judge or LikelihoodJudge(), decoding or Decoding()
         self.seconds = 0.0
@@ -141,6 +145,8 @@ class RefusalMonitor(TrainerCallback):
         start = time.perf_counter()
         results = [self._examine(prompt_set) for prompt_set in self.prompt_sets]
         low = min((r.rate("refused").low for r in results if r.prompt_set.kind == "harmful"), default=1.0)
+        if self.floor is not None:  # no two processes round alike, and none may stop alone
+            low = from_first_process(low)
         if self.floor is not None and self.floor.restore and low >= self.floor.rate:
             self._hold(step)
         self.seconds += time.perf_counter() - start
@@ -159,18 +165,23 @@ class RefusalMonitor(TrainerCallback):
             if not parameter.requires_grad:
                 continue
             if name in self._held:
-                self._held[name].copy_(parameter.detach())
+                self._held[name].copy_(_here(parameter))
             else:
-                self._held[name] = parameter.detach().to("cpu", copy=True)
+                self._held[name] = _here(parameter).to("cpu", copy=True)
         self._held_step = step
 
     def _restore(self) -> None:
-        import torch
+        for name, parameter in self.trainer.model.named_parameters():
+            if name in self._held:
+                _here(parameter).copy_(self._held[name])
 
-        with torch.no_grad():
-            for name, parameter in self.trainer.model.named_parameters():
-                if name in self._held:
-                    parameter.copy_(self._held[name])
+
+def _here(parameter: Any) -> Any:
+    """Return what this process holds of a parameter, which of a sharded one is its piece, without its gradient."""
+    from torch.distributed.tensor import DTensor
+
+    held = parameter.detach()
+    return held.to_local() if isinstance(held, DTensor) else held
 
 
 def _values(result: SetResult) -> dict[str, float]:

@@ -27,8 +27,8 @@ def encode(
 
     Raises:
         TypeError: If `prompts` is one text and no list.
-        ValueError: If there is no chat template, the template refuses the system prompt, or a token id lies outside
-            the model's vocabulary.
+        ValueError: If there is no chat template, the template refuses the system prompt, a token id lies outside the
+            model's vocabulary, or the model is split by ZeRO-3.
     """
     if isinstance(prompts, str):  # which would be taken for as many prompts as it has letters
         raise TypeError("`prompts` must be a list of prompts, got one text. Write `[prompt]`.")
@@ -41,6 +41,11 @@ def encode(
     # The template writes the special tokens itself; adding them again would double the beginning-of-text token.
     encoded: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not vocabulary:
+        raise ValueError(
+            "The model's weights are not in this process: DeepSpeed ZeRO-3 has split them. Save the model and ask it "
+            "when it is loaded whole: `safe-trainer compare`."
+        )
     largest = max((max(ids, default=0) for ids in encoded), default=0)
     if largest >= vocabulary:
         raise ValueError(

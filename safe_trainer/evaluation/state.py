@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safe_trainer.strategy import Strategy
 
 
 @contextmanager
@@ -42,3 +45,30 @@ def log_between(trainer: Any, values: Mapping[str, float]) -> None:
     with examining(trainer.model):
         trainer.log(dict(values))
     trainer.control.should_log = due
+
+
+def watchable(trainer: Any, monitor: str, afterwards: str) -> Strategy:
+    """Return how a training is spread over processes, if its model can be watched meanwhile.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer, just built.
+        monitor (`str`): Who asks, for messages.
+        afterwards (`str`): The command that measures the same when training has ended.
+
+    Raises:
+        ValueError: If it cannot, under FSDP1, ZeRO-3 and where weights are split as they are loaded; with what to use.
+    """
+    from safe_trainer.strategy import SPLIT_AT_LOADING, strategy_of
+
+    strategy = strategy_of(trainer.accelerator, trainer.model)
+    ways = {
+        "FSDP1": "Use FSDP2 (`fsdp_version: 2` in the configuration of accelerate)",
+        "ZeRO-3": "Use FSDP2, ZeRO-2 or DDP",
+        SPLIT_AT_LOADING: "Load the model whole and use FSDP2, ZeRO-2 or DDP",
+    }
+    if strategy.name in ways:
+        raise ValueError(
+            f"{monitor} does not work under {strategy.name}, where no process can look at the model as a whole. "
+            f"{ways[strategy.name]}, or measure when training has ended, with `{afterwards}`."
+        )
+    return strategy
