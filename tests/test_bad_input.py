@@ -309,6 +309,28 @@ DATA: dict[str, Case] = {
     "blank lines": (lambda r: rows(r, "rows.jsonl", "\n\n"), ValueError, "no "),
     "half a JSON line": (lambda r: rows(r, "rows.jsonl", '{"prompt": "a", "comp'), ValueError, "line 1"),
     "half an array": (lambda r: rows(r, "rows.json", '[{"prompt": "a", "completion": "b"},'), ValueError, "line 1"),
+    "an array that is nested too deeply": (lambda r: rows(r, "rows.json", "[" * 100_000), ValueError, "line 1: found"),
+    "a row that is nested too deeply": (
+        lambda r: rows(r, "rows.json", '[{"prompt": "a",\n"b": ' + "[" * 100_000),
+        ValueError,
+        "nested too deeply to be read",
+    ),
+    "a column of an object that is nested as deeply as can be read": (
+        lambda r: rows(r, "rows.jsonl", '{"prompt": ' + "[" * 987 + "]" * 987 + "}"),
+        ValueError,
+        "line 1",
+    ),
+    "a number that is too long": (
+        lambda r: rows(r, "rows.jsonl", '{"prompt": "a", "completion": "b", "id": ' + "1" * 5000 + "}"),
+        ValueError,
+        "line 1: not JSON: found a whole number with more digits than can be read",
+    ),
+    "a number that is too long in an array": (
+        lambda r: rows(r, "rows.json", '[{"prompt": "a", "completion": "b"},\n{"id": ' + "1" * 5000 + "}]"),
+        ValueError,
+        "line 2: not JSON: found a whole number with more digits than can be read",
+    ),
+    "a name that no file can have": (lambda r: st.load_rows("x" * 300 + ".csv"), FileNotFoundError, "Check the path"),
     "one object over several lines": (lambda r: rows(r, "rows.json", '{\n"prompt": "a"\n}'), ValueError, "an array"),
     "columns that nobody knows": (lambda r: rows(r, "rows.csv", "left,right\na,b"), ValueError, "columns"),
     "a row without an answer": (

@@ -65,6 +65,17 @@ def test_bad_rows_can_be_left_out_but_not_silently(tmp_path, caplog):
     assert "7 unusable (not JSON), 1 unusable (other columns)" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_number_that_is_too_long_can_be_left_out(name, tmp_path, caplog):
+    good = '{"prompt": "a", "completion": "b"}'
+    lines = [good, '{"prompt": "c", "completion": "d", "id": [-' + "1" * 300_000 + "]}", good]
+    path = tmp_path / name
+    path.write_text("[" + ",\n".join(lines) + "]" if name == "rows.json" else "\n".join(lines))
+    rows, report = load_rows(path, Reading(on_bad_row="skip"))
+    assert len(rows) == 2 and report.troubles == {"not JSON": 1}
+    assert "line 2: not JSON: found a whole number with more digits than can be read" in caplog.text
+
+
 def test_the_first_bad_row_does_not_decide_the_format(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"instruction": "Lost its output"}, *ALPACA])
     with pytest.raises(ValueError, match="1 of 6 rows .*\n.*alpaca"):

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from safe_trainer import Reading, conversation, load_rows, stream_rows
-from safe_trainer.recipe import RecipeError
+from safe_trainer.recipe import RecipeError, read_recipe
 from safe_trainer.recipe.document import Document, assignment, dotted
 
 steady = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -168,3 +168,70 @@ def test_a_change_of_any_kind_has_a_place_or_is_refused_in_words(text):
         assert text in str(error)
     else:
         assert place and "" not in place
+
+
+def valid() -> dict[str, Any]:
+    """Return a recipe that is valid, with rows that are there."""
+    rows = written("rows.jsonl", json.dumps(conversation("Say one.", "One.")).encode())
+    return {
+        "model": {"path": "a/model", "dtype": "float32"},
+        "data": [{"path": str(rows), "weight": 1.5, "columns": None}],
+        "peft": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "lora_dropout": 0.1},
+        "safety": [{"method": "asft", "unaligned_model": "a/base", "weight": 1.0}],
+        "training": {"max_steps": 2, "learning_rate": 1e-4, "save_strategy": "no", "logging_steps": 1},
+        "evaluation": {"prompts": [{"built_in": "general", "kind": "harmful"}], "max_new_tokens": 4},
+        "monitor": {"every": 1, "prompts": 2, "direction": None},
+        "output": "out",
+    }
+
+
+VALID = valid()
+paths = some.sampled_from(["./x", "/x", "~x", "~", "x/y", "x" * 300, "./" + "x" * 300, "\0", "/\0", "..", "."])
+anything = values | paths | some.integers() | some.sampled_from([True, float("inf"), float("nan"), 10**400, [[]], {}])
+
+
+def places(inside: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, list) else ()
+    return [place, *(found for key, value in inner for found in places(value, (*place, key)))]
+
+
+def changed(inside: Any, place: tuple[Any, ...], value: Any) -> Any:
+    if not place:
+        return value
+    copied = dict(inside) if isinstance(inside, dict) else list(inside)
+    copied[place[0]] = changed(inside[place[0]], place[1:], value)
+    return copied
+
+
+def read(content: bytes) -> None:
+    """Read a recipe; if that is refused, then as a `RecipeError` that names the file and says more than that."""
+    path = written("recipe.yaml", content)
+    try:
+        read_recipe(path)
+    except RecipeError as error:
+        assert str(path) in str(error) and error.problems and all(error.problems)
+
+
+def test_the_recipe_that_is_changed_is_valid():
+    read_recipe(written("recipe.yaml", yaml.safe_dump(VALID).encode()))
+
+
+@settings(steady, max_examples=200)
+@given(some.sampled_from(places(VALID)), anything)
+def test_a_recipe_with_one_value_of_any_kind_is_read_or_is_refused_in_words(place, value):
+    read(yaml.safe_dump(changed(VALID, place, value), allow_unicode=True).encode())
+
+
+@settings(steady, max_examples=100)
+@given(some.sampled_from(["training", "peft", "safety", "monitor", "evaluation", "model"]), words, anything)
+def test_a_recipe_with_a_key_of_any_name_is_read_or_is_refused_in_words(part, key, value):
+    inner = VALID[part][0] if part == "safety" else VALID[part]
+    read(yaml.safe_dump({**VALID, part: {**inner, key: value}}, allow_unicode=True).encode())
+
+
+@settings(steady, max_examples=100)
+@given(
+    some.binary(max_size=60) | some.text(alphabet="model:data{}[]&*!|>-'\"#%,? \n\t1.", max_size=60).map(str.encode)
+)
+def test_a_file_of_any_kind_is_no_recipe_and_is_refused_in_words(content):
+    read(content)

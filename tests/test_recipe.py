@@ -84,19 +84,52 @@ def test_anchors_are_followed():
         ("a: !!python/object:os.system {}\n", "line 1: no YAML: could not determine a constructor"),
         ("a: \x1f\n", "no YAML: unacceptable character"),
         ("b: 1\n? [a]\n: 2\n", "line 2: no YAML: a key must be one word"),
-        ("a: &a [*a]\n", "no YAML that can be read: maximum recursion depth exceeded"),
+        ("a: &a [*a]\n", "it holds more than 100,000 values; is there an anchor within itself?"),
         ("a: 2020-13-45\n", "no YAML that can be read: month must be in 1..12"),
         (
             "a: &a [1,1,1,1,1,1,1,1]\n"
             + "".join(f"{n}: &{n} [{','.join([f'*{o}'] * 8)}]\n" for o, n in zip("abcdef", "bcdefg", strict=True)),
             "it holds more than 100,000 values",
         ),
+        (f"output: {'[' * 5000}", "no YAML that can be read: maximum recursion depth exceeded"),
+        (f"output: {'1' * 5000}", "no YAML that can be read: Exceeds the limit"),
     ],
 )
 def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert message in problems(path)[0]
+
+
+def test_aliases_that_multiply_are_refused_in_a_change_too(recipe):
+    """Each level holds the one before nine times: made, they would take all memory there is."""
+    levels = "".join(f"&{n} [{','.join([f'*{o}'] * 9)}], " for o, n in zip("abcdefghijk", "bcdefghijkl", strict=True))
+    (found,) = problems(recipe(), f"peft.target_modules=[&a [1,1,1,1,1,1,1,1,1], {levels}1]")
+    assert "--set peft.target_modules=" in found and len(found) < 500
+
+
+def test_a_long_value_is_not_shown_whole(recipe):
+    (found,) = problems(recipe({"training": {"seed": [1] * 20_000}}))
+    assert "expected a whole number, got [1, 1, " in found and len(found) < 400
+
+
+@pytest.mark.parametrize("name", ["./" + "x" * 300, "/" + "x" * 300, "~nobody/x"])
+@pytest.mark.parametrize("key", ["model", "path", "hub", "direction"])
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(key, name, recipe):
+    changes = {
+        "model": {"model": {"path": name}},
+        "path": {"data": [{"path": f"{name}.csv"}]},
+        "hub": {"data": [{"hub": name}]},
+        "direction": {"monitor": {"direction": name}},
+    }
+    (found,) = problems(recipe(changes[key]))
+    assert "there is no f" in found and ": " in found
+
+
+def test_on_and_off_which_yaml_takes_for_truth_values_are_to_be_quoted(recipe):
+    path = recipe()
+    path.write_text(path.read_text().replace("save_strategy: 'no'", "save_strategy: no"))
+    assert "got False; YAML takes on, off, yes and no for these: put it in quotes" in problems(path)[0]
 
 
 def test_text_that_is_not_utf_8_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -316,7 +317,7 @@ def recipe_of(folder: Path) -> Path:
     return path
 
 
-def commanded(folder: Path, recipe: Path, ask: Any, options: tuple[str, ...] = ()) -> None:
+def commanded(folder: Path, recipe: Path, callback: Any, options: tuple[str, ...] = ()) -> None:
     from safe_trainer.cli import app
     from safe_trainer.recipe import running
 
@@ -324,7 +325,8 @@ def commanded(folder: Path, recipe: Path, ask: Any, options: tuple[str, ...] = (
 
     def asking(*args: Any, **kwargs: Any) -> SafeSFTTrainer:
         trainer = made(*args, **kwargs)
-        trainer.add_callback(Ask(*ask))
+        kind, *given = callback
+        trainer.add_callback(kind(*given))
         return trainer
 
     running.make_trainer = asking
@@ -332,14 +334,14 @@ def commanded(folder: Path, recipe: Path, ask: Any, options: tuple[str, ...] = (
     app(prog_name="safe-trainer")
 
 
-def command(recipe: Path, ask: Any, *options: str) -> tuple[int, str]:
-    process = PROCESSES.Process(target=logged, args=(commanded, recipe.parent, recipe, ask, options))
+def command(recipe: Path, callback: Any, *options: str) -> tuple[int, str]:
+    process = PROCESSES.Process(target=logged, args=(commanded, recipe.parent, recipe, callback, options))
     process.start()
     process.join(240)
     return process.exitcode, recipe.with_name("log").read_text()
 
 
-NEVER = (-1, "on_step_begin", [])
+NEVER = (Ask, -1, "on_step_begin", [])
 
 
 @pytest.mark.slow
@@ -347,7 +349,7 @@ NEVER = (-1, "on_step_begin", [])
 def test_a_command_that_is_stopped_in_its_last_step_saves_and_compares_when_it_goes_on(number, code, tmp_path):
     whole, broken = recipe_of(tmp_path / "whole"), recipe_of(tmp_path / "broken")
     assert command(whole, NEVER)[0] == 0
-    found, told = command(broken, (1, "on_optimizer_step", [number]))
+    found, told = command(broken, (Ask, 1, "on_optimizer_step", [number]))
     assert found == code, told
     assert "Traceback" not in told and "train(" not in told
     again = f"Go on with: safe-trainer train {broken} --resume"
@@ -362,5 +364,44 @@ def test_a_command_that_is_stopped_in_its_last_step_saves_and_compares_when_it_g
 @pytest.mark.slow
 def test_a_second_ctrl_c_in_a_command_says_where_it_was(tmp_path):
     recipe = recipe_of(tmp_path / "run")
-    found, told = command(recipe, (1, "on_step_begin", [signal.SIGINT, signal.SIGINT]))
+    found, told = command(recipe, (Ask, 1, "on_step_begin", [signal.SIGINT, signal.SIGINT]))
     assert found == 130 and "Stopped behind step 1." in told and "Traceback" not in told, told
+
+
+class NoRoom(TrainerCallback):
+    """From the end of training on, lets no file grow beyond a limit, as the kernel does when the disk is full."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+@pytest.mark.slow
+def test_a_full_disk_behind_training_is_told_and_gone_on_from(tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+    found, told = command(recipe, (NoRoom,))
+    assert found == 1 and "Traceback" not in told, told
+    output = recipe.parent / "end"
+    assert f"What was trained could not be saved in `{output}` (" in told
+    assert f"The last checkpoint, `{output / 'checkpoint-2'}`, is intact. Free some space" in told
+    assert f"go on with: safe-trainer train {recipe} --resume" in told
+    found, told = command(recipe, NEVER, "--resume")
+    assert found == 0 and (output / "comparison.json").exists(), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "recipe.yaml"])
+def test_what_stands_in_the_way_of_the_result_is_told(name, tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+    (recipe.parent / "end" / name).mkdir(parents=True)
+    found, told = command(recipe, NEVER)
+    assert found == 1 and "could not be saved in" in told and "is intact. Free some space or make" in told, told
+
+
+@pytest.mark.slow
+def test_a_run_without_checkpoints_that_cannot_be_saved_says_so(tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+    found, told = command(recipe, (NoRoom,), "--set", "training.save_strategy=no")
+    assert found == 1 and f"There is no checkpoint in `{recipe.parent / 'end'}`" in told and "--resume" not in told, (
+        told
+    )

@@ -44,6 +44,14 @@ def kind_of(path: str | Path) -> str:
     return KINDS[suffixes[-1]]
 
 
+def is_file(path: str | Path) -> bool:
+    """Return whether there is a file of this name; of one that no file can have, there is none."""
+    try:
+        return Path(path).is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
 def read_records(
     path: str | Path, encoding: str | None = None, header: bool | None = None
 ) -> Iterator[Record | Trouble]:
@@ -77,7 +85,7 @@ def read_records(
     """
     path = Path(path)
     kind = kind_of(path)
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"There is no file `{path}`. Check the path; it is looked for in {Path.cwd()}.")
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:

@@ -18,6 +18,8 @@ LONGEST = 16 * 2**20
 """The longest record that is read, in characters. More is a missing quote or line break rather than a row."""
 
 _CHUNK = 2**18
+_DEEP = "values nested too deeply to be read"
+_LONG = ("not JSON", "a whole number with more digits than can be read", "a shorter one, or text in quotes")
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ def read_json(text: TextIO) -> Iterator[Record | Trouble]:
         yield from _array(scanner)
         return
     text.seek(0)
-    first = text.readline(LONGEST).strip()
-    if first == "{":
+    if text.readline(LONGEST).strip() == "{":
         raise BrokenFileError(1, "one object over several lines", "an array of rows `[…]` or one object a line")
     text.seek(0)
     yield from read_json_lines(text)
@@ -86,7 +87,9 @@ def read_json_lines(text: TextIO) -> Iterator[Record | Trouble]:
             found = f"{shortened(line.value)} ({error.msg} at character {error.pos + 1})"
             yield Trouble(line.line, "not JSON", found, "one whole JSON value a line")
         except RecursionError:
-            yield Trouble(line.line, "not JSON", "values nested too deeply to be read", "a row")
+            yield Trouble(line.line, "not JSON", _DEEP, "a row")
+        except ValueError:  # which Python says of long numbers only
+            yield Trouble(line.line, *_LONG)
 
 
 def read_plain_lines(text: TextIO) -> Iterator[Record | Trouble]:
@@ -135,7 +138,10 @@ def read_csv(text: TextIO, delimiter: str | None = None, header: bool | None = N
 
 def shortened(value: Any, length: int = 60) -> str:
     """Return how a message shows what was found: on one line, and not the whole of a long text."""
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else repr(value.strip())
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else repr(value.strip())
+    except RecursionError:
+        text = _DEEP
     return text if len(text) <= length else f"{text[:length]}…"
 
 
@@ -175,7 +181,7 @@ def _delimiter(line: str) -> str:
     return ","
 
 
-def _array(scanner: _Scanner) -> Iterator[Record]:
+def _array(scanner: _Scanner) -> Iterator[Record | Trouble]:
     scanner.skip(1)
     while scanner.peek() != "]":
         yield scanner.record()
@@ -193,7 +199,6 @@ class _Scanner:
 
     def __init__(self, text: TextIO) -> None:
         self.text, self.window, self.position, self.line = text, "", 0, 1
-        self.decoder = json.JSONDecoder()
 
     def skip(self, count: int) -> None:
         end = self.position + count
@@ -215,11 +220,12 @@ class _Scanner:
             if self.position < len(self.window) or not self.grow():
                 return self.window[self.position : self.position + 1]
 
-    def record(self) -> Record:
+    def record(self) -> Record | Trouble:
         """Read one value."""
+        decoder, is_long = json.JSONDecoder(), False
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.window, self.position)
+                value, end = decoder.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
                 # An error at the end of the window may be a value that goes on behind it.
                 cut_off = error.msg.startswith("Unterminated") or error.pos > len(self.window) - 16
@@ -228,11 +234,16 @@ class _Scanner:
                     self.skip(good)
                     raise BrokenFileError(self.line, f"{self.around()} ({error.msg})", "a whole JSON value") from error
                 continue
+            except RecursionError as error:
+                raise BrokenFileError(self.line, _DEEP, "a row") from error
+            except ValueError:  # which Python says of long numbers only; read as text, they show where the value ends
+                decoder, is_long = json.JSONDecoder(parse_int=str), True
+                continue
             if end < len(self.window) or not self.grow():  # a number might go on
                 break
-        record = Record(self.line, value)
+        found = Trouble(self.line, *_LONG) if is_long else Record(self.line, value)
         self.skip(end - self.position)
-        return record
+        return found
 
     def around(self) -> str:
         """Return what stands at the position, for a message."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 _LARGEST = 100_000  # values in a recipe, aliases each time they stand there; a bomb of aliases has millions
+_SHOWN = 200  # characters of a value in a message
 
 Place = tuple[str | int, ...]
 """Where a value stands: the keys and positions that lead to it, such as `("data", 0, "path")`."""
@@ -53,10 +55,10 @@ class Document:
         self.name = name
         self._lines: dict[Place, str] = {}
         self._problems: list[Problem] = []
-        self._room = _LARGEST
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
+            _check_size(node)
             self.values: dict[str, Any] = self._construct(loader, node, ())
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -104,9 +106,6 @@ class Document:
         if node is None:
             return None
         self._lines.setdefault(place, f"line {node.start_mark.line + 1}")
-        self._room -= 1
-        if self._room < 0:
-            raise ValueError(f"it holds more than {_LARGEST:,} values; is there an anchor within itself?")
         if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
             return [self._construct(loader, item, (*place, n)) for n, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode) or not node.tag.endswith(":map"):
@@ -142,13 +141,15 @@ def assignment(text: str) -> tuple[Place, Any]:
         ValueError: If it has another form.
     """
     path, sign, value = text.partition("=")
+    text = _cut(text)
     place: Place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
     if not sign or "" in place:
         raise ValueError(f"--set {text}: expected a form such as training.learning_rate=1e-4")
     try:
+        _check_size(_Loader(value).get_single_node())
         return place, yaml.load(value, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise ValueError(f"--set {text}: the value is no YAML. Quote it: --set '{path}=\"…\"'") from error
+        raise ValueError(f"--set {text}: the value is no YAML. Quote it: --set '{_cut(path)}=\"…\"'") from error
 
 
 def dotted(place: Place) -> str:
@@ -163,6 +164,32 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean `{near[0]}`?"
     return f"known are {', '.join(known)}" if len(known) <= 12 else "it is not among those that are known"
+
+
+def told(value: Any) -> str:
+    """Return a value as a message shows it: not the whole of a long one."""
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _check_size(node: yaml.Node | None) -> None:
+    """Refuse what would hold too many values, before it is made: aliases in each other multiply."""
+    if node is not None and _size(node, {}) > _LARGEST:
+        raise ValueError(f"it holds more than {_LARGEST:,} values; is there an anchor within itself?")
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many values a node holds, with those behind its aliases; no end of them if it is within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner: list[Any] = [] if isinstance(node, yaml.ScalarNode) else list(node.value)
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in inner for part in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _inside(values: Any, key: str | int) -> Any:

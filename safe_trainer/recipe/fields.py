@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from .document import Place, Problem, did_you_mean
+from .document import Place, Problem, did_you_mean, told
 
 _PLAIN = (str, int, float, bool, list, dict, tuple, Mapping, Path, types.NoneType)
 
@@ -45,7 +45,8 @@ def check_fields(
                 raise ValueError("pydantic would take it for 0 or 1")
             checked[name] = TypeAdapter(known[name]).validate_python(value)
         except ValueError:  # pydantic's `ValidationError` is one
-            problems.append(Problem((*place, name), f"expected {shown(known[name])}, got {value!r}"))
+            quoted = "; YAML takes on, off, yes and no for these: put it in quotes" if isinstance(value, bool) else ""
+            problems.append(Problem((*place, name), f"expected {shown(known[name])}, got {told(value)}{quoted}"))
     return checked, problems
 
 

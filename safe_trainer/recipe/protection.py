@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .document import Place, Problem, did_you_mean
+from .document import Place, Problem, did_you_mean, told
 from .fields import check_fields
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def _made(entry: Any, values: dict[str, Any], place: Place, problems: list[Probl
     settings = dict(entry)
     kinds: dict[str, type] = {"recommended": Recommended, **METHODS}
     name = settings.pop("method", None)
-    if name not in kinds:
-        hint = f"got {name!r}; {did_you_mean(name, kinds)}" if name else f"is missing; {did_you_mean('', kinds)}"
+    if not isinstance(name, str) or name not in kinds:
+        hint = f"got {told(name)}; {did_you_mean(name, kinds)}" if name else f"is missing; {did_you_mean('', kinds)}"
         problems.append(Problem((*place, "method"), hint))
         return []
     checked, found = check_fields(kinds[name], settings, place)
@@ -74,7 +74,7 @@ def _made(entry: Any, values: dict[str, Any], place: Place, problems: list[Probl
         return []
     try:
         return _recommended(values, **checked) if name == "recommended" else [kinds[name](**checked)]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         hint = "" if "safety" in values else " Or write `safety: null` to train without protection."
         problems.append(Problem(place, f"{error}{hint}"))
         return []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_trainer.data import HubDataset, Reading
-from safe_trainer.data.files import kind_of
+from safe_trainer.data.files import is_file, kind_of
 from safe_trainer.data.hub import PREFIX
 
 from .document import Place, Problem
@@ -36,11 +36,11 @@ def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> A
     if isinstance(value, list):
         return [moved(inner, (*place, n), folder, seat) for n, inner in enumerate(value)]
     keys = [key for key in place if isinstance(key, str)]
-    is_file = keys in FILES and not str(value).startswith(PREFIX)
-    is_path = isinstance(value, str) and (is_file or value.startswith(("./", "../"))) and keys != ["output"]
+    names_file = keys in FILES and not str(value).startswith(PREFIX)
+    is_path = isinstance(value, str) and (names_file or value.startswith(("./", "../"))) and keys != ["output"]
     if not is_path or os.path.isabs(value):
         return value
-    target = os.path.abspath(folder / Path(value).expanduser())
+    target = os.path.abspath(folder / os.path.expanduser(value))  # leaves users be that there are not
     if seat is None:
         return target
     seen = Path(os.path.relpath(target, seat)).as_posix()
@@ -51,20 +51,20 @@ def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
     """Check what can be known of models, data and prompts without loading them."""
     model = values.get("model")
     path = model.get("path") if isinstance(model, dict) else None
-    if isinstance(path, str) and path.startswith(("/", "~")) and not Path(path).expanduser().is_dir():
+    if isinstance(path, str) and path.startswith(("/", "~")) and not _is_folder(path):
         problems.append(Problem(("model", "path"), f"there is no folder `{path}`"))
     _check_monitor(values.get("monitor"), problems)
     for place, source in _sources(values):
         path = source.get("path")
         hub = source.get("hub")
-        if isinstance(hub, str) and hub.startswith(("/", "~")) and not Path(hub).expanduser().is_dir():
+        if isinstance(hub, str) and hub.startswith(("/", "~")) and not _is_folder(hub):
             problems.append(Problem((*place, "hub"), f"there is no folder `{hub}`"))
         if isinstance(path, str):
             try:
                 if path.startswith(PREFIX):
                     raise ValueError(f"a dataset stands under `hub`: `hub: {path.removeprefix(PREFIX)}`")
                 kind_of(path)
-                if not Path(path).is_file():
+                if not is_file(path):
                     raise ValueError(f"there is no file `{path}`")
             except ValueError as error:
                 problems.append(Problem((*place, "path"), str(error)))
@@ -80,8 +80,15 @@ def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
 def _check_monitor(monitor: Any, problems: list[Problem]) -> None:
     for key in ("direction", "basis"):
         path = monitor.get(key) if isinstance(monitor, dict) else None
-        if isinstance(path, str) and not Path(path).is_file():
+        if isinstance(path, str) and not is_file(path):
             problems.append(Problem(("monitor", key), f"there is no file `{path}`; `safe-trainer {key}` writes one"))
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, or of a user that there is not
+        return False
 
 
 def _sources(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from .document import Document, Place, Problem, RecipeError, assignment, did_you_mean
+from .document import Document, Place, Problem, RecipeError, assignment, did_you_mean, told
 from .fields import check_fields
 from .protection import check_safety
 from .schema import DataPart, EvaluationPart, ModelPart, MonitorPart, Part, PromptsPart, RecipePart
@@ -125,7 +125,7 @@ def _check_parts(values: dict[str, Any], problems: list[Problem]) -> RecipePart 
             elif found["type"] == "value_error":
                 message = found["msg"].removeprefix("Value error, ")
             else:
-                message = f"{found['msg'][0].lower()}{found['msg'][1:]}, got {found['input']!r}"
+                message = f"{found['msg'][0].lower()}{found['msg'][1:]}, got {told(found['input'])}"
             problems.append(Problem(place, message))
     return None
 
