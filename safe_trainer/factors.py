@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, load_peft_weights
+from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from .adapters import LoraUpdate, check_peft_config, whole
+from .saved_adapters import read_adapter
 from .subspace import compact_factors, outside
 
 _TRAINED = "parametrizations.weight.original"
@@ -207,7 +208,7 @@ def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1
     ranks = compact_adapter("out", "out-compact")
     ```
     """
-    config, tensors = PeftConfig.from_pretrained(str(source)), load_peft_weights(str(source), device="cpu")
+    config, tensors = read_adapter(source)
     check_peft_config(config, "Compacting")
     foreign = [k for k, t in tensors.items() if "lora_embedding" in k or (".lora_A." in k and t.ndim != 2)]
     if foreign:

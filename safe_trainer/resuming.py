@@ -12,9 +12,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from .adapter_match import adapter_differences
 from .checkpoints import SETTINGS, SPREAD, Record, checkpoints_of, fault, is_whole, last_checkpoint
 from .methods.settings import MADE_FROM
+from .saved_adapters import adapter_differences
 
 _INSTEAD = """Resume with those of the checkpoint. To go on with others, start a new run from its weights: pass \
 `PeftModel.from_pretrained(model, checkpoint, is_trainable=True)` as `model`, or the checkpoint itself where all \

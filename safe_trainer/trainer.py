@@ -54,8 +54,8 @@ class SafeSFTTrainer(SFTTrainer):
 
     The sum of all penalties is logged as `safety_penalty`; what the methods can say about the finished run is logged
     once more when `train()` ends. Their settings are saved with each checkpoint, and a run that goes on from it with
-    others is refused. `train(resume_from_checkpoint=True)` goes on from the last checkpoint that is whole, which one
-    that was cut short by a kill or a full disk is not.
+    others, or on another number of processes, is refused. `train(resume_from_checkpoint=True)` goes on from the last
+    checkpoint that is whole: not cut short by a kill or a full disk, and by its checksums not damaged since.
 
     Ctrl-C and SIGTERM, which a cluster's scheduler sends, finish the step and save a checkpoint, unless a handler of
     your own or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once.

@@ -20,7 +20,6 @@ STANDARD = {"__future__", *sys.stdlib_module_names}
 LIMIT_FILE, LIMIT_FUNCTION = 250, 50
 
 STOPS = {
-    "adapter_match",
     "adapters",
     "artifacts",
     "calibration",
@@ -39,6 +38,7 @@ STOPS = {
     "recipe",
     "recommendation",
     "resuming",
+    "saved_adapters",
     "scan",
     "stopping",
     "strategy",

@@ -26,8 +26,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
+from safe_trainer import (
+    AsFT,
+    DriftPenalty,
+    SafeSFTTrainer,
+    SaLoRA,
+    SecurityVectors,
+    checkpoints,
+    conversation,
+)
 from safe_trainer.checkpoints import is_whole, last_checkpoint
+from safe_trainer.integrity import CHECKSUMS
 from safe_trainer.testbed import ALIGNED
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
@@ -87,7 +96,9 @@ class KillWhileSaving(TrainerCallback):
         self.trainer, self.step, self.stage = trainer, step, stage
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step:
+        if state.global_step + 1 == self.step and self.stage == BEHIND:
+            checkpoints.write_checksums = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+        elif state.global_step + 1 == self.step:
             owner = state if hasattr(state, self.stage) else self.trainer
             setattr(owner, self.stage, partial(self.die_in, getattr(owner, self.stage)))
 
@@ -111,6 +122,7 @@ class Steps(TrainerCallback):
 
 SINCE_RESUMED = {"num_tokens", "eval_num_tokens", "train_loss"}  # what TRL and transformers count from there on
 STAGES = ("save_model", "_save_optimizer_and_scheduler", "save_to_json")
+BEHIND = "checksums"  # when all is saved and older checkpoints are removed
 
 
 def train(name: str, folder: Path, pair: tuple[str, str], kill: tuple[int, str | None] | None) -> None:
@@ -157,9 +169,11 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair,
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert in_a_process(train, name, whole, pair, None) == 0
     saves = STAGES if name == "plain" else chance.sample(STAGES, 1)
-    kills = [*((4, stage) for stage in saves), (chance.randint(3, 6), None)]
+    kills = [*((4, stage) for stage in saves), (4, BEHIND), (chance.randint(4, 6), None)]
     for kill in kills:
         assert in_a_process(train, name, broken, pair, kill) == -signal.SIGKILL, kill
+        if kill == (4, BEHIND):
+            assert not (broken / "checkpoint-4" / CHECKSUMS).exists() and is_whole(broken / "checkpoint-4")
     last = last_checkpoint(broken)
     assert in_a_process(train, name, broken, pair, None) == 0
     taken = json.loads((broken / "end" / "steps.json").read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import planted
 import pytest
 import tiny
 import torch
+from runs import given, lora
 from safetensors.torch import load_file, save_file
 
 from safe_trainer import (
@@ -25,14 +27,22 @@ from safe_trainer import (
     Comparison,
     Evaluation,
     PromptSet,
+    SafeSFTTrainer,
     SafetyBasis,
     TrainedVectors,
     conversation,
     from_json,
 )
+from safe_trainer.adapters import linear_layers
+from safe_trainer.checkpoints import Record
+from safe_trainer.drift.updates import updates_of
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.answers import Answer
 from safe_trainer.evaluation.results import SetResult
+from safe_trainer.evaluation.switching import _wearing as wearing
+from safe_trainer.factors import compact_adapter
+from safe_trainer.integrity import CHECKSUMS
+from safe_trainer.resuming import checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(4)]
@@ -63,7 +73,12 @@ def saved(tmp_path_factory) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     vectors = planted.vectors(model).save(folder / "vectors") / "adapter_model.safetensors"
     comparison = folder / "comparison.json"
     comparison.write_text(to_json(compared()))
+    # Its rank is none of the model's sizes.
+    config = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    SafeSFTTrainer(**given(folder / "run", model=tiny.model(), peft_config=lora(r=3), **config)).train()
+    checkpoint = folder / "run" / "checkpoint-1"
     return {
+        **{f"checkpoint: {name}": (checkpoint / file, resumed) for name, file in PARTS.items()},
         "direction": (direction.save(folder / "d.safetensors"), AlignmentDirection.load),
         "basis": (basis.save(folder / "b.safetensors"), SafetyBasis.load),
         "vectors": (vectors, lambda path: TrainedVectors.load(path.parent)),
@@ -71,8 +86,24 @@ def saved(tmp_path_factory) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     }
 
 
-TENSORS = ("direction", "basis", "vectors")
-KINDS = (*TENSORS, "comparison")
+PARTS = {
+    "weights": "adapter_model.safetensors",
+    "adapter": "adapter_config.json",
+    "optimizer": "optimizer.pt",
+    "scheduler": "scheduler.pt",
+    "random numbers": "rng_state.pth",
+    "state": "trainer_state.json",
+    "checksums": CHECKSUMS,
+}
+TENSORS = ("direction", "basis", "vectors", "checkpoint: weights")
+KINDS = (*TENSORS, *(f"checkpoint: {name}" for name in PARTS if name != "weights"), "comparison")
+IN_FOLDERS = ("vectors", *(kind for kind in KINDS if kind.startswith("checkpoint")))
+
+
+def resumed(file: Path) -> Any:
+    """Return what a run would go on from, as it is on the disk, once nothing was found to be wrong with it."""
+    folder = Path(checkpoint_to_resume(str(file.parent), file.parent.parent, Record([])))
+    return {name: (folder / name).read_bytes() for name in PARTS.values() if name != CHECKSUMS}
 
 
 @pytest.fixture
@@ -82,7 +113,7 @@ def damaged(saved, tmp_path) -> Callable[[str], tuple[Path, Callable[[], Any], A
     def copy(kind: str) -> tuple[Path, Callable[[], Any], Any]:
         original, load = saved[kind]
         folder = tmp_path / kind
-        if kind == "vectors":
+        if kind in IN_FOLDERS:
             shutil.copytree(original.parent, folder, dirs_exist_ok=True)
         folder.mkdir(exist_ok=True)
         path = Path(shutil.copy(original, folder))
@@ -121,7 +152,7 @@ def refused_or_unharmed(load: Callable[[], Any], path: Path, expected: Any) -> b
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(kind, damaged):
     path, load, expected = damaged(kind)
     whole, chance = path.read_bytes(), random.Random(f"bits of {kind}")
-    layout = len(whole) if kind == "comparison" else 8 + int.from_bytes(whole[:8], "little")
+    layout = 8 + int.from_bytes(whole[:8], "little") if kind in TENSORS else len(whole)
     refused = 0
     for turn in range(FLIPS):
         content = bytearray(whole)
@@ -140,6 +171,19 @@ def test_a_file_cut_short_anywhere_is_refused(kind, damaged):
     for length in [0, 1, 7, 8, 9, len(whole) - 2, *(chance.randrange(len(whole)) for _ in range(25))]:
         path.write_bytes(whole[:length])
         assert refused_or_unharmed(load, path, expected), length
+
+
+@pytest.mark.parametrize("kind", IN_FOLDERS)
+def test_a_file_that_is_missing_is_refused(kind, damaged):
+    path, load, expected = damaged(kind)
+    path.unlink()
+    if kind == "checkpoint: checksums":  # without them, all is there
+        assert not refused_or_unharmed(load, path, expected)
+    elif kind == "vectors":
+        with pytest.raises(FileNotFoundError, match="vectors"):
+            load()
+    else:
+        assert refused_or_unharmed(load, path, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,6 +284,102 @@ def test_a_comparison_whose_parts_do_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match="damaged|format"):
             from_json(json.dumps(content | change))
+
+
+# ---- adapters, which carry no hash: any other program may have written them
+
+
+def read_for_drift(folder: Path) -> dict[str, torch.Tensor]:
+    model = tiny.model()
+    shapes = {name: layer.shape for name, layer in linear_layers(model).items()}
+    found = updates_of(folder, lambda name: model.get_submodule(name).weight, shapes)
+    return {name: left @ right for name, (left, right) in found}
+
+
+def compacted(folder: Path) -> dict[str, torch.Tensor]:
+    compact_adapter(folder, folder / "compact")
+    return read_for_drift(folder / "compact")
+
+
+def worn(folder: Path) -> dict[str, torch.Tensor]:
+    with wearing(tiny.model(), folder) as model:
+        layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+        updates = {name: layer.get_delta_weight("examined").detach() for name, layer in layers.items()}
+    return {name.removeprefix("base_model.model."): update for name, update in updates.items()}
+
+
+READERS = {"drift": read_for_drift, "compacting": compacted, "comparing": worn}
+
+
+def rewritten(change: Callable[[dict[str, torch.Tensor], str, str], Any]) -> Callable[[Path], None]:
+    """Return a damage that changes the tensors, given with the names of the two factors of one layer."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        A = next(name for name in tensors if "lora_A" in name)
+        change(tensors, A, A.replace("lora_A", "lora_B"))
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+        )
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "no weights": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "no settings": lambda folder: (folder / "adapter_config.json").unlink(),
+    "settings cut short": lambda folder: os.truncate(folder / "adapter_config.json", 99),
+    "settings that are a list": lambda folder: (folder / "adapter_config.json").write_text("[]"),
+    "settings of nothing": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "weights cut short": lambda folder: os.truncate(folder / "adapter_model.safetensors", 3000),
+    "noise": lambda folder: (folder / "adapter_model.safetensors").write_bytes(random.Random(0).randbytes(999)),
+    "no tensors": rewritten(lambda tensors, A, B: tensors.clear()),
+    "no A": rewritten(lambda tensors, A, B: tensors.pop(A)),
+    "no B": rewritten(lambda tensors, A, B: tensors.pop(B)),
+    "A of another layer": rewritten(lambda tensors, A, B: tensors.update({A.replace("s.0", "s.7"): tensors.pop(A)})),
+    "B of a smaller rank": rewritten(lambda tensors, A, B: tensors.update({B: tensors[B][:, :2]})),
+    "both of a smaller rank": rewritten(
+        lambda tensors, A, B: tensors.update({B: tensors[B][:, :2], A: tensors[A][:2]})
+    ),
+    "flat": rewritten(lambda tensors, A, B: tensors.update({A: tensors[A].flatten()})),
+    "NaN": rewritten(lambda tensors, A, B: tensors[A][0].fill_(float("nan"))),
+    "integers": rewritten(lambda tensors, A, B: tensors.update({B: tensors[B].int()})),
+}
+
+
+@pytest.fixture
+def adapter(saved, tmp_path) -> Path:
+    """Return a folder that holds an adapter and nothing else."""
+    folder = tmp_path / "an-adapter"
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(saved["checkpoint: weights"][0].parent / name, folder)
+    rewritten(lambda tensors, A, B: [tensor.normal_() for tensor in tensors.values()])(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_damaged_adapter_is_refused_by_name_whatever_it_is_read_for(reader, damage, adapter):
+    READERS[reader](adapter)
+    DAMAGES[damage](adapter)
+    with pytest.raises((ValueError, FileNotFoundError), match="an-adapter") as raised:
+        READERS[reader](adapter)
+    assert len(str(raised.value)) > 60
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_flipped_bit_in_the_layout_of_an_adapter_is_refused_or_changes_nothing(reader, adapter):
+    """Among its values, a flipped bit makes another adapter, of which nothing tells that it was not meant."""
+    read, path, chance = READERS[reader], adapter / "adapter_model.safetensors", random.Random("adapter")
+    expected, whole = read(adapter), path.read_bytes()
+    refused = 0
+    for _ in range(FLIPS // 3):
+        content = bytearray(whole)
+        content[chance.randrange(8 + int.from_bytes(whole[:8], "little"))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        refused += refused_or_unharmed(lambda: read(adapter), path, expected)
+    assert refused > 0.8 * FLIPS // 3
 
 
 # ---- what the package never does

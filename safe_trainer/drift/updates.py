@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, load_peft_weights
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..adapters import check_peft_config, linear_layers, weight
 from ..direction.checkpoints import Checkpoint, listing
 from ..factors import scaling
+from ..saved_adapters import naming, read_adapter, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def is_adapter(source: str | Path) -> bool:
 
 def is_plain(source: str | Path) -> bool:
     """Tell whether an adapter is a LoRA whose update is `scaling · B A`."""
-    config = PeftConfig.from_pretrained(str(source))
+    config = read_config(source)
     config.target_modules = None  # a LoRA on the head, which methods refuse, can be left out here
     try:
         check_peft_config(config, "The drift")
@@ -84,7 +85,9 @@ def merged_updates(
     Raises:
         ValueError: If the adapter cannot be merged, as prompts and prefixes.
     """
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with naming(adapter):
+        model = PeftModel.from_pretrained(model, str(adapter))
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"The adapter `{adapter}` changes no weights, so there is no drift to measure.")
     for name, layer in linear_layers(model.merge_and_unload()).items():
@@ -138,14 +141,13 @@ def adapter_factors(source: str | Path) -> dict[str, Factors]:
     Raises:
         ValueError: If it is no plain LoRA on linear layers.
     """
-    config = PeftConfig.from_pretrained(str(source))
+    config, tensors = read_adapter(source)
     if not is_plain(source):
         raise ValueError(
             f"The update of the adapter `{source}` is not `scaling · B A`, so it cannot be read from its file. Merge "
             "it: `AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`, and "
             "give that folder."
         )
-    tensors = load_peft_weights(str(source), device="cpu")
     found = {}
     for key in [key for key in tensors if key.endswith(_FACTOR) and tensors[key].ndim == 2]:
         prefix = key.removesuffix(_FACTOR)

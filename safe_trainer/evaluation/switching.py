@@ -152,11 +152,13 @@ def _wearing(model: Any, path: str | Path | None) -> Iterator[Any]:
 
 @contextmanager
 def _wrapped(model: Any, path: str | Path) -> Iterator[Any]:
-    from peft import PeftConfig, PeftModelForCausalLM
+    from peft import PeftModelForCausalLM
 
+    from safe_trainer.saved_adapters import read_config
+
+    config = read_config(path)
+    config.inference_mode = True
     with _naming(path):
-        config = PeftConfig.from_pretrained(str(path))
-        config.inference_mode = True
         wrapped = PeftModelForCausalLM(model, config, adapter_name=_EXAMINED)
     try:
         _load(wrapped, path)
@@ -185,6 +187,9 @@ def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
 
 
 def _load(model: Any, path: str | Path) -> None:
+    from safe_trainer.saved_adapters import read_adapter
+
+    read_adapter(path)  # refused if damaged, of which PEFT does not tell all
     with _naming(path):
         loaded = model.load_adapter(str(path), adapter_name=_EXAMINED)
         missing = [key for key in loaded.missing_keys if ".lora_" in key]
