@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 import yaml
 from safetensors.torch import load_file
+from trl import SFTTrainer
 from typer.testing import CliRunner
 
 from safe_trainer import testbed
@@ -590,14 +592,13 @@ def test_what_a_monitor_cannot_have_is_told_before_anything_is_loaded(recipe, tm
 
 
 def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
-    from types import SimpleNamespace
-
     from safe_trainer.recipe.running import watch
 
     sets = [testbed.prompt_set("harmful"), testbed.task("sentiment")]
+    trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora()))
     for count, wanted in ((3, [3]), (0, [])):
         added = []
-        trainer = SimpleNamespace(add_callback=added.append)
+        trainer.add_callback = added.append
         watch(read_recipe(watched(recipe, tmp_path, prompts=count)), trainer, sets)
         assert [len(s) for monitor in added[1:] for s in monitor.prompt_sets] == wanted
         assert added[0].every == 1
