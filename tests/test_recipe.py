@@ -103,6 +103,97 @@ def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, message):
     assert message in problems(path)[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.learning_rate=-1", "must be at least 0, got -1.0"),
+        ("training.learning_rate=.inf", "must be at least 0, got inf"),
+        ("training.max_steps=-5", "must be at least 1, got -5"),
+        ("training.num_train_epochs=0", "must be above 0, got 0"),
+        ("training.per_device_train_batch_size=0", "must be at least 1, got 0"),
+        ("training.seed=-1", "must be a number from 0 to 4,294,967,295, got -1"),
+        ("training.eval_strategy=steps", "a recipe has no rows to take a loss on"),
+        ("peft.r=0", "must be at least 1, got 0"),
+        ("peft.lora_dropout=1.5", "must be a number from 0 to 1, got 1.5"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(change, message, recipe):
+    (found,) = problems(recipe(), change)
+    assert found.startswith(f"--set, {change.partition('=')[0]}: {message}")
+
+
+def test_steps_that_are_not_set_are_in_their_range(recipe):
+    assert read_recipe(recipe(), ["training.max_steps=-1"]).training["max_steps"] == -1
+
+
+UNFITTING = {
+    "no such layer": (
+        {"peft": {"r": 2, "target_modules": "nosuch"}},
+        "peft.target_modules: Target modules nosuch not",
+    ),
+    "one of several layers": (
+        {"peft": {"r": 2, "target_modules": ["q_proj", "nosuch"]}},
+        "peft.target_modules: the model has no layer `nosuch`. Its linear layers are down_proj, gate_proj, k_proj",
+    ),
+    "SaLoRA's rank": (
+        {"safety": [{"method": "salora", "safety_data": "./rows.jsonl", "rank": 4000}]},
+        "safety.0.rank: `rank` must be below 128, the output size of `model.layers.0.self_attn.q_proj`, got 4000",
+    ),
+    "a method that is not in a list": (
+        {"safety": {"method": "salora", "safety_data": "./rows.jsonl", "rank": 4000}},
+        "safety.rank: `rank` must be below 128",
+    ),
+    "AsFT's rank": (
+        {"safety": [{"method": "asft", "unaligned_model": "x/y", "projector": "subspace", "rank": 4000}]},
+        "safety.0.rank: `rank` must be at most 128, the smaller side of",
+    ),
+    "the rank of vectors": (
+        {"safety": [{"method": "security_vectors", "harmful_data": "./rows.jsonl", "fitting": {"rank": 4000}}]},
+        "safety.0.fitting.rank: `rank` must be between 1 and 128",
+    ),
+    "layers of vectors": (
+        {
+            "safety": [
+                {"method": "security_vectors", "harmful_data": "./rows.jsonl", "fitting": {"target_modules": "q"}}
+            ]
+        },
+        "safety.0.fitting.target_modules: `target_modules` names `q`",
+    ),
+    "SaLoRA without an adapter": (
+        {"safety": {"method": "salora", "safety_data": "./rows.jsonl"}, "peft": None},
+        "safety: SaLoRA works on a LoRA only",
+    ),
+    "an optimizer that nobody knows": (
+        {"training": {"optim": "nosuch"}},
+        "training.optim: nosuch is not a valid OptimizerNames",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFITTING)
+def test_what_does_not_fit_the_model_is_found_without_training(name, recipe):
+    changes, message = UNFITTING[name]
+    result = invoke("train", recipe(changes), "--dry-run")
+    assert result.exit_code == 1 and "1 problem in" in result.stderr
+    assert re.search(r"line \d+, " + re.escape(message), " ".join(result.stderr.split())), result.stderr
+
+
+def test_what_does_not_fit_is_found_before_a_model_is_loaded_too(recipe, monkeypatch):
+    from safe_trainer.recipe import running
+
+    monkeypatch.setattr(running, "make_trainer", None)
+    result = invoke("train", recipe({"peft": {"r": 2, "target_modules": "nosuch"}}))
+    assert result.exit_code == 1 and "peft.target_modules: " in result.stderr
+
+
+def test_files_that_methods_name_must_be_there(recipe):
+    safety = [{"method": "salora", "safety_data": "./absent.jsonl"}, {"method": "asft", "direction": "/absent.st"}]
+    found = problems(recipe({"safety": safety}))
+    assert ["safety.0.safety_data: there is no file or folder" in found[0], "safety.1.direction" in found[1]] == [
+        True
+    ] * 2
+
+
 def test_aliases_that_multiply_are_refused_in_a_change_too(recipe):
     """Each level holds the one before nine times: made, they would take all memory there is."""
     levels = "".join(f"&{n} [{','.join([f'*{o}'] * 9)}], " for o, n in zip("abcdefghijk", "bcdefghijkl", strict=True))

@@ -139,7 +139,7 @@ def read_csv(text: TextIO, delimiter: str | None = None, header: bool | None = N
 def shortened(value: Any, length: int = 60) -> str:
     """Return how a message shows what was found: on one line, and not the whole of a long text."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else repr(value.strip())
+        text = repr(value.strip()) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
         text = _DEEP
     return text if len(text) <= length else f"{text[:length]}…"

@@ -124,6 +124,14 @@ class AsFT(SafetyMethod):
             adapters.check_peft_config(config, self.name)
         return config
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a `rank` that no direction of the layers can have, where the projector is made of just so many."""
+        for name, update in adapters.updates(model, self.name, copied=False).items():
+            if self.projector in ("subspace", "random") and self.rank > min(update.shape):
+                raise ValueError(
+                    f"`rank` must be at most {min(update.shape)}, the smaller side of `{name}`, got {self.rank}."
+                )
+
     def check_strategy(self, strategy: Strategy) -> None:
         """Refuse ZeRO-3, where the factors are in pieces when the penalty is computed, after the forward pass."""
         super().check_strategy(strategy)

@@ -86,6 +86,18 @@ class SafetyMethod:
         """
         return config
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that the settings do not fit, as far as its layers' names and shapes tell.
+
+        For recipes, which ask it before anything is loaded; `attach` must refuse the same.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`): The model without weights: they are on the meta device.
+
+        Raises:
+            ValueError: With the setting in backticks, and what would fit.
+        """
+
     def check_strategy(self, strategy: Strategy) -> None:
         """Refuse a way of spreading the training over processes under which the method would fail or be wrong.
 

@@ -45,16 +45,13 @@ class SaLoRA(SafetyMethod):
     `modules_to_save` are trained as always, unprotected.
 
     Args:
-        rank (`int`, *optional*, defaults to `32`):
-            `r_s`, protected directions of each layer. With `0` only the initialisation is left: a control.
+        rank (`int`, *optional*, defaults to `32`): `r_s`, protected directions of each layer; `0` for none, a control.
         energy (`float`, *optional*): Of these, only the fewest that hold this share of a layer's energy, e.g. `0.95`.
         task_rank (`int`, *optional*, defaults to `32`):
             `r_t`, directions of the task that `B0` is restricted to. `0` leaves the initialisation out: LoRA's own
             start, `ΔW = C B A`, and no doubled rank.
-        safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*):
-            Harmful prompts with safe answers: conversations, or a file of them. Give this or `basis`.
-        basis ([`SafetyBasis`], `str` or `Path`, *optional*):
-            Directions measured before, or the file that they were saved to.
+        safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*): Harmful prompts with refusals, or their file.
+        basis ([`SafetyBasis`], `str` or `Path`, *optional*): Instead of these, directions measured before.
         protect (`str`, *optional*, defaults to `"output"`):
             `"output"`: as above, the paper's. `"input"`: `ΔW = (B A − B0 A0)(I − V_s V_sᵀ)`, with `V_s` (d_in x r_s)
             the layer's leading inputs at the tokens of the *prompts*, which it then reads as before. `"both"`: both.
@@ -130,6 +127,7 @@ class SaLoRA(SafetyMethod):
             )
         if not self.rank and not self.task_rank:
             raise ValueError("With `rank=0` and `task_rank=0` nothing is left of SaLoRA. Use no method instead.")
+        self._sides: tuple[Side, ...] = ("output", "input") if self.protect == "both" else (self.protect,)
         self._sampling: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "max_length": self.max_length}
 
     def adapt_peft_config(self, config: Any) -> Any:
@@ -157,8 +155,15 @@ class SaLoRA(SafetyMethod):
             config.alpha_pattern = {name: growth * alpha for name, alpha in config.alpha_pattern.items()}
         return config
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a `rank` that leaves a layer nothing to learn in."""
+        layers, updates = adapters.linear_layers(model), adapters.lora_updates(model, self.name)
+        for side in self._sides:
+            calibration.check_rank({name: layers[name] for name in updates}, side, self.rank)
+
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Measure or load the directions of every adapted layer, and set `A0` and `B0`."""
+        self.check_model(model)
         self._updates = adapters.lora_updates(model, self.name, scaled=False)
         layers = {name: layer for name, layer in adapters.linear_layers(model).items() if name in self._updates}
         self.safety_basis = None
@@ -197,16 +202,13 @@ class SaLoRA(SafetyMethod):
     def _protected(self, model: nn.Module, tokenizer: Any, layers: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `U_s` (d_out x k) and `V_s` (d_in x k) by layer; a side that is not protected has `k = 0`."""
         bases = {name: [torch.zeros(size, 0) for size in layer.shape] for name, layer in layers.items()}
-        sides: tuple[Side, ...] = ("output", "input") if self.protect == "both" else (self.protect,)
-        for side in sides:
-            calibration.check_rank(layers, side, self.rank)
         if self.rank and self.directions == "safety":
-            wanted = {"sides": sides, "rank": self.rank, "input_tokens": self.input_tokens, **self._sampling}
+            wanted = {"sides": self._sides, "rank": self.rank, "input_tokens": self.input_tokens, **self._sampling}
             source = self.basis, self.safety_data, model, tokenizer
             self.safety_basis = calibration.supplied_basis(*source, layers=layers, **wanted)
             self.provenance = self.safety_basis.provenance
         for name, layer in layers.items() if self.rank else ():
-            for side in sides:
+            for side in self._sides:
                 if self.safety_basis is not None:
                     found = self.safety_basis.side(side)[name].first(self.rank, self.energy)
                 else:  # each layer has a seed of its own, so that layers of one shape do not share one subspace

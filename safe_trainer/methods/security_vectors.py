@@ -22,6 +22,7 @@ from ..vectors import (
     VectorFactors,
     active,
     check_foldable,
+    fitted_layers,
     targets,
     train_security_vectors,
 )
@@ -127,6 +128,11 @@ class SecurityVectors(SafetyMethod):
                 "of them. Use `LoraConfig(...)`."
             )
         return config
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse settings of the fitting for which the model has no layers, or layers that are too small."""
+        if self.harmful_data is not None and isinstance(self.fitting, Fitting):
+            fitted_layers(model, self.fitting)
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Refuse to fold into weights that will be split, and to fit on weights that are not here."""

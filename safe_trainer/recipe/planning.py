@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .fitting import adapted, skeleton
 from .running import Loaded, arguments
 from .validation import Recipe
 
@@ -104,18 +105,11 @@ def _steps(args: Any, sequences: int, processes: int) -> tuple[int, float]:
 
 
 def _parameters(recipe: Recipe) -> tuple[Any, int, int]:
-    """Count the weights of a model without any: on the meta device they take no memory."""
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-        parameters = sum(p.numel() for p in model.parameters())
-        if recipe.peft is not None:
-            model = get_peft_model(model, recipe.peft)
-    return config, parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Return the configuration of a model, and how many weights it has and will be trained."""
+    model = skeleton(recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = adapted(recipe, model)
+    return model.config, parameters, sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
 def _memory(recipe: Recipe, args: Any, config: Any, sizes: tuple[int, int], length: int) -> int:

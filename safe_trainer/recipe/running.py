@@ -16,6 +16,8 @@ from safe_trainer import __version__
 from safe_trainer.data import PromptSet, Report, leaked_rows, load_prompts, load_rows
 from safe_trainer.evaluation.general import general_prompts
 
+from .document import RecipeError, dotted
+from .fitting import adapted, skeleton
 from .sources import moved, reading_of, source_of
 from .validation import Recipe
 
@@ -70,7 +72,7 @@ def load(recipe: Recipe) -> Loaded:
 
 
 def _check_model(recipe: Recipe) -> None:
-    """See that the model is there before data is read, which may take long."""
+    """See that the model is there, and that the recipe fits it, before data is read, which may take long."""
     from transformers import AutoConfig
 
     model = recipe.parts.model
@@ -81,6 +83,11 @@ def _check_model(recipe: Recipe) -> None:
             f"The model `{model.path}` cannot be had: {str(error).strip()} Give a Hub id, or a folder that begins "
             "with ./, ../ or /; for a private or gated model, log in with `hf auth login`."
         ) from error
+    try:
+        empty = skeleton(recipe)
+    except Exception:  # says nothing of the recipe: what is wrong is told when the model itself is loaded
+        return
+    adapted(recipe, empty)
 
 
 def _training_rows(recipe: Recipe, reports: list[Report]) -> Dataset:
@@ -106,7 +113,7 @@ def arguments(recipe: Recipe) -> Any:
     """Return TRL's arguments for a recipe.
 
     Raises:
-        ValueError: If they contradict each other, or ask for what this machine does not have.
+        RecipeError: If they contradict each other, or ask for what this machine does not have.
     """
     import torch
     from trl import SFTConfig
@@ -115,7 +122,14 @@ def arguments(recipe: Recipe) -> Any:
     if not torch.accelerator.is_available():
         # TRL's own default, bfloat16 on a GPU, is refused on a machine without one.
         settings = {"use_cpu": True, "bf16": False, **settings}
-    return SFTConfig(output_dir=recipe.parts.output, **settings)
+    try:
+        return SFTConfig(output_dir=recipe.parts.output, **settings)
+    except ValueError as error:
+        # The libraries name the value that they do not know, but not the setting.
+        texts = [name for name, value in recipe.training.items() if isinstance(value, str) and value]
+        names = [name for name in texts if str(error).startswith(f"{recipe.training[name]} ")]
+        place = ("training", *names[:1])
+        raise RecipeError(recipe.document.name, [f"{recipe.document.where(place)}{dotted(place)}: {error}"]) from error
 
 
 def make_trainer(recipe: Recipe, rows: Dataset, show_bars: bool = True) -> SafeSFTTrainer:

@@ -54,6 +54,7 @@ def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
     if isinstance(path, str) and path.startswith(("/", "~")) and not _is_folder(path):
         problems.append(Problem(("model", "path"), f"there is no folder `{path}`"))
     _check_monitor(values.get("monitor"), problems)
+    _check_safety(values.get("safety"), problems)
     for place, source in _sources(values):
         path = source.get("path")
         hub = source.get("hub")
@@ -82,6 +83,15 @@ def _check_monitor(monitor: Any, problems: list[Problem]) -> None:
         path = monitor.get(key) if isinstance(monitor, dict) else None
         if isinstance(path, str) and not is_file(path):
             problems.append(Problem(("monitor", key), f"there is no file `{path}`; `safe-trainer {key}` writes one"))
+
+
+def _check_safety(safety: Any, problems: list[Problem]) -> None:
+    entries = enumerate(safety) if isinstance(safety, list) else [((), safety)]
+    for position, entry in entries:
+        place: Place = ("safety", position) if isinstance(position, int) else ("safety",)
+        for name, value in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(value, str) and os.path.isabs(value) and not (is_file(value) or _is_folder(value)):
+                problems.append(Problem((*place, name), f"there is no file or folder `{value}`"))
 
 
 def _is_folder(path: str) -> bool:

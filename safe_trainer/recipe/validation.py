@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from .document import Document, Place, Problem, RecipeError, assignment, did_you_mean, told
 from .fields import check_fields
 from .protection import check_safety
+from .ranges import PEFT, TRAINING, check_ranges
 from .schema import DataPart, EvaluationPart, ModelPart, MonitorPart, Part, PromptsPart, RecipePart
 from .sources import check_sources, moved
 
@@ -55,6 +56,7 @@ class Recipe:
         training (`dict[str, Any]`): Arguments for TRL's `SFTConfig`, but for the output folder.
         peft ([`~peft.LoraConfig`], *optional*): The adapter to train; `None` trains all weights.
         safety (`list[SafetyMethod]`): The methods, in order.
+        document ([`Document`]): The file, for what is found wrong with it later.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Recipe:
     training: dict[str, Any]
     peft: LoraConfig | None
     safety: list[SafetyMethod]
+    document: Document = field(repr=False, compare=False)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -108,7 +111,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     safety = check_safety(values, peft, problems)
     document.complain(problems)
     assert parts is not None  # otherwise there were problems
-    return Recipe(Path(path), document.values, parts, training, peft, safety)
+    return Recipe(Path(path), document.values, parts, training, peft, safety, document)
 
 
 def _check_parts(values: dict[str, Any], problems: list[Problem]) -> RecipePart | None:
@@ -137,7 +140,10 @@ def _check_training(values: dict[str, Any], problems: list[Problem]) -> dict[str
     from trl import SFTConfig
 
     checked, found = check_fields(SFTConfig, settings, ("training",), NOT_UNDER_TRAINING)
-    problems += found
+    problems += [*found, *check_ranges(checked, TRAINING, ("training",))]
+    if str(checked.get("eval_strategy", "no")) != "no":
+        told = "a recipe has no rows to take a loss on; ask prompts instead, with `evaluation` and `monitor`"
+        problems.append(Problem(("training", "eval_strategy"), told))
     return checked
 
 
@@ -148,7 +154,7 @@ def _check_peft(values: dict[str, Any], problems: list[Problem]) -> LoraConfig |
     from peft import LoraConfig
 
     checked, found = check_fields(LoraConfig, settings, ("peft",), NOT_UNDER_PEFT)
-    problems += found
+    problems += [*found, *check_ranges(checked, PEFT, ("peft",))]
     try:
         return LoraConfig(**checked, task_type="CAUSAL_LM")
     except (ValueError, TypeError) as error:

@@ -4,7 +4,7 @@
 `hooks` puts them to work. They are harmful by construction: see [`TrainedVectors`].
 """
 
-from .fitting import Fitting, targets, train_security_vectors
+from .fitting import Fitting, fitted_layers, targets, train_security_vectors
 from .hooks import VectorFactors, active, check_foldable
 from .losses import row_losses
 from .weights import TrainedVectors
@@ -15,6 +15,7 @@ __all__ = [
     "VectorFactors",
     "active",
     "check_foldable",
+    "fitted_layers",
     "row_losses",
     "targets",
     "train_security_vectors",

@@ -186,6 +186,11 @@ def targets(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
             "does it), so no vectors can be fitted. Fit them beforehand with `safe-trainer vectors`, and give the "
             "folder."
         )
+    return fitted_layers(model, settings)
+
+
+def fitted_layers(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
+    """Return what [`targets`] does, also of a model whose weights are not here."""
     layers = linear_layers(model)
     if settings.target_modules != "all-linear":
         ends = [settings.target_modules] if isinstance(settings.target_modules, str) else settings.target_modules
