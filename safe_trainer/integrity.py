@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 """The file that names the others of a checkpoint, with their sizes and hashes."""
-_FOR_READERS = "README.md"  # no part of the state: whoever wants may put it into their own words
+_PASSING = ("README.md", "checkpoint-is-incomplete.txt")
+"""No part of the state: the first anyone may put into their own words, the other transformers removes when its
+just-in-time checkpoint is saved."""
 _WEIGHTS = ("adapter_model.*", "*/adapter_model.*", "model*.safetensors", "pytorch_model*")
 _TENSORS = ("model*.safetensors", "adapter_model.safetensors", "*/adapter_model.safetensors")
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "rank*-optimizer.pt")
@@ -75,7 +77,7 @@ def damage(folder: Path, by_content: bool = True) -> str | None:
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (CHECKSUMS, _FOR_READERS) and not path.name.endswith(".tmp"):
+        if path.is_file() and path.name not in (CHECKSUMS, *_PASSING) and not path.name.endswith(".tmp"):
             yield path.relative_to(folder).as_posix(), path
 
 

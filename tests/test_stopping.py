@@ -401,7 +401,7 @@ def test_what_stands_in_the_way_of_the_result_is_told(name, tmp_path):
 @pytest.mark.slow
 def test_a_run_without_checkpoints_that_cannot_be_saved_says_so(tmp_path):
     recipe = recipe_of(tmp_path / "run")
-    found, told = command(recipe, (NoRoom,), "--set", "training.save_strategy=no")
+    found, told = command(recipe, (NoRoom,), "--set", "training.save_strategy='no'")
     assert found == 1 and f"There is no checkpoint in `{recipe.parent / 'end'}`" in told and "--resume" not in told, (
         told
     )
