@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from runs import lora, settings
 from test_invariants import BUILD, VARIANTS
 from torch import Tensor, nn
@@ -70,6 +70,21 @@ def test_folding_is_refused_before_anything_is_fitted(kind, pair, tmp_path: Path
     with pytest.raises(ValueError, match="quantised or sharded .*Leave out `fold`"):
         SafeSFTTrainer(model, args=settings(tmp_path, bf16=False), **rows, peft_config=lora(), safety=method)
     assert method.fitted is None
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("name", ["drift_penalty", "security_vectors"])
+def test_what_is_measured_before_training_leaves_gradients_as_they_were(name, kind, pair, tmp_path: Path):
+    model = get_peft_model(base(pair[0], kind), lora(init_lora_weights=False))
+
+    def gradients() -> list[Tensor]:
+        model.train().zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    before = gradients()
+    BUILD[name](*pair).attach(model, tiny.tokenizer(), tiny.rows())
+    assert all(torch.equal(*both) for both in zip(gradients(), before, strict=True))
 
 
 @pytest.mark.parametrize("kind", BASES)

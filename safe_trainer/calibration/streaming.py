@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import LinearLayer
 from ..subspace import Leading, Sketch
+from .layout import trainable_layout
 from .tokens import Example
 
 T = TypeVar("T")
@@ -218,6 +219,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        yield
+        with trainable_layout(model):
+            yield
     finally:
         model.train(was_training)

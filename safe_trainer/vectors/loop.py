@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..adapters import LinearLayer
+from ..calibration.layout import trainable_layout
 from ..data.encoding import Batch, EncodedRow, collate
 from .hooks import Switch, VectorFactors, hooked
 from .losses import answer_logits, answer_tokens, mean_divergence, mean_loss
@@ -88,7 +89,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         model.requires_grad_(False)
         model.eval()
-        yield
+        with trainable_layout(model):
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
