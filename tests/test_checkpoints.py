@@ -15,7 +15,7 @@ from runs import given, lora
 from safetensors.torch import save_file
 from trl import SFTTrainer
 
-from safe_trainer import SafeSFTTrainer
+from safe_trainer import SafeSFTTrainer, integrity
 from safe_trainer.checkpoints import Record, fault, is_whole, last_checkpoint, saving
 from safe_trainer.integrity import CHECKSUMS, write_checksums
 from safe_trainer.resuming import checkpoint_to_resume
@@ -241,6 +241,13 @@ def test_only_who_reads_contents_pays_for_it(tmp_path):
     assert fault(folder, by_content=False) is None and fault(folder) == "adapter_model.safetensors"
     halve(folder / "adapter_model.safetensors")
     assert fault(folder, by_content=False) == "adapter_model.safetensors"
+
+
+def test_a_resume_reads_each_file_of_one_checkpoint_once(copied, monkeypatch):
+    run, read, hashed = copied("ours"), [], integrity._hash
+    monkeypatch.setattr(integrity, "_hash", lambda path: read.append(path) or hashed(path))
+    assert checkpoint_to_resume(True, run, NOTHING) == str(run / "checkpoint-2")
+    assert {path.parent.name for path in read} == {"checkpoint-2"} and len(read) == len(set(read)) > 5
 
 
 def test_other_failures_while_saving_keep_their_own_words(tmp_path):
