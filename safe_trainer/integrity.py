@@ -70,7 +70,10 @@ def damage(folder: Path, by_content: bool = True) -> str | None:
         return CHECKSUMS
     for name, (size, hashed) in listed.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size or (by_content and _hash(path) != hashed):
+        try:
+            if path.stat().st_size != size or (by_content and _hash(path) != hashed):
+                return name
+        except OSError:  # it is not there, or the disk cannot read it any more
             return name
     return _malformed(folder, listed) or (None if listed else _absent(folder))
 

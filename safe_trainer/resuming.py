@@ -70,13 +70,13 @@ def agreed_checkpoint(wanted: Any, output: str | Path, record: Record, model: nn
     """
     if not (dist.is_available() and dist.is_initialized()):
         return checkpoint_to_resume(wanted, output, record, model)
-    found, problem = _of_first_process(wanted, output, record, model)
-    if problem is None and isinstance(found, (str, os.PathLike)) and dist.get_rank() > 0:
+    found, is_there, problem = _of_first_process(wanted, output, record, model)
+    if is_there and dist.get_rank() > 0:
         try:
             by_content = os.environ.get("LOCAL_RANK", "0") == "0"
             checkpoint_to_resume(found, output, record, model, by_content)
             problem = None if Path(found).is_dir() else "there is none."
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
@@ -91,19 +91,22 @@ def agreed_checkpoint(wanted: Any, output: str | Path, record: Record, model: nn
     return found
 
 
-def _of_first_process(wanted: Any, output: str | Path, record: Record, model: nn.Module) -> tuple[Any, str | None]:
-    """Return what the first process goes on from, as it is called here, or why it cannot."""
+def _of_first_process(
+    wanted: Any, output: str | Path, record: Record, model: nn.Module
+) -> tuple[Any, bool, str | None]:
+    """Return what the first process goes on from, as it is called here, whether it is there, or why it cannot."""
     told: list[Any] = [None, None, None]
     if dist.get_rank() == 0:
         try:
             found = checkpoint_to_resume(wanted, output, record, model)
-            is_here = isinstance(found, (str, os.PathLike)) and Path(found).parent == Path(output)
-            told = [Path(found).name if is_here else found, is_here, None]
-        except ValueError as error:
-            told = [None, False, str(error)]
+            is_there = isinstance(found, (str, os.PathLike)) and Path(found).is_dir()
+            is_in_output = is_there and Path(found).parent == Path(output)
+            told = [(Path(found).name if is_in_output else found, is_in_output), is_there, None]
+        except (ValueError, OSError) as error:
+            told = [(None, False), False, str(error)]
     dist.broadcast_object_list(told)
-    found, is_here, problem = told
-    return str(Path(output) / found) if is_here else found, problem
+    (found, is_in_output), is_there, problem = told
+    return str(Path(output) / found) if is_in_output else found, is_there, problem
 
 
 def _check_record(checkpoint: Path, record: Record) -> None:

@@ -83,6 +83,7 @@ def carry_out(name: str, strategy: str, folder: Path, run: str, kill: Any, resum
         trainer.train(resume_from_checkpoint=resume)
     except ValueError as error:
         told = str(error)
+    output.mkdir(exist_ok=True)
     (output / f"told-{os.environ.get('RANK', '0')}").write_text(told)
     if not told:
         trainer.save_model(str(output / "end"))
@@ -165,7 +166,9 @@ def test_random_numbers_of_a_process_that_were_lost_are_told_in_all(whole):
         (whole / f"{run}-unlisted" / folder.name / CHECKSUMS).unlink()
         (whole / f"{run}-unlisted" / folder.name / "rng_state_1.pth").unlink()
     runs = {"lost": "recommended", "lost-unlisted": "recommended", "lost-none": "none", "lost-none-unlisted": "none"}
-    launched(whole, *(([name, "ddp", run, None, str(whole / run / "checkpoint-4")]) for run, name in runs.items()))
+    plan = [[name, "ddp", run, None, str(whole / run / "checkpoint-4")] for run, name in runs.items()]
+    launched(whole, *plan, ["none", "ddp", "absent", None, str(whole / "absent" / "checkpoint-4")])
+    assert all("Can't find a valid checkpoint" in words for words in told(whole, "absent"))  # as transformers tells it
     for run in runs:
         one, other = told(whole, run)
         assert one == other and "its `rng_state_1.pth` is missing or damaged" in one
