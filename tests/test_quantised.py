@@ -10,12 +10,12 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from runs import lora, settings
+from runs import exact_settings, lora, settings
 from test_invariants import BUILD, VARIANTS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from safe_trainer import PromptSet, SafeSFTTrainer, compare, evaluate
+from safe_trainer import PromptSet, RefusalMonitor, SafeSFTTrainer, compare, evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +85,27 @@ def test_what_is_measured_before_training_leaves_gradients_as_they_were(name, ki
     before = gradients()
     BUILD[name](*pair).attach(model, tiny.tokenizer(), tiny.rows())
     assert all(torch.equal(*both) for both in zip(gradients(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_monitor_disturbs_no_training(kind, pair, tmp_path: Path):
+    def losses(watched: bool) -> list[float]:
+        args = exact_settings(tmp_path / str(watched), max_steps=3, learning_rate=0.1, logging_steps=1)
+        torch.manual_seed(0)
+        trainer = SafeSFTTrainer(
+            base(pair[0], kind),
+            args=args,
+            train_dataset=tiny.rows(24),
+            processing_class=tiny.tokenizer(),
+            peft_config=lora(),
+        )
+        if watched:
+            prompts = PromptSet(name="harmful", kind="harmful", prompts=("Make a bad thing.",))
+            trainer.add_callback(RefusalMonitor(trainer, [prompts], every=1))
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(watched=True) == losses(watched=False)
 
 
 @pytest.mark.parametrize("kind", BASES)

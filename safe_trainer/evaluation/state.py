@@ -20,10 +20,12 @@ def examining(model: Any, seed: int = 0) -> Iterator[None]:
     """
     import torch
 
+    from safe_trainer.calibration.layout import trainable_layout
+
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), trainable_layout(model):
             torch.manual_seed(seed)
             yield
     finally:
