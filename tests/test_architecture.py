@@ -33,6 +33,7 @@ STOPS = {
     "factors",
     "integrity",
     "landscape",
+    "layout",
     "methods",
     "pictures",
     "recipe",
@@ -54,8 +55,9 @@ OURS = {
     "adapters": set(),
     "methods.*": {"subspace", "adapters", "factors", "calibration", "direction", "vectors"}
     | {"methods.base", "methods.checking", "strategy"},
-    "trainer": {"methods.base", "recommendation", "strategy", "checkpoints", "resuming", "stopping"},
+    "trainer": {"methods.base", "recommendation", "strategy", "checkpoints", "resuming", "stopping", "layout"},
     "stopping": set(),
+    "layout": set(),
 }
 # What it may import besides the standard library and ours.
 THEIRS = {"subspace": {"torch"}, "adapters": {"torch", "peft", "transformers"}}  # transformers for GPT-2's Conv1D

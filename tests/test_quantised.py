@@ -15,7 +15,7 @@ from test_invariants import BUILD, VARIANTS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from safe_trainer import PromptSet, RefusalMonitor, SafeSFTTrainer, compare, evaluate
+from safe_trainer import AsFT, PromptSet, RefusalMonitor, SafeSFTTrainer, compare, evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -88,20 +88,23 @@ def test_what_is_measured_before_training_leaves_gradients_as_they_were(name, ki
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_monitor_disturbs_no_training(kind, pair, tmp_path: Path):
+def test_neither_a_monitor_nor_evaluation_disturbs_training(kind, pair, tmp_path: Path):
     def losses(watched: bool) -> list[float]:
-        args = exact_settings(tmp_path / str(watched), max_steps=3, learning_rate=0.1, logging_steps=1)
+        evaluation = {"eval_strategy": "steps", "eval_steps": 1} if watched else {}
+        args = exact_settings(tmp_path / str(watched), max_steps=3, learning_rate=0.1, logging_steps=1, **evaluation)
         torch.manual_seed(0)
         trainer = SafeSFTTrainer(
             base(pair[0], kind),
             args=args,
             train_dataset=tiny.rows(24),
+            eval_dataset=tiny.rows(4),
             processing_class=tiny.tokenizer(),
             peft_config=lora(),
+            safety=AsFT(projector="none", weight=0.1),
         )
         if watched:
             prompts = PromptSet(name="harmful", kind="harmful", prompts=("Make a bad thing.",))
-            trainer.add_callback(RefusalMonitor(trainer, [prompts], every=1))
+            trainer.add_callback(RefusalMonitor(trainer, [prompts], every=2))
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

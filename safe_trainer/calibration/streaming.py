@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters import LinearLayer
+from ..layout import trainable_layout
 from ..subspace import Leading, Sketch
-from .layout import trainable_layout
 from .tokens import Example
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ def examining(model: Any, seed: int = 0) -> Iterator[None]:
     """
     import torch
 
-    from safe_trainer.calibration.layout import trainable_layout
+    from safe_trainer.layout import trainable_layout
 
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..adapters import LinearLayer
-from ..calibration.layout import trainable_layout
 from ..data.encoding import Batch, EncodedRow, collate
+from ..layout import trainable_layout
 from .hooks import Switch, VectorFactors, hooked
 from .losses import answer_logits, answer_tokens, mean_divergence, mean_loss
 
