@@ -417,3 +417,70 @@ def test_shells_complete_commands(shell, settings):
 
 def test_completion_can_be_installed():
     assert "--install-completion" in invoke("--help").output
+
+
+# ---- words of the command line
+
+
+MISUSED = {
+    "no direction at all": (["landscape", "--model", ALIGNED], 2, "give --direction, --unaligned, or both."),
+    "a span that is none": (
+        ["landscape", "--model", ALIGNED, "--unaligned", UNALIGNED, "--span", "-1"],
+        1,
+        "`--span` and `--span-across` must be above 0, got -1.0 and None.",
+    ),
+    "a run that is not there": (
+        ["landscape", "--model", ALIGNED, "--unaligned", UNALIGNED, "--adapter", "nothere"],
+        2,
+        "'--adapter': there is no folder `nothere`. Give the folder of the adapter, or its Hub id.",
+    ),
+    "a second direction that is not there": (
+        ["landscape", "--model", ALIGNED, "--unaligned", UNALIGNED, "--across", "not/here"],
+        1,
+        "`--adapter` or `--across` (`not/here`) is no folder here",
+    ),
+    "an unaligned model that is not there": (
+        ["landscape", "--model", ALIGNED, "--unaligned", "nothere"],
+        1,
+        "`--unaligned` (`nothere`) is no folder here",
+    ),
+    "an adapter that is not there": (
+        ["compare", ALIGNED, "--adapter", "tuned=nothere", "--prompts", "harmful=testbed"],
+        2,
+        "'--adapter': there is no folder `nothere`. Give",
+    ),
+    "a model that is not there": (
+        ["compare", ALIGNED, "--tuned-model", "tuned=./nothere", "--prompts", "harmful=testbed"],
+        2,
+        "'--tuned-model': there is no folder `./nothere`. Give",
+    ),
+    "a method that is misspelt": (
+        ["train", "recipes/testbed/asft.yaml", "--set", "safety=asfd"],
+        1,
+        "expected `recommended`, `null` or methods with their settings, as in `{method: asft, unaligned_model: …}`, "
+        "got 'asfd'; did you mean `asft`?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_errors_speak_of_options_and_folders(name):
+    arguments, code, words = MISUSED[name]
+    result = CliRunner().invoke(app, arguments, prog_name="safe-trainer", env={"COLUMNS": "400", "TERM": "dumb"})
+    assert result.exit_code == code, result.output
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_model_that_did_not_drift_has_no_table():
+    result = invoke("drift", ALIGNED, ALIGNED)
+    assert result.exit_code == 0 and "layer  weight" not in result.stdout
+    assert result.stdout.split() == (
+        "No change in any linear layer. Embeddings, norms and the output head are not looked at.".split()
+    )
+
+
+@pytest.mark.slow
+def test_a_direction_that_cannot_be_had_is_told_without_remarks_of_libraries(tmp_path):
+    command = [sys.executable, "-m", "safe_trainer.cli", "direction", ALIGNED, ALIGNED, "-o", str(tmp_path / "d")]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert [line.split()[0] for line in told.splitlines()] == ["Computing", "Error:", "For"], told

@@ -134,6 +134,17 @@ def _guard(name: str, model: str) -> Judge:
     return GuardJudge(*load_model(model), GUARDS[name])
 
 
+def check_folder(option: str, source: str, what: str = "adapter") -> None:
+    """Refuse what can only be a folder and is none, before anything is loaded.
+
+    Raises:
+        BadParameter: If so. The id of an adapter on the Hub has an owner, as in `me/my-adapter`.
+    """
+    may_be_id = source[:1] not in (".", "/", "~") and ("/" in source or what == "model")
+    if not may_be_id and not Path(source).expanduser().is_dir():
+        raise _misused(option, f"there is no folder `{source}`. Give the folder of the {what}, or its Hub id.")
+
+
 def load_model(name: str) -> tuple[Any, Any]:
     """Return a model and its tokenizer.
 

@@ -14,6 +14,7 @@ from .asking import (
     MaxNewTokens,
     Prompts,
     SystemPrompt,
+    check_folder,
     check_judges,
     load_judges,
     load_model,
@@ -69,6 +70,9 @@ def compare(  # noqa: PLR0913, each is an option with a name
     _check_names([*adapters, *models])
     judges = check_judges(judge)
     sets = prompt_sets(prompts, model)
+    for option, given, what in (("--adapter", adapters, "adapter"), ("--tuned-model", models, "model")):
+        for source in (source for sources in given.values() for source in sources):
+            check_folder(option, source, what)
 
     quiet_libraries()
     from safe_trainer.evaluation import Limits

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import Json, console, print_json, progress_bar
+from .shell import Json, console, print_json, progress_bar, quiet_libraries
 
 
 def direction(  # noqa: PLR0913, each is an option with a name
@@ -25,6 +25,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
     as_json: Json = False,
 ) -> None:
     """Compute the alignment direction of a model from two checkpoints, one tensor at a time, and save it."""
+    quiet_libraries()
     from safe_trainer import AlignmentDirection
 
     with progress_bar("Computing the direction") as show:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .asking import Prompts, prompt_sets
+from .asking import check_folder, prompt_sets
 from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
@@ -23,20 +23,33 @@ def drift(  # noqa: PLR0913, each is an option with a name
         Path | None, typer.Option(help="Its alignment direction, from `safe-trainer direction`.")
     ] = None,
     basis: Annotated[Path | None, typer.Option(help="Its safety basis, from `safe-trainer basis`.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Leading directions of each to measure against.")] = 16,
+    rank: Annotated[
+        int, typer.Option(min=1, help="With --direction or --basis: their first so many directions.")
+    ] = 16,
     refusal: Annotated[
-        bool, typer.Option("--refusal", help="Also what became of the refusal direction; loads both models.")
+        bool,
+        typer.Option(
+            "--refusal", help="Also what became of the refusal direction: loads both models, and asks --prompts."
+        ),
     ] = False,
-    prompts: Prompts = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For --refusal: harmful=SOURCE and benign=SOURCE, as in `compare`. Left out, built-in ones."
+        ),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for drift.json and the picture.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for drift.json and the picture: drift.html, .png and .svg."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a fine-tune changed, layer by layer: any adapter or whole model against its base.
 
+    A layer's drift is ‖ΔW‖/‖W‖, the size of its change beside that of its weight.
     Linear layers are counted; embeddings, norms and the output head are not.
     """
+    check_folder("tuned", tuned, "model")
     quiet_libraries()
     from safe_trainer.drift import measure_drift, write_drift
 
@@ -79,10 +92,10 @@ def _show(found: Drift) -> None:
         if layer.refusal is not None:
             row += [f"{layer.refusal.kept:.0%}", f"{layer.refusal.cosine:.2f}"]
         table.add_row(*row)
-    console.print(table)
     if not found.figure("relative"):
-        console.print("No linear layer changed. Embeddings, norms and the output head are not looked at.")
+        console.print("No change in any linear layer. Embeddings, norms and the output head are not looked at.")
         return
+    console.print(table)
     console.print(f"All together {found.relative:.2%} of the weights' size.", markup=False)
     for name in shares:
         share, random = found.share(name) or (0.0, 0.0)

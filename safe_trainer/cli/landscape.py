@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .asking import BatchSize, MaxNewTokens, Prompts, SystemPrompt, check_judges, load_judges, load_model, prompt_sets
+from .asking import (
+    BatchSize,
+    MaxNewTokens,
+    SystemPrompt,
+    check_folder,
+    check_judges,
+    load_judges,
+    load_model,
+    prompt_sets,
+)
 from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
@@ -18,11 +27,12 @@ if TYPE_CHECKING:
 def landscape(  # noqa: PLR0913, each is an option with a name
     model: Annotated[str, typer.Option(help="The aligned model: folder or Hub id.")],
     direction: Annotated[
-        Path | None, typer.Option(help="Its alignment direction, from `safe-trainer direction`.")
+        Path | None,
+        typer.Option(help="Its alignment direction, from `safe-trainer direction`. This or --unaligned is required."),
     ] = None,
     unaligned: Annotated[
         str | None,
-        typer.Option(help="The unaligned model: folder or Hub id. Left out, the one that the direction names."),
+        typer.Option(help="The unaligned model: folder or Hub id. Left out, the one that --direction names."),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -33,19 +43,36 @@ def landscape(  # noqa: PLR0913, each is an option with a name
         typer.Option(help="The second direction: random, or an adapter. Left out, the run's end if there is a run."),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for what is measured, and the picture.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for what is measured (landscape.csv, landscape.json) and the picture (landscape.html, .png "
+            "and .svg, light and dark).",
+        ),
     ] = Path("landscape"),
     points: Annotated[int, typer.Option(min=3, help="Places along each side of the plane; an odd number.")] = 11,
     span: Annotated[
-        float | None, typer.Option(help="How far to go along the direction, in norms of the weights; 0.5 if left out.")
+        float | None,
+        typer.Option(help="How far to go along the direction, in norms of the weights; 0.5 if left out."),
     ] = None,
     span_across: Annotated[
         float | None, typer.Option(help="How far across; 0.5 if left out, or 2.5 times as far as the run went.")
     ] = None,
     normalize: Annotated[
-        Literal["layer", "filter", "none"], typer.Option(help="What each layer's direction is scaled to.")
+        Literal["layer", "filter", "none"],
+        typer.Option(
+            help="How long a direction is made: layer, in each layer as long as its weight; filter, each row as long "
+            "as the weight's; none, left as it is, so that -1 is the unaligned model."
+        ),
     ] = "layer",
-    prompts: Prompts = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="harmful=SOURCE, the prompts to be refused, and task=SOURCE or benign=SOURCE with answers, on which "
+            "the loss is taken; sources as in `compare`. Left out, built-in ones; without answers there is no loss."
+        ),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts of each kind to use, the first ones.")] = 40,
     judge: Annotated[
         str, typer.Option(help="Who judges: likelihood needs no answers; phrases and guards have them generated.")
@@ -59,9 +86,14 @@ def landscape(  # noqa: PLR0913, each is an option with a name
 ) -> None:
     """Move a model's weights along and across its alignment direction, and draw where it stops refusing.
 
-    The loss is that of the first prompts with answers: `--prompts task=FILE`, or benign ones. What has been measured
-    is kept: stopped, the same command goes on, and with more points or another span it measures only what is new.
+    --direction or --unaligned is required; --adapter shows where a training run went.
+    What was measured is kept: stopped, the same command goes on, and more points measure only what is new.
     """
+    if direction is None and unaligned is None:
+        raise typer.BadParameter("give --direction, --unaligned, or both.", param_hint="'--direction'")
+    for option, source in (("--adapter", adapter), ("--across", across if across != "random" else None)):
+        if source is not None:
+            check_folder(option, source)
     judges = check_judges([judge])
     harmful, task = _asked(prompt_sets(prompts, model), count)
     quiet_libraries()
@@ -69,27 +101,30 @@ def landscape(  # noqa: PLR0913, each is an option with a name
 
     loaded, tokenizer = load_model(model)
     with progress_bar("Measuring the landscape") as show:
-        found = measure_landscape(
-            loaded,
-            tokenizer,
-            harmful,
-            direction=direction,
-            unaligned=unaligned,
-            task=task,
-            run=adapter,
-            across=across,
-            span=span,
-            span_across=span_across,
-            points=points,
-            normalize=normalize,
-            judge=load_judges(judges)[0],
-            seed=seed,
-            output=output,
-            progress=show,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            system_prompt=system_prompt,
-        )
+        try:
+            found = measure_landscape(
+                loaded,
+                tokenizer,
+                harmful,
+                direction=direction,
+                unaligned=unaligned,
+                task=task,
+                run=adapter,
+                across=across,
+                span=span,
+                span_across=span_across,
+                points=points,
+                normalize=normalize,
+                judge=load_judges(judges)[0],
+                seed=seed,
+                output=output,
+                progress=show,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                system_prompt=system_prompt,
+            )
+        except (ValueError, OSError) as error:  # which calls both of them so, whatever they are for
+            raise ValueError(str(error).replace("`tuned`", "`--adapter` or `--across`")) from error
     if picture:
         files = write_landscape(found, output, f"Safety around {Path(model).name}")
         errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)

@@ -37,11 +37,19 @@ class CommandGroup(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            # `Text`, since a message may hold square brackets, which rich would take for markup.
-            told = _TOKEN.sub("hf_…", f"{kind}{error}")
+            # Below `Text`, since a message may hold square brackets, which rich would take for markup.
+            told = _with_options(_TOKEN.sub("hf_…", f"{kind}{error}"), self.get_command(ctx, ctx.invoked_subcommand))
             errors.print(Text("Error: ", "bold red") + Text(told), soft_wrap=True)
             errors.print(f"For the traceback: safe-trainer --debug {ctx.invoked_subcommand} …", style="dim")
             raise typer.Exit(1) from error
+
+
+def _with_options(told: str, command: Any) -> str:
+    """Call settings as the command does: the library's messages name the arguments of its functions."""
+    for option in command.params if command is not None else ():
+        if option.opts and option.opts[0].startswith("--"):
+            told = told.replace(f"`{option.name}`", f"`{option.opts[0]}`")
+    return told
 
 
 def print_json(result: Any) -> None:

@@ -35,6 +35,7 @@ NOT_UNDER_PEFT = {
     "base_model_name_or_path": "is `model` in a recipe",
     "inference_mode": "is not for training",
 }
+_SAFETY = "expected `recommended`, `null` or methods with their settings, as in `{method: asft, unaligned_model: …}`"
 _PARTS: dict[Place, type[Part]] = {
     (): RecipePart,
     ("model",): ModelPart,
@@ -115,6 +116,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _check_parts(values: dict[str, Any], problems: list[Problem]) -> RecipePart | None:
+    from safe_trainer.methods import METHODS
+
     try:
         return RecipePart.model_validate(values)
     except ValidationError as error:
@@ -125,6 +128,8 @@ def _check_parts(values: dict[str, Any], problems: list[Problem]) -> RecipePart 
                 message = f"unknown key; {did_you_mean(str(place[-1]), part.model_fields)}"
             elif found["type"] == "missing" and part:
                 message = f"is missing. {part.model_fields[str(place[-1])].description or ''}".strip()
+            elif place == ("safety",):
+                message = f"{_SAFETY}, got {told(found['input'])}; {did_you_mean(str(found['input']), METHODS)}"
             elif found["type"] == "value_error":
                 message = found["msg"].removeprefix("Value error, ")
             else:
@@ -142,8 +147,8 @@ def _check_training(values: dict[str, Any], problems: list[Problem]) -> dict[str
     checked, found = check_fields(SFTConfig, settings, ("training",), NOT_UNDER_TRAINING)
     problems += [*found, *check_ranges(checked, TRAINING, ("training",))]
     if str(checked.get("eval_strategy", "no")) != "no":
-        told = "a recipe has no rows to take a loss on; ask prompts instead, with `evaluation` and `monitor`"
-        problems.append(Problem(("training", "eval_strategy"), told))
+        reason = "a recipe has no rows to take a loss on; ask prompts instead, with `evaluation` and `monitor`"
+        problems.append(Problem(("training", "eval_strategy"), reason))
     return checked
 
 
