@@ -72,10 +72,11 @@ class FullUpdate:
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """Return `ΔW` (d_out x d_in) and `None`."""
         trained = self.layer.weight
+        if isinstance(trained, DTensor) and not isinstance(self.start, DTensor):
+            self.place()  # other processes than the first may have copied what is no weight yet
         # Training may begin by rounding the weights: what that changed is no update.
         start = self.start.to(trained.device, trained.dtype).float()
-        delta = whole(trained.float() - start) if isinstance(start, DTensor) else whole(trained) - start
-        return _oriented(self.layer, delta), None
+        return _oriented(self.layer, whole(trained.float() - start)), None
 
     def place(self) -> None:
         """Bring the start to where the weight is by now, sharded as it is: from the first process to all others."""

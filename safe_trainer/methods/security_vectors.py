@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -159,7 +160,9 @@ class SecurityVectors(SafetyMethod):
         if not isinstance(vectors, TrainedVectors):
             vectors = TrainedVectors.load(str(vectors))
         self.provenance = vectors.provenance
-        self._layers = vectors.check_fits(model)
+        by_first_process(partial(_check_fits, vectors, model))  # other processes may hold no weights yet
+        layers = adapters.linear_layers(model)
+        self._layers = {name: layers[name] for name in vectors.modules}
         if self.fold:
             check_foldable(self._layers)
         self._factors = {name: VectorFactors(A, self.strength * B) for name, (A, B) in vectors.modules.items()}
@@ -191,6 +194,10 @@ class SecurityVectors(SafetyMethod):
             return TrainedVectors(modules, vectors.provenance)
 
         return by_first_process(fitted)
+
+
+def _check_fits(vectors: TrainedVectors, model: nn.Module) -> None:
+    vectors.check_fits(model)
 
 
 def _check_adapted(model: nn.Module) -> None:
