@@ -25,7 +25,7 @@ import planted
 import pytest
 import tiny
 import torch
-from launch import ADAM, SAVED, STEPS, TWICE, on_two_processes
+from launch import ADAM, CLIPPED, NF4, RESUMED, SAVED, SHIPPED, STEPS, on_two_processes
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,21 +38,37 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = ["all", "recommended"]
 EVERYWHERE = ["none", "asft", "salora", "salora: both sides", "drift_penalty", "security_vectors"]
+AGAIN = ["all", "recommended", "drift_penalty", "asft: full"]  # what is resumed
+OTHERWISE = [f"recommended, {CLIPPED}", *(f"{name}, {way}" for name in AGAIN for way in (ADAM, RESUMED))]
 # What is run under each strategy, and with which words the rest is refused.
 RUNS = {
-    "ddp": [*EVERYWHERE, "asft: full", "security_vectors: folded", "security_vectors: loaded", *TOGETHER, ADAM, TWICE],
-    "fsdp2": [*EVERYWHERE, "asft: full", "security_vectors: loaded", *TOGETHER, ADAM, TWICE],
-    "fsdp2: first loads": ["asft", "security_vectors: loaded"],
+    "ddp": [
+        *EVERYWHERE,
+        "asft: full",
+        "security_vectors: folded",
+        "security_vectors: loaded",
+        *TOGETHER,
+        *OTHERWISE,
+    ],
+    f"ddp: {NF4}": [*TOGETHER, "none"],
+    "fsdp2": [*EVERYWHERE, "asft: full", "security_vectors: loaded", *TOGETHER, *OTHERWISE],
+    "fsdp2: first loads": ["asft", "asft: full", "security_vectors: loaded"],
     "zero2": [
         *EVERYWHERE,
         "asft: full",
         "security_vectors: folded",
         "security_vectors: loaded",
         *TOGETHER,
-        ADAM,
-        TWICE,
+        *OTHERWISE,
     ],
-    "zero3": ["none", "security_vectors: loaded", ADAM, TWICE],
+    "zero3": [
+        "none",
+        *(f"security_vectors: loaded{way}" for way in ("", f", {CLIPPED}", f", {ADAM}", f", {RESUMED}")),
+    ],
+    f"ddp: {SHIPPED}": ["recommended"],
+    f"fsdp2: {SHIPPED}": ["recommended"],
+    f"zero2: {SHIPPED}": ["recommended"],
+    f"zero3: {SHIPPED}": ["security_vectors: loaded"],
 }
 METHODS = [*EVERYWHERE[1:], "security_vectors: folded", "security_vectors: loaded"]
 SPLIT = "Load the model whole, and use DDP, FSDP2 or ZeRO-2"
@@ -72,7 +88,7 @@ REFUSED = {
         "security_vectors: folded": "Leave out `fold`",
     },
 }
-LAUNCHES = [["ddp", "fsdp2", "fsdp2: first loads", "fsdp2: in pieces", "fsdp1", "tensor"], ["zero2", "zero3"]]
+LAUNCHES = [[s for s in [*RUNS, *REFUSED] if s.startswith("zero") == is_zero] for is_zero in (False, True)]
 WRAPPER = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 
 
@@ -86,20 +102,38 @@ class Place:
         return self.folder / strategy / name.replace(": ", "-")
 
     def facts(self, strategy: str, name: str) -> list[dict[str, Any]]:
-        ranks = range(1 if strategy == "alone" else 2)
+        ranks = range(1 if strategy.startswith("alone") else 2)
         return [json.loads((self.of(strategy, name) / f"{rank}.json").read_text()) for rank in ranks]
+
+
+def pairs(which: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(strategy, name) for strategy, names in which.items() for name in names]
+
+
+COMPARED = [(strategy, name) for strategy, name in pairs(RUNS) if not name.endswith((ADAM, RESUMED))]
+
+
+def alone(strategy: str) -> str:
+    """Return what one process does that is to come to the same."""
+    how = strategy.partition(": ")[2]
+    return f"alone: {how}" if how in (NF4, SHIPPED) else "alone"
+
+
+def is_installed(strategy: str) -> bool:
+    library = "deepspeed" if strategy.startswith("zero") else "bitsandbytes" if strategy.endswith(NF4) else "torch"
+    return importlib.util.find_spec(library) is not None
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
     """Carry out every run on one process."""
     folder = tmp_path_factory.mktemp("runs")
-    tiny.save_pair(folder)
+    tiny.save_pair(folder, hidden=64)  # as NF4 on a CPU needs it
     planted.vectors(AutoModelForCausalLM.from_pretrained(folder / "aligned", dtype=torch.float32)).save(
         folder / "vectors"
     )
-    for name in [name for name in RUNS["ddp"] if name not in (ADAM, TWICE)]:
-        launch.carry_out(name, "alone", folder)
+    for strategy, name in {(alone(strategy), name): None for strategy, name in COMPARED if is_installed(strategy)}:
+        launch.carry_out(name, strategy, folder)
     return Place(folder)
 
 
@@ -109,11 +143,14 @@ def spread(place) -> Any:
     done: set[str] = set()
 
     def carried_out(strategy: str) -> Place:
-        if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-            pytest.skip('DeepSpeed is not installed: `pip install "safe-trainer[deepspeed]"`')
-        together = next(strategies for strategies in LAUNCHES if strategy in strategies)
+        if not is_installed(strategy):
+            pytest.skip('It needs a library: `pip install "safe-trainer[deepspeed,quantization]"`')
+        together = [s for launched in LAUNCHES if strategy in launched for s in launched if is_installed(s)]
         if strategy not in done:
             done.update(together)
+            for kind in [s.partition(": ")[0] for s in together if s.endswith(SHIPPED)]:
+                left = json.dumps(left_by_the_launcher(kind, place.folder)[0])
+                (place.folder / f"{kind}.json").write_text(left)
             plan = {s: {"runs": RUNS.get(s, []), "refused": list(REFUSED.get(s, []))} for s in together}
             on_two_processes(str(Path(launch.__file__)), str(place.folder), json.dumps(plan))
         return place
@@ -121,8 +158,11 @@ def spread(place) -> Any:
     return carried_out
 
 
-def pairs(which: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(strategy, name) for strategy, names in which.items() for name in names]
+def told(facts: dict[str, Any]) -> list[dict[str, float]]:
+    """Return what a run logged of its steps and evaluations."""
+    kept = ("loss", "grad_norm", "safety_penalty", "eval_loss")
+    found = [{key: entry[key] for key in kept if key in entry} for entry in facts["history"]]
+    return [entry for entry in found if entry]
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
@@ -136,15 +176,19 @@ def test_two_processes_shared_the_rows_and_where_it_is_said_the_weights(strategy
     assert one["world"] == other["world"] == 2
     assert one["wrapper"] == other["wrapper"] and one["wrapper"].startswith(WRAPPER[strategy.partition(":")[0]])
     shown = [{tuple(row) for row in facts["rows"]} for facts in (one, other)]
-    steps = STEPS - SAVED if name == TWICE else STEPS
+    steps = STEPS - SAVED if name.endswith(RESUMED) else STEPS
     assert len(shown[0]) == len(shown[1]) == 4 * steps and not shown[0] & shown[1]
     for facts in (one, other):
         if strategy.startswith("fsdp2"):
             assert facts["sharded"] > 10 and facts["held"] < 0.6 * facts["of"]
-        if strategy == "zero2":
+        if strategy.startswith("zero2"):
             assert facts["partition"] == pytest.approx(facts["trainable"] / 2, rel=0.1)
         if strategy == "zero3":
             assert facts["empty"] > 10
+        if strategy.startswith("zero"):
+            assert facts["stage"] == int(strategy[4])
+        assert facts["precision"] == ("bf16" if strategy.endswith(SHIPPED) else "no")
+    assert not one["absent"] and (other["absent"] > 10) == (strategy == "fsdp2: first loads")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
@@ -154,26 +198,46 @@ def test_what_methods_need_is_computed_on_the_first_process_only(strategy, name,
     assert one["prepared with"] > 0 and other["prepared with"] == 0
 
 
-@pytest.mark.parametrize(("strategy", "name"), [p for p in pairs(RUNS) if p[1] not in (ADAM, TWICE)])
+@pytest.mark.parametrize(("strategy", "name"), [pair for pair in COMPARED if not pair[0].endswith(SHIPPED)])
 def test_losses_and_weights_are_those_of_one_process(strategy, name, spread):
     place = spread(strategy)
-    theirs = [entry for entry in place.facts("alone", name)[0]["history"] if "loss" in entry]
+    theirs = told(place.facts(alone(strategy), name)[0])
+    assert len(theirs) == (2 * STEPS if name.endswith(CLIPPED) else STEPS)
+    # Over a base of 4 bits TRL keeps the adapter in bfloat16, whose last bit a sum in another order may change.
+    rounded = {"rel": 2**-8, "abs": 1e-4} if strategy.endswith(NF4) else {"abs": 1e-5}
     for facts in place.facts(strategy, name):
-        ours = [entry for entry in facts["history"] if "loss" in entry]
-        if not ours:  # only the first process writes the log
-            continue
-        assert len(ours) == STEPS
-        for mine, other in zip(ours, theirs, strict=True):
-            kept = {key for key in other if key in ("loss", "grad_norm", "safety_penalty")}
-            assert {key: mine[key] for key in kept} == pytest.approx({key: other[key] for key in kept}, abs=1e-5)
-    folders = [(place.of(strategy, name) / "saved", place.of("alone", name) / "saved")]
-    if not name.endswith("full"):
-        step = f"checkpoint-{SAVED}"
-        folders.append((place.of(strategy, name) / step, place.of("alone", name) / step))
-    for mine, other in folders:
-        ours, expected = saved(mine), saved(other)
+        assert told(facts) == [pytest.approx(entry, **rounded) for entry in theirs]
+    folders = ["saved"] if name.endswith("full") else ["saved", f"checkpoint-{SAVED}"]
+    for folder in folders:
+        ours, expected = (saved(place.of(s, name) / folder) for s in (strategy, alone(strategy)))
         assert ours.keys() == expected.keys()
-        assert max((ours[key] - expected[key]).abs().max().item() for key in ours) < 1e-5
+        for key in expected:
+            if strategy.endswith(NF4):
+                assert (ours[key] - expected[key]).norm() <= 2**-7 * expected[key].norm(), key
+            else:
+                assert (ours[key] - expected[key]).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize(
+    "strategy", [strategy for strategy, names in RUNS.items() if any(CLIPPED in n for n in names)]
+)
+def test_gradients_are_clipped_where_that_is_compared(strategy, spread):
+    name = next(name for name in RUNS[strategy] if name.endswith(CLIPPED))
+    entries = told(spread(strategy).facts(strategy, name)[0])
+    assert all(entry["grad_norm"] > 0.2 for entry in entries if "grad_norm" in entry)
+
+
+@pytest.mark.parametrize(("strategy", "name"), [pair for pair in COMPARED if pair[0].endswith(SHIPPED)])
+def test_our_files_for_the_launcher_train_in_bfloat16_as_one_process_does(strategy, name, spread):
+    place = spread(strategy)
+    ours, theirs = (told(place.facts(s, name)[0]) for s in (strategy, alone(strategy)))
+    assert len(theirs) == 2 * STEPS and [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
+    for key in ("loss", "eval_loss", "safety_penalty"):
+        values = [[entry[key] for entry in entries if key in entry] for entries in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=2e-2, abs=2e-3)
+    folders = [place.of(s, name) / "saved" for s in (strategy, alone(strategy))]
+    mine, other = (torch.cat([B.float().flatten() for k, B in saved(f).items() if "lora_B" in k]) for f in folders)
+    assert (mine - other).norm() < 0.05 * other.norm()
 
 
 @pytest.mark.parametrize(("strategy", "name"), [p for p in pairs(RUNS) if p[1] != "none"])
@@ -184,19 +248,18 @@ def test_every_process_holds_the_same_directions_to_the_last_bit(strategy, name,
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("strategy", [strategy for strategy, names in RUNS.items() if TWICE in names])
-def test_a_resumed_run_ends_like_one_that_was_never_stopped(strategy, spread):
-    place = spread(strategy)
-    whole, resumed = (place.facts(strategy, name)[0]["history"] for name in (ADAM, TWICE))
-    losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (whole, resumed)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+@pytest.mark.parametrize(("strategy", "name"), [pair for pair in pairs(RUNS) if pair[1].endswith(RESUMED)])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(strategy, name, spread):
+    place, whole = spread(strategy), name.replace(RESUMED, ADAM)
+    ours, theirs = (told(place.facts(strategy, which)[0]) for which in (name, whole))
+    assert ours == [pytest.approx(entry, rel=1e-5) for entry in theirs[-len(ours) :]] and ours
     step, end, again = (
-        saved(place.of(strategy, name) / folder)
-        for name, folder in ((ADAM, f"checkpoint-{SAVED}"), (ADAM, "saved"), (TWICE, "saved"))
+        saved(place.of(strategy, which) / folder)
+        for which, folder in ((whole, f"checkpoint-{SAVED}"), (whole, "saved"), (name, "saved"))
     )
     for key in end:
         way = (end[key] - step[key]).norm().item()
-        assert (again[key] - end[key]).norm().item() <= 1e-3 * way + 1e-7, key
+        assert (again[key] - end[key]).norm().item() <= 1e-5 * way + 1e-7, key
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
@@ -267,11 +330,11 @@ def accelerated(folder: Path, output: str, *options: str) -> subprocess.Complete
 
 
 TELL = """
-import json, os, sys
-told = {name: value for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
-open(f"{os.environ['RANK']}.json", "w").write(json.dumps(told | {"world": os.environ["WORLD_SIZE"]}))
+import json, os
+told = {name: value for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_", "WORLD_SIZE"))}
+open(f"{os.environ['RANK']}.json", "w").write(json.dumps(told))
 """
-SHIPPED = {
+LEFT = {
     "ddp": {},
     "fsdp2": {
         "ACCELERATE_USE_FSDP": "true",
@@ -290,24 +353,28 @@ SHIPPED = {
 }
 
 
-@pytest.mark.parametrize("strategy", SHIPPED)
-def test_the_launcher_takes_from_our_configuration_what_it_is_there_for(strategy, tmp_path):
-    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
-    (tmp_path / "tell.py").write_text(TELL)
-    configuration = str(ROOT / "recipes" / "accelerate" / f"{strategy}.yaml")
+def left_by_the_launcher(kind: str, folder: Path) -> list[dict[str, str]]:
+    """Return what `accelerate launch` makes of our configuration for each of two processes: their environment."""
+    (folder / "tell.py").write_text(TELL)
+    configuration = str(ROOT / "recipes" / "accelerate" / f"{kind}.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [*launcher, "--main_process_port", "0", "tell.py"]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
-    for rank in range(2):
-        told = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert told["world"] == "2" and told["ACCELERATE_MIXED_PRECISION"] == "bf16"
-        for name, value in SHIPPED[strategy].items():
-            assert told[name].lower() == value.lower(), name
-        if not SHIPPED[strategy]:
-            assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & told.keys()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_the_launcher_takes_from_our_configuration_what_it_is_there_for(kind, tmp_path):
+    if not is_installed(kind):
+        pytest.skip("DeepSpeed is not installed")
+    for left in left_by_the_launcher(kind, tmp_path):
+        assert left["WORLD_SIZE"] == "2" and left["ACCELERATE_MIXED_PRECISION"] == "bf16"
+        for name, value in LEFT[kind].items():
+            assert left[name].lower() == value.lower(), name
+        if not LEFT[kind]:
+            assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & left.keys()
 
 
 def test_a_recipe_launched_on_two_processes_is_told_and_compared_once(tmp_path):
