@@ -196,4 +196,3 @@ def _use(session: Session, model: Model, inspection: Inspection) -> Inspection:
     if old is not None and old.path != inspection.path and not session.busy:
         shutil.rmtree(old.path.parent, ignore_errors=True)
     return inspection
-

@@ -74,9 +74,7 @@ def plane(title: str, across: str, up: str, dots: Sequence[Dot]) -> Markup:
             Markup(
                 '<g class="series-{n}"><line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
                 '<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
-            ).format(
-                n=dot.series % COLOURS, x=x, y=place.y(dot.y), low=place.y(dot.low), high=place.y(dot.high)
-            )
+            ).format(n=dot.series % COLOURS, x=x, y=place.y(dot.y), low=place.y(dot.low), high=place.y(dot.high))
         )
     parts.append(
         Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(

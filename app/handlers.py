@@ -160,9 +160,7 @@ class Handlers:
         """Push an adapter with the login of this machine, where the app is run by its only user."""
         return self._pushed(title, repository, request, None)
 
-    def push_as_user(
-        self, title: str, repository: str, request: gr.Request, token: gr.OAuthToken | None
-    ) -> str:
+    def push_as_user(self, title: str, repository: str, request: gr.Request, token: gr.OAuthToken | None) -> str:
         """Push an adapter with the login that the user has given to the Space."""
         return self._pushed(title, repository, request, token.token if token else "")
 

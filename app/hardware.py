@@ -10,7 +10,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 try:
     import spaces
 except ImportError:
-
     IS_LENT = False
 
     def lent(function: F) -> F:

@@ -33,6 +33,7 @@ from .protocol import CANCEL, COMPARISON, JOB, SCAN, Reader
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass
 class Job:
     """Something that is computed in a process of its own.

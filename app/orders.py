@@ -150,7 +150,7 @@ def python_code(folder: Path, variant: Variant) -> str:
 
     values = yaml.safe_load((folder / variant.recipe).read_text(encoding="utf-8"))
     safety, imports = _safety_code(values["safety"])
-    reading = ", Reading(on_bad_row=\"skip\")" if "on_bad_row" in values["data"][0] else ""
+    reading = ', Reading(on_bad_row="skip")' if "on_bad_row" in values["data"][0] else ""
     names = sorted({"SafeSFTTrainer", "load_rows", *imports, *(["Reading"] if reading else [])})
     training = {"output_dir": values["output"], **values["training"], "report_to": "none"}
     if not torch.accelerator.is_available():
@@ -208,4 +208,3 @@ def _write_table(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-

@@ -106,9 +106,9 @@ def _verdicts(comparison: Comparison) -> Markup:
         found = conclude(comparison, evaluation.name)
         details = html.join(Markup("<li>{}</li>").format(line) for line in found.details)
         parts.append(
-            Markup(
-                '<section class="verdict {}"><h3>{}: <span>{}</span></h3><p>{}</p><ul>{}</ul></section>'
-            ).format(kinds[found.level], evaluation.name, texts.WORDS[found.level], found.headline, details)
+            Markup('<section class="verdict {}"><h3>{}: <span>{}</span></h3><p>{}</p><ul>{}</ul></section>').format(
+                kinds[found.level], evaluation.name, texts.WORDS[found.level], found.headline, details
+            )
         )
     return Markup('<div class="verdicts">{}</div>').format(html.join(parts))
 
@@ -191,7 +191,7 @@ def answered(answers: dict[str, str], waiting: bool) -> Markup:
 
 def _downloads(job: Job) -> Markup:
     rows = [
-        Markup('<li><strong>{}</strong> {}</li>').format(
+        Markup("<li><strong>{}</strong> {}</li>").format(
             variant.title,
             html.join(
                 Markup('<a href="download/{}/{}/{}" download>{}</a> ').format(
