@@ -254,7 +254,7 @@ def test_every_row_counts_also_behind_the_ten_thousandth():
     assert told(safety_data=Dataset.from_list(rows)) == told(safety_data=rows)
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int8, torch.tensor, np.array], ids=str)
+@pytest.mark.parametrize("kind", [np.int64, np.int8, torch.tensor, np.array], ids=lambda kind: kind.__name__)
 def test_numbers_of_numpy_and_torch_are_told_as_numbers(kind):
     rows = {"safety_data": REFUSED}
     assert told(**rows, seed=kind(4)) == told(**rows, seed=4) != told(**rows, seed=kind(8))
