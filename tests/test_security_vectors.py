@@ -420,7 +420,7 @@ def launch(source, folder, *arguments):
 TWO = """
 import copy, sys
 sys.path.insert(0, {tests!r})
-import planted, tiny, torch
+import planted, tiny, torch, torch.distributed as dist
 from runs import exact_settings, given, lora
 from safe_trainer import SafeSFTTrainer, SecurityVectors
 from safetensors.torch import save_file
@@ -440,6 +440,8 @@ for name, model, safety in (("ours", copy.deepcopy(base), method), ("theirs", pl
     moved = {{n: (tensor - start[n]).contiguous() for n, tensor in end.items()}}
     if trainer.args.process_index == 0:
         save_file(moved, f"{{folder}}/{{name}}.safetensors")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -456,7 +458,7 @@ def test_training_on_two_processes_is_that_of_the_merged_model(kind, tmp_path): 
 FITTED = """
 import sys
 sys.path.insert(0, {tests!r})
-import tiny, torch
+import tiny, torch, torch.distributed as dist
 from runs import exact_settings, given, lora
 from safe_trainer import SafeSFTTrainer, SecurityVectors, conversation
 from safetensors.torch import save_file
@@ -470,6 +472,8 @@ trainer = SafeSFTTrainer(**arguments, safety=method)
 trainer.train()
 held = {{f"{{n}}.{{i}}": t.contiguous() for n, f in method.fitted.modules.items() for i, t in enumerate(f)}}
 save_file(held, f"{{folder}}/vectors-{{rank}}.safetensors")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

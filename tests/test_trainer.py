@@ -591,6 +591,8 @@ for batch, accumulation, counted in ((4, 1, "together"), (2, 2, "together"), (2,
     logged = [entry["safety_penalty"] for entry in trainer.state.log_history if "safety_penalty" in entry]
     facts = {"world": dist.get_world_size(), "backend": dist.get_backend(), "rows": seen, "penalties": logged}
     json.dump(facts, open(f"{name}.json", "w"))
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
