@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ class Range(NamedTuple):
     above: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:  # not a number, or of any size
             return False
         return self.least <= value <= self.most and not (self.above and value == self.least)
 
@@ -66,7 +67,7 @@ def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Range], place
         place (`Place`): Where they stand.
     """
     return [
-        Problem((*place, name), f"must be {ranges[name]}, got {value!r}")
+        Problem((*place, name), f"must be {ranges[name]}, got {value!r:.60}")
         for name, value in settings.items()
         if name in ranges and value is not None and (name, value) not in _UNSET and value not in ranges[name]
     ]
