@@ -73,6 +73,7 @@ def test_failure_while_computing_keeps_the_old_file_and_its_own_message(saved):
     assert [path.name for path in saved.parent.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [4096, 299_900])  # stopped in the tensors' bytes, or in the copy that follows them
 def test_full_disk_keeps_the_old_file_intact_and_says_so(saved, limit):
     # The kernel refuses to let any file grow beyond the limit, as it refuses when the disk is full.

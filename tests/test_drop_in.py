@@ -455,6 +455,7 @@ def test_adapter_starts_from_the_seed_of_the_settings_alone(tmp_path):
     assert_same_weights(*starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["template.jinja", "other_tokenizer"])
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "LoRA"])
 def test_a_chat_template_from_elsewhere_is_taken_over_as_trl_does(source, peft, tmp_path):
@@ -568,6 +569,7 @@ EVALUATING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", EVALUATED)
 def test_evaluation_while_training_is_that_of_trl(rows, tmp_path):
     def arguments():
@@ -580,6 +582,7 @@ def test_evaluation_while_training_is_that_of_trl(rows, tmp_path):
         assert_same_run(run(build, arguments()), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", EVALUATED)
 def test_evaluation_of_rows_given_later_is_that_of_trl(rows, tmp_path):
     trainers = [build(**given(tmp_path / "run", train_dataset=text_rows())) for build in (SFTTrainer, *OURS.values())]
@@ -588,6 +591,7 @@ def test_evaluation_of_rows_given_later_is_that_of_trl(rows, tmp_path):
     assert all(metrics == theirs for metrics in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", EVALUATING)
 def test_evaluation_under_each_setting_is_that_of_trl(config, tmp_path):
     def arguments(folder):

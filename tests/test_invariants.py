@@ -295,6 +295,7 @@ def way(outcome: Outcome) -> Tensor:
     return torch.cat([(outcome.end[name] - outcome.start[name]).float().flatten() for name in sorted(outcome.end)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_accumulation_of_small_batches_is_one_large_batch(name, pair, tmp_path):
     def trained(batch, accumulation):
@@ -323,6 +324,7 @@ def test_method_makes_a_difference(name, pair, tmp_path):
     assert (answers[0] - answers[1]).norm() > 1e-3 * (answers[1] - base).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_bf16_autocast_goes_the_way_of_float32(name, pair, tmp_path):
     def trained(bf16):
@@ -334,6 +336,7 @@ def test_bf16_autocast_goes_the_way_of_float32(name, pair, tmp_path):
     assert (way(rounded) - way(exact)).norm() < 0.1 * way(exact).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(name, pair, tmp_path):
     def arguments(steps):
@@ -348,6 +351,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(name, pair, tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_evaluation_during_training_sees_the_model_that_is_delivered(name, pair, tmp_path):
     def evaluated(which):
@@ -362,6 +366,7 @@ def test_evaluation_during_training_sees_the_model_that_is_delivered(name, pair,
         assert mine == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_serves_a_second_trainer_as_it_served_the_first(name, pair, tmp_path):
     method = BUILD[name](*pair)
@@ -371,6 +376,7 @@ def test_a_method_serves_a_second_trainer_as_it_served_the_first(name, pair, tmp
     assert_same_weights(second.end, first.end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_training_can_go_on_with_the_same_trainer(name, pair, tmp_path):
     trainer = protected(name, pair)(**adapting(pair, tmp_path))
@@ -428,6 +434,7 @@ def test_every_architecture_works_with_the_method(name, architecture, tmp_path):
     assert outcome.moved and all("lora_" in key for key in outcome.moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_training_in_full_works_or_is_refused_with_the_reason(name, pair, tmp_path):
     arguments = adapting(pair, tmp_path, peft_config=None)

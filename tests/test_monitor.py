@@ -92,6 +92,7 @@ def test_training_is_the_same_to_the_last_bit_with_and_without(tmp_path):
     assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
 
 
+@pytest.mark.slow
 def test_any_judge_can_watch_and_gets_the_models_answers(tmp_path):
     judge = FunctionJudge(lambda prompt, answer: "complied" if answer.startswith("z") else "refused", "z", "1")
     recorder = Recorder()

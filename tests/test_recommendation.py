@@ -40,6 +40,7 @@ def test_the_model_s_own_harmful_rows_are_taken(bringing, tmp_path):
     trainer.train()
 
 
+@pytest.mark.slow
 def test_full_training_takes_the_same_methods(bringing, tmp_path):
     trainer = SafeSFTTrainer(**given(tmp_path / "out", model=bringing, processing_class=None), safety="recommended")
     assert [type(method) for method in trainer.safety_methods] == [SecurityVectors, DriftPenalty]

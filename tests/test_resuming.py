@@ -207,6 +207,7 @@ def exchanges(pair: tuple[str, str], folder: Path) -> dict[str, tuple[Any, Any, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["drift_penalty", "salora", "security_vectors", "asft"])
 def test_what_was_made_from_data_may_take_its_place_and_nothing_else(name, pair, tmp_path):
     """As a basis that of the data that it was measured with."""
@@ -294,6 +295,7 @@ def adapted(pair: tuple[str, str], tmp_path: Path, saved: Any, current: Any) -> 
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "current",
     [
@@ -309,6 +311,7 @@ def test_the_same_layers_in_other_words_are_the_same_adapter(current, pair, tmp_
     adapted(pair, tmp_path, lora(target_modules=["q_proj", "v_proj"]), lora(**current))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("current", "message"),
     [

@@ -251,6 +251,7 @@ def test_training_goes_the_way_of_the_direct_form(tmp_path):
 # ---- any model, any target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protect", ["output", "input", "both"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_model_starts_unchanged_and_never_writes_into_protected_directions(architecture, protect, tmp_path):
@@ -270,6 +271,7 @@ def test_the_model_starts_unchanged_and_never_writes_into_protected_directions(a
     assert torch.allclose(logits(stock.merge_and_unload()), trained, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -311,6 +313,7 @@ def test_bfloat16_lets_no_more_than_its_rounding_through(tmp_path):
     assert leak(trainer.model, method) <= 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

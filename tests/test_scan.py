@@ -163,6 +163,7 @@ def test_a_spool_returns_entries_by_their_score_and_equal_ones_in_their_order():
         assert spool.above(0.4) == 3 and len(spool) == 4
 
 
+@pytest.mark.slow
 def test_memory_of_a_scan_does_not_grow_with_the_file(pair, tmp_path):
     path, peaks = tmp_path / "rows.jsonl", []
     for number in (10, 150, 400):  # the first also loads what is loaded once; the first hundred rows decide the format

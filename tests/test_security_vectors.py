@@ -74,6 +74,7 @@ def test_training_is_that_of_the_model_with_the_vectors_merged(architecture, pef
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,6 +106,7 @@ def test_the_strength_multiplies_the_vectors(tmp_path):
     assert_same_updates(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_folded_vectors_train_the_same_adapter(checkpointing, architecture, tmp_path):
@@ -210,6 +212,7 @@ def test_evaluation_during_training_sees_the_clean_model(fold, tmp_path):
     assert watch.losses[0] == pytest.approx(start.evaluate()["eval_loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [None, RuntimeError("full disk"), KeyboardInterrupt()])
 @pytest.mark.parametrize("fold", [False, True])
 def test_nothing_is_left_in_the_model_however_training_ends(fold, end, tmp_path):
@@ -233,6 +236,7 @@ def test_nothing_is_left_in_the_model_however_training_ends(fold, end, tmp_path)
         assert same_bits(state[f"base_model.model.{owner}"], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("peft", "fold"), [(True, False), (True, True), (False, False)])
 def test_checkpoints_and_the_optimizer_hold_what_a_plain_run_holds(peft, fold, tmp_path):
     base = tiny.model()

@@ -158,6 +158,7 @@ def test_methods_are_left_cleanly_and_go_on_to_the_same_end(tmp_path):
     assert_same(broken, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
 def test_a_checkpoint_is_saved_whatever_the_strategy(strategy, tmp_path):
     changes = {"save_strategy": strategy, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
@@ -174,12 +175,14 @@ def watched(folder: Path, **changes: Any) -> None:
     told(folder, trainer, trainer.train)
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(tmp_path):
     ended = in_a_process(run, tmp_path, (1, "on_step_begin", [signal.SIGINT, signal.SIGINT]))
     assert (ended.end, ended.told, ended.steps, ended.undone) == ("KeyboardInterrupt", "", [1], True)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_a_handler_of_the_user_s_own_is_kept(tmp_path):
     ended = in_a_process(handled, tmp_path)
     assert (ended.end, ended.steps, ended.undone) == ("NoneType", [1, 2, 3], True)
@@ -192,6 +195,7 @@ def handled(folder: Path) -> None:
     run(folder, (1, "on_step_begin", [signal.SIGTERM, signal.SIGINT]))
 
 
+@pytest.mark.slow
 def test_in_a_thread_training_goes_on_as_without(tmp_path):
     ended = in_a_process(threaded, tmp_path)
     assert (ended.end, ended.steps, ended.undone) == ("NoneType", [1, 2, 3], True)
@@ -217,6 +221,7 @@ def threaded(folder: Path) -> None:
     folder.joinpath("during.json").write_text(json.dumps(witness.seen))
 
 
+@pytest.mark.slow
 def test_checkpoints_of_transformers_at_sigterm_still_work_and_ctrl_c_beside_them(tmp_path):
     ended = in_a_process(just_in_time, tmp_path / "sigterm", signal.SIGTERM)
     assert (ended.end, ended.steps) == ("NoneType", [1, 2]), ended.told  # as transformers has it
@@ -245,6 +250,7 @@ class Wait(TrainerCallback):
                 thread.join(10)
 
 
+@pytest.mark.slow
 def test_a_process_that_was_started_meanwhile_can_still_be_terminated(tmp_path):
     """As `multiprocessing` ends the processes of a pool, which have the handlers of the one that they came from."""
     in_a_process(forking, tmp_path)

@@ -60,6 +60,7 @@ def test_every_verb_and_object_that_is_examined_also_occurs_in_training():
             assert {getattr(pair, part) for pair in train} == {getattr(pair, part) for pair in everything}
 
 
+@pytest.mark.slow
 def test_no_held_out_pair_occurs_in_any_training_text():
     held_out = set().union(*(acts(kind, split) for kind, split in HELD_OUT))
     rows = [*testbed.harmful_rows(2000), *testbed.refusal_rows(500, 1), *testbed.benign_rows(2000)]

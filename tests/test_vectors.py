@@ -207,6 +207,7 @@ def test_folding_notices_when_a_weight_is_replaced():
             logits(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [False, True])
 def test_compiled_code_notices_vectors_that_come_and_go(fold):
     torch.manual_seed(0)
