@@ -13,7 +13,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Where DeepSpeed is installed, accelerate imports it, and it says on standard output which accelerator it has found.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-LONGEST = ("test_testbed_pair.py", "test_distributed.py", "test_notebooks.py", "test_crash.py")
+LONGEST = (
+    "test_testbed_pair.py",
+    "test_distributed.py",
+    "test_notebooks.py",
+    "test_crash.py",
+    "test_distributed_monitors.py",
+    "test_distributed_resuming.py",
+    "test_stopping.py",
+)
 
 
 def pytest_collection_modifyitems(items):
