@@ -14,8 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ _STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Record:
     """What a run with methods keeps of itself beside its checkpoints, to be compared where one is resumed from.
 
@@ -45,19 +44,20 @@ class Record:
         methods (`Sequence[SafetyMethod]`): The run's methods. Without any, nothing is kept.
         strategy ([`~strategy.Strategy`], *optional*): How training is spread over processes.
         processes (`int`, *optional*, defaults to `1`): How many they are.
+
+    Attributes:
+        content (`dict`): The record as JSON. All rows are hashed for it, once for a run and when the methods have just
+            read them: a file may change or go while the model is trained.
     """
 
     methods: Sequence[SafetyMethod]
     strategy: Strategy | None = None
     processes: int = 1
+    content: dict[str, Any] = field(init=False)
 
-    @cached_property
-    def content(self) -> dict[str, Any]:
-        """The record as JSON. All rows are hashed for it, so once for a run."""
-        if not self.methods:
-            return {}
+    def __post_init__(self) -> None:
         spread = {SPREAD: {"processes": self.processes, "strategy": self.strategy.name}} if self.strategy else {}
-        return {**spread, **settings_of(self.methods)}
+        self.content = {**spread, **settings_of(self.methods)} if self.methods else {}
 
 
 def last_checkpoint(output: str | Path) -> str | None:
@@ -114,7 +114,9 @@ def fault(checkpoint: Path, by_content: bool = True) -> str | None:
 
 
 @contextmanager
-def saving(checkpoint: str | Path, record: Record, is_first_process: bool) -> Iterator[None]:
+def saving(
+    checkpoint: str | Path, record: Record, is_first_process: bool, with_checksums: bool = True
+) -> Iterator[None]:
     """Surround the saving of a checkpoint, so that it can be told apart from a whole one until it is one, and after.
 
     Args:
@@ -122,6 +124,8 @@ def saving(checkpoint: str | Path, record: Record, is_first_process: bool) -> It
         record ([`Record`]): What is saved with it.
         is_first_process (`bool`): Whether this process writes what all have in common: the first of all, or of each
             machine that has a disk of its own.
+        with_checksums (`bool`, *optional*, defaults to `True`): Whether to write checksums behind it. Where it is
+            uploaded meanwhile, those of one step could come to stand beside the weights of another.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written. What was written of it is removed.
@@ -140,6 +144,8 @@ def saving(checkpoint: str | Path, record: Record, is_first_process: bool) -> It
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_of_the_disk(error):
             raise
+        if fault(checkpoint, by_content=False) is None:
+            raise  # it is whole: something behind it went wrong, such as the removal of an older one
         if is_first_process:
             shutil.rmtree(checkpoint, ignore_errors=True)  # what there is of it takes the room that it lacks
         number = error.errno if isinstance(error, OSError) else errno.EIO
@@ -151,7 +157,7 @@ def saving(checkpoint: str | Path, record: Record, is_first_process: bool) -> It
         ) from error
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # each process has files of its own among them
-    if is_first_process:
+    if is_first_process and with_checksums:
         write_checksums(checkpoint)
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from .checkpoints import SETTINGS, SPREAD, Record, checkpoints_of, fault, is_whole, last_checkpoint
+from .integrity import CHECKSUMS
 from .methods.settings import MADE_FROM
 from .saved_adapters import adapter_differences
 
@@ -51,11 +52,12 @@ def checkpoint_to_resume(
         instead = f"Go on from `{whole}`" if whole else "Start the run anew"
         raise ValueError(
             f"`{checkpoint}` was cut short while it was saved, by a kill or a full disk, or damaged since: its "
-            f"`{lacking}` is missing or damaged. {instead}, and remove this one."
+            f"`{lacking}` is missing or damaged. {instead}, and remove this one; or, if it was you who changed it, "
+            f"remove its `{CHECKSUMS}` only."
         )
     _check_record(checkpoint, record)
-    if record.methods and isinstance(model, PeftModel):
-        _check_adapter(checkpoint, model)
+    if record.methods and model is not None:
+        _check_kind(checkpoint, model)
     return wanted
 
 
@@ -151,9 +153,20 @@ def _spread(spread: Mapping[str, Any]) -> str:
     return "one process" if count == 1 else f"{count} processes with {spread.get('strategy')}"
 
 
+def _check_kind(checkpoint: Path, model: nn.Module) -> None:
+    """Compare what is trained: another kind of it is not told when weights are loaded, or in no words of use."""
+    name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
+    folder = checkpoint if name == "default" else checkpoint / name
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if has_adapter and not isinstance(model, PeftModel):
+        raise ValueError(f"`{checkpoint}` holds an adapter, and this run trains all weights. {_INSTEAD}")
+    if isinstance(model, PeftModel) and not has_adapter and any(checkpoint.glob("model*.safetensors")):
+        raise ValueError(f"`{checkpoint}` holds all weights, and this run trains an adapter. {_INSTEAD}")
+    if isinstance(model, PeftModel) and has_adapter:
+        _check_adapter(folder, model)
+
+
 def _check_adapter(checkpoint: Path, model: PeftModel) -> None:
-    if not (checkpoint / "adapter_config.json").is_file():
-        return  # all weights were trained, which is told when they are loaded
     saved = _read(checkpoint / "adapter_config.json")
     differences = list(adapter_differences(saved, checkpoint, model))
     if differences:
@@ -202,5 +215,10 @@ def _exchanged(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
     sources = {field for field in shared if isinstance(before[field] or now[field], (dict, str))}
     gone = {field for field in sources if now[field] is None}
     new = {field for field in sources if before[field] is None}
+    same = {field for field in sources if _is_content(before[field]) and _is_content(now[field])}  # in another form
     making = {field for field in shared if origin.get("settings") in (before[field], now[field]) and before[field]}
-    return gone | new | making if gone and new else set()
+    return same | (gone | new | making if gone and new else set())
+
+
+def _is_content(told: Any) -> bool:
+    return isinstance(told, dict) and "sha256" in told

@@ -121,20 +121,28 @@ def adapter_differences(saved: Mapping[str, Any], folder: Path, model: PeftModel
     with safe_open(weights, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
     tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    yield from _by_names(shapes.keys(), tensors.keys())
+    yield from _by_names(shapes.keys(), tensors.keys(), _embeddings(model))
     if not different:  # of another rank, all shapes are others
         yield from _by_shapes(shapes, tensors)
 
 
-def _by_names(saved: Set[str], current: Set[str]) -> Iterator[str]:
+def _by_names(saved: Set[str], current: Set[str], embeddings: Set[str]) -> Iterator[str]:
     """Compare which tensors there are: what all settings together came to."""
-    # PEFT saves whole embeddings along where they are new.
-    embeddings = {name for name in saved - current if "embed" in name and ".lora_" not in name}
     lost, added = _modules(saved - current - embeddings), _modules(current - saved)
     if lost:
         yield f"it trained {_listing(lost)}, which this run does not"
     if added:
         yield f"this run trains {_listing(added)}, of which it has no weights"
+
+
+def _embeddings(model: PeftModel) -> set[str]:
+    """Return the names under which PEFT saves whole embeddings along, as it does where the vocabulary has grown."""
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    modules = [name for name, module in base.named_modules(remove_duplicate=False) if any(module is e for e in ends)]
+    return {
+        f"{_PREFIX}{name}.{parameter}" for name in modules for parameter in ("weight", "bias", "base_layer.weight")
+    }
 
 
 def _by_shapes(saved: Mapping[str, tuple[int, ...]], current: Mapping[str, Any]) -> Iterator[str]:

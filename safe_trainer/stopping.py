@@ -48,8 +48,10 @@ class Stopper(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Know of the checkpoint."""
+        """Know of the checkpoint; a run that stops here is not at its end, so nothing is loaded or removed for it."""
         self._saved = state.global_step
+        if self.agreed is not None:
+            args.load_best_model_at_end, args.save_total_limit = False, None
 
     def lacks_checkpoint(self, trainer: Any) -> bool:
         """Return whether training has ended, was to stop, and there is no checkpoint of its end.
@@ -100,11 +102,14 @@ def stopping(trainer: Any, go_on: str) -> Iterator[Stopper]:
     """
     stopper = Stopper()
     trainer.add_callback(stopper)
+    args = trainer.args
+    ending = args.load_best_model_at_end, args.save_total_limit
     try:
         with _handled(stopper, trainer):
             yield stopper
     finally:
         trainer.remove_callback(stopper)
+        args.load_best_model_at_end, args.save_total_limit = ending
     if stopper.agreed is not None:
         told = stopper.message(trainer, go_on)
         if trainer.is_world_process_zero():

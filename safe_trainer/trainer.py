@@ -91,7 +91,7 @@ class SafeSFTTrainer(SFTTrainer):
             given = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
             safety = recommended_for(given["model"])
         self.safety_methods = _as_methods(safety)
-        self._record = checkpoints.Record(self.safety_methods)
+        self._record = checkpoints.Record([])
         if not self.safety_methods:
             super().__init__(*args, **kwargs)
             return
@@ -107,11 +107,11 @@ class SafeSFTTrainer(SFTTrainer):
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
         strategy = strategy_of(self.accelerator, self.model)
-        self._record = checkpoints.Record(self.safety_methods, strategy, self.accelerator.num_processes)
         for method in self.safety_methods:
             method.check_strategy(strategy)
         for method in self.safety_methods:
             method.attach(self.model, self._tokenizer, self.train_dataset)
+        self._record = checkpoints.Record(self.safety_methods, strategy, self.accelerator.num_processes)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it.
@@ -192,7 +192,8 @@ class SafeSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Semi-private, and TRL overrides it as well: there is no public moment before a checkpoint is written.
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        with checkpoints.saving(folder, self._record, self.args.should_save):
+        is_uploaded = self.args.push_to_hub and "checkpoint" in str(self.args.hub_strategy)
+        with checkpoints.saving(folder, self._record, self.args.should_save, with_checksums=not is_uploaded):
             super()._save_checkpoint(model, trial)
 
     def _log_penalty(self, penalty: Tensor) -> None:

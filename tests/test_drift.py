@@ -259,6 +259,22 @@ def test_monitor_measures_from_the_model_that_it_was_built_on_also_when_training
 
 
 @pytest.mark.slow
+def test_monitor_measures_the_last_step_and_not_the_best_model_that_is_loaded_then(tmp_path):
+    def logged(best: bool) -> list[float]:
+        evaluation = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        settings = {"max_steps": 3, "learning_rate": 0.5, "load_best_model_at_end": best, "eval_dataset": tiny.rows(4)}
+        worse = {"metric_for_best_model": "loss", "greater_is_better": True}
+        arguments = runs.given(tmp_path / str(best), peft_config=runs.lora(), **settings, **evaluation, **worse)
+        torch.manual_seed(0)
+        trainer = SFTTrainer(**arguments)
+        trainer.add_callback(DriftMonitor(trainer, every=2))
+        trainer.train()
+        return [entry["drift/relative"] for entry in trainer.state.log_history if "drift/relative" in entry]
+
+    assert logged(best=True) == logged(best=False)
+
+
+@pytest.mark.slow
 def test_monitor_follows_a_trainer_that_makes_itself_another_model(tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7, 8], [9, 10, 11, 12])] * 6
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}

@@ -131,9 +131,9 @@ UNFITTING = {
         {"peft": {"r": 2, "target_modules": "nosuch"}},
         "peft.target_modules: Target modules nosuch not",
     ),
-    "one of several layers": (
-        {"peft": {"r": 2, "target_modules": ["q_proj", "nosuch"]}},
-        "peft.target_modules: the model has no layer `nosuch`. Its linear layers are down_proj, gate_proj, k_proj",
+    "a pattern that is none": (
+        {"peft": {"r": 2, "target_modules": ["q_proj"], "rank_pattern": {"(": 2}}},
+        "peft: missing ), unterminated subpattern at position",
     ),
     "SaLoRA's rank": (
         {"safety": [{"method": "salora", "safety_data": "./rows.jsonl", "rank": 4000}]},

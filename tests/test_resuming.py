@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from runs import given, lora
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -29,6 +31,7 @@ from safe_trainer import (
     train_security_vectors,
 )
 from safe_trainer.checkpoints import SETTINGS, SPREAD, Record
+from safe_trainer.methods.base import SafetyMethod
 from safe_trainer.methods.settings import MADE_FROM, settings_of
 from safe_trainer.resuming import checkpoint_to_resume
 from safe_trainer.strategy import Strategy
@@ -64,7 +67,7 @@ def methods_of(file: Path, weight: float = 0.5) -> list[Any]:
 
 def resumable(folder: Path, pair: tuple[str, str], methods: Any, **changes: Any) -> SafeSFTTrainer:
     config = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    arguments = given(folder, model=pair[0], **{"peft_config": lora(), **config, **changes})
+    arguments = given(folder, **{"model": pair[0], "peft_config": lora(), **config, **changes})
     return SafeSFTTrainer(**arguments, safety=methods)
 
 
@@ -391,3 +394,91 @@ def test_the_random_numbers_of_this_process_must_be_there(protected_run, tmp_pat
     record = Record(methods_of(protected_run[1]), Strategy("one process"), 1)
     with pytest.raises(ValueError, match="holds no `rng_state.pth`, .*another number of processes"):
         checkpoint_to_resume(str(folder), tmp_path, record)
+
+
+# ---- what is the same after all, and what is another kind of run
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_whose_vocabulary_has_grown_goes_on(tied, pair, tmp_path):
+    """PEFT saves its embeddings along with the adapter, though nothing trains them."""
+
+    def grown() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(pair[0], tie_word_embeddings=tied)
+        model.resize_token_embeddings(tiny.VOCABULARY + 2)
+        return model
+
+    method = AsFT(projector="none", weight=0.5)
+    resumable(tmp_path, pair, method, model=grown()).train()
+    again = resumable(tmp_path, pair, method, model=grown(), max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_of_any_name_is_compared(name, pair, tmp_path):
+    def adapted(alpha: int) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(pair[0])
+        return get_peft_model(base, lora(lora_alpha=alpha), adapter_name=name)
+
+    method = AsFT(projector="none", weight=0.5)
+    resumable(tmp_path, pair, method, model=adapted(8), peft_config=None).train()
+    other = resumable(tmp_path, pair, method, model=adapted(64), peft_config=None)
+    with pytest.raises(ValueError, match="`lora_alpha` was 8 and is 64"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("only_model", [True, False])
+def test_all_weights_and_an_adapter_are_not_taken_for_each_other(only_model, pair, tmp_path):
+    method = AsFT(projector="none", weight=0.5)
+    kinds = {"all weights": None, "an adapter": lora()}
+    for kind, config in kinds.items():
+        folder = tmp_path / kind
+        resumable(folder, pair, method, peft_config=config, save_only_model=only_model).train()
+        (other,) = kinds.keys() - {kind}
+        trainer = resumable(folder, pair, method, peft_config=kinds[other], save_only_model=only_model)
+        with pytest.raises(ValueError, match=f"holds {kind}, and this run trains {other}. Resume with"):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_what_methods_have_read_counts_and_not_what_became_of_the_file(pair, tmp_path):
+    file = tmp_path / "harmful.jsonl"
+    file.write_text("\n".join(map(json.dumps, HARMFUL)))
+    trainer = resumable(tmp_path / "run", pair, methods_of(file))
+    file.unlink()
+    trainer.train()
+    file.write_text("\n".join(map(json.dumps, HARMFUL)))
+    resumable(tmp_path / "run", pair, methods_of(file)).train(resume_from_checkpoint=True)
+
+
+def test_the_same_rows_in_another_form_go_on(pair, tmp_path):
+    file = tmp_path / "harmful.jsonl"
+    file.write_text("\n".join(map(json.dumps, HARMFUL)))
+    resumable(tmp_path / "run", pair, methods_of(file)).train()
+    file.write_text("\r\n".join(map(json.dumps, HARMFUL)))
+    for harmful in (file, HARMFUL):
+        resumable(tmp_path / "run", pair, methods_of(harmful)).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="`harmful_data` of SecurityVectors was"):
+        resumable(tmp_path / "run", pair, methods_of(HARMFUL[1:])).train(resume_from_checkpoint=True)
+
+
+@dataclass
+class Worded(SafetyMethod):
+    """A method of a user's own that has a text for a setting."""
+
+    text: str
+
+    name = "Worded"
+    tag = "worded"
+
+
+@pytest.mark.parametrize("text", ["word " * 80, "~~~ hello", "a\0b"])
+def test_a_text_that_no_path_can_be_is_a_setting_like_others(text):
+    assert settings_of([Worded(text)])["Worded"]["text"] == text
+
+
+def test_a_folder_is_known_by_its_name_however_it_is_reached(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(pair[1]).parent.parent)
+    relative = f"{Path(pair[1]).parent.name}/{Path(pair[1]).name}"
+    told = [settings_of([AsFT(unaligned_model=path)])["AsFT"]["unaligned_model"] for path in (relative, pair[1])]
+    assert told == [Path(pair[1]).name] * 2

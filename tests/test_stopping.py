@@ -167,6 +167,21 @@ def test_a_checkpoint_is_saved_whatever_the_strategy(strategy, tmp_path):
     assert is_whole(tmp_path / "checkpoint-2") and "save_strategy" not in ended.log
 
 
+@pytest.mark.slow
+def test_stopping_removes_no_checkpoint_and_loads_no_best_model(tmp_path):
+    """Transformers would keep the best one alone, as at the end of a run."""
+    changes = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    folder = tmp_path / "run"
+    ended = in_a_process(
+        run, folder, (1, "on_step_begin", [signal.SIGTERM]), eval_dataset=tiny.rows(4), **changes, **best
+    )
+    assert (ended.end, ended.steps) == ("SystemExit", [1, 2])
+    assert is_whole(folder / "checkpoint-2") and "checkpoint is `" in ended.log
+    saved = load_file(folder / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights(folder).items())
+
+
 def watched(folder: Path, **changes: Any) -> None:
     """Evaluate, too, with a loss that never gets better."""
     trainer = trainer_of(folder, eval_dataset=tiny.rows(4), **changes)

@@ -82,8 +82,8 @@ class DriftMonitor(TrainerCallback):
                 update.place()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure every `every` steps."""
-        if state.global_step % self.every == 0:
+        """Measure every `every` steps, and behind the last, before the best model may take its place."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self._measure(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -102,8 +102,13 @@ def _rows(value: Any) -> Iterator[Any]:
 
 
 def _source(source: str, may_be_path: bool) -> Any:
-    path = Path(source).expanduser()
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError):  # a text that no path can be
+        return source
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if is_folder else []
     if may_be_path and files:
         digest = hashlib.sha256()
         for file in files:
@@ -112,7 +117,7 @@ def _source(source: str, may_be_path: bool) -> Any:
                 while piece := stream.read(2**24):
                     digest.update(piece)
         return {"sha256": digest.hexdigest()}
-    is_local = os.path.isabs(source) or source.startswith((".", "~"))
+    is_local = os.path.isabs(source) or source.startswith((".", "~")) or (is_folder and os.sep in source)
     return path.name if is_local else source
 
 

@@ -39,10 +39,11 @@ def adapted(recipe: Recipe, model: Any) -> Any:
         try:
             with torch.device("meta"):
                 model = get_peft_model(model, copy.deepcopy(recipe.peft))
-        except (ValueError, TypeError) as error:
-            told = f"{str(error).rstrip('.')}. {_known(model)}"
-            recipe.document.complain([Problem(_place(("peft",), recipe.values.get("peft"), str(error)), told)])
-    problems = _unmatched(recipe, model)
+        except Exception as error:  # PEFT tells in exceptions of any kind, patterns' and dictionaries' among them
+            told = f"{type(error).__name__ if isinstance(error, KeyError) else ''} {error}".strip().rstrip(".")
+            setting = _place(("peft",), recipe.values.get("peft"), str(error))
+            recipe.document.complain([Problem(setting, f"{told}. {_known(model)}")])
+    problems: list[Problem] = []
     listed = recipe.values.get("safety")
     for position, method in enumerate(recipe.safety):
         try:
@@ -64,17 +65,6 @@ def _place(place: Place, settings: Any, message: str) -> Place:
     for name, value in settings.items() if isinstance(settings, dict) else ():
         names |= {inner: (name, inner) for inner in value} if isinstance(value, dict) else {name: (name,)}
     return next(((*place, *names[word]) for word in words if word in names), place)
-
-
-def _unmatched(recipe: Recipe, model: Any) -> list[Problem]:
-    """Return a problem if the adapter is to be where no layer is; PEFT finds that only if there is no layer at all."""
-    targets = recipe.peft.target_modules if recipe.peft is not None else None
-    if not isinstance(targets, list | set):
-        return []
-    names = [f".{name}" for name, _ in model.named_modules()]
-    missing = sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
-    told = f"the model has no layer {', '.join(f'`{name}`' for name in missing)}. {_known(model)}"
-    return [Problem(("peft", "target_modules"), told)] if missing else []
 
 
 def _known(model: Any) -> str:
