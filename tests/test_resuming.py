@@ -308,7 +308,6 @@ def adapted(pair: tuple[str, str], tmp_path: Path, saved: Any, current: Any) -> 
         {"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": ["o_proj"]},
         {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 0]},
     ],
-    ids=str,
 )
 def test_the_same_layers_in_other_words_are_the_same_adapter(current, pair, tmp_path):
     adapted(pair, tmp_path, lora(target_modules=["q_proj", "v_proj"]), lora(**current))
