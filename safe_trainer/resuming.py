@@ -17,9 +17,9 @@ from .integrity import CHECKSUMS
 from .methods.settings import MADE_FROM
 from .saved_adapters import adapter_differences
 
-_INSTEAD = """Resume with those of the checkpoint. To go on with others, start a new run from its weights: pass \
-`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)` as `model`, or the checkpoint itself where all \
-weights were trained."""
+_ANEW = """To go on with others, start a new run from its weights: pass `PeftModel.from_pretrained(model, checkpoint, \
+is_trainable=True)` as `model`, or the checkpoint itself where all weights were trained."""
+_INSTEAD = f"Resume with those of the checkpoint. {_ANEW}"
 
 
 def checkpoint_to_resume(
@@ -130,9 +130,7 @@ def _check_record(checkpoint: Path, record: Record) -> None:
         raise ValueError(
             f"`{checkpoint}` was made by {_spread(before)}, and this run has {_spread(now)}: neither the optimizer's "
             "state nor the random numbers would be those of a run that goes on. Launch as many processes under the "
-            "same strategy. To go on with others, start a new run from its weights: pass "
-            "`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)` as `model`, or the checkpoint itself "
-            "where all weights were trained."
+            f"same strategy. {_ANEW}"
         )
     _check_random_state(checkpoint, record)
 
@@ -155,15 +153,16 @@ def _spread(spread: Mapping[str, Any]) -> str:
 
 def _check_kind(checkpoint: Path, model: nn.Module) -> None:
     """Compare what is trained: another kind of it is not told when weights are loaded, or in no words of use."""
-    name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
+    if not isinstance(model, PeftModel):
+        if (checkpoint / "adapter_config.json").is_file():
+            raise ValueError(f"`{checkpoint}` holds an adapter, and this run trains all weights. {_INSTEAD}")
+        return
+    name = model.active_adapters[0]
     folder = checkpoint if name == "default" else checkpoint / name
-    has_adapter = (folder / "adapter_config.json").is_file()
-    if has_adapter and not isinstance(model, PeftModel):
-        raise ValueError(f"`{checkpoint}` holds an adapter, and this run trains all weights. {_INSTEAD}")
-    if isinstance(model, PeftModel) and not has_adapter and any(checkpoint.glob("model*.safetensors")):
-        raise ValueError(f"`{checkpoint}` holds all weights, and this run trains an adapter. {_INSTEAD}")
-    if isinstance(model, PeftModel) and has_adapter:
+    if (folder / "adapter_config.json").is_file():
         _check_adapter(folder, model)
+    elif any(checkpoint.glob("model*.safetensors")):
+        raise ValueError(f"`{checkpoint}` holds all weights, and this run trains an adapter. {_INSTEAD}")
 
 
 def _check_adapter(checkpoint: Path, model: PeftModel) -> None:

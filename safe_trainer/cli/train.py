@@ -129,9 +129,9 @@ def _left(output: str) -> tuple[str, str]:
     """Return what is left of a training whose end was not saved, and how to have it."""
     from safe_trainer.checkpoints import checkpoints_of, is_whole
 
-    whole = [folder for folder in checkpoints_of(Path(output)) if is_whole(folder)]
-    if whole:
-        return f"The last checkpoint, `{whole[-1]}`, is intact", f"go on with: {_again()}"
+    whole = next(filter(is_whole, reversed(checkpoints_of(Path(output)))), None)  # each look reads a checkpoint
+    if whole is not None:
+        return f"The last checkpoint, `{whole}`, is intact", f"go on with: {_again()}"
     return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
 
 
