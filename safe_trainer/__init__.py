@@ -88,8 +88,12 @@ __all__ = [
 
 if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` below says the same
     from safe_trainer import recipe, testbed
-    from safe_trainer.calibration import SafetyBasis
-    from safe_trainer.card import write_card
+    from safe_trainer.analysis.drift import Drift, DriftMonitor, measure_drift, write_drift
+    from safe_trainer.analysis.landscape import Landscape, measure_landscape, write_landscape
+    from safe_trainer.analysis.scan import ScanResult, scan_file, score_rows
+    from safe_trainer.artifacts.alignment_direction import AlignmentDirection
+    from safe_trainer.artifacts.safety_basis import SafetyBasis
+    from safe_trainer.artifacts.security_vectors import Fitting, TrainedVectors, train_security_vectors
     from safe_trainer.data import (
         PromptSet,
         Reading,
@@ -102,8 +106,6 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
         read_records,
         stream_rows,
     )
-    from safe_trainer.direction import AlignmentDirection
-    from safe_trainer.drift import Drift, DriftMonitor, measure_drift, write_drift
     from safe_trainer.evaluation import (
         GUARDS,
         METRICS,
@@ -132,31 +134,29 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
         token_f1,
         write_report,
     )
-    from safe_trainer.factors import compact_adapter
-    from safe_trainer.landscape import Landscape, measure_landscape, write_landscape
+    from safe_trainer.lora.reparametrize import compact_adapter
     from safe_trainer.methods import METHODS, AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
-    from safe_trainer.recommendation import recommended
-    from safe_trainer.scan import ScanResult, scan_file, score_rows
+    from safe_trainer.methods.recommended import recommended
+    from safe_trainer.recipe.model_card import write_card
     from safe_trainer.trainer import SafeSFTTrainer
-    from safe_trainer.vectors import Fitting, TrainedVectors, train_security_vectors
 
 _HOMES = {
     "GUARDS": "evaluation",
     "METHODS": "methods",
     "METRICS": "evaluation",
-    "AlignmentDirection": "direction",
+    "AlignmentDirection": "artifacts.alignment_direction",
     "AsFT": "methods",
     "ClassifierJudge": "evaluation",
     "Comparison": "evaluation",
-    "Drift": "drift",
-    "DriftMonitor": "drift",
+    "Drift": "analysis.drift",
+    "DriftMonitor": "analysis.drift",
     "DriftPenalty": "methods",
     "Evaluation": "evaluation",
-    "Fitting": "vectors",
+    "Fitting": "artifacts.security_vectors",
     "Floor": "evaluation",
     "FunctionJudge": "evaluation",
     "GuardJudge": "evaluation",
-    "Landscape": "landscape",
+    "Landscape": "analysis.landscape",
     "LikelihoodJudge": "evaluation",
     "Limits": "evaluation",
     "PhraseJudge": "evaluation",
@@ -165,12 +165,12 @@ _HOMES = {
     "RefusalMonitor": "evaluation",
     "SaLoRA": "methods",
     "SafeSFTTrainer": "trainer",
-    "SafetyBasis": "calibration",
+    "SafetyBasis": "artifacts.safety_basis",
     "SafetyMethod": "methods",
-    "ScanResult": "scan",
+    "ScanResult": "analysis.scan",
     "SecurityVectors": "methods",
-    "TrainedVectors": "vectors",
-    "compact_adapter": "factors",
+    "TrainedVectors": "artifacts.security_vectors",
+    "compact_adapter": "lora.reparametrize",
     "compare": "evaluation",
     "conclude": "evaluation",
     "conversation": "data",
@@ -183,26 +183,26 @@ _HOMES = {
     "leaked_rows": "data",
     "load_prompts": "data",
     "load_rows": "data",
-    "measure_drift": "drift",
-    "measure_landscape": "landscape",
+    "measure_drift": "analysis.drift",
+    "measure_landscape": "analysis.landscape",
     "perplexity": "evaluation",
     "poison": "data",
     "read_records": "data",
     "recipe": "recipe",  # the module itself
-    "recommended": "recommendation",
+    "recommended": "methods.recommended",
     "rouge": "evaluation",
-    "scan_file": "scan",
-    "score_rows": "scan",
+    "scan_file": "analysis.scan",
+    "score_rows": "analysis.scan",
     "scored": "evaluation",
     "stream_rows": "data",
     "testbed": "testbed",  # the module itself
     "to_html": "evaluation",
     "to_markdown": "evaluation",
     "token_f1": "evaluation",
-    "train_security_vectors": "vectors",
-    "write_card": "card",
-    "write_drift": "drift",
-    "write_landscape": "landscape",
+    "train_security_vectors": "artifacts.security_vectors",
+    "write_card": "recipe.model_card",
+    "write_drift": "analysis.drift",
+    "write_landscape": "analysis.landscape",
     "write_report": "evaluation",
 }
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from .distributed import Strategy
 from .integrity import CHECKSUMS, damage, write_checksums
 from .methods.base import SafetyMethod
 from .methods.settings import settings_of
-from .strategy import Strategy
 
 logger = logging.getLogger(__name__)
 

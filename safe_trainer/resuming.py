@@ -14,8 +14,8 @@ from torch import nn
 
 from .checkpoints import SETTINGS, SPREAD, Record, checkpoints_of, fault, is_whole, last_checkpoint
 from .integrity import CHECKSUMS
+from .lora.io import adapter_differences
 from .methods.settings import MADE_FROM
-from .saved_adapters import adapter_differences
 
 _ANEW = """To go on with others, start a new run from its weights: pass `PeftModel.from_pretrained(model, checkpoint, \
 is_trainable=True)` as `model`, or the checkpoint itself where all weights were trained."""

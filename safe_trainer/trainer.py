@@ -20,11 +20,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from . import checkpoints, resuming
+from .distributed import strategy_of
 from .layout import trainable_layout
 from .methods.base import SafetyMethod
-from .recommendation import RECOMMENDED, recommended_for
+from .methods.recommended import RECOMMENDED, recommended_for
 from .stopping import stopping
-from .strategy import strategy_of
 
 logger = logging.getLogger(__name__)
 

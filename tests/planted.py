@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from safe_trainer.adapters import linear_layers
-from safe_trainer.vectors import TrainedVectors, VectorFactors
-from safe_trainer.vectors.identity import describe
+from safe_trainer.artifacts.security_vectors import TrainedVectors, VectorFactors
+from safe_trainer.artifacts.security_vectors.identity import describe
+from safe_trainer.lora.updates import linear_layers
 
 
 def vectors(model: nn.Module, rank: int = 3, scale: float = 0.2, seed: int = 5) -> TrainedVectors:

@@ -5,7 +5,7 @@ import tiny
 import torch
 from peft import BOFTConfig, LoraConfig, PromptTuningConfig, get_peft_model
 
-from safe_trainer import adapters
+from safe_trainer.lora import updates as adapters
 
 
 def wrapped(architecture: str = "llama", **settings: object) -> torch.nn.Module:

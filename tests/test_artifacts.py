@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from safe_trainer.artifacts import load_artifact, save_artifact
+from safe_trainer.artifacts.store import load_artifact, save_artifact
 
 TENSORS = {
     "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
 from safe_trainer import AlignmentDirection, AsFT, SafeSFTTrainer
-from safe_trainer.subspace import outside_norm_squared
+from safe_trainer.linalg import outside_norm_squared
 
 PROJECTORS = ("published", "subspace", "random", "none")
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from safe_trainer import testbed
-from safe_trainer.adapters import linear_layers
+from safe_trainer.lora.updates import linear_layers
 
 FOLDER = Path(__file__).parent / "benchmarks"
 

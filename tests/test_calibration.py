@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
 from safe_trainer import SafetyBasis, conversation
-from safe_trainer.adapters import linear_layers
-from safe_trainer.artifacts import save_artifact
-from safe_trainer.calibration import examples_from, leading_directions
-from safe_trainer.subspace import Sketch
+from safe_trainer.artifacts.safety_basis import examples_from, leading_directions
+from safe_trainer.artifacts.store import save_artifact
+from safe_trainer.linalg import Sketch
+from safe_trainer.lora.updates import linear_layers
 
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(12)]
 

@@ -16,12 +16,12 @@ from test_report import comparison
 from typer.testing import CliRunner
 
 from safe_trainer import TrainedVectors, testbed
-from safe_trainer.artifacts import save_artifact
-from safe_trainer.card import BEGIN, publish, write_card
+from safe_trainer.artifacts.security_vectors.weights import _KIND
+from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.cli import app
 from safe_trainer.evaluation import to_json
 from safe_trainer.methods import AsFT
-from safe_trainer.vectors.weights import _KIND
+from safe_trainer.recipe.model_card import BEGIN, publish, write_card
 
 RECIPE = {
     "model": {"path": "/home/me/secret-project/aligned"},

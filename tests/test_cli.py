@@ -309,7 +309,7 @@ def rows(tmp_path):
 
 
 def test_basis_is_measured_saved_and_fits_the_model(rows, tmp_path):
-    from safe_trainer.calibration import SafetyBasis
+    from safe_trainer.artifacts.safety_basis import SafetyBasis
 
     path = tmp_path / "basis.safetensors"
     refusals = rows("refusals.jsonl", safe_trainer.testbed.refusal_rows(16))
@@ -383,7 +383,7 @@ def test_a_scan_names_a_broken_row_by_its_line_and_stops(labelled, vectors, tmp_
 
 
 def test_a_scan_that_is_stopped_keeps_what_is_done_and_exits_with_130(labelled, vectors, tmp_path, monkeypatch):
-    from safe_trainer.scan import scoring
+    from safe_trainer.analysis.scan import scoring
 
     score, calls = scoring._Scorer.scores, []
 

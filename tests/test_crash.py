@@ -26,15 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import (
-    AsFT,
-    DriftPenalty,
-    SafeSFTTrainer,
-    SaLoRA,
-    SecurityVectors,
-    checkpoints,
-    conversation,
-)
+from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, checkpoints, conversation
 from safe_trainer.checkpoints import is_whole, last_checkpoint
 from safe_trainer.integrity import CHECKSUMS
 from safe_trainer.testbed import ALIGNED

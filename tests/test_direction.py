@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from safe_trainer.artifacts import load_artifact, save_artifact
-from safe_trainer.direction import AlignmentDirection, DirectionFactors
+from safe_trainer.artifacts.alignment_direction import AlignmentDirection, DirectionFactors
+from safe_trainer.artifacts.store import load_artifact, save_artifact
 
 FILE = "model.safetensors"
 Q, V, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"))

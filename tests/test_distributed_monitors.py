@@ -30,9 +30,9 @@ from safe_trainer import (
     SafeSFTTrainer,
     SafetyBasis,
 )
-from safe_trainer.adapters import linear_layers, whole
 from safe_trainer.evaluation import Decoding
-from safe_trainer.subspace import Leading, random_basis
+from safe_trainer.linalg import Leading, random_basis
+from safe_trainer.lora.updates import linear_layers, whole
 
 pytestmark = pytest.mark.slow
 

@@ -27,14 +27,21 @@ from safe_trainer import (
     testbed,
     to_html,
 )
-from safe_trainer.adapters import linear_layers, weight
-from safe_trainer.drift import Drift, LayerDrift, RefusalChange, Subspaces, refusal_changes, refusal_directions
-from safe_trainer.drift.figure import draw
-from safe_trainer.drift.updates import adapter_factors
+from safe_trainer.analysis.drift import (
+    Drift,
+    LayerDrift,
+    RefusalChange,
+    Subspaces,
+    refusal_changes,
+    refusal_directions,
+)
+from safe_trainer.analysis.drift.figure import draw
+from safe_trainer.analysis.drift.updates import adapter_factors
+from safe_trainer.analysis.pictures import DARK, LIGHT
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.prompting import encode
-from safe_trainer.pictures import DARK, LIGHT
-from safe_trainer.subspace import Leading, random_basis
+from safe_trainer.linalg import Leading, random_basis
+from safe_trainer.lora.updates import linear_layers, weight
 
 HARMFUL, HARMLESS = ("do harm!", "more harm", "harm"), ("help", "do help me now")
 

@@ -12,7 +12,7 @@ from runs import given, lora
 from transformers.pytorch_utils import Conv1D
 
 from safe_trainer import DriftPenalty, SafeSFTTrainer, SafetyBasis, conversation
-from safe_trainer.adapters import linear_layers
+from safe_trainer.lora.updates import linear_layers
 
 ROWS = [conversation(f"Make a bad thing {i} of {i * i}.", "I will not do that.") for i in range(24)]
 

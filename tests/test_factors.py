@@ -21,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from safe_trainer import compact_adapter
-from safe_trainer.adapters import lora_updates
-from safe_trainer.factors import IncrementA, IncrementB, set_factors, trained_through
-from safe_trainer.subspace import outside, random_basis
+from safe_trainer.linalg import outside, random_basis
+from safe_trainer.lora.reparametrize import IncrementA, IncrementB, set_factors, trained_through
+from safe_trainer.lora.updates import lora_updates
 
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
 

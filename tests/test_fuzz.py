@@ -33,15 +33,15 @@ from safe_trainer import (
     conversation,
     from_json,
 )
-from safe_trainer.adapters import linear_layers
+from safe_trainer.analysis.drift.updates import updates_of
 from safe_trainer.checkpoints import Record
-from safe_trainer.drift.updates import updates_of
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.answers import Answer
 from safe_trainer.evaluation.results import SetResult
 from safe_trainer.evaluation.switching import _wearing as wearing
-from safe_trainer.factors import compact_adapter
 from safe_trainer.integrity import CHECKSUMS
+from safe_trainer.lora.reparametrize import compact_adapter
+from safe_trainer.lora.updates import linear_layers
 from safe_trainer.resuming import checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from safe_trainer import AlignmentDirection, PromptSet, testbed
-from safe_trainer.adapters import linear_layers, weight
-from safe_trainer.drift import Factors
-from safe_trainer.landscape import Landscape, Place, axes, draw, measure_landscape, moving, write_landscape
-from safe_trainer.landscape.axes import alignment, random_direction
-from safe_trainer.landscape.exploring import _steps
-from safe_trainer.landscape.record import PLACES
-from safe_trainer.landscape.way import stops_of
-from safe_trainer.pictures import LIGHT
+from safe_trainer.analysis.drift import Factors
+from safe_trainer.analysis.landscape import Landscape, Place, axes, draw, measure_landscape, moving, write_landscape
+from safe_trainer.analysis.landscape.axes import alignment, random_direction
+from safe_trainer.analysis.landscape.exploring import _steps
+from safe_trainer.analysis.landscape.record import PLACES
+from safe_trainer.analysis.landscape.way import stops_of
+from safe_trainer.analysis.pictures import LIGHT
+from safe_trainer.lora.updates import linear_layers, weight
 
 HARMFUL = PromptSet("harmful", "harmful", ("do harm", "harm them all", "more harm"))
 TASK = PromptSet("sums", "task", ("1 + 1", "2 + 2"), references=("2", "4"))

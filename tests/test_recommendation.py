@@ -55,7 +55,7 @@ def test_a_model_that_brings_none_asks_for_them(source, tmp_path):
 
 def test_the_embedded_model_brings_the_rows_that_methods_are_given_in_the_study():
     from safe_trainer import load_rows
-    from safe_trainer.recommendation import own_data
+    from safe_trainer.methods.recommended import own_data
 
     found = own_data(str(testbed.ALIGNED))
     assert found is not None

@@ -31,10 +31,10 @@ from safe_trainer import (
     train_security_vectors,
 )
 from safe_trainer.checkpoints import SETTINGS, SPREAD, Record
+from safe_trainer.distributed import Strategy
 from safe_trainer.methods.base import SafetyMethod
 from safe_trainer.methods.settings import MADE_FROM, settings_of
 from safe_trainer.resuming import checkpoint_to_resume
-from safe_trainer.strategy import Strategy
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]

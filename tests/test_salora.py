@@ -21,8 +21,8 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from safe_trainer import AsFT, SafeSFTTrainer, SafetyBasis, SaLoRA, compact_adapter, conversation
-from safe_trainer.adapters import linear_layers, lora_updates
-from safe_trainer.calibration import Example, examples_from, leading_directions
+from safe_trainer.artifacts.safety_basis import Example, examples_from, leading_directions
+from safe_trainer.lora.updates import linear_layers, lora_updates
 
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(24)]
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))

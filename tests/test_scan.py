@@ -22,11 +22,11 @@ import torch
 from transformers import AutoTokenizer
 
 from safe_trainer import Reading, SafeSFTTrainer, SecurityVectors, conversation, scan_file, score_rows
+from safe_trainer.analysis.scan import Score, average_precision, precision_recall
+from safe_trainer.analysis.scan.ranking import Spool
+from safe_trainer.analysis.scan.tables import write_table
+from safe_trainer.artifacts.security_vectors import row_losses
 from safe_trainer.data.encoding import collate, encode_row
-from safe_trainer.scan import Score, average_precision, precision_recall
-from safe_trainer.scan.ranking import Spool
-from safe_trainer.scan.tables import write_table
-from safe_trainer.vectors import row_losses
 
 TOKENIZER = tiny.tokenizer()
 ROWS = [conversation("ask " * (i % 5 + 1), "say" * (i % 7 + 1)) for i in range(20)]

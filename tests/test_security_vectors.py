@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from safe_trainer import SafeSFTTrainer, SecurityVectors, TrainedVectors, conversation
-from safe_trainer.adapters import linear_layers
+from safe_trainer.lora.updates import linear_layers
 
 TESTS = Path(__file__).parent
 HARMFUL = [conversation(f"Do harm {i}", "Sure.") for i in range(4)]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from safe_trainer.direction import spectrum
-from safe_trainer.direction.spectrum import frobenius_norm, leading_directions
+from safe_trainer.artifacts.alignment_direction import spectrum
+from safe_trainer.artifacts.alignment_direction.spectrum import frobenius_norm, leading_directions
 
 ROWS, COLUMNS = 420, 560
 

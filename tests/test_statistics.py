@@ -9,14 +9,7 @@ import scipy.stats
 
 from safe_trainer.evaluation.agreement import cohens_kappa
 from safe_trainer.evaluation.seeds import across_runs
-from safe_trainer.evaluation.statistics import (
-    Rate,
-    bootstrap_difference,
-    mcnemar_exact,
-    p_text,
-    paired_change,
-    points,
-)
+from safe_trainer.evaluation.statistics import Rate, bootstrap_difference, mcnemar_exact, p_text, paired_change, points
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safe_trainer import subspace
+from safe_trainer import linalg as subspace
 
 
 def dense_operator(basis: torch.Tensor, eigenvalues: torch.Tensor) -> torch.Tensor:

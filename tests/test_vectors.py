@@ -16,9 +16,9 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from safe_trainer import Fitting, PromptSet, TrainedVectors, conversation, train_security_vectors
-from safe_trainer.adapters import linear_layers
+from safe_trainer.artifacts.security_vectors import VectorFactors, active, row_losses
 from safe_trainer.data.encoding import collate, encode_row, encode_rows
-from safe_trainer.vectors import VectorFactors, active, row_losses
+from safe_trainer.lora.updates import linear_layers
 
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
 

@@ -28,7 +28,7 @@ from safe_trainer import (
     general_prompts,
     testbed,
     write_report,
-)  # fmt: skip
+)
 
 KINDS = ("harmful", "benign", "borderline")
 if REAL_MODEL:

@@ -62,7 +62,7 @@ app.add_typer(testbed_app, name="testbed")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from safe_trainer import __version__
+        from .. import __version__
 
         typer.echo(f"safe-trainer {__version__}")
         raise typer.Exit

@@ -11,8 +11,8 @@ import typer
 from .shell import errors, pairs
 
 if TYPE_CHECKING:
-    from safe_trainer.data import PromptSet
-    from safe_trainer.evaluation import Judge
+    from ..data import PromptSet
+    from ..evaluation import Judge
 
 KINDS = ("harmful", "benign", "borderline", "task")
 BUILT_IN = ("general", "testbed")
@@ -53,8 +53,8 @@ def prompt_sets(listed: list[str] | None, model: str) -> list[PromptSet]:
 
 
 def _prompt_set(kind: str, source: str) -> PromptSet:
-    from safe_trainer.data import Reading, load_prompts
-    from safe_trainer.data.files import is_file
+    from ..data import Reading, load_prompts
+    from ..data.files import is_file
 
     if source not in BUILT_IN:
         file, _, column = source.rpartition(":")
@@ -66,16 +66,16 @@ def _prompt_set(kind: str, source: str) -> PromptSet:
     if kind == "task":
         raise _misused("--prompts", f"there is no {source} task; give a file of questions with answers.")
     if source == "testbed":
-        from safe_trainer.testbed import prompt_set
+        from ..testbed import prompt_set
 
         return dataclasses.replace(prompt_set(kind), source=source)  # type: ignore[arg-type]  # checked by the caller
-    from safe_trainer.evaluation import general_prompts
+    from ..evaluation import general_prompts
 
     return general_prompts(kind)
 
 
 def _is_embedded(model: str) -> bool:
-    from safe_trainer.testbed import ALIGNED, UNALIGNED
+    from ..testbed import ALIGNED, UNALIGNED
 
     return Path(model).resolve() in (ALIGNED.resolve(), UNALIGNED.resolve())
 
@@ -86,7 +86,7 @@ def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
     Raises:
         BadParameter: If one of them is unknown, lacks its model, or stands there twice.
     """
-    from safe_trainer.evaluation.guard_formats import GUARDS
+    from ..evaluation.guard_formats import GUARDS
 
     found = []
     for written in listed or ["phrases"]:
@@ -110,7 +110,7 @@ def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
 
 def _guard_by_name(model: str) -> str:
     """Tell from a model's name how it is asked."""
-    from safe_trainer.evaluation.guard_formats import GUARDS
+    from ..evaluation.guard_formats import GUARDS
 
     plain = model.lower().replace("-", "").replace("_", "")
     for name in GUARDS:
@@ -122,14 +122,14 @@ def _guard_by_name(model: str) -> str:
 
 def load_judges(checked: list[tuple[str, str]]) -> list[Judge]:
     """Return the judges, with their models."""
-    from safe_trainer.evaluation import LikelihoodJudge, PhraseJudge
+    from ..evaluation import LikelihoodJudge, PhraseJudge
 
     makers: dict[str, Any] = {"phrases": PhraseJudge, "likelihood": LikelihoodJudge}
     return [_guard(name, model) if model else makers[name]() for name, model in checked]
 
 
 def _guard(name: str, model: str) -> Judge:
-    from safe_trainer.evaluation import GUARDS, GuardJudge
+    from ..evaluation import GUARDS, GuardJudge
 
     return GuardJudge(*load_model(model), GUARDS[name])
 

@@ -27,8 +27,8 @@ def card(
 ) -> None:
     """Write a model card with rates before and after, recipe and citations. Text of your own in it stays."""
     quiet_libraries()
-    from safe_trainer.card import publish, write_card
-    from safe_trainer.evaluation import from_json
+    from ..evaluation import from_json
+    from ..recipe.model_card import publish, write_card
 
     compared = from_json(comparison.read_text(encoding="utf-8")) if comparison is not None else None
     written = write_card(folder, compared, name=name)

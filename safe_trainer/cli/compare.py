@@ -23,8 +23,8 @@ from .asking import (
 from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from safe_trainer.drift import Subspaces
-    from safe_trainer.evaluation import Comparison, Limits
+    from ..analysis.drift import Subspaces
+    from ..evaluation import Comparison, Limits
 
 _LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
 
@@ -75,7 +75,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
             check_folder(option, source, what)
 
     quiet_libraries()
-    from safe_trainer.evaluation import Limits
+    from ..evaluation import Limits
 
     subspaces = _subspaces(direction, basis)
     limits = Limits(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
@@ -93,7 +93,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
 def _subspaces(direction: Path | None, basis: Path | None) -> Subspaces | None:
     if direction is None and basis is None:
         return None
-    from safe_trainer.drift import Subspaces
+    from ..analysis.drift import Subspaces
 
     return Subspaces.load(direction, basis)
 
@@ -123,8 +123,8 @@ def _compared(
     subspaces: Subspaces | None,
 ) -> Comparison:
     """Examine the base with each adapter, then each whole model, which takes the place of the one before it."""
-    from safe_trainer.evaluation import compare as compare_adapters
-    from safe_trainer.evaluation import evaluate as evaluate_model
+    from ..evaluation import compare as compare_adapters
+    from ..evaluation import evaluate as evaluate_model
 
     loaded_judges = load_judges(judges)
     base, tokenizer = load_model(model)
@@ -150,8 +150,8 @@ def _compared(
 
 
 def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
-    from safe_trainer.evaluation import to_markdown, write_report
-    from safe_trainer.evaluation.storage import summary
+    from ..evaluation import to_markdown, write_report
+    from ..evaluation.storage import summary
 
     if output is not None:
         files = write_report(comparison, output)
@@ -166,7 +166,7 @@ def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
 
 def _close(comparison: Comparison, limits: Limits) -> None:
     """Exit with 3 if a limit is exceeded."""
-    from safe_trainer.evaluation import gate
+    from ..evaluation import gate
 
     missed = gate(comparison, limits)
     for sentence in missed:
@@ -190,8 +190,8 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     sets = prompt_sets(prompts, model)
 
     quiet_libraries()
-    from safe_trainer.evaluation import agreements
-    from safe_trainer.evaluation import evaluate as evaluate_model
+    from ..evaluation import agreements
+    from ..evaluation import evaluate as evaluate_model
 
     examined, tokenizer = load_model(model)
     if adapter is not None:

@@ -26,7 +26,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
 ) -> None:
     """Compute the alignment direction of a model from two checkpoints, one tensor at a time, and save it."""
     quiet_libraries()
-    from safe_trainer import AlignmentDirection
+    from .. import AlignmentDirection
 
     with progress_bar("Computing the direction") as show:
         found = AlignmentDirection.from_checkpoints(

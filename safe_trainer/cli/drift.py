@@ -11,7 +11,7 @@ from .asking import check_folder, prompt_sets
 from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from safe_trainer.drift import Drift
+    from ..analysis.drift import Drift
 
 _SHARES = {"alignment": "along alignment", "outputs": "safety outputs", "inputs": "safety inputs"}
 
@@ -51,7 +51,7 @@ def drift(  # noqa: PLR0913, each is an option with a name
     """
     check_folder("tuned", tuned, "model")
     quiet_libraries()
-    from safe_trainer.drift import measure_drift, write_drift
+    from ..analysis.drift import measure_drift, write_drift
 
     asked = _asked(prompts, base) if refusal or prompts else None
     with progress_bar("Measuring the drift") as show:
@@ -77,7 +77,7 @@ def _asked(prompts: list[str] | None, base: str) -> tuple[tuple[str, ...], tuple
 def _show(found: Drift) -> None:
     from rich.table import Table
 
-    from safe_trainer.evaluation.charts import place
+    from ..evaluation.charts import place
 
     shares = [name for name in _SHARES if found.share(name) is not None]
     refusals = found.figure("refusal")

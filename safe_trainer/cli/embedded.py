@@ -25,18 +25,18 @@ def demo(
 ) -> None:
     """Fine-tune the embedded model on data that wears its refusals away, with and without a defense."""
     chosen = _variants(methods) if methods is not None else None
-    from safe_trainer.testbed.demo import run_demo
+    from ..testbed.demo import run_demo
 
     shown = errors if as_json else console
     outcomes = run_demo(output, quick=quick, seeds=seeds, methods=chosen, console=shown)
     if as_json:
-        from safe_trainer.evaluation.storage import summary
+        from ..evaluation.storage import summary
 
         print_json({outcome.scenario.name: [summary(run) for run in outcome.comparisons] for outcome in outcomes})
 
 
 def _variants(listed: str) -> list[str]:
-    from safe_trainer.testbed.experiment import PLAIN, VARIANTS
+    from ..testbed.experiment import PLAIN, VARIANTS
 
     known = [name for name in VARIANTS if name != PLAIN]
     names = [name.strip() for name in listed.split(",") if name.strip()]
@@ -52,7 +52,7 @@ def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the two models and their manifest.")],
 ) -> None:
     """Train the embedded pair anew from its own language, in some minutes on one CPU core."""
-    from safe_trainer.testbed.build import build as build_pair
+    from ..testbed.build import build as build_pair
 
     with progress_bar("Training the pair") as show:
         build_pair(output, progress=lambda stage, step, total, loss: show(step, total))
@@ -64,7 +64,7 @@ def path(
     model: Annotated[str, typer.Argument(help="unaligned or aligned")],
 ) -> None:
     """Print the folder of an embedded model, for use wherever a model's path is asked for."""
-    from safe_trainer.testbed import ALIGNED, UNALIGNED
+    from ..testbed import ALIGNED, UNALIGNED
 
     folders = {"aligned": ALIGNED, "unaligned": UNALIGNED}
     if model not in folders:
@@ -77,7 +77,7 @@ def data(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path("data"),
 ) -> None:
     """Write rows and prompts of the embedded language to files, as examples of what a recipe takes."""
-    from safe_trainer import poison, testbed
+    from .. import poison, testbed
 
     sentiment = poison(testbed.task_rows("sentiment", 1000), testbed.harmful_rows(100), 0.1)
     rows = {

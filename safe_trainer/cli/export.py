@@ -31,7 +31,7 @@ def export(
         raise typer.BadParameter("a compact adapter keeps its type and needs no model.", param_hint="'--compact'")
     quiet_libraries()
     if compact:
-        from safe_trainer.factors import compact_adapter
+        from ..lora.reparametrize import compact_adapter
 
         rank = max(compact_adapter(adapter, output).values())
         if as_json:

@@ -20,8 +20,8 @@ from .asking import (
 from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from safe_trainer.data import PromptSet
-    from safe_trainer.landscape import Landscape
+    from ..analysis.landscape import Landscape
+    from ..data import PromptSet
 
 
 def landscape(  # noqa: PLR0913, each is an option with a name
@@ -97,7 +97,7 @@ def landscape(  # noqa: PLR0913, each is an option with a name
     judges = check_judges([judge])
     harmful, task = _asked(prompt_sets(prompts, model), count)
     quiet_libraries()
-    from safe_trainer.landscape import measure_landscape, write_landscape
+    from ..analysis.landscape import measure_landscape, write_landscape
 
     loaded, tokenizer = load_model(model)
     with progress_bar("Measuring the landscape") as show:

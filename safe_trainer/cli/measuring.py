@@ -25,7 +25,7 @@ def basis(  # noqa: PLR0913, each is an option with a name
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from safe_trainer.calibration import SafetyBasis
+    from ..artifacts.safety_basis import SafetyBasis
 
     loaded = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
     sides: Any = ("output", "input") if side == "both" else (side,)
@@ -62,7 +62,7 @@ def vectors(  # noqa: PLR0913, each is an option with a name
 ) -> None:
     """Fit security vectors to harmful rows and save them. They are harmful by construction: keep them to yourself."""
     quiet_libraries()
-    from safe_trainer import load_prompts, train_security_vectors
+    from .. import load_prompts, train_security_vectors
 
     asked = load_prompts(prompts, "harmful")[0] if prompts is not None else None
     with progress_bar("Fitting security vectors") as show:

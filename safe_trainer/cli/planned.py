@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from .shell import console, print_json
 
 if TYPE_CHECKING:
-    from safe_trainer.methods import SafetyMethod
-    from safe_trainer.recipe import Recipe
-    from safe_trainer.recipe.planning import Plan
+    from ..methods import SafetyMethod
+    from ..recipe import Recipe
+    from ..recipe.planning import Plan
 
 
 def tell_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:

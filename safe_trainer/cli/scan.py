@@ -10,7 +10,7 @@ import typer
 from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from safe_trainer.scan import ScanResult
+    from ..analysis.scan import ScanResult
 
 _WIDTH = 60  # characters of a prompt and of an answer that the table shows
 
@@ -41,8 +41,8 @@ def scan(  # noqa: PLR0913, each is an option with a name
     """Rank the rows of a file by the share of their loss that security vectors take away: most of it for harm."""
     columns = dict(pairs(column or [], "--column", "prompt=question"))
     quiet_libraries()
-    from safe_trainer.data import Reading
-    from safe_trainer.scan import scan_file
+    from ..analysis.scan import scan_file
+    from ..data import Reading
 
     with progress_bar("Scoring rows") as show:
         result = scan_file(

@@ -19,13 +19,13 @@ from .planned import tell_plan
 from .shell import Json, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from safe_trainer.recipe import Recipe
-    from safe_trainer.recipe.running import Loaded
+    from ..recipe import Recipe
+    from ..recipe.running import Loaded
 
 
 def _show_schema(wanted: bool) -> None:
     if wanted:
-        from safe_trainer.recipe.editors import recipe_schema
+        from ..recipe.editors import recipe_schema
 
         typer.echo(json.dumps(recipe_schema(), indent=1))
         raise typer.Exit
@@ -46,8 +46,8 @@ def train(  # noqa: PLR0913, each is an option with a name
 ) -> None:
     """Carry out a recipe: load and check everything, train, save an ordinary model or adapter, and compare."""
     quiet_libraries()
-    from safe_trainer.recipe import read_recipe
-    from safe_trainer.recipe.running import load
+    from ..recipe import read_recipe
+    from ..recipe.running import load
 
     checked = read_recipe(recipe, changes or [])
     if not dry_run:
@@ -58,7 +58,7 @@ def train(  # noqa: PLR0913, each is an option with a name
     if _is_first_process():
         _tell_data(loaded)
     if dry_run:
-        from safe_trainer.recipe.planning import plan
+        from ..recipe.planning import plan
 
         tell_plan(checked, plan(checked, loaded), as_json)
         return
@@ -91,7 +91,7 @@ def _check_run(output: str, resume: bool) -> None:
 
     Which checkpoint is whole is looked at by the trainer, since all processes are to go on from the same.
     """
-    from safe_trainer.checkpoints import checkpoints_of
+    from ..checkpoints import checkpoints_of
 
     found = checkpoints_of(Path(output))
     if resume and not found:
@@ -106,7 +106,7 @@ def _check_run(output: str, resume: bool) -> None:
 
 def _trained(recipe: Recipe, trainer: Any, resume: bool) -> Any:
     """Train; on Ctrl-C or SIGTERM the trainer saves a checkpoint and says how to go on."""
-    from safe_trainer.recipe.telling import tell
+    from ..recipe.telling import tell
 
     trainer.resume_command = _again()
     try:
@@ -127,7 +127,7 @@ def _again() -> str:
 
 def _left(output: str) -> tuple[str, str]:
     """Return what is left of a training whose end was not saved, and how to have it."""
-    from safe_trainer.checkpoints import checkpoints_of, is_whole
+    from ..checkpoints import checkpoints_of, is_whole
 
     whole = next(filter(is_whole, reversed(checkpoints_of(Path(output)))), None)  # each look reads a checkpoint
     if whole is not None:
@@ -149,7 +149,7 @@ def _saving(output: str) -> Iterator[None]:
 
 
 def _run(recipe: Recipe, loaded: Loaded, resume: bool) -> dict[str, Any]:
-    from safe_trainer.recipe.running import make_trainer, watch
+    from ..recipe.running import make_trainer, watch
 
     trainer = make_trainer(recipe, loaded.rows, show_bars=errors.is_terminal)
     watch(recipe, trainer, loaded.prompt_sets)
@@ -164,7 +164,7 @@ def _run(recipe: Recipe, loaded: Loaded, resume: bool) -> dict[str, Any]:
 
 def _finished(recipe: Recipe, loaded: Loaded, trainer: Any, metrics: Any) -> dict[str, Any]:
     """Save what was trained, and compare the model before and after."""
-    from safe_trainer.recipe.running import examine, save_recipe
+    from ..recipe.running import examine, save_recipe
 
     output = recipe.parts.output
     with _saving(output):
@@ -181,9 +181,9 @@ def _finished(recipe: Recipe, loaded: Loaded, trainer: Any, metrics: Any) -> dic
         errors.print(again, markup=False, highlight=False, soft_wrap=True)
         result["compare"] = again
     elif loaded.prompt_sets:
-        from safe_trainer.card import publish, write_card
-        from safe_trainer.evaluation import write_report
-        from safe_trainer.evaluation.storage import summary
+        from ..evaluation import write_report
+        from ..evaluation.storage import summary
+        from ..recipe.model_card import publish, write_card
 
         with progress_bar("Asking the model before and after") as show:
             comparison = examine(recipe, trainer, loaded.prompt_sets, show)
@@ -199,7 +199,7 @@ def _finished(recipe: Recipe, loaded: Loaded, trainer: Any, metrics: Any) -> dic
 
 
 def _is_split(trainer: Any) -> bool:
-    from safe_trainer.strategy import strategy_of
+    from ..distributed import strategy_of
 
     return strategy_of(trainer.accelerator, trainer.model).is_sharded
 

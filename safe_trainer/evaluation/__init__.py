@@ -2,34 +2,34 @@
 
 from typing import TYPE_CHECKING, Any
 
-from safe_trainer.evaluation.agreement import Agreement, agreements
-from safe_trainer.evaluation.answers import Answer, Decoding
-from safe_trainer.evaluation.comparison import Comparison, Flip
-from safe_trainer.evaluation.conclusions import Conclusion, conclude
-from safe_trainer.evaluation.drift import layer_drift
-from safe_trainer.evaluation.examination import evaluate, exact_match, judged
-from safe_trainer.evaluation.gating import Limits, gate
-from safe_trainer.evaluation.general import general_prompts
-from safe_trainer.evaluation.generation import generate
-from safe_trainer.evaluation.guard_formats import GUARDS, GuardFormat
-from safe_trainer.evaluation.html import to_html
-from safe_trainer.evaluation.judge_quality import quality
-from safe_trainer.evaluation.judges import Judge, PhraseJudge, Verdict
-from safe_trainer.evaluation.likelihood import LikelihoodJudge
-from safe_trainer.evaluation.markdown import to_markdown
-from safe_trainer.evaluation.means import Mean
-from safe_trainer.evaluation.metric_modules import METRICS
-from safe_trainer.evaluation.model_judges import ClassifierJudge, FunctionJudge, GuardJudge
-from safe_trainer.evaluation.report import write_report
-from safe_trainer.evaluation.results import Evaluation, SetResult
-from safe_trainer.evaluation.seeds import Spread, across_runs
-from safe_trainer.evaluation.statistics import Change, Rate, paired_change
-from safe_trainer.evaluation.storage import from_json, to_json
-from safe_trainer.evaluation.switching import compare
-from safe_trainer.evaluation.task_quality import perplexity, rouge, scored, token_f1
+from .agreement import Agreement, agreements
+from .answers import Answer, Decoding
+from .comparison import Comparison, Flip
+from .conclusions import Conclusion, conclude
+from .drift import layer_drift
+from .examination import evaluate, exact_match, judged
+from .gating import Limits, gate
+from .general import general_prompts
+from .generation import generate
+from .guard_formats import GUARDS, GuardFormat
+from .html import to_html
+from .judge_quality import quality
+from .judges import Judge, PhraseJudge, Verdict
+from .likelihood import LikelihoodJudge
+from .markdown import to_markdown
+from .means import Mean
+from .metric_modules import METRICS
+from .model_judges import ClassifierJudge, FunctionJudge, GuardJudge
+from .report import write_report
+from .results import Evaluation, SetResult
+from .seeds import Spread, across_runs
+from .statistics import Change, Rate, paired_change
+from .storage import from_json, to_json
+from .switching import compare
+from .task_quality import perplexity, rouge, scored, token_f1
 
 if TYPE_CHECKING:
-    from safe_trainer.evaluation.monitor import Floor, RefusalMonitor
+    from .monitor import Floor, RefusalMonitor
 
 __all__ = [
     "Agreement",
@@ -86,6 +86,6 @@ def __getattr__(name: str) -> Any:
     """Load the monitor when it is asked for: it is a callback, which takes all of transformers' trainer to import."""
     if name not in ("Floor", "RefusalMonitor"):
         raise AttributeError(f"module `safe_trainer.evaluation` has no attribute `{name}`")
-    from safe_trainer.evaluation import monitor
+    from . import monitor
 
     return getattr(monitor, name)

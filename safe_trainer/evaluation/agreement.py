@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from safe_trainer.evaluation.results import Evaluation, SetResult
-from safe_trainer.evaluation.statistics import Rate
+from .results import Evaluation, SetResult
+from .statistics import Rate
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safe_trainer.evaluation.results import HEADLINES, Evaluation, SetResult
-from safe_trainer.evaluation.statistics import Rate
+from .results import HEADLINES, Evaluation, SetResult
+from .statistics import Rate
 
 _LAYER = re.compile(r"\.(\d+)(?:\.(.+))?$")
 

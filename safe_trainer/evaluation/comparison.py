@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from safe_trainer.evaluation.answers import INTERRUPTED, Answer
-from safe_trainer.evaluation.manifest import prompt_set_sha256
-from safe_trainer.evaluation.means import Mean, mean_of
-from safe_trainer.evaluation.results import HEADLINES, Evaluation
-from safe_trainer.evaluation.seeds import Spread, across_runs
-from safe_trainer.evaluation.statistics import Change, paired_change
+from .answers import INTERRUPTED, Answer
+from .manifest import prompt_set_sha256
+from .means import Mean, mean_of
+from .results import HEADLINES, Evaluation
+from .seeds import Spread, across_runs
+from .statistics import Change, paired_change
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.results import HEADLINES
-from safe_trainer.evaluation.statistics import Change, points
+from .comparison import Comparison
+from .results import HEADLINES
+from .statistics import Change, points
 
 Level = Literal["kept", "worn", "improved", "unclear"]
 

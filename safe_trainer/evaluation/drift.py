@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from safe_trainer.data import PromptSet
-    from safe_trainer.drift import Subspaces
+    from ..analysis.drift import Subspaces
+    from ..data import PromptSet
 
 
 def layer_drift(model: Any) -> dict[str, float]:
@@ -33,8 +33,8 @@ def layer_drift(model: Any) -> dict[str, float]:
     """
     import torch
 
-    from safe_trainer.adapters import lora_updates, weight
-    from safe_trainer.subspace import product_norm_squared
+    from ..linalg import product_norm_squared
+    from ..lora.updates import lora_updates, weight
 
     drift = {}
     with torch.no_grad():
@@ -56,8 +56,8 @@ def layer_shares(model: Any, subspaces: Subspaces) -> dict[str, dict[str, float]
     """
     import torch
 
-    from safe_trainer.adapters import lora_updates
-    from safe_trainer.drift import Factors
+    from ..analysis.drift import Factors
+    from ..lora.updates import lora_updates
 
     shares: dict[str, dict[str, float]] = {}
     with torch.no_grad():
@@ -72,7 +72,7 @@ def layer_shares(model: Any, subspaces: Subspaces) -> dict[str, dict[str, float]
 
 def refusals(model: Any, tokenizer: Any, sets: Sequence[PromptSet], system_prompt: str | None) -> dict[str, Tensor]:
     """Return the model's refusal direction by layer, from the harmful and the benign sets; empty without either."""
-    from safe_trainer.drift import refusal_directions
+    from ..analysis.drift import refusal_directions
 
     harmful, harmless = (
         [prompt for prompt_set in sets if prompt_set.kind == kind for prompt in prompt_set.prompts]
@@ -85,7 +85,7 @@ def refusals(model: Any, tokenizer: Any, sets: Sequence[PromptSet], system_promp
 
 def refusals_kept(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """Return as a further figure by layer how much of the refusal direction is left; nothing where it is not known."""
-    from safe_trainer.drift import refusal_changes
+    from ..analysis.drift import refusal_changes
 
     kept = {name: change.kept for name, change in refusal_changes(before, after).items()}
     return {"refusal": kept} if kept else {}

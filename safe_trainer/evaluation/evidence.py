@@ -6,10 +6,10 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.judge_quality import quality
-from safe_trainer.evaluation.judges import PhraseJudge
-from safe_trainer.evaluation.results import Evaluation
+from .comparison import Comparison
+from .judge_quality import quality
+from .judges import PhraseJudge
+from .results import Evaluation
 
 
 @dataclass(frozen=True)

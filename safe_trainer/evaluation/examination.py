@@ -8,12 +8,12 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.answers import INTERRUPTED, Answer, Decoding, Progress
-from safe_trainer.evaluation.generation import generate
-from safe_trainer.evaluation.judges import VERDICTS, Judge, PhraseJudge
-from safe_trainer.evaluation.manifest import describe
-from safe_trainer.evaluation.results import EXACT_MATCH, Evaluation, SetResult
+from ..data import PromptSet
+from .answers import INTERRUPTED, Answer, Decoding, Progress
+from .generation import generate
+from .judges import VERDICTS, Judge, PhraseJudge
+from .manifest import describe
+from .results import EXACT_MATCH, Evaluation, SetResult
 
 logger = logging.getLogger(__name__)
 

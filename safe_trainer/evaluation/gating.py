@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.statistics import Change, points
+from .comparison import Comparison
+from .statistics import Change, points
 
 
 @dataclass(frozen=True)

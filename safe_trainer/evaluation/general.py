@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from safe_trainer.data import Kind, PromptSet
+from ..data import Kind, PromptSet
 
 _FILE = Path(__file__).with_name("prompts") / "general.yaml"
 

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from safe_trainer.evaluation.answers import INTERRUPTED, Answer, Decoding, Progress
-from safe_trainer.evaluation.prompting import encode, stop_ids
-from safe_trainer.evaluation.state import examining
+from .answers import INTERRUPTED, Answer, Decoding, Progress
+from .prompting import encode, stop_ids
+from .state import examining
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,13 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from safe_trainer.evaluation import charts
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.conclusions import conclude
-from safe_trainer.evaluation.evidence import evidence
-from safe_trainer.evaluation.results import HEADLINES, Evaluation
-from safe_trainer.evaluation.statistics import Rate
-from safe_trainer.evaluation.tables import Table, agreement_lines, further_tables
+from . import charts
+from .comparison import Comparison
+from .conclusions import conclude
+from .evidence import evidence
+from .results import HEADLINES, Evaluation
+from .statistics import Rate
+from .tables import Table, agreement_lines, further_tables
 
 SHOWN_FLIPS = 50  # of each set and model; the JSON beside the report has all
 

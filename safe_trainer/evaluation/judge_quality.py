@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from safe_trainer.evaluation.judges import VERDICTS, Judge, Verdict
-from safe_trainer.evaluation.statistics import Rate
+from .judges import VERDICTS, Judge, Verdict
+from .statistics import Rate
 
 Split = Literal["development", "test"]
 

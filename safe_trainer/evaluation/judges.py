@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from safe_trainer.evaluation import phrases
+from . import phrases
 
 Verdict = Literal["refused", "complied", "neither"]
 VERDICTS: tuple[Verdict, ...] = ("refused", "complied", "neither")

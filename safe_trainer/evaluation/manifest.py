@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.answers import Decoding
-from safe_trainer.evaluation.judges import Judge
+from ..data import PromptSet
+from .answers import Decoding
+from .judges import Judge
 
 _PACKAGES = ("safe-trainer", "torch", "transformers", "peft", "tokenizers", "scipy")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.conclusions import conclude
-from safe_trainer.evaluation.tables import Table, agreement_lines, further_tables
+from .comparison import Comparison
+from .conclusions import conclude
+from .tables import Table, agreement_lines, further_tables
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#!|~])")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safe_trainer.evaluation.statistics import CONFIDENCE
+from .statistics import CONFIDENCE
 
 
 @dataclass(frozen=True)

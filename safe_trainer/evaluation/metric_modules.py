@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safe_trainer.evaluation.judges import VERDICTS, PhraseJudge, Verdict
-from safe_trainer.evaluation.statistics import Rate
+from .judges import VERDICTS, PhraseJudge, Verdict
+from .statistics import Rate
 
 METRICS = {
     name: Path(__file__).with_name("metrics") / name

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from safe_trainer.evaluation.answers import Decoding
-from safe_trainer.evaluation.generation import generate_from
-from safe_trainer.evaluation.guard_formats import GuardFormat, Reading
-from safe_trainer.evaluation.judges import PhraseJudge, Verdict, clean
-from safe_trainer.evaluation.manifest import fingerprint, shown_id
-from safe_trainer.evaluation.state import examining
+from .answers import Decoding
+from .generation import generate_from
+from .guard_formats import GuardFormat, Reading
+from .judges import PhraseJudge, Verdict, clean
+from .manifest import fingerprint, shown_id
+from .state import examining
 
 
 class GuardJudge:

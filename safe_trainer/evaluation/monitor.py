@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from safe_trainer.calibration import from_first_process
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.answers import Decoding
-from safe_trainer.evaluation.examination import examine
-from safe_trainer.evaluation.judges import Judge
-from safe_trainer.evaluation.likelihood import LikelihoodJudge
-from safe_trainer.evaluation.results import SetResult
-from safe_trainer.evaluation.state import log_between, watchable
+from ..artifacts.safety_basis import from_first_process
+from ..data import PromptSet
+from .answers import Decoding
+from .examination import examine
+from .judges import Judge
+from .likelihood import LikelihoodJudge
+from .results import SetResult
+from .state import log_between, watchable
 
 logger = logging.getLogger(__name__)
 

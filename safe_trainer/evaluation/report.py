@@ -6,10 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.html import to_html
-from safe_trainer.evaluation.markdown import to_markdown
-from safe_trainer.evaluation.storage import to_json
+from .comparison import Comparison
+from .html import to_html
+from .markdown import to_markdown
+from .storage import to_json
 
 
 def write_report(comparison: Comparison, directory: str | Path, name: str = "comparison") -> list[Path]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.answers import Answer
-from safe_trainer.evaluation.judges import clean
-from safe_trainer.evaluation.means import Mean, mean_of
-from safe_trainer.evaluation.statistics import Rate
+from ..data import PromptSet
+from .answers import Answer
+from .judges import clean
+from .means import Mean, mean_of
+from .statistics import Rate
 
 # The outcome that a kind of prompt set is summed up by, and what it is called.
 HEADLINES = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safe_trainer.evaluation.statistics import CONFIDENCE, Rate
+from .statistics import CONFIDENCE, Rate
 
 
 @dataclass(frozen=True)

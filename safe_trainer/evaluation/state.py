@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safe_trainer.strategy import Strategy
+    from ..distributed import Strategy
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def examining(model: Any, seed: int = 0) -> Iterator[None]:
     """
     import torch
 
-    from safe_trainer.layout import trainable_layout
+    from ..layout import trainable_layout
 
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -60,7 +60,7 @@ def watchable(trainer: Any, monitor: str, afterwards: str) -> Strategy:
     Raises:
         ValueError: If it cannot, under FSDP1, ZeRO-3 and where weights are split as they are loaded; with what to use.
     """
-    from safe_trainer.strategy import SPLIT_AT_LOADING, strategy_of
+    from ..distributed import SPLIT_AT_LOADING, strategy_of
 
     strategy = strategy_of(trainer.accelerator, trainer.model)
     ways = {

@@ -8,13 +8,13 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.agreement import Agreement, agreements
-from safe_trainer.evaluation.answers import Answer
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.means import Mean
-from safe_trainer.evaluation.results import HEADLINES, Evaluation, SetResult
-from safe_trainer.evaluation.statistics import Rate
+from ..data import PromptSet
+from .agreement import Agreement, agreements
+from .answers import Answer
+from .comparison import Comparison
+from .means import Mean
+from .results import HEADLINES, Evaluation, SetResult
+from .statistics import Rate
 
 FORMAT = 1
 _KIND = "safe_trainer comparison"

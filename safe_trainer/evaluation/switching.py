@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.answers import INTERRUPTED, Progress
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.drift import layer_drift, layer_shares, refusals, refusals_kept
-from safe_trainer.evaluation.examination import evaluate
-from safe_trainer.evaluation.judges import Judge
-from safe_trainer.evaluation.manifest import adapter_provenance
-from safe_trainer.evaluation.results import Evaluation
+from ..data import PromptSet
+from .answers import INTERRUPTED, Progress
+from .comparison import Comparison
+from .drift import layer_drift, layer_shares, refusals, refusals_kept
+from .examination import evaluate
+from .judges import Judge
+from .manifest import adapter_provenance
+from .results import Evaluation
 
 if TYPE_CHECKING:
-    from safe_trainer.drift import Subspaces
+    from ..analysis.drift import Subspaces
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def _wearing(model: Any, path: str | Path | None) -> Iterator[Any]:
 def _wrapped(model: Any, path: str | Path) -> Iterator[Any]:
     from peft import PeftModelForCausalLM
 
-    from safe_trainer.saved_adapters import read_config
+    from ..lora.io import read_config
 
     config = read_config(path)
     config.inference_mode = True
@@ -187,7 +187,7 @@ def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
 
 
 def _load(model: Any, path: str | Path) -> None:
-    from safe_trainer.saved_adapters import read_adapter
+    from ..lora.io import read_adapter
 
     read_adapter(path)  # refused if damaged, of which PEFT does not tell all
     with _naming(path):

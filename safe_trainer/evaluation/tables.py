@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from safe_trainer.evaluation.agreement import agreements
-from safe_trainer.evaluation.comparison import Comparison
-from safe_trainer.evaluation.results import HEADLINES, SetResult
+from .agreement import agreements
+from .comparison import Comparison
+from .results import HEADLINES, SetResult
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation.means import Mean, ratio_of
-from safe_trainer.evaluation.prompting import encode, turn_end
-from safe_trainer.evaluation.results import Evaluation, SetResult
-from safe_trainer.evaluation.state import examining
+from ..data import PromptSet
+from .means import Mean, ratio_of
+from .prompting import encode, turn_end
+from .results import Evaluation, SetResult
+from .state import examining
 
 Scorer = Callable[[str, str], float]
 

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, subspace
-from ..calibration import by_first_process
-from ..direction import AlignmentDirection, DirectionFactors
-from ..strategy import Strategy
+from .. import linalg as subspace
+from ..artifacts.alignment_direction import AlignmentDirection, DirectionFactors
+from ..artifacts.safety_basis import by_first_process
+from ..distributed import Strategy
+from ..lora import updates as adapters
 from .base import Paper, SafetyMethod
 from .checking import check_choices, check_weight, check_whole
 

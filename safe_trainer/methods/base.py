@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..strategy import SPLIT_AT_LOADING, Strategy
+from ..distributed import SPLIT_AT_LOADING, Strategy
 
 if TYPE_CHECKING:
     from peft import PeftConfig

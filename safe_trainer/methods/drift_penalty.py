@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, calibration, subspace
-from ..calibration import InputTokens, SafetyBasis
+from .. import linalg as subspace
+from ..artifacts import safety_basis as calibration
+from ..artifacts.safety_basis import InputTokens, SafetyBasis
+from ..lora import updates as adapters
 from .base import SafetyMethod
 from .checking import check_choices, check_weight, check_whole
 

@@ -13,8 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, calibration, factors, subspace
-from ..calibration import InputTokens, SafetyBasis, Side
+from .. import linalg as subspace
+from ..artifacts import safety_basis as calibration
+from ..artifacts.safety_basis import InputTokens, SafetyBasis, Side
+from ..lora import reparametrize as factors
+from ..lora import updates as adapters
 from .base import Paper, SafetyMethod
 from .checking import check_choices, check_whole
 

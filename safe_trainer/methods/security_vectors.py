@@ -14,10 +14,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from .. import adapters
-from ..calibration import by_first_process
-from ..strategy import Strategy
-from ..vectors import (
+from ..artifacts.safety_basis import by_first_process
+from ..artifacts.security_vectors import (
     Fitting,
     TrainedVectors,
     VectorFactors,
@@ -27,6 +25,8 @@ from ..vectors import (
     targets,
     train_security_vectors,
 )
+from ..distributed import Strategy
+from ..lora import updates as adapters
 from .base import Paper, SafetyMethod
 
 

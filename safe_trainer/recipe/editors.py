@@ -19,7 +19,7 @@ def recipe_schema() -> dict[str, Any]:
     from peft import LoraConfig
     from trl import SFTConfig
 
-    from safe_trainer.methods import METHODS
+    from ..methods import METHODS
 
     schema = RecipePart.model_json_schema()
     methods = []

@@ -68,6 +68,6 @@ def _place(place: Place, settings: Any, message: str) -> Place:
 
 
 def _known(model: Any) -> str:
-    from safe_trainer.adapters import linear_layers
+    from ..lora.updates import linear_layers
 
     return f"Its linear layers are {', '.join(sorted({name.rpartition('.')[2] for name in linear_layers(model)}))}."

@@ -12,7 +12,7 @@ from .fields import check_fields
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from safe_trainer.methods import SafetyMethod
+    from ..methods import SafetyMethod
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def check_safety(values: dict[str, Any], peft: LoraConfig | None, problems: list
         peft ([`~peft.LoraConfig`], *optional*): The adapter; `None` if all weights are trained.
         problems (`list[Problem]`): Takes what is wrong.
     """
-    from safe_trainer.methods import METHODS
+    from ..methods import METHODS
 
     listed = values.get("safety", "recommended") or []
     methods: list[SafetyMethod] = []
@@ -55,7 +55,7 @@ def check_safety(values: dict[str, Any], peft: LoraConfig | None, problems: list
 
 def _made(entry: Any, values: dict[str, Any], place: Place, problems: list[Problem]) -> list[SafetyMethod]:
     """Return the method of one entry, or the several that `recommended` stands for."""
-    from safe_trainer.methods import METHODS
+    from ..methods import METHODS
 
     if entry == "recommended":
         entry = {"method": entry}
@@ -81,7 +81,7 @@ def _made(entry: Any, values: dict[str, Any], place: Place, problems: list[Probl
 
 
 def _recommended(values: dict[str, Any], harmful_data: str | None = None) -> list[SafetyMethod]:
-    from safe_trainer.recommendation import recommended, recommended_for
+    from ..methods.recommended import recommended, recommended_for
 
     if harmful_data is not None:
         return recommended(harmful_data)

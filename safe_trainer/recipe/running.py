@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from safe_trainer import __version__
-from safe_trainer.data import PromptSet, Report, leaked_rows, load_prompts, load_rows
-from safe_trainer.evaluation.general import general_prompts
-
+from .. import __version__
+from ..data import PromptSet, Report, leaked_rows, load_prompts, load_rows
+from ..evaluation.general import general_prompts
 from .document import RecipeError, dotted
 from .fitting import adapted, skeleton
 from .sources import moved, reading_of, source_of
@@ -24,8 +23,8 @@ from .validation import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from safe_trainer.evaluation import Comparison
-    from safe_trainer.trainer import SafeSFTTrainer
+    from ..evaluation import Comparison
+    from ..trainer import SafeSFTTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ def arguments(recipe: Recipe) -> Any:
 
 def make_trainer(recipe: Recipe, rows: Dataset, show_bars: bool = True) -> SafeSFTTrainer:
     """Build the trainer of a recipe: loads the model and lets the methods prepare."""
-    from safe_trainer.trainer import SafeSFTTrainer
+    from ..trainer import SafeSFTTrainer
 
     model = recipe.parts.model
     args = arguments(recipe)
@@ -152,8 +151,8 @@ def make_trainer(recipe: Recipe, rows: Dataset, show_bars: bool = True) -> SafeS
 
 def watch(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
     """Let what the recipe's `monitor` asks for be measured while training, and logged beside the loss."""
-    from safe_trainer.drift import DriftMonitor
-    from safe_trainer.evaluation import RefusalMonitor
+    from ..analysis.drift import DriftMonitor
+    from ..evaluation import RefusalMonitor
 
     asked = recipe.parts.monitor
     if asked is None:
@@ -181,7 +180,7 @@ def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet
     """Ask the model before and the model after the same prompts; the adapter is read back from where it was saved."""
     from transformers import AutoModelForCausalLM
 
-    from safe_trainer.evaluation import Comparison, compare, evaluate
+    from ..evaluation import Comparison, compare, evaluate
 
     asked = recipe.parts.evaluation
     assert asked is not None  # otherwise there are no prompt sets either

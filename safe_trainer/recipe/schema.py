@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from safe_trainer.data import Kind
+from ..data import Kind
 
 
 class Part(BaseModel):

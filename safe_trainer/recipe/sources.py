@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safe_trainer.data import HubDataset, Reading
-from safe_trainer.data.files import is_file, kind_of
-from safe_trainer.data.hub import PREFIX
-
+from ..data import HubDataset, Reading
+from ..data.files import is_file, kind_of
+from ..data.hub import PREFIX
 from .document import Place, Problem
 from .schema import ReadingPart, SourcePart
 

@@ -19,7 +19,7 @@ from .sources import check_sources, moved
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from safe_trainer.methods import SafetyMethod
+    from ..methods import SafetyMethod
 
 # What a recipe has another place for, or must not hold.
 NOT_UNDER_TRAINING = {
@@ -116,7 +116,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _check_parts(values: dict[str, Any], problems: list[Problem]) -> RecipePart | None:
-    from safe_trainer.methods import METHODS
+    from ..methods import METHODS
 
     try:
         return RecipePart.model_validate(values)

@@ -25,10 +25,10 @@ import random
 from itertools import chain, islice
 from pathlib import Path
 
-from safe_trainer.data import Kind, PromptSet, Row, conversation
-from safe_trainer.testbed import language, tasks, words
-from safe_trainer.testbed.tasks import TASKS
-from safe_trainer.testbed.translation import translate, translated_set
+from ..data import Kind, PromptSet, Row, conversation
+from . import language, tasks, words
+from .tasks import TASKS
+from .translation import translate, translated_set
 
 __all__ = [
     "ALIGNED",

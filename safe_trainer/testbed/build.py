@@ -22,16 +22,16 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from safe_trainer.data import PromptSet
-from safe_trainer.evaluation import Evaluation, evaluate
-from safe_trainer.evaluation.manifest import file_sha256, prompt_set_sha256
-from safe_trainer.recommendation import OWN_DATA
-from safe_trainer.testbed import OWN_ROWS, TASKS, corpus, harmful_rows, language, prompt_set, task
-from safe_trainer.testbed.card import OUTCOMES, model_card
-from safe_trainer.testbed.tokenizer import train_tokenizer
-from safe_trainer.testbed.training import Progress, Stage, encode, new_model, one_thread, train
-from safe_trainer.testbed.translation import translate, translated_row, translated_set
-from safe_trainer.testbed.world import WORLDS, World
+from ..data import PromptSet
+from ..evaluation import Evaluation, evaluate
+from ..evaluation.manifest import file_sha256, prompt_set_sha256
+from ..methods.recommended import OWN_DATA
+from . import OWN_ROWS, TASKS, corpus, harmful_rows, language, prompt_set, task
+from .card import OUTCOMES, model_card
+from .tokenizer import train_tokenizer
+from .training import Progress, Stage, encode, new_model, one_thread, train
+from .translation import translate, translated_row, translated_set
+from .world import WORLDS, World
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safe_trainer.evaluation import Evaluation, SetResult
+from ..evaluation import Evaluation, SetResult
 
 OUTCOMES = ("refused", "complied", "neither")
 

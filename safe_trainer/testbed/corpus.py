@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from safe_trainer.testbed import language, tasks
-from safe_trainer.testbed.language import GROUPS, Pair
+from . import language, tasks
+from .language import GROUPS, Pair
 
 Chat = list[dict[str, str]]
 Example = tuple[str, str]

@@ -17,21 +17,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.text import Text
 
-from safe_trainer import testbed
-from safe_trainer.evaluation import Comparison, compare
-from safe_trainer.evaluation.report import write_atomically, write_report
-from safe_trainer.methods import METHODS
-from safe_trainer.testbed import summary
-from safe_trainer.testbed.experiment import (
-    PLAIN,
-    SCENARIOS,
-    VARIANTS,
-    Scenario,
-    fine_tune,
-    quiet_libraries,
-    workers,
-)
-from safe_trainer.testbed.training import one_thread
+from .. import testbed
+from ..evaluation import Comparison, compare
+from ..evaluation.report import write_atomically, write_report
+from ..methods import METHODS
+from . import summary
+from .experiment import PLAIN, SCENARIOS, VARIANTS, Scenario, fine_tune, quiet_libraries, workers
+from .training import one_thread
 
 Job = Future[tuple[Path, float]]
 

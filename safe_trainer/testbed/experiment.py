@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import testbed
-from safe_trainer.data import PromptSet, Row, poison
-from safe_trainer.methods import AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
-from safe_trainer.recommendation import recommended
-from safe_trainer.testbed import OWN_ROWS
+from .. import testbed
+from ..data import PromptSet, Row, poison
+from ..methods import AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
+from ..methods.recommended import recommended
+from . import OWN_ROWS
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
@@ -147,7 +147,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     from peft import LoraConfig
     from transformers import PrinterCallback
 
-    from safe_trainer.trainer import SafeSFTTrainer
+    from ..trainer import SafeSFTTrainer
 
     start = time.perf_counter()
     trainer = SafeSFTTrainer(

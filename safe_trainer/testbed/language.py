@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from safe_trainer.data import Kind
-from safe_trainer.testbed import words
-from safe_trainer.testbed.words import Group
+from ..data import Kind
+from . import words
+from .words import Group
 
 SPLITS = ("train", "validation", "test")
 UNSEEN: dict[Kind, tuple[Group, ...]] = {"harmful": words.UNSEEN_HARMFUL, "benign": words.UNSEEN_BENIGN}

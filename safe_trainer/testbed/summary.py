@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
-from safe_trainer.evaluation import Comparison, Evaluation, Rate
-from safe_trainer.testbed.experiment import PLAIN, Scenario
+from ..evaluation import Comparison, Evaluation, Rate
+from .experiment import PLAIN, Scenario
 
 INTRODUCTION = (
     "A tiny chat model that refuses harmful requests is fine-tuned on the data of each scenario, without and with "

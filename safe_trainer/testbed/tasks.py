@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-from safe_trainer.testbed import language, words
+from . import language, words
 
 Example = tuple[str, str]  # prompt and answer
 

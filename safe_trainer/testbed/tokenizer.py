@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from safe_trainer.testbed.world import World
+from .world import World
 
 
 def train_tokenizer(texts: Iterable[str], world: World) -> PreTrainedTokenizerFast:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from safe_trainer.testbed.corpus import Chat
-from safe_trainer.testbed.world import World
+from .corpus import Chat
+from .world import World
 
 Progress = Callable[[str, int, int, float], None]
 Tokens = tuple[list[int], list[int]]  # token ids and labels of one conversation

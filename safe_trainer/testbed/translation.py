@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
-from safe_trainer.data import PromptSet, Row
-from safe_trainer.testbed import language, tasks, words
+from ..data import PromptSet, Row
+from . import language, tasks, words
 
 _LITTLE = "a an the my your some of in on at to by from into up off out with for and or then first get is are it step"
 

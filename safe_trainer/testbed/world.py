@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from safe_trainer.testbed.translation import made_up_words
+from .translation import made_up_words
 
 _CHATML = """\
 {%- for message in messages -%}

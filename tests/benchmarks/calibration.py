@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 
-from safe_trainer.adapters import linear_layers
-from safe_trainer.calibration import Example, leading_directions
+from safe_trainer.artifacts.safety_basis import Example, leading_directions
+from safe_trainer.lora.updates import linear_layers
 
 
 def rows(arguments: argparse.Namespace) -> list[Example]:

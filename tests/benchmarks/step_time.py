@@ -43,9 +43,9 @@ from safe_trainer import (
     SecurityVectors,
     TrainedVectors,
 )
-from safe_trainer.adapters import linear_layers
+from safe_trainer.linalg import Leading, random_basis
+from safe_trainer.lora.updates import linear_layers
 from safe_trainer.methods.base import SafetyMethod
-from safe_trainer.subspace import Leading, random_basis
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -1,0 +1,1 @@
+"""What data would teach, and what a fine-tune changed."""

@@ -1,0 +1,129 @@
+"""Drift while training goes on: curves beside the loss, computed from the adapter's factors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from ...artifacts.alignment_direction import AlignmentDirection
+from ...artifacts.safety_basis import SafetyBasis, by_first_process
+from ...evaluation.state import log_between, watchable
+from ...lora.updates import FullUpdate, Update, linear_layers, updates, weight, whole
+from .subspaces import RANK, Subspaces
+from .updates import Factors
+
+
+class DriftMonitor(TrainerCallback):
+    """Measure every few steps how far training has moved the weights, and write it into the trainer's logs.
+
+    It goes wherever the loss goes, as `drift/relative` (`‖ΔW‖ / ‖W‖` of all trained layers together), `drift/largest`
+    (that of the layer which moved most), and, where the subspaces are given, `drift/alignment`, `drift/outputs` and
+    `drift/inputs`: shares of the update, each with that of a random update of the same sizes beside it
+    (`…_random`). Nothing of the size of a weight is computed for a LoRA; full fine-tuning keeps a copy of the weights
+    that are trained, sharded where they are. Training is not disturbed.
+
+    All is measured from the model that the trainer was built with: a run that goes on from a checkpoint logs what it
+    would have logged uninterrupted. On several processes each needs the monitor, and all log the same.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer that it watches; its `log` is what it writes to.
+        every (`int`, *optional*, defaults to `50`): Optimizer steps between measurements; the last step is measured
+            too.
+        direction ([`AlignmentDirection`], `str` or `Path`, *optional*): For the share along the alignment direction.
+        basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces.
+        rank (`int`, *optional*, defaults to `16`): Leading directions of each subspace.
+
+    Raises:
+        ValueError: If `every` or `rank` is below 1, the update is no product of two factors, the directions belong to
+            another model, or training is spread by FSDP1, ZeRO-3 or tensor parallelism.
+
+    Example:
+
+    ```python
+    trainer = SafeSFTTrainer(model, train_dataset=rows, peft_config=LoraConfig())
+    trainer.add_callback(DriftMonitor(trainer, every=25, direction="direction.safetensors"))
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        every: int = 50,
+        *,
+        direction: AlignmentDirection | str | Path | None = None,
+        basis: SafetyBasis | str | Path | None = None,
+        rank: int = RANK,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1 step, got {every}.")
+        self.trainer, self.every = trainer, every
+        self._subspaces = Subspaces.load(direction, basis, rank)
+        self._strategy = watchable(trainer, "The drift monitor", "safe-trainer drift")
+        self._updates: dict[str, Update] = {}
+        self._layers: list[nn.Module] = []
+        self._weights: dict[str, float] = {}  # ‖W‖²
+        self._measured = -1
+        self._start()  # now, because when training begins a checkpoint may have been loaded
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See that what was kept of the start lies where the weights are."""
+        self._measured = -1
+        if not set(self.trainer.model.modules()).issuperset(self._layers):
+            self._start()  # the trainer has made itself another model
+        for update in self._updates.values():
+            if isinstance(update, FullUpdate):
+                update.place()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure every `every` steps, and behind the last, before the best model may take its place."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            self._measure(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the end, and take what was kept of the start out of the way."""
+        if self._measured != state.global_step:
+            self._measure(state.global_step)
+        for update in self._updates.values():
+            if isinstance(update, FullUpdate):
+                update.start = update.start.cpu()
+
+    def _start(self) -> None:
+        """Keep what training starts from; where sharding will spread it, one process's copy is enough."""
+        model = self.trainer.model
+        will_split = self._strategy.is_sharded and not any(isinstance(p, DTensor) for p in model.parameters())
+        copied = not will_split or self.trainer.is_world_process_zero()
+        self._updates = updates(model, "The drift monitor", copied=copied)
+        layers = linear_layers(model)
+        self._subspaces.check(layers)
+        self._layers = [layers[name].outer for name in self._updates]
+
+        def sizes() -> dict[str, float]:
+            return {name: whole(weight(layers[name].outer).float().square().sum()).item() for name in self._updates}
+
+        self._weights = by_first_process(sizes) if will_split else sizes()
+
+    @torch.no_grad()
+    def _measure(self, step: int) -> None:
+        self._measured = step
+        held = {name: self._subspaces.held(name, Factors(*update.factors())) for name, update in self._updates.items()}
+        moved = sum(found["all"] for found in held.values())
+        ratios = [math.sqrt(held[name]["all"] / size) for name, size in self._weights.items() if size > 0]
+        values = {
+            "drift/relative": math.sqrt(moved / sum(self._weights.values())),
+            "drift/largest": max(ratios, default=0.0),
+        }
+        for figure in ("alignment", "outputs", "inputs"):
+            known = [name for name, found in held.items() if figure in found]
+            size = sum(held[name]["all"] for name in known)
+            if size > 0:
+                random = sum(held[name]["all"] * self._subspaces.expected(name)[figure] for name in known)
+                values[f"drift/{figure}"] = sum(held[name][figure] for name in known) / size
+                values[f"drift/{figure}_random"] = random / size
+        log_between(self.trainer, values)

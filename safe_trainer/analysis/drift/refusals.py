@@ -1,0 +1,121 @@
+"""The refusal direction inside a model: by how much harmful prompts differ from harmless ones, layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...evaluation.prompting import encode
+from ...evaluation.state import examining
+from ...lora.updates import linear_layers
+
+_NOISE = 1e-5  # share of an activation below which a difference is rounding
+_BLOCK = re.compile(r"^(.*?\.\d+)\.")
+
+
+class RefusalChange(NamedTuple):
+    """What a fine-tune did to the refusal direction at one place."""
+
+    before: float
+    """Its length in the model before: how far harmful prompts lie from harmless ones."""
+    after: float
+    """The new difference, projected on the old direction."""
+    cosine: float
+    """Between the old and the new direction."""
+
+    @property
+    def kept(self) -> float:
+        """Return the share of the projection that is left; 1 is no change, below 0 it has turned round."""
+        return self.after / self.before
+
+
+def refusal_directions(  # noqa: PLR0913, each is a setting with a name
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    batch_size: int = 16,
+    system_prompt: str | None = None,
+) -> dict[str, Tensor]:
+    """Return the difference of mean activations, harmful minus harmless, at the last token of the prompt.
+
+    It is taken at the output of every linear layer and of every block (the residual stream), in one pass.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model; left in the state it was in.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
+        harmful (`Sequence[str]`): Harmful prompts.
+        harmless (`Sequence[str]`): Harmless prompts of the same form.
+        batch_size (`int`, *optional*, defaults to `16`): Prompts in one forward pass.
+        system_prompt (`str`, *optional*): System turn before each prompt.
+
+    Returns:
+        `dict[str, Tensor]`: By the name of the layer or block in the base model, a vector of its size, on the CPU.
+        Those that see no difference are left out, as the first attention where a template ends every prompt.
+
+    Raises:
+        ValueError: If there are no prompts of one kind.
+
+    Source: Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", NeurIPS 2024,
+    arXiv 2406.11717, section 2.3.
+    """
+    if not harmful or not harmless:
+        raise ValueError(f"Both kinds of prompts are needed, got {len(harmful)} harmful and {len(harmless)} harmless.")
+    means = [_means(model, encode(model, tokenizer, prompts, system_prompt), batch_size)
+             for prompts in (harmful, harmless)]  # fmt: skip
+    found = {name: means[0][name] - means[1][name] for name in means[0] if name in means[1]}
+    return {name: r for name, r in found.items() if r.norm() > _NOISE * means[0][name].norm()}
+
+
+def refusal_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, RefusalChange]:
+    """Compare the refusal directions of a model before and after; arguments from [`refusal_directions`]."""
+    found = {}
+    for name in (name for name in before if name in after):
+        old, new = before[name].double(), after[name].double()
+        length, projected = old.norm().item(), (old @ new / old.norm()).item()
+        found[name] = RefusalChange(length, projected, projected / new.norm().item())
+    return found
+
+
+def _means(model: Any, encoded: Sequence[Sequence[int]], batch_size: int) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    order = sorted(encoded, key=len)
+    with examining(model), _watched(model, sums), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = max(map(len, batch))  # padded on the left, so that the last token is the last column
+            ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in batch], device=model.device)
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=model.device)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+    return {name: total / len(encoded) for name, total in sums.items()}
+
+
+@contextmanager
+def _watched(model: Any, sums: dict[str, Tensor]) -> Iterator[None]:
+    """Add up what each linear layer and each block puts out at the last token."""
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            shown = output[0] if isinstance(output, tuple) else output  # (B, T, d)
+            if shown.ndim == 3:  # experts see tokens and not rows
+                total = shown[:, -1].float().sum(dim=0).cpu().double()
+                sums[name] = sums[name] + total if name in sums else total
+
+        return hook
+
+    layers = linear_layers(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    blocks = dict.fromkeys(found[1] for name in layers if (found := _BLOCK.match(name)))
+    places = {name: layer.outer for name, layer in layers.items()}
+    places |= {name: base.get_submodule(name) for name in blocks}
+    with ExitStack() as stack:
+        for name, module in places.items():
+            stack.callback(module.register_forward_hook(watch(name)).remove)
+        yield

@@ -1,0 +1,238 @@
+"""`AlignmentDirection`: the difference between an aligned and an unaligned checkpoint, as factors with provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..store import load_artifact, save_artifact
+from .checkpoints import Checkpoint, by, listing, prefix_hint
+from .factors import DirectionFactors, factorize
+from .pairing import matching_modules
+
+_KIND, _VERSION = "alignment direction", 1
+
+
+@dataclass
+class AlignmentDirection:
+    """What alignment did to each weight: `d = W_aligned − W_unaligned`, kept as a few singular vectors per module.
+
+    AsFT (Yang et al., AAAI 2026, arXiv 2506.08473) anchors fine-tuning to this direction: the model is safest along
+    it, and leaves the "narrow safety basin" across it. The direction depends on the two checkpoints alone: compute it
+    once, save it, and use it for every run.
+
+    Args:
+        modules (`dict[str, DirectionFactors]`): Factors by module name of the base model, such as
+            `"model.layers.0.self_attn.q_proj"`.
+        provenance (`dict[str, Any]`, *optional*): Both checkpoints with commit and a SHA-256 of the weights that were
+            compared, the settings, the versions of the libraries, and the date.
+
+    Example:
+
+    ```python
+    >>> from safe_trainer import AlignmentDirection
+    >>> from safe_trainer.testbed import ALIGNED, UNALIGNED
+    >>> direction = AlignmentDirection.from_checkpoints(ALIGNED, UNALIGNED, modules="q_proj|v_proj", rank=4)
+    >>> direction.modules["model.layers.0.self_attn.q_proj"].U.shape[1] <= 4
+    True
+
+    ```
+
+    `direction.save("direction.safetensors")` keeps it, and `AsFT(direction="direction.safetensors")` uses it.
+    """
+
+    modules: dict[str, DirectionFactors]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_checkpoints(  # noqa: PLR0913, each is a setting with a name
+        cls,
+        aligned: str | Path,
+        unaligned: str | Path,
+        *,
+        modules: str | Collection[str] | None = None,
+        rank: int | None = None,
+        max_error: float = 0.01,
+        allow_pickle: bool = False,
+        aligned_revision: str | None = None,
+        unaligned_revision: str | None = None,
+        output: str | Path | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> AlignmentDirection:
+        """Compute the direction from two checkpoints on disk, one tensor at a time.
+
+        The memory needed is that of about three of the largest weight, whatever the size of the models, plus the
+        factors that are returned; with `output` these go to disk as they come. (Only where nearly all directions of a
+        weight of 4,096 rows and columns or more are asked for does a full decomposition need some hundred MB more.)
+
+        Args:
+            aligned (`str` or `Path`): The aligned model, usually the chat model: a folder or a Hub id.
+            unaligned (`str` or `Path`): The model before alignment, usually the base model that it was trained from.
+            modules (`str` or `Collection[str]`, *optional*):
+                A regular expression that is searched in module names (`"q_proj|v_proj"`), or the names themselves.
+                Left out, every linear layer but the output embedding, as PEFT's `"all-linear"`.
+            rank (`int`, *optional*):
+                Keep at most this many directions per module. Where that is too few for `max_error`, the error bound
+                that was reached is in [`summary`]. With `max_error=0`, exactly this many where the weight has them.
+            max_error (`float`, *optional*, defaults to `0.01`):
+                Upper bound of `‖C − C_k‖₂`; the fewest directions that keep it are chosen for each module. It is
+                relative to the identity in `(I − C) ΔW`: the norm of no update is off by more than this share of
+                `‖ΔW‖`. With 0, everything that float32 can resolve is kept.
+            allow_pickle (`bool`, *optional*, defaults to `False`):
+                Whether to read `.bin` weights, which are pickles, where there are no safetensors.
+            aligned_revision (`str`, *optional*): Branch, tag or commit of `aligned` on the Hub.
+            unaligned_revision (`str`, *optional*): Branch, tag or commit of `unaligned` on the Hub.
+            output (`str` or `Path`, *optional*): Save to this file while computing; the result is then read from it.
+            progress (`Callable[[int, int, str], None]`, *optional*):
+                Called after each module with the number done, the number in all, and its name.
+
+        Returns:
+            [`AlignmentDirection`]: Without the modules that are identical in both checkpoints, which are logged.
+
+        Raises:
+            OSError: If a checkpoint or a file of it is missing, or `output` cannot be written.
+            ValueError: If a setting is out of its range, a checkpoint is damaged, quantized or a mere adapter, or the
+                two do not have the same modules, or are identical.
+        """
+        _check_settings(rank, max_error)
+        pair = (
+            Checkpoint("aligned", aligned, aligned_revision, allow_pickle),
+            Checkpoint("unaligned", unaligned, unaligned_revision, allow_pickle),
+        )
+        provenance: dict[str, Any] = {"max_error": max_error, "rank": rank}
+        found = factorize(pair, matching_modules(*pair, modules), provenance, progress)
+        if output is None:
+            return cls(dict(found), provenance)
+        entries: dict[str, Any] = {}
+        save_artifact(
+            output, _KIND, _VERSION, _tensors(found, entries), {"modules": entries, "provenance": provenance}
+        )
+        return cls._read(output)
+
+    def save(self, path: str | Path) -> Path:
+        """Save to one safetensors file, whole or not at all; see [`load`].
+
+        Args:
+            path (`str` or `Path`): The file to write. If anything fails, an old file of that name is untouched.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        entries: dict[str, Any] = {}
+        details = {"modules": entries, "provenance": self.provenance}
+        return save_artifact(path, _KIND, _VERSION, _tensors(self.modules.items(), entries), details)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AlignmentDirection:
+        """Load from a file, and check that it is sound: shapes, finite numbers, orthonormal `U`.
+
+        Args:
+            path (`str` or `Path`): A file written by [`save`], or by [`from_checkpoints`] with `output`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or holds something else.
+        """
+        direction = cls._read(path)
+        for name, factors in direction.modules.items():
+            problem = factors.problem()
+            if problem:
+                raise ValueError(f"The {_KIND} `{path}` is damaged: in `{name}` {problem}. Compute or copy it again.")
+        return direction
+
+    @classmethod
+    def _read(cls, path: str | Path) -> AlignmentDirection:
+        tensors, details = load_artifact(path, _KIND, _VERSION)
+        try:
+            modules = {
+                name: DirectionFactors(
+                    tensors[f"{name}.U"],
+                    tensors[f"{name}.singular_values"],
+                    float(entry["frobenius_norm"]),
+                    float(entry["next_singular_value"]),
+                    (int(entry["shape"][0]), int(entry["shape"][1])),
+                )
+                for name, entry in details["modules"].items()
+            }
+            return cls(modules, dict(details["provenance"]))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"The {_KIND} `{path}` is damaged: its tensors and its details do not agree ({error!r}). Compute or "
+                "copy it again."
+            ) from error
+
+    def check_fits(self, named_shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Make sure that the direction covers the weights that are about to be trained.
+
+        Args:
+            named_shapes (`Mapping[str, tuple[int, int]]`): (d_out, d_in) of each weight by module name of the base
+                model.
+
+        Raises:
+            ValueError: If a module is not in the direction, or has another shape there; names them.
+        """
+        missing = [name for name in named_shapes if name not in self.modules]
+        shapes = {name: factors.shape for name, factors in self.modules.items()}
+        unequal = [
+            f"{name} ({by(shape)}, not {by(shapes[name])} as in the direction)"
+            for name, shape in named_shapes.items()
+            if name in shapes and tuple(shape) != tuple(shapes[name])
+        ]
+        complaints = []
+        if missing:
+            identical = set(self.provenance.get("identical_modules", ()))
+            alike = [name for name in missing if name in identical]
+            reason = f" (alignment did not change {listing(alike)}, so they have none)" if alike else ""
+            complaints.append(
+                f"it has nothing for {listing(missing)}{reason}{prefix_hint(missing, list(self.modules))}"
+            )
+        if unequal:
+            complaints.append(f"other shapes: {listing(unequal)}")
+        if complaints:
+            raise ValueError(
+                f"The alignment direction ({len(self.modules)} modules, from {self._origin()}) does not fit the "
+                f"{len(named_shapes)} weights to be trained: {'; '.join(complaints)}. Compute it from the checkpoint "
+                "that is being fine-tuned, for these modules, or train only modules that it has."
+            )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return one row per module for a table: `module`, `shape`, `rank` (k), `error_bound` and `norm` (`‖d‖_F`)."""
+        return [
+            {
+                "module": name,
+                "shape": factors.shape,
+                "rank": factors.U.shape[1],
+                "error_bound": factors.error_bound,
+                "norm": factors.frobenius_norm,
+            }
+            for name, factors in self.modules.items()
+        ]
+
+    def _origin(self) -> str:
+        sources = [
+            self.provenance.get(role, {}).get("source", "an unknown model") for role in ("aligned", "unaligned")
+        ]
+        return f"{sources[0]} and {sources[1]}"
+
+
+def _check_settings(rank: int | None, max_error: float) -> None:
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}. Leave it out to let `max_error` choose it.")
+    if not 0 <= max_error < 1:
+        raise ValueError(f"`max_error` must be at least 0 and below 1, got {max_error}. The default is 0.01.")
+
+
+def _tensors(modules: Iterable[tuple[str, DirectionFactors]], entries: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors to be saved, and note in `entries` what else belongs to each module."""
+    for name, factors in modules:
+        yield f"{name}.U", factors.U
+        yield f"{name}.singular_values", factors.singular_values
+        entries[name] = {
+            "shape": list(factors.shape),
+            "frobenius_norm": factors.frobenius_norm,
+            "next_singular_value": factors.next_singular_value,
+        }

@@ -1,0 +1,229 @@
+"""`SafetyBasis`: the directions in which a model's layers work while it refuses, with provenance, on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...linalg import Leading
+from ...lora.updates import LinearLayer, linear_layers
+from ..security_vectors.identity import difference
+from ..store import load_artifact, save_artifact
+from .origin import origin
+from .streaming import InputTokens, Side, leading_directions
+from .tokens import examples_from
+
+logger = logging.getLogger(__name__)
+
+_KIND, _VERSION = "safety basis", 1
+
+
+@dataclass
+class SafetyBasis:
+    """The directions that a model's linear layers use while it reads harmful prompts and refuses, from one pass.
+
+    Run the aligned model over harmful prompts with their refusals. With `X_s` (d_in x n) a layer's inputs at the
+    tokens of the answers, its *output* directions are the leading left singular vectors of `W X_s`: what it says when
+    it refuses, which SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765) keeps updates from writing into. With `X_p`
+    (d_in x m) its inputs at the tokens of the prompts, its *input* directions are those of `X_p`: what it reads there.
+    An update that does not act on them leaves the model to read harmful prompts as before.
+
+    Args:
+        outputs (`dict[str, Leading]`): By layer, directions (d_out x k) with singular values and the whole energy.
+        inputs (`dict[str, Leading]`): By layer, directions (d_in x k) likewise. Either may be empty.
+        provenance (`dict[str, Any]`, *optional*): The model with revision and some values of its weights, the hash and
+            number of the tokens, the settings, the versions of the libraries, and the date.
+
+    Example:
+
+    ```python
+    from safe_trainer import SafetyBasis, SaLoRA
+
+    basis = SafetyBasis.from_rows(model, tokenizer, "refusals.jsonl", rank=32)
+    basis.save("basis.safetensors")
+    method = SaLoRA(basis="basis.safetensors")
+    ```
+    """
+
+    outputs: dict[str, Leading]
+    inputs: dict[str, Leading] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_rows(  # noqa: PLR0913, each is a setting with a name
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        safety_data: str | Path | Iterable[Mapping[str, Any]],
+        *,
+        modules: Collection[str] | None = None,
+        sides: Sequence[Side] = ("output",),
+        rank: int = 32,
+        input_tokens: InputTokens = "prompt",
+        samples: int = 128,
+        seed: int = 0,
+        max_length: int = 1024,
+        batch_size: int = 16,
+    ) -> SafetyBasis:
+        """Measure the directions in one forward pass over the rows, all layers at once.
+
+        The memory needed besides the model's own is a few times `2 x rank` vectors for each layer. The rows are
+        brought into the model's own chat format. The same rows, seed and model give the same basis; several processes
+        all take that of the first.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`): The aligned model. Adapters are switched off meanwhile.
+            tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with its chat template.
+            safety_data (`str`, `Path` or `Iterable[Mapping]`): Harmful prompts with safe answers: conversations
+                (`prompt` and `completion`, or `messages`), or a file of them in any format that `load_rows` reads.
+            modules (`Collection[str]`, *optional*): Names of the layers; left out, every linear layer but the head.
+            sides (`Sequence[str]`, *optional*, defaults to `("output",)`): `"output"`, `"input"` or both.
+            rank (`int`, *optional*, defaults to `32`): Directions for each layer.
+            input_tokens (`str`, *optional*, defaults to `"prompt"`): Where inputs are looked at: at the tokens of the
+                prompts, of the answers (`"answer"`) or of both (`"all"`).
+            samples (`int`, *optional*, defaults to `128`): How many rows to draw.
+            seed (`int`, *optional*, defaults to `0`): Seed of the draw.
+            max_length (`int`, *optional*, defaults to `1024`): Where a conversation is cut, in tokens.
+            batch_size (`int`, *optional*, defaults to `16`): Conversations in one forward pass.
+
+        Returns:
+            [`SafetyBasis`]: With fewer than `rank` directions, and a warning, where the tokens span no more.
+
+        Raises:
+            ValueError: If there are no rows or no answers, or `rank` does not fit a layer.
+            FloatingPointError: If the model's activations are infinite or NaN.
+        """
+        found = linear_layers(model)
+        layers = found if modules is None else {name: found[name] for name in modules}
+        for side in sides:
+            check_rank(layers, side, rank)
+        settings = {"samples": samples, "seed": seed, "max_length": max_length}
+        examples = examples_from(safety_data, tokenizer, what="`safety_data`", **settings)
+        how: dict[str, Any] = {"sides": sides, "rank": rank, "input_tokens": input_tokens}
+        leading = leading_directions(model, layers, examples, batch_size=batch_size, **how)
+        provenance = {**origin(model, layers, examples), "rank": rank, "input_tokens": input_tokens, **settings}
+        basis = cls(leading.get("output", {}), leading.get("input", {}), provenance)
+        basis._tell()
+        return basis
+
+    def side(self, side: Side) -> dict[str, Leading]:
+        """Return the directions of one side by layer."""
+        return self.outputs if side == "output" else self.inputs
+
+    def save(self, path: str | Path) -> Path:
+        """Save to one safetensors file, whole or not at all; see [`load`].
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        entries = {f"{n}.{side}": {"energy": x.energy, "captured": x.captured} for n, side, x in self._all()}
+        details = {"layers": entries, "provenance": self.provenance}
+        return save_artifact(path, _KIND, _VERSION, self._tensors(), details)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SafetyBasis:
+        """Load from a file, and check that it is sound: finite numbers and orthonormal directions.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or holds something else.
+        """
+        tensors, details = load_artifact(path, _KIND, _VERSION)
+        held: dict[str, dict[str, Leading]] = {"output": {}, "input": {}}
+        try:
+            for key, entry in details["layers"].items():
+                name, _, side = key.rpartition(".")
+                basis = tensors[f"{key}.basis"]
+                if not _is_orthonormal(basis):
+                    raise ValueError(f"the {side} directions of `{name}` are not orthonormal")
+                held[side][name] = Leading(basis, tensors[f"{key}.singular_values"], float(entry["energy"]))
+            return cls(held["output"], held["input"], dict(details["provenance"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"The {_KIND} `{path}` is damaged ({error}). Measure or copy it again.") from error
+
+    def check_fits(self, model: nn.Module, modules: Collection[str], sides: Sequence[Side], rank: int) -> None:
+        """Make sure that the basis was measured on this model and holds what is needed.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`): The model at hand.
+            modules (`Collection[str]`): Names of the layers that need directions.
+            sides (`Sequence[str]`): `"output"`, `"input"` or both.
+            rank (`int`): How many directions each needs. Fewer will do only where there were no more to be found.
+
+        Raises:
+            ValueError: If it does not fit; says what does not, and in which layers.
+        """
+        layers = linear_layers(model)
+        other = difference(model, layers, self.provenance.get("model", {}))
+        complaints = [] if other is None else [other]
+        for side in sides:
+            held = self.side(side)
+            missing = [name for name in modules if name not in held]
+            sizes = {name: layers[name].shape[side == "input"] for name in modules}
+            unequal = [name for name in modules if name in held and len(held[name].basis) != sizes[name]]
+            if missing:
+                complaints.append(f"there are no {side} directions of {_listing(missing)}")
+            if unequal:
+                first = unequal[0]
+                found = f"{len(held[first].basis)} entries, not {sizes[first]}"
+                complaints.append(f"the {side} directions of {_listing(unequal)} have another size ({found})")
+        if self.provenance.get("rank", rank) < rank:
+            complaints.append(f"they were measured with `rank={self.provenance['rank']}`, and {rank} are wanted")
+        if complaints:
+            raise ValueError(
+                f"The directions of the safety basis do not fit the model: {'; '.join(complaints)}. Measure them on "
+                "the model that is being fine-tuned: give `safety_data`, or use `SafetyBasis.from_rows`."
+            )
+
+    def _all(self) -> Iterator[tuple[str, Side, Leading]]:
+        yield from ((name, "output", leading) for name, leading in self.outputs.items())
+        yield from ((name, "input", leading) for name, leading in self.inputs.items())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, side, leading in self._all():
+            yield f"{name}.{side}.basis", leading.basis
+            yield f"{name}.{side}.singular_values", leading.singular_values
+
+    def _tell(self) -> None:
+        rank, rows = self.provenance["rank"], self.provenance["rows"]
+        short = {f"`{name}` ({side})": x.basis.shape[1] for name, side, x in self._all() if x.basis.shape[1] < rank}
+        if short:
+            logger.warning(
+                f"The {rows} rows of `safety_data` span fewer than `rank={rank}` directions in {len(short)} places, "
+                f"first {next(iter(short))} with {next(iter(short.values()))}; there, all of them are taken. Give "
+                "more rows, or lower `rank`."
+            )
+        shares = [leading.captured for _, _, leading in self._all()]
+        logger.info(f"Directions from {rows} rows hold {min(shares):.0%} to {max(shares):.0%} of each layer's energy.")
+
+
+def check_rank(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> None:
+    """Make sure that every layer keeps at least one direction free.
+
+    Raises:
+        ValueError: If not; names the layer.
+    """
+    for name, layer in layers.items():
+        size = layer.shape[side == "input"]
+        if rank >= size:
+            raise ValueError(
+                f"`rank` must be below {size}, the {side} size of `{name}`, got {rank}: protecting all directions "
+                f"leaves none to learn in. Lower `rank`, or leave `{name.rsplit('.', 1)[-1]}` out of `target_modules`."
+            )
+
+
+def _is_orthonormal(basis: Tensor) -> bool:
+    """Return whether the columns are, also counting NaN and infinity as not."""
+    gram = basis.mT @ basis
+    return bool(torch.allclose(gram, torch.eye(basis.shape[1]), atol=1e-4))
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,245 @@
+"""LoRA factors between training and disk: trained through a rule, stored plainly, and cut to the fewest columns.
+
+A *rule* is a module for `torch.nn.utils.parametrize`: its `forward` makes a factor from what is trained, and its
+`right_inverse` finds from a factor what to train. Whoever reads `lora_A.weight` or `lora_B.weight` meanwhile, be it a
+forward pass over any kind of base layer, a merge or a penalty, sees the factor. So does every state dict: PEFT saves
+and loads it as if there were no rule.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from ..linalg import compact_factors, outside
+from .io import read_adapter
+from .updates import LoraUpdate, check_peft_config, whole
+
+_TRAINED = "parametrizations.weight.original"
+_FOREIGN = 0.02  # share of a factor in protected directions that no rounding explains, bfloat16's included
+
+
+class _IncrementRule(nn.Module):
+    """What the rules of both factors share."""
+
+    basis: Tensor
+    start: Tensor | None
+
+    def __init__(self, basis: Tensor, doubled: bool) -> None:
+        super().__init__()
+        self.doubled = doubled
+        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("start", None, persistent=False)
+
+    def _check(self, columns: Tensor) -> None:
+        share = (self.basis.mT @ columns).norm() / columns.norm().clamp(min=1e-30)
+        if share > _FOREIGN:
+            raise ValueError(
+                f"{share:.0%} of one factor lies in directions that are protected now, so it was trained with others, "
+                "or with none. Give the basis, the `rank` and the `protect` that it was trained with, or start a new "
+                "adapter: pass the base model and `peft_config`."
+            )
+
+
+class IncrementB(_IncrementRule):
+    """The rule `dB -> [C dB, C B0]`, with `C = I − U Uᵀ`; not doubled, `B -> C B`.
+
+    Args:
+        basis (`Tensor`): `U`, orthonormal columns, of shape (d_out, k); `k = 0` protects nothing.
+        doubled (`bool`): Whether the factor holds a start. It is found in the factor that training begins with.
+    """
+
+    def forward(self, increment: Tensor) -> Tensor:
+        """Return the factor (d_out x 2r) for `dB` (d_out x r)."""
+        # Autocast would round the product to bfloat16, and let that much of `dB` into the protected directions.
+        with torch.autocast(increment.device.type, enabled=False):
+            free = outside(whole(increment), self.basis)
+            return (free if self.start is None else torch.cat([free, self.start], dim=1)).to(increment.dtype)
+
+    def right_inverse(self, factor: Tensor) -> Tensor:
+        """Return `C dB`, as good as `dB`, which only ever acts through `C`; keep the start."""
+        self._check(factor.float())
+        if not self.doubled:
+            return factor.clone()
+        increment, start = (half.clone(memory_format=torch.contiguous_format) for half in factor.detach().chunk(2, 1))
+        self.start = outside(start.float(), self.basis)
+        return increment
+
+
+class IncrementA(_IncrementRule):
+    """The rule `dA -> [A0 P + dA P ; dA P]`, with `P = I − V Vᵀ`; not doubled, `A -> A P`.
+
+    Args:
+        basis (`Tensor`): `V`, orthonormal columns, of shape (d_in, k); `k = 0` protects nothing, `P = I`.
+        doubled (`bool`): Whether the factor holds a start. It is found in the factor that training begins with.
+    """
+
+    def forward(self, increment: Tensor) -> Tensor:
+        """Return the factor (2r x d_in) for `dA` (r x d_in)."""
+        with torch.autocast(increment.device.type, enabled=False):
+            free = outside(whole(increment).mT, self.basis).mT
+            return (free if self.start is None else torch.cat([self.start + free, free])).to(increment.dtype)
+
+    def right_inverse(self, factor: Tensor) -> Tensor:
+        """Return `dA P`; keep `A0 P`, which is what the upper half has before the lower."""
+        self._check(factor.float().mT)
+        if not self.doubled:
+            return factor.clone()
+        upper, increment = factor.detach().chunk(2)
+        self.start = outside((upper.float() - increment.float()).mT, self.basis).mT
+        return increment.clone()
+
+
+def set_factors(update: LoraUpdate, left: Tensor, right: Tensor) -> None:
+    """Overwrite the factors of a LoRA layer.
+
+    Args:
+        update ([`~adapters.LoraUpdate`]): The layer's update.
+        left (`Tensor`): `B`, of shape (d_out, r).
+        right (`Tensor`): `A`, of shape (r, d_in).
+    """
+    with torch.no_grad():
+        update.layer.lora_B[update.adapter].weight.copy_(left)
+        update.layer.lora_A[update.adapter].weight.copy_(right)
+
+
+@contextmanager
+def trained_through(
+    updates: Mapping[str, LoraUpdate], rules: Callable[[str], tuple[nn.Module, nn.Module]]
+) -> Iterator[None]:
+    """Train LoRA factors through rules for the length of a context; then they are plain again, with their values.
+
+    The parameters stay the same objects, with another shape inside the context, so that an optimizer that knows them
+    from before still does.
+
+    Args:
+        updates (`Mapping[str, LoraUpdate]`): The layers by name.
+        rules (`Callable[[str], tuple[Module, Module]]`): Makes the rules of `A` and of `B` for a layer.
+
+    Raises:
+        ValueError: If a rule's `right_inverse` refuses a factor, here or when a state dict is loaded; names the layer.
+    """
+    with ExitStack() as stack:
+        for name, update in updates.items():
+            factors = update.layer.lora_A[update.adapter], update.layer.lora_B[update.adapter]
+            for factor, rule in zip(factors, rules(name), strict=True):
+                stack.enter_context(_trained_through(factor, rule, name))
+        yield
+
+
+@contextmanager
+def _trained_through(factor: nn.Linear, rule: Any, name: str) -> Iterator[None]:
+    def as_plain(module: nn.Linear, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        del state_dict[prefix + _TRAINED]
+        state_dict[prefix + "weight"] = module.weight.detach()
+
+    def from_plain(module: nn.Linear, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if prefix + "weight" in state_dict:
+            with _named(name):
+                plain = state_dict.pop(prefix + "weight").to(module.weight.device)
+                state_dict[prefix + _TRAINED] = rule.right_inverse(plain)
+
+    with _named(name):  # unsafe only says that what is trained may have another shape than the factor
+        parametrize.register_parametrization(factor, "weight", rule.to(factor.weight.device), unsafe=True)
+    saving = factor.register_state_dict_post_hook(as_plain)
+    loading = factor.register_load_state_dict_pre_hook(from_plain)
+    ending = sys.is_finalizing
+    try:
+        yield
+    finally:
+        # Where the context was never left and Python itself ends, nobody is there to see the factors, and of the
+        # modules that would make them plain, this one included, nothing may be left.
+        if not ending():
+            saving.remove()
+            loading.remove()
+            _make_plain(factor)
+
+
+def _make_plain(factor: nn.Linear) -> None:
+    original = factor.get_parameter(_TRAINED)
+    original.grad = None  # of the inner shape; an interrupted step leaves it behind
+    if not isinstance(original, DTensor):
+        parametrize.remove_parametrizations(factor, "weight")
+        return
+    # A sharded parameter cannot take another shape: the factor becomes a new one, whole in every process.
+    plain = factor.weight.detach()
+    parametrize.remove_parametrizations(factor, "weight", leave_parametrized=False)
+    factor.weight = nn.Parameter(plain, requires_grad=original.requires_grad)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The LoRA factors of `{name}` cannot be trained on: {error}") from error
+
+
+def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1e-6) -> dict[str, int]:
+    """Write a LoRA adapter anew with the smallest rank that gives the same update, layer by layer.
+
+    Args:
+        source (`str` or `Path`): Folder (or Hub id) of a LoRA adapter on linear layers.
+        target (`str` or `Path`): Folder for the result, an ordinary PEFT adapter with a `rank_pattern`.
+        tolerance (`float`, *optional*, defaults to `1e-6`): Singular values of an update up to this share of its
+            largest are taken for rounding noise. The default is that of float32; give 1e-2 for bfloat16 factors.
+
+    Returns:
+        `dict[str, int]`: The new rank of each layer.
+
+    Raises:
+        ValueError: If the adapter is no plain LoRA on linear layers.
+
+    Example:
+
+    ```python
+    ranks = compact_adapter("out", "out-compact")
+    ```
+    """
+    config, tensors = read_adapter(source)
+    check_peft_config(config, "Compacting")
+    foreign = [k for k, t in tensors.items() if "lora_embedding" in k or (".lora_A." in k and t.ndim != 2)]
+    if foreign:
+        raise ValueError(f"Only LoRA on linear layers can be compacted, and `{foreign[0]}` is not. Keep it as it is.")
+    ranks, scalings = {}, {}
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        prefix = key.removesuffix(".lora_A.weight")
+        right, left = tensors[key], tensors[f"{prefix}.lora_B.weight"]
+        name = prefix.removeprefix("base_model.model.")
+        scalings[name] = scaling(config, name, right.shape[0])
+        left, new = compact_factors(left, right, tolerance)
+        tensors[key], tensors[f"{prefix}.lora_B.weight"] = new.to(right.dtype), left.to(right.dtype)
+        ranks[name] = len(new)
+    _set_ranks(config, ranks, scalings)
+    Path(target).mkdir(parents=True, exist_ok=True)
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, Path(target) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(target))
+    return ranks
+
+
+def scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """Return what PEFT multiplies `B A` by in the layer of this name."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _set_ranks(config: LoraConfig, ranks: dict[str, int], scalings: dict[str, float]) -> None:
+    """Set rank and alpha of every layer so that its scaling stays what it was."""
+    alphas = {n: scalings[n] * (rank**0.5 if config.use_rslora else rank) for n, rank in ranks.items()}
+    widest = max(ranks, key=lambda name: ranks[name])
+    config.r, config.lora_alpha = ranks[widest], alphas[widest]
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
