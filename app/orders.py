@@ -127,6 +127,7 @@ def recipe_text(choices: Choices, variant: Variant, asked: list[dict[str, str]])
         "safety": PROTECTIONS[variant.key].safety(choices.model, s.strengths),
         "training": _training(choices.model, s),
         "evaluation": {"prompts": asked, "max_new_tokens": s.answer_tokens},
+        "monitor": {"every": max(1, s.steps // 8), "prompts": 40},
         "output": variant.key,
     }
     header = texts.RECIPE_HEADER.format(title=variant.title, file=variant.recipe)
@@ -194,7 +195,7 @@ def estimate(folder: Path, variants: Sequence[Variant]) -> recipe.Plan:
         RecipeError: If a recipe cannot be run.
     """
     checked = [recipe.read_recipe(folder / variant.recipe) for variant in variants]
-    return recipe.plan(checked[0], recipe.load(checked[0]))
+    return recipe.plan(checked[0], recipe.load_data(checked[0]))
 
 
 def write_method_file(folder: Path, name: str) -> None:

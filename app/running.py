@@ -7,44 +7,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback
-
-from safe_trainer import RefusalMonitor, compare, recipe, scan_file, train_security_vectors, write_report
+from safe_trainer import compare, recipe, scan_file, train_security_vectors, write_model_card, write_report
 
 from .protocol import COMPARISON, SCAN, Events, Stop
 
-WATCHED = 40  # prompts of each kind whose refusals are watched while training
-CHECKS = 8
 
-
-class Reporter(TrainerCallback):
-    """Tells the server what the trainer does; when that is wanted, ends it between two steps with a checkpoint."""
+class Reporter(recipe.RunCallbacks):
+    """Tells the server what a run does; when that is wanted, ends it between two steps with a checkpoint."""
 
     def __init__(self, key: str, events: Events, stop: Stop) -> None:
-        self.key, self.events, self.stop = key, events, stop
+        self.key, self.events, self.stop, self._stage, self._step = key, events, stop, "", 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how many steps there will be."""
-        self.events.tell("phase", variant=self.key, phase="training")
-        self.events.tell("step", variant=self.key, step=state.global_step, total=state.max_steps)
+    def stage(self, name: str) -> None:
+        """Say what begins."""
+        self._stage = name
+        if name in ("loading", "preparing", "training"):
+            self.stop.check()
+            self.events.tell("phase", variant=self.key, phase=name)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how far it is, or end it."""
-        self.events.tell_sometimes("step", variant=self.key, step=state.global_step, total=state.max_steps)
+    def progress(self, done: int, total: int) -> None:
+        """Say how far training is."""
+        self._step = done
+        tell = self.events.tell_sometimes if done else self.events.tell
+        tell("step", variant=self.key, step=done, total=total)
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Pass on the curves."""
+        values = {n: v for n, v in entry.items() if n in ("loss", "safety_penalty") or n.startswith("safety/")}
+        if values:
+            self.events.tell("point", variant=self.key, step=entry["step"], values=values)
+
+    def should_stop(self) -> bool:
+        """Return whether the user has had enough."""
         if self.stop.wanted.is_set():
             self.stop.saving()
-            self.events.tell("stopping", variant=self.key, step=state.global_step)
-            control.should_training_stop = control.should_save = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Pass on the curves."""
-        values = {
-            name: value
-            for name, value in (logs or {}).items()
-            if name in ("loss", "safety_penalty") or name.startswith("safety/")
-        }
-        if values:
-            self.events.tell("point", variant=self.key, step=state.global_step, values=values)
+            self.events.tell("stopping", variant=self.key, step=self._step)
+        return self.stop.wanted.is_set()
 
 
 def train(key: str, events: Events, stop: Stop) -> None:
@@ -55,22 +53,9 @@ def train(key: str, events: Events, stop: Stop) -> None:
         events ([`Events`]): Where to tell.
         stop ([`Stop`]): The wish to end.
     """
-    events.tell("phase", variant=key, phase="loading")
     checked = recipe.read_recipe(f"{key}.yaml")
-    loaded = recipe.load(checked)
-    events.tell("phase", variant=key, phase="preparing")
-    trainer = recipe.make_trainer(checked, loaded.rows, show_bars=False)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Reporter(key, events, stop))
-    sets = [s.first(WATCHED) for s in loaded.prompt_sets if s.kind in ("harmful", "borderline")]
-    if sets:
-        every = max(1, checked.training["max_steps"] // CHECKS)
-        trainer.add_callback(RefusalMonitor(trainer, sets, every=every))
-    stop.check()
     with stop.between_steps():
-        trainer.train()
-    trainer.save_model(checked.parts.output)
-    recipe.save_recipe(checked, loaded)
+        recipe.run_recipe(checked, Reporter(key, events, stop), compare=False)
 
 
 def examine(adapters: Mapping[str, str], events: Events) -> None:
@@ -94,9 +79,11 @@ def examine(adapters: Mapping[str, str], events: Events) -> None:
     def progress(done: int, total: int) -> None:
         events.tell_sometimes("progress", done=done, total=total)
 
-    sets = recipe.load(checked).prompt_sets
+    sets = recipe.load_data(checked).prompt_sets
     comparison = compare(model, AutoTokenizer.from_pretrained(path), sets, adapters, progress=progress, **decoding)
     write_report(comparison, Path.cwd(), COMPARISON)
+    for title, folder in adapters.items():
+        write_model_card(folder, comparison, name=title)
 
 
 def quiet() -> None:

@@ -80,7 +80,7 @@ __all__ = [
     "to_markdown",
     "token_f1",
     "train_security_vectors",
-    "write_card",
+    "write_model_card",
     "write_drift",
     "write_landscape",
     "write_report",
@@ -137,7 +137,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
     from safe_trainer.lora.reparametrize import compact_adapter
     from safe_trainer.methods import METHODS, AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
     from safe_trainer.methods.recommended import recommended
-    from safe_trainer.recipe.model_card import write_card
+    from safe_trainer.recipe.model_card import write_model_card
     from safe_trainer.trainer import SafeSFTTrainer
 
 _HOMES = {
@@ -200,7 +200,7 @@ _HOMES = {
     "to_markdown": "evaluation",
     "token_f1": "evaluation",
     "train_security_vectors": "artifacts.security_vectors",
-    "write_card": "recipe.model_card",
+    "write_model_card": "recipe.model_card",
     "write_drift": "analysis.drift",
     "write_landscape": "analysis.landscape",
     "write_report": "evaluation",

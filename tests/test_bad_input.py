@@ -450,7 +450,7 @@ MODELS: dict[str, Case] = {
         (ValueError, KeyError),
         "no_proj",
     ),
-    "a card of nothing": (lambda r: st.write_card(r.folder), ValueError, "no adapter and no model"),
+    "a card of nothing": (lambda r: st.write_model_card(r.folder), ValueError, "no adapter and no model"),
 }
 
 

@@ -21,7 +21,7 @@ from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.cli import app
 from safe_trainer.evaluation import to_json
 from safe_trainer.methods import AsFT
-from safe_trainer.recipe.model_card import BEGIN, publish, write_card
+from safe_trainer.recipe.model_card import BEGIN, publish, write_model_card
 
 RECIPE = {
     "model": {"path": "/home/me/secret-project/aligned"},
@@ -60,7 +60,7 @@ def test_a_card_holds_rates_recipe_and_citation_and_no_folder_of_this_machine(fo
 
 
 def test_the_hub_reads_what_was_measured(folder):
-    card = ModelCard.load(write_card(folder))
+    card = ModelCard.load(write_model_card(folder))
     assert card.data.base_model == "org/base-it" and card.data.library_name == "peft"
     assert {"safe-trainer", "trl", "lora", AsFT.tag} <= set(card.data.tags)
     found = {(r.dataset_name, r.metric_type): r for r in card.data.eval_results}
@@ -76,13 +76,13 @@ def test_the_hub_reads_what_was_measured(folder):
 def test_what_a_person_has_written_stays_text_and_metadata(folder):
     own = "---\nlicense: mit\ntags:\n- mine\nbase_model: my/own\n---\n# A name\n\nWritten by me.\n"
     (folder / "README.md").write_text(own)
-    write_card(folder)
+    write_model_card(folder)
     once = (folder / "README.md").read_text()
     assert "# A name\n\nWritten by me.\n\n" + BEGIN in once
     data = ModelCard.load(folder / "README.md").data
     assert (data.license, data.base_model, data.tags[0]) == ("mit", "my/own", "mine")
     (folder / "README.md").write_text(once + "\nWritten below.\n")
-    write_card(folder)
+    write_model_card(folder)
     assert (folder / "README.md").read_text() == once + "\nWritten below.\n"
 
 

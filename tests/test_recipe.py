@@ -179,7 +179,7 @@ def test_what_does_not_fit_the_model_is_found_without_training(name, recipe):
 
 
 def test_what_does_not_fit_is_found_before_a_model_is_loaded_too(recipe, monkeypatch):
-    from safe_trainer.recipe import running
+    from safe_trainer.recipe import run as running
 
     monkeypatch.setattr(running, "make_trainer", None)
     result = invoke("train", recipe({"peft": {"r": 2, "target_modules": "nosuch"}}))
@@ -402,14 +402,14 @@ def test_dry_run_counts_what_a_run_would_take(recipe):
 
 
 def test_dry_run_counts_the_same_tokens_and_steps_as_a_run(recipe):
-    from safe_trainer.recipe.planning import plan
-    from safe_trainer.recipe.running import load, make_trainer
+    from safe_trainer.recipe.dry_run import plan
+    from safe_trainer.recipe.run import load_data, make_trainer
 
     read = read_recipe(
         recipe({"training": {"num_train_epochs": 2, "per_device_train_batch_size": 3, "save_strategy": "no"}})
     )
-    loaded = load(read)
-    trainer = make_trainer(read, loaded.rows, show_bars=False)
+    loaded = load_data(read)
+    trainer = make_trainer(read, loaded.rows)
     trainer.train()
     made = plan(read, loaded)
     assert made.steps == trainer.state.global_step
@@ -518,21 +518,21 @@ def test_rows_that_the_evaluation_asks_are_pointed_out(recipe):
 
 @pytest.mark.parametrize(("weight", "rows"), [(0.25, 5), (1, 20), (2.5, 50)])
 def test_a_weight_says_how_often_rows_are_seen(recipe, weight, rows):
-    from safe_trainer.recipe.running import load
+    from safe_trainer.recipe.run import load_data
 
-    loaded = load(read_recipe(recipe({"data": [{"path": "rows.jsonl", "weight": weight}]})))
+    loaded = load_data(read_recipe(recipe({"data": [{"path": "rows.jsonl", "weight": weight}]})))
     assert len(loaded.rows) == rows
 
 
 def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp_path):
-    from safe_trainer.recipe.running import load
+    from safe_trainer.recipe.run import load_data
 
     folder = tmp_path / "more"
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"question": f"{n}?", "answer": "n"}) for n in range(10)))
     sources = [{"path": "rows.jsonl", "weight": 0.5}, {"hub": "./more", "weight": 2}]
     asked = {"prompts": [{"hub": "./more", "split": "train", "kind": "benign", "columns": {"prompt": "question"}}]}
-    loaded = load(read_recipe(recipe({"data": sources, "evaluation": asked})))
+    loaded = load_data(read_recipe(recipe({"data": sources, "evaluation": asked})))
     assert len(loaded.rows) == 10 + 20
     assert [report.format for report in loaded.reports] == ["prompt-completion", "question-answer", "columns"]
     assert (loaded.prompt_sets[0].name, len(loaded.prompt_sets[0])) == ("more", 10)
@@ -546,10 +546,10 @@ def test_a_model_that_cannot_be_had_is_named_before_data_is_read(recipe):
 
 
 def test_prompts_may_be_built_in(recipe):
-    from safe_trainer.recipe.running import load
+    from safe_trainer.recipe.run import load_data
 
     asked = {"prompts": [{"kind": "borderline", "built_in": "general"}]}
-    (found,) = load(read_recipe(recipe({"evaluation": asked}))).prompt_sets
+    (found,) = load_data(read_recipe(recipe({"evaluation": asked}))).prompt_sets
     assert (found.name, len(found)) == ("general borderline", 100)
     twice = {"prompts": [{"kind": "harmful", "built_in": "general", "path": "ask.csv"}]}
     assert any("or `built_in: general`" in problem for problem in problems(recipe({"evaluation": twice})))
@@ -683,13 +683,13 @@ def test_what_a_monitor_cannot_have_is_told_before_anything_is_loaded(recipe, tm
 
 
 def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
-    from safe_trainer.recipe.running import watch
+    from safe_trainer.recipe.run import add_monitors
 
     sets = [testbed.prompt_set("harmful"), testbed.task("sentiment")]
     trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora()))
     for count, wanted in ((3, [3]), (0, [])):
         added = []
         trainer.add_callback = added.append
-        watch(read_recipe(watched(recipe, tmp_path, prompts=count)), trainer, sets)
+        add_monitors(read_recipe(watched(recipe, tmp_path, prompts=count)), trainer, sets)
         assert [len(s) for monitor in added[1:] for s in monitor.prompt_sets] == wanted
         assert added[0].every == 1

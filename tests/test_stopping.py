@@ -340,7 +340,7 @@ def recipe_of(folder: Path) -> Path:
 
 def commanded(folder: Path, recipe: Path, callback: Any, options: tuple[str, ...] = ()) -> None:
     from safe_trainer.cli import app
-    from safe_trainer.recipe import running
+    from safe_trainer.recipe import run as running
 
     made = running.make_trainer
 

@@ -28,10 +28,10 @@ def card(
     """Write a model card with rates before and after, recipe and citations. Text of your own in it stays."""
     quiet_libraries()
     from ..evaluation import from_json
-    from ..recipe.model_card import publish, write_card
+    from ..recipe.model_card import publish, write_model_card
 
     compared = from_json(comparison.read_text(encoding="utf-8")) if comparison is not None else None
-    written = write_card(folder, compared, name=name)
+    written = write_model_card(folder, compared, name=name)
     address = publish(folder, push, private=private) if push is not None else None
     if as_json:
         print_json({"card": str(written), "uploaded": address})

@@ -1,26 +1,25 @@
-"""`safe-trainer train`: one recipe, from validation to the report."""
+"""`safe-trainer train`: shows what `run_recipe` reports."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from safetensors import SafetensorError
 
-from .planned import tell_plan
-from .shell import Json, errors, print_json, progress_bar, quiet_libraries
+from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
-    from ..recipe.running import Loaded
+    from ..methods import SafetyMethod
+    from ..recipe import Plan, Recipe, RunResult
+
+_STAGES = {"preparing": "Loading the model", "training": "Training", "comparing": "Comparing before and after"}
+_SHOWN = ("loss", "safety_penalty", "eval_loss", "mean_token_accuracy", "learning_rate")
 
 
 def _show_schema(wanted: bool) -> None:
@@ -36,8 +35,8 @@ def train(  # noqa: PLR0913, each is an option with a name
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="A change, such as training.learning_rate=1e-4; may be repeated.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan only.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the output.")] = False,
     schema: Annotated[
         bool,
         typer.Option("--schema", callback=_show_schema, is_eager=True, help="Print the JSON schema of recipes."),
@@ -46,180 +45,113 @@ def train(  # noqa: PLR0913, each is an option with a name
 ) -> None:
     """Carry out a recipe: load and check everything, train, save an ordinary model or adapter, and compare."""
     quiet_libraries()
-    from ..recipe import read_recipe
-    from ..recipe.running import load
+    from ..recipe import load_data, plan, read_recipe, run_recipe
 
     checked = read_recipe(recipe, changes or [])
-    if not dry_run:
-        _check_place(checked.parts.output)
-        if _is_first_process():
-            _check_run(checked.parts.output, resume)
-    loaded = load(checked)
-    if _is_first_process():
-        _tell_data(loaded)
     if dry_run:
-        from ..recipe.planning import plan
-
-        tell_plan(checked, plan(checked, loaded), as_json)
+        loaded = load_data(checked)
+        for text in loaded.messages():
+            errors.print(text, markup=False, soft_wrap=True)
+        _show_plan(checked, plan(checked, loaded), as_json)
         return
-    with redirect_stdout(sys.stderr):  # whatever libraries print: standard output is for the result
-        result = _run(checked, loaded, resume)
-    if as_json and _is_first_process():
-        print_json(result)
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _check_place(output: str) -> None:
-    """Hear before training, not behind it, that what comes of it has no place."""
-    if Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"`{output}` is a file. Choose a folder for the run with --set output=FOLDER.")
     try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"`{output}` cannot be written ({error.strerror}). Choose another folder with --set output=FOLDER.",
-        ) from error
-
-
-def _check_run(output: str, resume: bool) -> None:
-    """Refuse to go on from nothing, and to write a second run over a first.
-
-    Which checkpoint is whole is looked at by the trainer, since all processes are to go on from the same.
-    """
-    from ..checkpoints import checkpoints_of
-
-    found = checkpoints_of(Path(output))
-    if resume and not found:
-        raise ValueError(f"There is no checkpoint in `{output}` to go on from. Leave out --resume, or check `output`.")
-    if found and not resume:
-        raise ValueError(
-            f"`{output}` holds a run, up to `{found[-1]}`. Go on with --resume, or choose another `output`."
-        )
-    if not resume and Path(output, "recipe.yaml").is_file():
-        raise ValueError(f"`{output}` holds a finished run. Choose another with --set output=FOLDER, or remove it.")
-
-
-def _trained(recipe: Recipe, trainer: Any, resume: bool) -> Any:
-    """Train; on Ctrl-C or SIGTERM the trainer saves a checkpoint and says how to go on."""
-    from ..recipe.telling import tell
-
-    trainer.resume_command = _again()
-    try:
-        with progress_bar("Training") as show:
-            tell(trainer, show, lambda line: errors.print(line, markup=False, highlight=False))
-            return trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt as error:
-        if not error.args:  # nothing was saved for it and nothing told: it was the second, or came behind training
-            step, output = trainer.state.global_step, recipe.parts.output
-            errors.print(f"\nStopped behind step {step}. If `{output}` holds a checkpoint, --resume goes on from it.")
+        with redirect_stdout(sys.stderr), ExitStack() as stack:  # libraries print; standard output is for the result
+            result = run_recipe(checked, _show(stack), resume=resume)
+    except KeyboardInterrupt:  # the run has reported what is kept
         raise typer.Exit(130) from None
+    if as_json:
+        _print_result(result)
 
 
-def _again() -> str:
-    """Return the command that goes on with this run."""
-    return shlex.join(["safe-trainer", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
+def _show(stack: ExitStack) -> Any:
+    """Return callbacks that show a run on standard error: a bar for each stage, a line for each entry of the log."""
+    from ..recipe import RunCallbacks
+
+    class Shown(RunCallbacks):
+        _bar: Any = None
+
+        def stage(self, name: str) -> None:
+            stack.close()
+            self._bar = stack.enter_context(progress_bar(_STAGES[name])) if name in _STAGES else None
+
+        def progress(self, done: int, total: int) -> None:
+            if self._bar is not None:
+                self._bar(done, total)
+
+        def log(self, entry: Mapping[str, float]) -> None:
+            if line := _log_line(entry):
+                errors.print(line, markup=False, highlight=False)
+
+        def message(self, text: str) -> None:
+            errors.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return Shown()
 
 
-def _left(output: str) -> tuple[str, str]:
-    """Return what is left of a training whose end was not saved, and how to have it."""
-    from ..checkpoints import checkpoints_of, is_whole
-
-    whole = next(filter(is_whole, reversed(checkpoints_of(Path(output)))), None)  # each look reads a checkpoint
-    if whole is not None:
-        return f"The last checkpoint, `{whole}`, is intact", f"go on with: {_again()}"
-    return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
-
-
-@contextmanager
-def _saving(output: str) -> Iterator[None]:
-    """Explain a disk that is full, or a folder that cannot be written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        kept, go_on = _left(output)
-        raise OSError(
-            f"What was trained could not be saved in `{output}` ({error}). {kept}. Free some space or make the "
-            f"folder writable, and {go_on}"
-        ) from error
+def _log_line(entry: Mapping[str, float]) -> str:
+    """Return one line for an entry that has a loss or what a monitor measured; an empty text for others."""
+    shown = [f"{name.replace('_', ' ')} {entry[name]:.4g}" for name in _SHOWN if name in entry]
+    if "loss" not in entry and "eval_loss" not in entry:
+        shown = []
+    for name, value in entry.items():
+        if name == "drift/relative":
+            shown.append(f"weights moved by {value:.1%}")
+        elif name.endswith("_refused"):
+            shown.append(f"{name.removeprefix('safety/').replace('_', ' ')} {value:.1%}")
+    return f"step {entry['step']} of {entry['max_steps']}: {', '.join(shown)}" if shown else ""
 
 
-def _run(recipe: Recipe, loaded: Loaded, resume: bool) -> dict[str, Any]:
-    from ..recipe.running import make_trainer, watch
+def _print_result(result: RunResult) -> None:
+    import os
 
-    trainer = make_trainer(recipe, loaded.rows, show_bars=errors.is_terminal)
-    watch(recipe, trainer, loaded.prompt_sets)
-    trained = _trained(recipe, trainer, resume)
-    try:
-        return _finished(recipe, loaded, trainer, trained.metrics)
-    except KeyboardInterrupt:
-        kept, go_on = _left(recipe.parts.output)
-        errors.print(f"\nStopped by Ctrl-C behind training. {kept}; {go_on}", markup=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    from ..evaluation.storage import summary
 
-
-def _finished(recipe: Recipe, loaded: Loaded, trainer: Any, metrics: Any) -> dict[str, Any]:
-    """Save what was trained, and compare the model before and after."""
-    from ..recipe.running import examine, save_recipe
-
-    output = recipe.parts.output
-    with _saving(output):
-        trainer.save_model(output)
-    result: dict[str, Any] = {"output": output, "steps": trainer.state.global_step, "metrics": metrics}
-    if not trainer.is_world_process_zero():
-        return result
-    with _saving(output):
-        saved = save_recipe(recipe, loaded)
-    errors.print(f"Saved to {output}; {saved} runs it again.", markup=False, soft_wrap=True)
-    if loaded.prompt_sets and _is_split(trainer):
-        again = _comparing(recipe, loaded)
-        errors.print("Each process has a part of the model only, so it is asked afterwards, by one:", soft_wrap=True)
-        errors.print(again, markup=False, highlight=False, soft_wrap=True)
-        result["compare"] = again
-    elif loaded.prompt_sets:
-        from ..evaluation import write_report
-        from ..evaluation.storage import summary
-        from ..recipe.model_card import publish, write_card
-
-        with progress_bar("Asking the model before and after") as show:
-            comparison = examine(recipe, trainer, loaded.prompt_sets, show)
-        with _saving(output):
-            files = [*write_report(comparison, output), write_card(output, comparison)]
-        result |= {"report": [str(file) for file in files], "comparison": summary(comparison)}
-        for sentence in comparison.sentences(comparison.evaluations[-1].name):
-            errors.print(sentence, markup=False, soft_wrap=True)
-        errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
-        if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
-            publish(output, trainer.hub_model_id)
-    return result
+    if os.environ.get("RANK", "0") != "0":
+        return
+    found: dict[str, Any] = {"output": str(result.output), "steps": result.steps, "metrics": result.metrics}
+    if result.compare_command is not None:
+        found["compare"] = result.compare_command
+    if result.comparison is not None:
+        found |= {"report": [str(file) for file in result.files], "comparison": summary(result.comparison)}
+    print_json(found)
 
 
-def _is_split(trainer: Any) -> bool:
-    from ..distributed import strategy_of
+def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
+    """Print what a run would take."""
+    if as_json:
+        print_json(vars(made))
+        return
+    from rich.table import Table
 
-    return strategy_of(trainer.accelerator, trainer.model).is_sharded
+    facts = {
+        "model": recipe.parts.model.path,
+        "protected by": "\n".join(map(_described, recipe.safety)) or "nothing: plain fine-tuning",
+        "rows": f"{made.rows:,}",
+        "tokens": f"{made.tokens:,} per epoch; {made.cut:.1%} of the rows are cut off at `max_length`",
+        "steps": f"{made.steps:,} on {made.processes} process{'es' if made.processes > 1 else ''}",
+        "weights": f"{made.parameters:,}; {made.trainable:,} trained ({made.trainable / made.parameters:.2%})",
+        "memory": f"about {_size(made.memory)} per process",
+        "time": f"about {_duration(made.seconds)} on this machine",
+        "output": recipe.parts.output,
+    }
+    table = Table(show_header=False, box=None)
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    console.print(table)
+    console.print("Nothing was trained. Leave out --dry-run to start.")
 
 
-def _comparing(recipe: Recipe, loaded: Loaded) -> str:
-    """Return the command that compares the model before and after."""
-    output = recipe.parts.output
-    asked = [("--prompts", f"{prompts.kind}={prompts.source}") for prompts in loaded.prompt_sets if prompts.source]
-    tuned = ["--adapter", f"fine-tuned={output}"] if recipe.peft is not None else []
-    options = [*tuned, *(part for pair in asked for part in pair), "--output", output]
-    return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options])
+def _described(method: SafetyMethod) -> str:
+    """Return a method with the settings that differ from the defaults."""
+    fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]  # each is one
+    settings = [f"{f.name}={getattr(method, f.name)!r}" for f in fields if getattr(method, f.name) != f.default]
+    return f"{method.name}({', '.join(settings)})"
 
 
-def _tell_data(loaded: Loaded) -> None:
-    for report in loaded.reports:
-        errors.print(str(report), markup=False, soft_wrap=True)
-    for name, count in loaded.leaked.items():
-        errors.print(
-            f"{count:,} training rows ask a prompt of `{name}`: its rates will show memory, not behaviour. Remove "
-            "them from the one or the other.",
-            style="bold yellow",
-            soft_wrap=True,
-        )
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count > 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,13 +1,16 @@
-"""Recipes: one YAML file says everything about a run, and is validated whole before anything is loaded.
+"""Recipes: one YAML file says everything about a run, and is validated before anything is loaded.
 
-`document` knows the lines of a YAML file; `schema` says what may stand in it; `fields` asks TRL, PEFT and the methods
-what they take; `sources` looks for the files; `validation` brings them together; `planning` says what a run would
-take, and `running` carries it out.
+```python
+from safe_trainer import recipe
+
+result = recipe.run_recipe(recipe.read_recipe("recipes/testbed/asft.yaml", ["training.max_steps=10"]))
+```
 """
 
 from .document import RecipeError
-from .planning import Plan, plan
-from .running import Loaded, load, make_trainer, save_recipe
+from .dry_run import Plan, plan
+from .run import LoadedData, RunCallbacks, RunResult, load_data, run_recipe
 from .validation import Recipe, read_recipe
 
-__all__ = ["Loaded", "Plan", "Recipe", "RecipeError", "load", "make_trainer", "plan", "read_recipe", "save_recipe"]
+__all__ = ["LoadedData", "Plan", "Recipe", "RecipeError", "RunCallbacks", "RunResult", "load_data", "plan",
+           "read_recipe", "run_recipe"]  # fmt: skip

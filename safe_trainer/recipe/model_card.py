@@ -34,7 +34,7 @@ _METRICS = {
 }
 
 
-def write_card(folder: str | Path, comparison: Comparison | None = None, *, name: str | None = None) -> Path:
+def write_model_card(folder: str | Path, comparison: Comparison | None = None, *, name: str | None = None) -> Path:
     """Write the model card of a fine-tuned adapter or model beside it, as `README.md`.
 
     Args:
@@ -52,7 +52,7 @@ def write_card(folder: str | Path, comparison: Comparison | None = None, *, name
     Example:
 
     ```python
-    write_card("out", compare(model, tokenizer, prompt_sets, {"AsFT": "out"}))
+    write_model_card("out", compare(model, tokenizer, prompt_sets, {"AsFT": "out"}))
     ```
     """
     from huggingface_hub import ModelCard

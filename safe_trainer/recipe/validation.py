@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,12 @@ class Recipe:
     peft: LoraConfig | None
     safety: list[SafetyMethod]
     document: Document = field(repr=False, compare=False)
+    changes: tuple[str, ...] = ()
+
+    def command(self, *options: str) -> str:
+        """Return the command that runs this recipe with these changes."""
+        changes = [part for change in self.changes for part in ("--set", change)]
+        return shlex.join(["safe-trainer", "train", str(self.path), *changes, *options])
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -112,7 +119,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     safety = check_safety(values, peft, problems)
     document.complain(problems)
     assert parts is not None  # otherwise there were problems
-    return Recipe(Path(path), document.values, parts, training, peft, safety, document)
+    return Recipe(Path(path), document.values, parts, training, peft, safety, document, tuple(overrides))
 
 
 def _check_parts(values: dict[str, Any], problems: list[Problem]) -> RecipePart | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .fitting import adapted, skeleton
-from .running import Loaded, arguments
+from .run import LoadedData, arguments, load_data
 from .validation import Recipe
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ class Plan:
     seconds: float
 
 
-def plan(recipe: Recipe, loaded: Loaded) -> Plan:
+def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
     """Work out what a recipe would do; loads the tokenizer and the model's configuration, not its weights."""
+    loaded = loaded or load_data(recipe)
     args = arguments(recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     lengths = _lengths(recipe, loaded.rows)

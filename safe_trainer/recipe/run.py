@@ -1,0 +1,493 @@
+"""A recipe carried out, from its data to the report: `run_recipe` is the one workflow of command line and app.
+
+```python
+from safe_trainer import recipe
+
+result = recipe.run_recipe(recipe.read_recipe("recipes/testbed/asft.yaml"))
+print(result.output, result.comparison.sentences("fine-tuned"))
+```
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from safetensors import SafetensorError
+
+from .. import __version__
+from ..data import PromptSet, Report, leaked_rows, load_prompts, load_rows
+from ..evaluation.general import general_prompts
+from .document import RecipeError, dotted
+from .fitting import adapted, skeleton
+from .sources import moved, reading_of, source_of
+from .validation import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..evaluation import Comparison
+    from ..trainer import SafeSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+TUNED = "fine-tuned"
+
+
+class RunCallbacks:
+    """What a run reports while it goes on; override what you want to show. The defaults do nothing.
+
+    Example:
+
+    ```python
+    class Printer(RunCallbacks):
+        def message(self, text):
+            print(text)
+
+
+    run_recipe(read_recipe("recipe.yaml"), Printer())
+    ```
+    """
+
+    def stage(self, name: str) -> None:
+        """Receive the stage that begins: loading, preparing, training, saving, comparing or done."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Receive how far the stage is: optimizer steps while training, prompts while comparing."""
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Receive an entry of the trainer's log (losses, penalties, monitors' rates) with its `step`."""
+
+    def message(self, text: str) -> None:
+        """Receive a sentence for the user: a data report, a warning, a conclusion."""
+
+    def should_stop(self) -> bool:
+        """Return whether to stop after the current step, with a checkpoint to resume from."""
+        return False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has produced.
+
+    Args:
+        output (`Path`): The folder of the adapter or model, the recipe and the report.
+        steps (`int`): Optimizer steps taken.
+        metrics (`dict[str, float]`): What the trainer measured: runtime, loss.
+        comparison ([`Comparison`], *optional*): The model before and after; `None` without an evaluation.
+        files (`list[Path]`): Report and model card.
+        stopped (`bool`): Whether `RunCallbacks.should_stop` ended training; then only a checkpoint is saved.
+        compare_command (`str`, *optional*): The command to compare with afterwards, where several processes each hold
+            a part of the model.
+        protection (`str`): One sentence: what protected the run and how strongly it was tested.
+    """
+
+    output: Path
+    steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    comparison: Comparison | None = None
+    files: list[Path] = field(default_factory=list)
+    stopped: bool = False
+    compare_command: str | None = None
+    protection: str = ""
+
+
+def run_recipe(
+    recipe: Recipe, callbacks: RunCallbacks | None = None, *, resume: bool = False, compare: bool = True
+) -> RunResult:
+    """Carry out a recipe: load and check its data, train, save, compare before and after, write report and card.
+
+    Args:
+        recipe ([`Recipe`]): From [`read_recipe`].
+        callbacks ([`RunCallbacks`], *optional*): Receives stages, progress, log entries and messages.
+        resume (`bool`, *optional*, defaults to `False`): Go on from the last complete checkpoint in the output.
+        compare (`bool`, *optional*, defaults to `True`): Whether to ask the prompts of `evaluation` before and after.
+
+    Returns:
+        [`RunResult`]: Output folder, comparison and files.
+
+    Raises:
+        RecipeError: If the recipe does not fit its model.
+        ValueError: If the output holds a run already, there is nothing to resume from, or data cannot be read.
+        OSError: If the output cannot be written.
+        KeyboardInterrupt: After Ctrl-C; a checkpoint is saved and reported by then.
+    """
+    asked = callbacks or RunCallbacks()
+    callbacks = asked if _is_first_process() else RunCallbacks()  # the others run silently
+    check_output(recipe.parts.output, resume)
+    callbacks.stage("loading")
+    loaded = load_data(recipe)
+    for text in loaded.messages():
+        callbacks.message(text)
+    callbacks.stage("preparing")
+    trainer = make_trainer(recipe, loaded.rows)
+    add_monitors(recipe, trainer, loaded.prompt_sets)
+    callbacks.stage("training")
+    metrics, stopped = _train(recipe, trainer, asked, callbacks, resume)
+    result = RunResult(Path(recipe.parts.output), trainer.state.global_step, metrics, stopped=stopped)
+    if stopped:
+        return result
+    try:
+        result = _finish(recipe, loaded, trainer, callbacks, replace(result, protection=protection(trainer)), compare)
+    except KeyboardInterrupt:
+        kept, go_on = _left(recipe)
+        callbacks.message(f"Stopped by Ctrl-C after training. {kept}; {go_on}")
+        raise
+    callbacks.stage("done")
+    return result
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_output(output: str, resume: bool) -> None:
+    """Fail before training, not after, if the output is not writable, holds a run, or nothing to resume from.
+
+    Raises:
+        ValueError: If it is a file, holds a run already, or holds no checkpoint although `resume` is set.
+        OSError: If it cannot be written.
+    """
+    from ..checkpoints import checkpoints_of
+
+    if Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"`{output}` is a file. Choose a folder for the run with --set output=FOLDER.")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"`{output}` cannot be written ({error.strerror}). Choose another folder with --set output=FOLDER.",
+        ) from error
+    if not _is_first_process():  # another process may have begun to write there
+        return
+    found = checkpoints_of(Path(output))  # the trainer checks which is complete: all processes resume from the same
+    if resume and not found:
+        raise ValueError(
+            f"There is no checkpoint in `{output}` to resume from. Leave out --resume, or check `output`."
+        )
+    if found and not resume:
+        raise ValueError(
+            f"`{output}` holds a run, up to `{found[-1]}`. Resume it with --resume, or choose another `output`."
+        )
+    if not resume and Path(output, "recipe.yaml").is_file():
+        raise ValueError(f"`{output}` holds a finished run. Choose another with --set output=FOLDER, or remove it.")
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The data of a recipe.
+
+    Args:
+        rows (`Dataset`): What is trained on, all sources together, as often as their weights say.
+        prompt_sets (`list[PromptSet]`): What the model is examined with; empty without an evaluation.
+        reports (`list[Report]`): What was found in each source.
+        leaked (`dict[str, int]`): How many training rows ask what a prompt set will ask, by the set's name.
+    """
+
+    rows: Dataset
+    prompt_sets: list[PromptSet]
+    reports: list[Report]
+    leaked: dict[str, int]
+
+    def messages(self) -> list[str]:
+        """Return what a user should read about the data before training."""
+        leaks = [
+            f"{count:,} training rows ask a prompt of `{name}`: its rates will show memory, not behavior. Remove them "
+            "from one or the other."
+            for name, count in self.leaked.items()
+        ]
+        return [*map(str, self.reports), *leaks]
+
+
+def load_data(recipe: Recipe) -> LoadedData:
+    """Load the training rows and the prompts of a recipe.
+
+    Raises:
+        ValueError: If one of its sources cannot be read, or they do not go together.
+    """
+    _check_model(recipe)
+    reports: list[Report] = []
+    rows = _training_rows(recipe, reports)
+    sets = []
+    for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
+        if part.built_in is not None:
+            found = general_prompts(part.kind)
+            sets.append(replace(found, name=part.name or found.name))
+            continue
+        prompts, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
+        sets.append(prompts)
+        reports.append(report)
+    leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
+    return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
+
+
+def _check_model(recipe: Recipe) -> None:
+    """See that the model is there, and that the recipe fits it, before data is read, which may take long."""
+    from transformers import AutoConfig
+
+    model = recipe.parts.model
+    try:
+        AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model `{model.path}` cannot be had: {str(error).strip()} Give a Hub id, or a folder that begins "
+            "with ./, ../ or /; for a private or gated model, log in with `hf auth login`."
+        ) from error
+    try:
+        empty = skeleton(recipe)
+    except Exception:  # says nothing of the recipe: what is wrong is told when the model itself is loaded
+        return
+    adapted(recipe, empty)
+
+
+def _training_rows(recipe: Recipe, reports: list[Report]) -> Dataset:
+    from datasets import concatenate_datasets
+
+    seed = recipe.training.get("seed", 42)
+    parts: list[Dataset] = []
+    for source in recipe.parts.data:
+        rows, report = load_rows(source_of(source), reading_of(source))
+        reports.append(report)
+        whole, rest = divmod(source.weight, 1)
+        parts += [rows] * int(whole)
+        if rest:
+            parts.append(rows.shuffle(seed=seed).select(range(max(1, round(rest * len(rows))))))
+    kinds = {tuple(part.column_names) for part in parts}
+    if len(kinds) > 1:
+        formats = ", ".join(f"{report.source} ({report.format})" for report in reports)
+        raise ValueError(f"Texts and conversations cannot be mixed in one run: {formats}. Bring them into one form.")
+    return concatenate_datasets(parts)
+
+
+def arguments(recipe: Recipe) -> Any:
+    """Return TRL's arguments for a recipe.
+
+    Raises:
+        RecipeError: If they contradict each other, or ask for what this machine does not have.
+    """
+    import torch
+    from trl import SFTConfig
+
+    settings = {"report_to": "none", **recipe.training}
+    if not torch.accelerator.is_available():
+        # TRL's own default, bfloat16 on a GPU, is refused on a machine without one.
+        settings = {"use_cpu": True, "bf16": False, **settings}
+    try:
+        return SFTConfig(output_dir=recipe.parts.output, **settings)
+    except ValueError as error:
+        # The libraries name the value that they do not know, but not the setting.
+        texts = [name for name, value in recipe.training.items() if isinstance(value, str) and value]
+        names = [name for name in texts if str(error).startswith(f"{recipe.training[name]} ")]
+        place = ("training", *names[:1])
+        raise RecipeError(recipe.document.name, [f"{recipe.document.where(place)}{dotted(place)}: {error}"]) from error
+
+
+def make_trainer(recipe: Recipe, rows: Dataset) -> SafeSFTTrainer:
+    """Build the trainer of a recipe: loads the model and lets the methods prepare."""
+    from ..trainer import SafeSFTTrainer
+
+    model = recipe.parts.model
+    args = arguments(recipe)
+    args.disable_tqdm = True  # callbacks show the progress
+    args.model_init_kwargs = {"dtype": model.dtype, "revision": model.revision}
+    return SafeSFTTrainer(
+        model=model.path,
+        args=args,
+        train_dataset=rows,
+        quantization_config=_quantization(model.quantization, args.bf16),
+        peft_config=recipe.peft,
+        safety=recipe.safety,
+    )
+
+
+def add_monitors(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
+    """Let what the recipe's `monitor` asks for be measured while training, and logged beside the loss."""
+    from ..analysis.drift import DriftMonitor
+    from ..evaluation import RefusalMonitor
+
+    asked = recipe.parts.monitor
+    if asked is None:
+        return
+    drift = DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis)
+    trainer.add_callback(drift)
+    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
+    if sets:
+        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
+
+
+def _quantization(bits: str | None, bf16: bool) -> Any:
+    if bits is None:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if bf16 else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _train(
+    recipe: Recipe, trainer: SafeSFTTrainer, asked: RunCallbacks, callbacks: RunCallbacks, resume: bool
+) -> tuple[dict[str, float], bool]:
+    """Train, and return the trainer's metrics and whether `should_stop` ended it."""
+    from .telling import Events
+
+    events = Events(asked, callbacks)
+    events.replace_printers(trainer)
+    trainer.resume_command = recipe.command("--resume")
+    try:
+        metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    except KeyboardInterrupt as error:
+        if not error.args:  # the trainer has saved and reported nothing: a second Ctrl-C, or one after training
+            step, output = trainer.state.global_step, recipe.parts.output
+            callbacks.message(
+                f"Stopped after step {step}. If `{output}` holds a checkpoint, --resume goes on from it."
+            )
+        raise
+    return metrics, events.stopped
+
+
+def _finish(
+    recipe: Recipe,
+    loaded: LoadedData,
+    trainer: SafeSFTTrainer,
+    callbacks: RunCallbacks,
+    result: RunResult,
+    compare: bool,
+) -> RunResult:
+    """Save what was trained, compare the model before and after, and write report and card."""
+    from ..distributed import strategy_of
+    from ..evaluation import write_report
+    from .model_card import publish, write_model_card
+
+    output = recipe.parts.output
+    callbacks.stage("saving")
+    with _saving(recipe):
+        trainer.save_model(output)
+    if not trainer.is_world_process_zero():
+        return result
+    with _saving(recipe):
+        saved = save_recipe(recipe, loaded)
+    callbacks.message(f"Saved to {output}. Run it again with: safe-trainer train {saved}")
+    comparison, files = None, []
+    if loaded.prompt_sets and compare:
+        if strategy_of(trainer.accelerator, trainer.model).is_sharded:
+            again = _compare_command(recipe, loaded)
+            callbacks.message(f"Each process holds a part of the model only, so compare it afterwards with:\n{again}")
+            result = replace(result, compare_command=again)
+        else:
+            callbacks.stage("comparing")
+            comparison = examine(recipe, trainer, loaded.prompt_sets, callbacks.progress)
+            with _saving(recipe):
+                files = list(write_report(comparison, output))
+            for sentence in comparison.sentences(comparison.evaluations[-1].name):
+                callbacks.message(sentence)
+    with _saving(recipe):
+        files.append(write_model_card(output, comparison))
+    callbacks.message(f"Wrote {', '.join(map(str, files))}")
+    if result.protection:
+        callbacks.message(result.protection)
+    if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
+        publish(output, trainer.hub_model_id)
+    return replace(result, comparison=comparison, files=files)
+
+
+def protection(trainer: SafeSFTTrainer) -> str:
+    """Return one sentence: what protected the run and how strongly it was tested."""
+    return str(getattr(trainer, "safety_report", "") or "")
+
+
+@contextmanager
+def _saving(recipe: Recipe) -> Iterator[None]:
+    """Explain a disk that is full, or a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        kept, go_on = _left(recipe)
+        raise OSError(
+            f"What was trained could not be saved in `{recipe.parts.output}` ({error}). {kept}. Free some space or "
+            f"make the folder writable, and {go_on}"
+        ) from error
+
+
+def _left(recipe: Recipe) -> tuple[str, str]:
+    """Return what is left of a training whose end was not saved, and how to have it."""
+    from ..checkpoints import checkpoints_of, is_whole
+
+    output = recipe.parts.output
+    whole = next(filter(is_whole, reversed(checkpoints_of(Path(output)))), None)
+    if whole is not None:
+        return f"The last checkpoint, `{whole}`, is intact", f"resume with: {recipe.command('--resume')}"
+    return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
+
+
+def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
+    """Return the command that compares the model before and after."""
+    output = recipe.parts.output
+    asked = [("--prompts", f"{prompts.kind}={prompts.source}") for prompts in loaded.prompt_sets if prompts.source]
+    tuned = ["--adapter", f"{TUNED}={output}"] if recipe.peft is not None else []
+    options = [*tuned, *(part for pair in asked for part in pair), "--output", output]
+    return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options])
+
+
+def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet], progress: Any = None) -> Comparison:
+    """Ask the model before and the model after the same prompts; the adapter is read back from where it was saved."""
+    from transformers import AutoModelForCausalLM
+
+    from ..evaluation import Comparison, compare, evaluate
+
+    asked = recipe.parts.evaluation
+    assert asked is not None  # otherwise there are no prompt sets either
+    decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
+    tokenizer = trainer.processing_class
+    if recipe.peft is not None:
+        adapters = {TUNED: recipe.parts.output}
+        return compare(trainer.model, tokenizer, prompt_sets, adapters, progress=progress, **decoding)
+    after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, progress=progress, **decoding)
+    device, dtype = trainer.model.device, trainer.model.dtype
+    trainer.model.cpu()
+    gc.collect()  # the model before takes the place of the model after
+    base = AutoModelForCausalLM.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
+    base = base.to(device, dtype)
+    before = evaluate(base, tokenizer, prompt_sets, name="before", progress=progress, **decoding)
+    return Comparison((before, after))
+
+
+def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
+    """Write the recipe beside what came of it, as it was run and with the versions, so that it can be run again."""
+    output = Path(recipe.parts.output)
+    values = moved(recipe.values, (), recipe.path.parent, output)
+    values["training"] = {
+        "seed": 42,
+        **(values.get("training") or {}),
+    }  # TRL's default, which a later one may not share
+    values.setdefault("peft", recipe.parts.peft)
+    names = ("torch", "transformers", "trl", "peft")
+    versions = ", ".join([f"safe_trainer {__version__}", *(f"{name} {version(name)}" for name in names)])
+    lines = [f"# Run from {recipe.path.name} with {versions}"]
+    for report in loaded.reports:
+        digest = f", sha256 {_sha256(report.source)}" if Path(report.source).is_file() else ""
+        lines.append(f"# Read {Path(report.source).name}: {report.format}, {report.rows} rows{digest}")
+    path = output / "recipe.yaml"
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    path.write_text("\n".join(lines) + "\n" + text, encoding="utf-8")
+    return path
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
