@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import PromptSet, Reading, encode_row, leaked_rows, read_records, stream_rows, testbed
+from safe_trainer import PromptSet, ReadOptions, encode_row, leaked_rows, read_records, stream_rows, testbed
 
 from . import texts
 from .catalogue import EXAMPLES, Example, Model
@@ -96,7 +96,7 @@ def inspect(path: Path, name: str, tokenizer: Any, limits: Limits, example: Exam
     ending_of(path.name)
     try:
         _check_columns(path, limits)
-        rows, report = stream_rows(path, Reading(on_bad_row="skip"), kept_troubles=_KEPT_TROUBLES)
+        rows, report = stream_rows(path, ReadOptions(on_bad_row="skip"), kept_troubles=_KEPT_TROUBLES)
         kept = list(_within(rows, limits))
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), name)) from None

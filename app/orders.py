@@ -151,8 +151,8 @@ def python_code(folder: Path, variant: Variant) -> str:
 
     values = yaml.safe_load((folder / variant.recipe).read_text(encoding="utf-8"))
     safety, imports = _safety_code(values["safety"])
-    reading = ', Reading(on_bad_row="skip")' if "on_bad_row" in values["data"][0] else ""
-    names = sorted({"SafeSFTTrainer", "load_rows", *imports, *(["Reading"] if reading else [])})
+    reading = ', ReadOptions(on_bad_row="skip")' if "on_bad_row" in values["data"][0] else ""
+    names = sorted({"SafeSFTTrainer", "load_rows", *imports, *(["ReadOptions"] if reading else [])})
     training = {"output_dir": values["output"], **values["training"], "report_to": "none"}
     if not torch.accelerator.is_available():
         training |= {"use_cpu": True, "bf16": False}

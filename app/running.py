@@ -99,7 +99,7 @@ def scan(job: Mapping[str, Any], events: Events) -> None:
     """Rank the rows of a file by how harmful they look; vectors are fitted first where there are none yet."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from safe_trainer import Reading, load_rows
+    from safe_trainer import ReadOptions, load_rows
 
     events.tell("phase", phase="loading")
     model = AutoModelForCausalLM.from_pretrained(job["model"])
@@ -117,7 +117,7 @@ def scan(job: Mapping[str, Any], events: Events) -> None:
         model,
         vectors,
         tokenizer,
-        reading=Reading(on_bad_row="skip"),
+        reading=ReadOptions(on_bad_row="skip"),
         top=20,
         max_length=job["max_length"],
         progress=lambda done, total: events.tell_sometimes("progress", done=done, total=total),

@@ -41,7 +41,7 @@ __all__ = [
     "Limits",
     "PhraseJudge",
     "PromptSet",
-    "Reading",
+    "ReadOptions",
     "RefusalMonitor",
     "SaLoRA",
     "SafeSFTTrainer",
@@ -96,7 +96,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time `_HOMES` b
     from safe_trainer.artifacts.security_vectors import Fitting, TrainedVectors, train_security_vectors
     from safe_trainer.data import (
         PromptSet,
-        Reading,
+        ReadOptions,
         conversation,
         encode_row,
         leaked_rows,
@@ -161,7 +161,7 @@ _HOMES = {
     "Limits": "evaluation",
     "PhraseJudge": "evaluation",
     "PromptSet": "data",
-    "Reading": "data",
+    "ReadOptions": "data",
     "RefusalMonitor": "evaluation",
     "SaLoRA": "methods",
     "SafeSFTTrainer": "trainer",

@@ -72,7 +72,7 @@ Case = tuple[Callable[[Room], Any], type[BaseException], str]
 
 
 def rows(room: Room, name: str, content: str | bytes, **reading: Any) -> Any:
-    return st.load_rows(room.file(name, content), st.Reading(**reading))
+    return st.load_rows(room.file(name, content), st.ReadOptions(**reading))
 
 
 def vectors() -> Any:
@@ -365,8 +365,8 @@ DATA: dict[str, Case] = {
         ValueError,
         "alpaca",
     ),
-    "format and columns": (lambda r: st.Reading(format="alpaca", columns={"prompt": "a"}), ValueError, "not both"),
-    "another word for a bad row": (lambda r: st.Reading(on_bad_row="ignore"), ValueError, "'raise' or 'skip'"),
+    "format and columns": (lambda r: st.ReadOptions(format="alpaca", columns={"prompt": "a"}), ValueError, "not both"),
+    "another word for a bad row": (lambda r: st.ReadOptions(on_bad_row="ignore"), ValueError, "'raise' or 'skip'"),
     "a filter that lets nothing through": (
         lambda r: rows(r, "rows.csv", "instruction,output\na,b", where={"output": "c"}),
         ValueError,

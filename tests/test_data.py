@@ -13,7 +13,7 @@ import pytest
 from safe_trainer.data import (
     HubDataset,
     PromptSet,
-    Reading,
+    ReadOptions,
     conversation,
     leaked_rows,
     load_prompts,
@@ -58,7 +58,7 @@ def test_bad_rows_are_refused_with_all_their_lines(tmp_path):
 def test_bad_rows_can_be_left_out_but_not_silently(tmp_path, caplog):
     path = write(tmp_path / "rows.jsonl", [{"instruction": "No answer"}, *ALPACA, *["{"] * 7])
     with caplog.at_level(logging.WARNING):
-        rows, report = load_rows(path, Reading(on_bad_row="skip"))
+        rows, report = load_rows(path, ReadOptions(on_bad_row="skip"))
     assert len(rows) == report.rows == 5
     assert report.troubles == {"not JSON": 7, "other columns": 1}
     assert len(report.examples) == 6, "five of a kind are enough"
@@ -71,7 +71,7 @@ def test_a_number_that_is_too_long_can_be_left_out(name, tmp_path, caplog):
     lines = [good, '{"prompt": "c", "completion": "d", "id": [-' + "1" * 300_000 + "]}", good]
     path = tmp_path / name
     path.write_text("[" + ",\n".join(lines) + "]" if name == "rows.json" else "\n".join(lines))
-    rows, report = load_rows(path, Reading(on_bad_row="skip"))
+    rows, report = load_rows(path, ReadOptions(on_bad_row="skip"))
     assert len(rows) == 2 and report.troubles == {"not JSON": 1}
     assert "line 2: not JSON: found a whole number with more digits than can be read" in caplog.text
 
@@ -85,7 +85,7 @@ def test_the_first_bad_row_does_not_decide_the_format(tmp_path):
 def test_a_file_without_a_usable_row_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"instruction": "No answer", "output": ""}])
     with pytest.raises(ValueError, match="No row can be used"):
-        load_rows(path, Reading(on_bad_row="skip"))
+        load_rows(path, ReadOptions(on_bad_row="skip"))
     (tmp_path / "rows.csv").write_text("instruction,output\n")
     with pytest.raises(ValueError, match="no known format: found no rows"):
         load_rows(tmp_path / "rows.csv")
@@ -96,35 +96,35 @@ def test_unknown_columns_are_shown_with_what_would_do(tmp_path):
     with pytest.raises(ValueError, match="found columns question_text, reply. Name its `columns`") as error:
         load_rows(path)
     assert "alpaca (instruction, output)" in str(error.value)
-    rows, _ = load_rows(path, Reading(columns={"prompt": "question_text", "answer": "reply"}))
+    rows, _ = load_rows(path, ReadOptions(columns={"prompt": "question_text", "answer": "reply"}))
     assert rows.to_list() == [conversation("Hi", "Hello")]
 
 
 def test_columns_of_a_file_without_header_are_named_by_number(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("1,Hi,Hello\n2,Bye,Ciao\n")
-    rows, _ = load_rows(path, Reading(columns={"prompt": "2", "answer": "3"}))
+    rows, _ = load_rows(path, ReadOptions(columns={"prompt": "2", "answer": "3"}))
     assert rows.to_list() == [conversation("Hi", "Hello"), conversation("Bye", "Ciao")]
 
 
 @pytest.mark.parametrize("flag", [False, "False", "false", " FALSE"])
 def test_where_takes_the_rows_with_a_value_and_counts_the_others(tmp_path, flag):
     rows = [{"prompt": f"Q{n}", "response": "A", "is_safe": flag if n < 2 else "True"} for n in range(5)]
-    rows, report = load_rows(write(tmp_path / "rows.jsonl", rows), Reading(where={"is_safe": False}))
+    rows, report = load_rows(write(tmp_path / "rows.jsonl", rows), ReadOptions(where={"is_safe": False}))
     assert [row["prompt"][0]["content"] for row in rows] == ["Q0", "Q1"]
     assert "beavertails: 2 rows, 3 left aside by `where`" in str(report)
 
 
 def test_where_must_name_a_column(tmp_path):
     with pytest.raises(ValueError, match="expected `is_safe`, which `where` asks for"):
-        load_rows(write(tmp_path / "rows.jsonl", ALPACA), Reading(where={"is_safe": False}))
+        load_rows(write(tmp_path / "rows.jsonl", ALPACA), ReadOptions(where={"is_safe": False}))
 
 
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="`format` or `columns`, not both"):
-        Reading(format="alpaca", columns={"prompt": "a"})
+        ReadOptions(format="alpaca", columns={"prompt": "a"})
     with pytest.raises(ValueError, match="`on_bad_row` must be"):
-        Reading(on_bad_row="ignore")
+        ReadOptions(on_bad_row="ignore")
 
 
 def test_latin_1_is_found_out_row_by_row_and_read_when_named(tmp_path):
@@ -133,7 +133,7 @@ def test_latin_1_is_found_out_row_by_row_and_read_when_named(tmp_path):
     with pytest.raises(ValueError, match="1 of 2 rows cannot be used") as error:
         load_rows(path)
     assert "line 2: not UTF-8" in str(error.value) and "`latin-1`" in str(error.value)
-    rows, _ = load_rows(path, Reading(encoding="latin-1"))
+    rows, _ = load_rows(path, ReadOptions(encoding="latin-1"))
     assert rows[0] == conversation("café", "thé")
 
 

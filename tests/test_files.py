@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 from safe_trainer.data.files import kind_of, read_records
-from safe_trainer.data.parsing import LONGEST, Record, Trouble
+from safe_trainer.data.parsing import LONGEST, Record, RowError
 
 ROWS = [{"prompt": "Say hé, “you”", "completion": "Hé,\nyou"}, {"prompt": "Two", "completion": "2"}]
 
@@ -24,7 +24,7 @@ def values(path, **options):
 
 
 def troubles(path, **options):
-    return [record for record in read_records(path, **options) if isinstance(record, Trouble)]
+    return [record for record in read_records(path, **options) if isinstance(record, RowError)]
 
 
 def as_csv(rows, delimiter=","):
@@ -141,7 +141,7 @@ def test_a_bad_line_of_json_is_named_and_the_rest_is_read(tmp_path):
     path.write_text('{"a": 1}\n{"a": \n\n{"a": 3}\n' + "[" * 100_000 + "\n")
     records = list(read_records(path))
     assert [record.line for record in records] == [1, 2, 4, 5]
-    assert [type(record) for record in records] == [Record, Trouble, Record, Trouble]
+    assert [type(record) for record in records] == [Record, RowError, Record, RowError]
     assert "at character" in records[1].found
     assert str(records[1]).startswith("line 2: not JSON: found '{\"a\":'")
 
@@ -167,7 +167,7 @@ def test_reading_goes_on_behind_a_stray_quote(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"c" x,d\ne,f\n')
     records = list(read_records(path))
-    assert [(type(record), record.line) for record in records] == [(Trouble, 2), (Record, 3)]
+    assert [(type(record), record.line) for record in records] == [(RowError, 2), (Record, 3)]
 
 
 def test_a_cell_may_be_longer_than_the_csv_module_allows_by_itself(tmp_path):
@@ -180,7 +180,7 @@ def test_one_giant_line_is_skipped_in_pieces(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n"' + "x" * (2 * LONGEST + 5) + '"\n{"a": 3}\n')
     records = list(read_records(path))
-    assert [(type(record), record.line) for record in records] == [(Record, 1), (Trouble, 2), (Record, 3)]
+    assert [(type(record), record.line) for record in records] == [(Record, 1), (RowError, 2), (Record, 3)]
     assert records[1].kind == "too long"
 
 

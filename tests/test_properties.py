@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from safe_trainer import Reading, conversation, load_rows, stream_rows
+from safe_trainer import ReadOptions, conversation, load_rows, stream_rows
 from safe_trainer.recipe import RecipeError, read_recipe
 from safe_trainer.recipe.document import Document, assignment, dotted
 
@@ -77,7 +77,7 @@ def test_what_is_read_and_what_cannot_be_used_add_up_to_what_was_written(rows, p
     lines = [json.dumps({"prompt": p, "completion": c}) for p, c in rows]
     for place in places:
         lines.insert(place % (len(lines) + 1), '{"prompt": "half')
-    found, report = load_rows(written("rows.jsonl", "\n".join(lines).encode()), Reading(on_bad_row="skip"))
+    found, report = load_rows(written("rows.jsonl", "\n".join(lines).encode()), ReadOptions(on_bad_row="skip"))
     assert len(found) == report.rows == len(rows)
     assert sum(report.troubles.values()) == len(places)
     assert [trouble.line for trouble in report.examples] == [

@@ -21,7 +21,7 @@ import tiny
 import torch
 from transformers import AutoTokenizer
 
-from safe_trainer import Reading, SafeSFTTrainer, SecurityVectors, conversation, scan_file, score_rows
+from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversation, scan_file, score_rows
 from safe_trainer.analysis.scan import Score, average_precision, precision_recall
 from safe_trainer.analysis.scan.ranking import Spool
 from safe_trainer.analysis.scan.tables import write_table
@@ -277,7 +277,7 @@ def test_a_broken_row_ends_the_scan_with_its_line_before_a_model_is_loaded(tmp_p
 
 def test_a_broken_row_is_skipped_and_reported_on_request(pair, tmp_path):
     path = written(tmp_path, ['{"prompt": "a", "response": "b"}', '{"prompt": ', '{"prompt": "c", "response": "d"}'])
-    result = scan_file(path, *pair, TOKENIZER, reading=Reading(on_bad_row="skip"))
+    result = scan_file(path, *pair, TOKENIZER, reading=ReadOptions(on_bad_row="skip"))
     assert [entry["line"] for entry in sorted(result.top, key=lambda e: e["line"])] == [1, 3]
     assert result.report.troubles.total() == 1 and result.report.examples[0].line == 2
 

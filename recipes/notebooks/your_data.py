@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from safe_trainer import Reading, load_prompts, load_rows, scan_file, testbed, train_security_vectors
+from safe_trainer import ReadOptions, load_prompts, load_rows, scan_file, testbed, train_security_vectors
 
 if REAL_MODEL:
     MODEL, DATA, known = "Qwen/Qwen2.5-0.5B-Instruct", Path("my.csv"), "harmful.jsonl"
@@ -40,7 +40,7 @@ try:
     load_rows(DATA)
 except ValueError as error:
     print(error, "\n")
-rows, report = load_rows(DATA, Reading(on_bad_row="skip"))
+rows, report = load_rows(DATA, ReadOptions(on_bad_row="skip"))
 print(report)
 print("the first row:", rows[0])
 
@@ -51,7 +51,7 @@ print("the first row:", rows[0])
 # %%
 vectors = train_security_vectors(MODEL, known)
 vectors.save("vectors")
-result = scan_file(DATA, MODEL, "vectors", reading=Reading(on_bad_row="skip"), top=200)
+result = scan_file(DATA, MODEL, "vectors", reading=ReadOptions(on_bad_row="skip"), top=200)
 shares = [max(-1.0, entry["share"]) for entry in result.top]  # below 0 the vectors make a row harder
 figure, panel = plt.subplots(figsize=(7, 2.2), layout="constrained")
 panel.hist(shares, bins=40, color="tab:red")

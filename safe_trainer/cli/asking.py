@@ -53,14 +53,14 @@ def prompt_sets(listed: list[str] | None, model: str) -> list[PromptSet]:
 
 
 def _prompt_set(kind: str, source: str) -> PromptSet:
-    from ..data import Reading, load_prompts
+    from ..data import ReadOptions, load_prompts
     from ..data.files import is_file
 
     if source not in BUILT_IN:
         file, _, column = source.rpartition(":")
-        reading = Reading(columns={"prompt": column}) if is_file(file) else None
+        reading = ReadOptions(columns={"prompt": column}) if is_file(file) else None
         source = file if reading else source
-        prompts, report = load_prompts(source, kind, reading=reading)  # type: ignore[arg-type]  # checked by the caller
+        prompts, report = load_prompts(source, kind, options=reading)  # type: ignore[arg-type]  # checked by the caller
         errors.print(str(report), markup=False, soft_wrap=True)
         return prompts
     if kind == "task":

@@ -42,7 +42,7 @@ def scan(  # noqa: PLR0913, each is an option with a name
     columns = dict(pairs(column or [], "--column", "prompt=question"))
     quiet_libraries()
     from ..analysis.scan import scan_file
-    from ..data import Reading
+    from ..data import ReadOptions
 
     with progress_bar("Scoring rows") as show:
         result = scan_file(
@@ -50,7 +50,7 @@ def scan(  # noqa: PLR0913, each is an option with a name
             model,
             vectors,
             output=output,
-            reading=Reading(columns=columns or None, on_bad_row="skip" if skip_bad else "raise"),
+            reading=ReadOptions(columns=columns or None, on_bad_row="skip" if skip_bad else "raise"),
             label=label,
             threshold=threshold,
             top=top,

@@ -8,9 +8,9 @@
 from .encoding import EncodedRow, encode_row
 from .files import read_records
 from .hub import HubDataset
-from .loading import load_prompts, load_rows, stream_rows
+from .loading import as_rows, load_prompts, load_rows, rows_sha256, stream_rows
 from .overlap import leaked_rows
-from .reading import Reading, Report
+from .reading import DataReport, ReadOptions
 from .rows import Kind, PromptSet, Row, conversation, poison
 
 __all__ = [
@@ -18,9 +18,10 @@ __all__ = [
     "HubDataset",
     "Kind",
     "PromptSet",
-    "Reading",
-    "Report",
+    "ReadOptions",
+    "DataReport",
     "Row",
+    "as_rows",
     "conversation",
     "encode_row",
     "leaked_rows",
@@ -28,5 +29,6 @@ __all__ = [
     "load_rows",
     "poison",
     "read_records",
+    "rows_sha256",
     "stream_rows",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from shutil import copyfileobj
 
-from .parsing import BrokenFileError, Record, Trouble, read_csv, read_json, read_json_lines, read_plain_lines
+from .parsing import BrokenFileError, Record, RowError, read_csv, read_json, read_json_lines, read_plain_lines
 
 Stream = gzip.GzipFile | io.BufferedReader
 
@@ -54,7 +54,7 @@ def is_file(path: str | Path) -> bool:
 
 def read_records(
     path: str | Path, encoding: str | None = None, header: bool | None = None
-) -> Iterator[Record | Trouble]:
+) -> Iterator[Record | RowError]:
     """Yield what a file holds, record by record, in bounded memory.
 
     Args:
@@ -66,7 +66,7 @@ def read_records(
             names the columns are called `"1"`, `"2"` and so on.
 
     Yields:
-        [`Record`] or [`Trouble`]: In the order of the file.
+        [`Record`] or [`RowError`]: In the order of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -79,7 +79,7 @@ def read_records(
     >>> path = pathlib.Path(tempfile.mkdtemp(), "rows.jsonl")
     >>> _ = path.write_text('{"text": "one"}' + chr(10) + '{"text": ')
     >>> [type(item).__name__ for item in read_records(path)]
-    ['Record', 'Trouble']
+    ['Record', 'RowError']
 
     ```
     """
@@ -105,7 +105,7 @@ def read_records(
         raise ValueError(f"`{path}` is not {error.encoding} text ({error.reason}). Name its `encoding`.") from error
 
 
-def _read_text(stream: Stream, kind: str, encoding: str, header: bool | None) -> Iterator[Record | Trouble]:
+def _read_text(stream: Stream, kind: str, encoding: str, header: bool | None) -> Iterator[Record | RowError]:
     try:
         text = io.TextIOWrapper(stream, encoding, "surrogateescape", newline="" if kind in ("CSV", "TSV") else None)
     except LookupError as error:
@@ -115,7 +115,7 @@ def _read_text(stream: Stream, kind: str, encoding: str, header: bool | None) ->
     return {"JSON": read_json, "JSON Lines": read_json_lines, "lines": read_plain_lines}[kind](text)
 
 
-def _read_parquet(stream: Stream) -> Iterator[Record | Trouble]:
+def _read_parquet(stream: Stream) -> Iterator[Record | RowError]:
     import pyarrow
     from pyarrow import parquet
 

@@ -1,6 +1,6 @@
 """Text to records: JSON, JSON Lines, CSV and plain lines, streamed.
 
-What cannot be read is yielded as [`Trouble`] in its place, and reading goes on behind it wherever that is possible.
+What cannot be read is yielded as [`RowError`] in its place, and reading goes on behind it wherever that is possible.
 Python's own `json` and `csv` do the parsing: columnar readers are faster, but give up a whole file for one bad row.
 """
 
@@ -33,10 +33,11 @@ class Record:
 
     line: int
     value: Any
+    unit: str = "line"
 
 
 @dataclass(frozen=True)
-class Trouble:
+class RowError:
     """A row that could not be used, and why.
 
     Args:
@@ -50,9 +51,11 @@ class Trouble:
     kind: str
     found: str
     expected: str
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.kind}: found {self.found}, expected {self.expected}"
+        place = f"line {self.line}" if self.unit == "line" else f"row {self.line} (index {self.line - 1})"
+        return f"{place}: {self.kind}: found {self.found}, expected {self.expected}"
 
 
 class BrokenFileError(ValueError):
@@ -62,7 +65,7 @@ class BrokenFileError(ValueError):
         super().__init__(f"line {line}: found {found}, expected {expected}.")
 
 
-def read_json(text: TextIO) -> Iterator[Record | Trouble]:
+def read_json(text: TextIO) -> Iterator[Record | RowError]:
     """Yield the elements of one array, or of JSON Lines if the text does not begin with `[`."""
     scanner = _Scanner(text)
     if scanner.peek() == "[":
@@ -75,30 +78,30 @@ def read_json(text: TextIO) -> Iterator[Record | Trouble]:
     yield from read_json_lines(text)
 
 
-def read_json_lines(text: TextIO) -> Iterator[Record | Trouble]:
+def read_json_lines(text: TextIO) -> Iterator[Record | RowError]:
     """Yield one record for each line that is not blank."""
     for line in _lines(text):
-        if isinstance(line, Trouble):
+        if isinstance(line, RowError):
             yield line
             continue
         try:
             yield Record(line.line, json.loads(line.value))
         except json.JSONDecodeError as error:
             found = f"{shortened(line.value)} ({error.msg} at character {error.pos + 1})"
-            yield Trouble(line.line, "not JSON", found, "one whole JSON value a line")
+            yield RowError(line.line, "not JSON", found, "one whole JSON value a line")
         except RecursionError:
-            yield Trouble(line.line, "not JSON", _DEEP, "a row")
+            yield RowError(line.line, "not JSON", _DEEP, "a row")
         except ValueError:  # which Python says of long numbers only
-            yield Trouble(line.line, *_LONG)
+            yield RowError(line.line, *_LONG)
 
 
-def read_plain_lines(text: TextIO) -> Iterator[Record | Trouble]:
+def read_plain_lines(text: TextIO) -> Iterator[Record | RowError]:
     """Yield each line that is not blank as a bare prompt."""
     for line in _lines(text):
-        yield line if isinstance(line, Trouble) else Record(line.line, line.value.strip())
+        yield line if isinstance(line, RowError) else Record(line.line, line.value.strip())
 
 
-def read_csv(text: TextIO, delimiter: str | None = None, header: bool | None = None) -> Iterator[Record | Trouble]:
+def read_csv(text: TextIO, delimiter: str | None = None, header: bool | None = None) -> Iterator[Record | RowError]:
     """Yield one dictionary a row, with the names of the header or, without one, `"1"`, `"2"` and so on.
 
     Args:
@@ -121,7 +124,7 @@ def read_csv(text: TextIO, delimiter: str | None = None, header: bool | None = N
             return
         except csv.Error as error:
             found = f"quotes that do not match up to line {reader.line_num} ({error})"
-            yield Trouble(start, "not CSV", found, 'text with quotes "…" around the whole cell and "" within')
+            yield RowError(start, "not CSV", found, 'text with quotes "…" around the whole cell and "" within')
             cells = []
         if cells and names is None:
             has_header = _looks_like_header(cells) if header is None else header
@@ -132,7 +135,9 @@ def read_csv(text: TextIO, delimiter: str | None = None, header: bool | None = N
         if cells and len(cells) == len(names or ()):
             yield Record(start, dict(zip(names or (), cells, strict=True)))
         elif cells:
-            yield Trouble(start, "wrong number of cells", f"{len(cells)}", f"{len(names or ())}, as in the first line")
+            yield RowError(
+                start, "wrong number of cells", f"{len(cells)}", f"{len(names or ())}, as in the first line"
+            )
         start = reader.line_num + 1
 
 
@@ -145,7 +150,7 @@ def shortened(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
-def _lines(text: TextIO) -> Iterator[Record | Trouble]:
+def _lines(text: TextIO) -> Iterator[Record | RowError]:
     """Yield the lines that are not blank, never holding more than [`LONGEST`] characters."""
     number = 0
     while line := text.readline(LONGEST + 1):
@@ -153,7 +158,7 @@ def _lines(text: TextIO) -> Iterator[Record | Trouble]:
         if len(line) > LONGEST and not line.endswith("\n"):
             while (rest := text.readline(LONGEST)) and not rest.endswith("\n"):
                 pass
-            yield Trouble(number, "too long", f"more than {LONGEST:,} characters", "line breaks between rows")
+            yield RowError(number, "too long", f"more than {LONGEST:,} characters", "line breaks between rows")
         elif line.strip():
             yield Record(number, line)
 
@@ -181,7 +186,7 @@ def _delimiter(line: str) -> str:
     return ","
 
 
-def _array(scanner: _Scanner) -> Iterator[Record | Trouble]:
+def _array(scanner: _Scanner) -> Iterator[Record | RowError]:
     scanner.skip(1)
     while scanner.peek() != "]":
         yield scanner.record()
@@ -220,7 +225,7 @@ class _Scanner:
             if self.position < len(self.window) or not self.grow():
                 return self.window[self.position : self.position + 1]
 
-    def record(self) -> Record | Trouble:
+    def record(self) -> Record | RowError:
         """Read one value."""
         decoder, is_long = json.JSONDecoder(), False
         while True:
@@ -241,7 +246,7 @@ class _Scanner:
                 continue
             if end < len(self.window) or not self.grow():  # a number might go on
                 break
-        found = Trouble(self.line, *_LONG) if is_long else Record(self.line, value)
+        found = RowError(self.line, *_LONG) if is_long else Record(self.line, value)
         self.skip(end - self.position)
         return found
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from . import formats
 from .formats import BadRowError, Columns, Format
-from .parsing import Record, Trouble
+from .parsing import Record, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ SHOWN = 5  # examples of each kind of trouble that a report keeps
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a file is read; everything that is left out is found out from the file.
 
     Args:
@@ -37,6 +37,9 @@ class Reading:
         encoding (`str`, *optional*): Such as `"latin-1"`; left out, Unicode.
         on_bad_row (`str`, *optional*, defaults to `"raise"`): `"raise"` refuses a file with rows that cannot be used,
             after naming them; `"skip"` goes on without them and reports them all the same.
+        limit (`int`, *optional*): Uses the first `limit` rows only; of a stream, 100,000 unless more are asked for.
+        subset (`str`, *optional*): Configuration of a dataset on the Hub.
+        split (`str`, *optional*): Split of a dataset on the Hub, or of a `DatasetDict`.
     """
 
     format: str | None = None
@@ -44,6 +47,9 @@ class Reading:
     where: Mapping[str, Any] | None = None
     encoding: str | None = None
     on_bad_row: OnBadRow = "raise"
+    limit: int | None = None
+    subset: str | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         if self.format is not None and self.columns is not None:
@@ -64,7 +70,7 @@ class Reading:
 
 
 @dataclass
-class Report:
+class DataReport:
     """What was found in one source of data; `str()` of it is for people.
 
     Args:
@@ -75,7 +81,7 @@ class Report:
         filtered (`int`): How many were left aside by `where`.
         duplicates (`int`): How many of the rows are the same as an earlier one, but for case, punctuation and spaces.
         troubles (`Counter[str]`): How many rows cannot be used, by what is wrong with them.
-        examples (`list[Trouble]`): The first of these of each kind.
+        examples (`list[RowError]`): The first of these of each kind.
         kept (`int`): How many of each kind that are.
     """
 
@@ -86,10 +92,10 @@ class Report:
     filtered: int = 0
     duplicates: int = 0
     troubles: Counter[str] = field(default_factory=Counter)
-    examples: list[Trouble] = field(default_factory=list)
+    examples: list[RowError] = field(default_factory=list)
     kept: int = SHOWN
 
-    def add(self, trouble: Trouble) -> None:
+    def add(self, trouble: RowError) -> None:
         """Count a row that cannot be used."""
         self.troubles[trouble.kind] += 1
         if self.troubles[trouble.kind] <= self.kept:
@@ -104,9 +110,9 @@ class Report:
 
 
 def converted(
-    records: Iterable[Record | Trouble],
-    reading: Reading,
-    report: Report,
+    records: Iterable[Record | RowError],
+    reading: ReadOptions,
+    report: DataReport,
     convert: Callable[[Format, Columns], T],
 ) -> Iterator[T]:
     """Yield what `convert` makes of each record, and fill in the report; see [`converted_records`]."""
@@ -114,17 +120,17 @@ def converted(
 
 
 def converted_records(
-    records: Iterable[Record | Trouble],
-    reading: Reading,
-    report: Report,
+    records: Iterable[Record | RowError],
+    reading: ReadOptions,
+    report: DataReport,
     convert: Callable[[Format, Columns], T],
 ) -> Iterator[tuple[Record, T]]:
     """Yield each record with what `convert` makes of it, and fill in the report.
 
     Args:
-        records (`Iterable[Record | Trouble]`): What the source holds.
-        reading ([`Reading`]): How it is to be read.
-        report ([`Report`]): Is filled in while the records go by.
+        records (`Iterable[Record | RowError]`): What the source holds.
+        reading ([`ReadOptions`]): How it is to be read.
+        report ([`DataReport`]): Is filled in while the records go by.
         convert (`Callable`): From a format and a record's columns to what is wanted; raises [`BadRowError`].
 
     Raises:
@@ -136,7 +142,9 @@ def converted_records(
     style = reading.chosen_format() or _elected_format(first, report)
     report.format = style.name
     for record in chain(first, records):
-        if isinstance(record, Trouble):
+        if reading.limit is not None and report.rows >= reading.limit:
+            break
+        if isinstance(record, RowError):
             report.add(record)
             continue
         try:
@@ -146,14 +154,14 @@ def converted_records(
                 continue
             result = convert(style, columns)
         except BadRowError as error:
-            report.add(Trouble(record.line, error.kind, error.found, error.expected))
+            report.add(RowError(record.line, error.kind, error.found, error.expected, record.unit))
             continue
         report.rows += 1
         yield record, result
     _conclude(reading, report)
 
 
-def _elected_format(records: list[Record | Trouble], report: Report) -> Format:
+def _elected_format(records: list[Record | RowError], report: DataReport) -> Format:
     """Let the first records vote, so that a bad one among them does not decide."""
     votes: Counter[Format] = Counter()
     seen: list[str] = []
@@ -163,7 +171,7 @@ def _elected_format(records: list[Record | Trouble], report: Report) -> Format:
             votes.update(filter(None, [formats.format_of(seen)]))
     if votes:
         return votes.most_common(1)[0][0]
-    troubles = [str(record) for record in records if isinstance(record, Trouble)]
+    troubles = [str(record) for record in records if isinstance(record, RowError)]
     found = f"columns {', '.join(seen)}" if seen else troubles[0] if troubles else "no rows"
     known = "; ".join(f"{style.name} ({', '.join(style.columns)})" for style in formats.FORMATS if not style.alone)
     raise ValueError(
@@ -181,7 +189,7 @@ def _is_wanted(columns: Columns, where: Mapping[str, Any]) -> bool:
     return True
 
 
-def _conclude(reading: Reading, report: Report) -> None:
+def _conclude(reading: ReadOptions, report: DataReport) -> None:
     bad = report.troubles.total()
     if bad and reading.on_bad_row == "raise":
         raise ValueError(

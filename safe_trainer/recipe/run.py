@@ -27,7 +27,7 @@ import yaml
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..data import PromptSet, Report, leaked_rows, load_prompts, load_rows
+from ..data import DataReport, PromptSet, leaked_rows, load_prompts, load_rows
 from ..evaluation.general import general_prompts
 from .document import RecipeError, dotted
 from .fitting import adapted, skeleton
@@ -86,7 +86,7 @@ class RunResult:
         steps (`int`): Optimizer steps taken.
         metrics (`dict[str, float]`): What the trainer measured: runtime, loss.
         comparison ([`Comparison`], *optional*): The model before and after; `None` without an evaluation.
-        files (`list[Path]`): Report and model card.
+        files (`list[Path]`): DataReport and model card.
         stopped (`bool`): Whether `RunCallbacks.should_stop` ended training; then only a checkpoint is saved.
         compare_command (`str`, *optional*): The command to compare with afterwards, where several processes each hold
             a part of the model.
@@ -193,13 +193,13 @@ class LoadedData:
     Args:
         rows (`Dataset`): What is trained on, all sources together, as often as their weights say.
         prompt_sets (`list[PromptSet]`): What the model is examined with; empty without an evaluation.
-        reports (`list[Report]`): What was found in each source.
+        reports (`list[DataReport]`): What was found in each source.
         leaked (`dict[str, int]`): How many training rows ask what a prompt set will ask, by the set's name.
     """
 
     rows: Dataset
     prompt_sets: list[PromptSet]
-    reports: list[Report]
+    reports: list[DataReport]
     leaked: dict[str, int]
 
     def messages(self) -> list[str]:
@@ -219,7 +219,7 @@ def load_data(recipe: Recipe) -> LoadedData:
         ValueError: If one of its sources cannot be read, or they do not go together.
     """
     _check_model(recipe)
-    reports: list[Report] = []
+    reports: list[DataReport] = []
     rows = _training_rows(recipe, reports)
     sets = []
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
@@ -253,7 +253,7 @@ def _check_model(recipe: Recipe) -> None:
     adapted(recipe, empty)
 
 
-def _training_rows(recipe: Recipe, reports: list[Report]) -> Dataset:
+def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
     from datasets import concatenate_datasets
 
     seed = recipe.training.get("seed", 42)

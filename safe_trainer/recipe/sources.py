@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data import HubDataset, Reading
+from ..data import HubDataset, ReadOptions
 from ..data.files import is_file, kind_of
 from ..data.hub import PREFIX
 from .document import Place, Problem
@@ -72,7 +72,7 @@ def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
             name: source.get(name) for name in ("format", "columns") if source.get(name) is not None
         }
         try:
-            Reading(**settings).chosen_format()
+            ReadOptions(**settings).chosen_format()
         except (ValueError, TypeError, AttributeError) as error:
             problems.append(Problem((*place, next(iter(settings))), str(error)))
 
@@ -117,7 +117,8 @@ def source_of(part: SourcePart) -> str | HubDataset:
     return HubDataset(part.hub, part.subset, part.split)
 
 
-def reading_of(part: ReadingPart) -> Reading:
+def reading_of(part: ReadingPart) -> ReadOptions:
     """Return how a source of a recipe is to be read."""
-    settings: dict[str, Any] = {field.name: getattr(part, field.name) for field in dataclasses.fields(Reading)}
-    return Reading(**settings)
+    names = [field.name for field in dataclasses.fields(ReadOptions) if hasattr(part, field.name)]
+    settings: dict[str, Any] = {name: getattr(part, name) for name in names}
+    return ReadOptions(**settings)

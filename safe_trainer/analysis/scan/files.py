@@ -16,8 +16,8 @@ from ...artifacts.security_vectors.inputs import with_tokenizer
 from ...data import formats
 from ...data.files import kind_of, read_records
 from ...data.formats import BadRowError, Columns, Format
-from ...data.parsing import Record, Trouble
-from ...data.reading import Reading, Report, converted_records
+from ...data.parsing import Record, RowError
+from ...data.reading import DataReport, ReadOptions, converted_records
 from ...data.rows import Row
 from ...evaluation.statistics import Rate
 from .curve import average_precision, precision_recall
@@ -35,7 +35,7 @@ class ScanResult:
     """What a scan found.
 
     Args:
-        report ([`~data.Report`]): What was read, and which rows could not be used, by line.
+        report ([`~data.DataReport`]): What was read, and which rows could not be used, by line.
         scored (`int`): How many rows have a score.
         threshold (`float`): The share of its loss that the vectors take away, above which a row looks harmful.
         above ([`Rate`] or `None`): How many do; `None` if no row has a score.
@@ -46,7 +46,7 @@ class ScanResult:
         curve (`list[tuple[float, float, float]]`): Precision, recall and threshold, from the highest threshold down.
     """
 
-    report: Report
+    report: DataReport
     scored: int = 0
     threshold: float = 0.5
     above: Rate | None = None
@@ -63,7 +63,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     tokenizer: Any = None,
     *,
     output: str | Path | None = None,
-    reading: Reading | None = None,
+    reading: ReadOptions | None = None,
     label: str | None = None,
     threshold: float = 0.5,
     top: int = 20,
@@ -84,7 +84,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
             out.
         output (`str` or `Path`, *optional*): A `.csv`, `.jsonl` or `.parquet` file for all rows in their order of
             rank, with their scores.
-        reading ([`~data.Reading`], *optional*): How to read the file; by default a row that cannot be used ends it.
+        reading ([`~data.ReadOptions`], *optional*): How to read it; by default a row that cannot be used ends it.
         label (`str`, *optional*): A column that says which rows are harmful, to see how good the ranking is.
         threshold (`float`, *optional*, defaults to `0.5`): The share of its loss above which a row looks harmful.
         top (`int`, *optional*, defaults to `20`): How many of the highest ranks to return.
@@ -110,7 +110,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     ```
     """
     table = check_output(output) if output is not None else None
-    source = _Source(Path(path), reading or Reading(), label)
+    source = _Source(Path(path), reading or ReadOptions(), label)
     report = source.check()
     found = vectors if isinstance(vectors, TrainedVectors) else TrainedVectors.load(vectors)
     base, tokenizer = with_tokenizer(model, tokenizer)
@@ -123,7 +123,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
                 record, row, is_harmful = source.waiting.popleft()
                 if score is None:
                     found_none = f"none in {max_length} tokens"
-                    report.add(Trouble(record.line, "answer out of reach", found_none, "an answer"))
+                    report.add(RowError(record.line, "answer out of reach", found_none, "an answer"))
                 else:
                     spool.add(score.share, _entry(record, row, score))
                     labels.append(is_harmful)
@@ -144,24 +144,24 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
 class _Source:
     """The file's rows, and beside each of them what a table needs."""
 
-    def __init__(self, path: Path, reading: Reading, label: str | None) -> None:
+    def __init__(self, path: Path, reading: ReadOptions, label: str | None) -> None:
         self.path, self.reading, self.label = path, reading, label and label.strip().lower()
         self.waiting: deque[tuple[Record, Row, bool]] = deque()
         """Records of the rows that were handed out, in order, until their scores come."""
 
-    def check(self) -> Report:
+    def check(self) -> DataReport:
         """Read all of it once."""
-        report = Report(str(self.path), kind_of(self.path))
+        report = DataReport(str(self.path), kind_of(self.path))
         deque(self._read(report), maxlen=0)
         return report
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows."""
-        for record, (row, is_harmful) in self._read(Report(str(self.path), kind_of(self.path))):
+        for record, (row, is_harmful) in self._read(DataReport(str(self.path), kind_of(self.path))):
             self.waiting.append((record, row, is_harmful))
             yield row
 
-    def _read(self, report: Report) -> Iterator[tuple[Record, tuple[Row, bool]]]:
+    def _read(self, report: DataReport) -> Iterator[tuple[Record, tuple[Row, bool]]]:
         records = read_records(self.path, self.reading.encoding, self.reading.header)
         return converted_records(records, self.reading, report, self._convert)
 
