@@ -1,17 +1,19 @@
-"""How a training is spread over processes: what it is called, and what each process has of the model.
+"""The distributed strategy in use, and running something on the first process only.
 
-Nothing here spreads anything: that is accelerate's. This only reads from it what a method must know to work rightly,
-or to refuse before anything is trained.
+accelerate does the distributing. Here is what a method must know about it to work, or to refuse before training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+T = TypeVar("T")
 SPLIT_AT_LOADING = "weights split as they are loaded"
 
 
@@ -61,3 +63,43 @@ def strategy_of(accelerator: Any, model: nn.Module) -> Strategy:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         return Strategy(f"ZeRO-{stage}", is_sharded=stage == 3, has_weights=stage != 3)
     return Strategy("DDP" if accelerator.num_processes > 1 else "one process")
+
+
+def is_distributed() -> bool:
+    """Return whether there are several processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def on_first_process(function: Callable[[], T]) -> T:
+    """Call a function on the first process while the others wait; all return its result, or raise its error.
+
+    Args:
+        function (`Callable[[], T]`): Returns anything that can be pickled, with its tensors on the CPU. It must not
+            need the other processes.
+    """
+    if not is_distributed():
+        return function()
+    held: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            held[0] = function()
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            held[1] = error
+    dist.broadcast_object_list(held, src=0)
+    if held[1] is not None:
+        raise held[1]
+    found: T = held[0]
+    return found
+
+
+def from_first_process(value: T) -> T:
+    """Return what the first process computed: no two of them round alike, and some may lack the weights.
+
+    Args:
+        value (`T`): Anything that can be pickled, with its tensors on the CPU.
+    """
+    if not is_distributed():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

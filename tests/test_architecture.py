@@ -241,7 +241,7 @@ def test_import_rules_allow_what_the_plan_allows():
 def test_app_rule_catches_what_is_not_public():
     assert broken_app_rules("app.py", "from safe_trainer import PromptSet") == []
     assert broken_app_rules("app.py", "from safe_trainer.data import PromptSet")
-    assert broken_app_rules("app.py", "from safe_trainer import _HOMES")
+    assert broken_app_rules("app.py", "from safe_trainer import _ABSENT")
 
 
 def test_size_rules_catch_long_files_and_functions():

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..artifacts.safety_basis import from_first_process
 from ..data import PromptSet
+from ..distributed import from_first_process
 from .answers import Decoding
 from .examination import examine
 from .judges import Judge

@@ -1,7 +1,7 @@
 """The methods, by name: one file each, and this table the only place that lists them."""
 
 from .asft import AsFT
-from .base import SafetyMethod
+from .base import FormField, Materials, MethodCard, Paper, PenaltyMethod, SafetyMethod, SelfCheck
 from .drift_penalty import DriftPenalty
 from .salora import SaLoRA
 from .security_vectors import SecurityVectors
@@ -13,4 +13,17 @@ METHODS: dict[str, type[SafetyMethod]] = {
     "drift_penalty": DriftPenalty,
 }
 
-__all__ = ["METHODS", "AsFT", "DriftPenalty", "SaLoRA", "SafetyMethod", "SecurityVectors"]
+__all__ = [
+    "METHODS",
+    "AsFT",
+    "DriftPenalty",
+    "FormField",
+    "Materials",
+    "MethodCard",
+    "Paper",
+    "PenaltyMethod",
+    "SaLoRA",
+    "SafetyMethod",
+    "SecurityVectors",
+    "SelfCheck",
+]

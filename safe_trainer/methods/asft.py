@@ -6,18 +6,25 @@ import logging
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .. import linalg as subspace
 from ..artifacts.alignment_direction import AlignmentDirection, DirectionFactors
-from ..artifacts.safety_basis import by_first_process
-from ..distributed import Strategy
+from ..distributed import on_first_process
 from ..lora import updates as adapters
-from .base import Paper, SafetyMethod
-from .checking import check_choices, check_weight, check_whole
+from .base import (
+    FormField,
+    MethodCard,
+    Paper,
+    PenaltyMethod,
+    check_choices,
+    check_number,
+    check_whole,
+    moved,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +32,7 @@ Projector = Literal["published", "subspace", "random", "none"]
 
 
 @dataclass
-class AsFT(SafetyMethod):
+class AsFT(PenaltyMethod):
     """Anchoring Safety in Fine-Tuning: adds `λ Σ ‖(I − C) ΔW‖_F²` to the loss.
 
     For each target weight the *alignment direction* is `d = W_aligned − W_unaligned`, what alignment did to it (the
@@ -94,6 +101,19 @@ class AsFT(SafetyMethod):
             "}"
         ),
     )
+    card: ClassVar[MethodCard] = MethodCard(
+        title="AsFT",
+        summary="A penalty keeps every update close to the direction in which alignment once moved the model.",
+        needs="the checkpoint before alignment, such as Qwen2.5-0.5B for Qwen2.5-0.5B-Instruct",
+        cost="a penalty in each step, and task accuracy that falls as `weight` grows",
+        avoid="a model whose checkpoint before alignment is not available, or a task where every point counts",
+        fields=(
+            FormField("weight", "AsFT: weight λ", 0.0, 100.0, 0.1, help="Larger protects more and learns less."),
+            FormField("projector", "AsFT: projector", choices=get_args(Projector)),
+        ),
+        example=lambda given: AsFT(unaligned_model=given.unaligned_model, weight=10.0),
+        needs_unaligned=True,
+    )
 
     unaligned_model: str | None = None
     direction: AlignmentDirection | str | Path | None = None
@@ -103,12 +123,12 @@ class AsFT(SafetyMethod):
     scaled: bool = False
     aligned_model: str | None = None
     seed: int = 0
-    _operators: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _operators: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _spans: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _updates: dict[str, adapters.Update] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_weight(self.weight, "The paper uses 1.0.")
+        check_number(self, "weight", "The paper uses 1.0.")
         check_choices(self, projector=Projector)
         check_whole(self, rank=1)
         if self.direction is not None and self.unaligned_model is not None:
@@ -119,12 +139,6 @@ class AsFT(SafetyMethod):
                 "`direction` (an AlignmentDirection, or the file that `safe-trainer direction` wrote)."
             )
 
-    def adapt_peft_config(self, config: Any) -> Any:
-        """Refuse configurations whose update is not a product of two factors; change nothing."""
-        if config is not None:
-            adapters.check_peft_config(config, self.name)
-        return config
-
     def check_model(self, model: nn.Module) -> None:
         """Refuse a `rank` that no direction of the layers can have, where the projector is made of just so many."""
         for name, update in adapters.updates(model, self.name, copied=False).items():
@@ -132,12 +146,6 @@ class AsFT(SafetyMethod):
                 raise ValueError(
                     f"`rank` must be at most {min(update.shape)}, the smaller side of `{name}`, got {self.rank}."
                 )
-
-    def check_strategy(self, strategy: Strategy) -> None:
-        """Refuse ZeRO-3, where the factors are in pieces when the penalty is computed, after the forward pass."""
-        super().check_strategy(strategy)
-        if strategy.name == "ZeRO-3":
-            raise ValueError("AsFT does not work with ZeRO-3, which has the factors in pieces. Use FSDP2 or ZeRO-2.")
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Load or compute the direction and match it with the layers that are trained, by name."""
@@ -154,19 +162,9 @@ class AsFT(SafetyMethod):
             self._spans[name] = factors.U[:, : self.rank]
             self._operators[name] = self._operator(name, factors)
 
-    def penalty(self, model: nn.Module) -> Tensor:
-        """Return `λ Σ ‖(I − C) ΔW‖_F²` over all layers, in float32 also under autocast."""
-        # Autocast would round the factors to bfloat16 and the penalty with them.
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            terms = torch.stack([self._norm_outside(name) for name in self._updates])
-        if not torch.isfinite(terms).all():
-            names = [name for name, term in zip(self._updates, terms, strict=True) if not torch.isfinite(term)]
-            raise FloatingPointError(
-                f"The AsFT penalty is not finite in {len(names)} layer(s), first `{names[0]}`: its update has become "
-                "infinite or NaN. Checkpoints saved so far are intact; go on from the last one with a lower "
-                "`learning_rate` or `weight`."
-            )
-        return self.weight * terms.sum()
+    def terms(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return `‖(I − C) ΔW‖_F²` of each layer."""
+        return {name: self._norm_outside(name) for name in self._updates}
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return for each layer the share of `‖ΔW‖_F²` outside the span of the direction's leading `rank` vectors.
@@ -189,10 +187,7 @@ class AsFT(SafetyMethod):
         left, right = self._updates[name].factors()
         if name not in self._operators:
             return subspace.product_norm_squared(left, right)
-        basis, eigenvalues = self._operators[name]
-        if basis.device != left.device:  # once, in the first step: only then is the model where it will be trained
-            self._operators[name] = basis, eigenvalues = basis.to(left.device), eigenvalues.to(left.device)
-        return subspace.outside_norm_squared(left, right, basis, eigenvalues)
+        return subspace.outside_norm_squared(left, right, *moved(self._operators, name, left.device))
 
     def _operator(self, name: str, factors: DirectionFactors) -> tuple[Tensor, Tensor]:
         """Return `U` (d_out x k) and the eigenvalues `c` (k,) of `C = U diag(c) Uᵀ`."""
@@ -226,7 +221,7 @@ class AsFT(SafetyMethod):
         # But for the published projector exactly `rank` vectors, however small what is left out.
         size: dict[str, Any] = {} if self.projector == "published" else {"rank": self.rank, "max_error": 0.0}
         modules = list(self._updates)
-        return by_first_process(
+        return on_first_process(
             lambda: AlignmentDirection.from_checkpoints(aligned, unaligned, modules=modules, **size)
         )
 

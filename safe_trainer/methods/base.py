@@ -1,17 +1,20 @@
-"""The one abstraction of the house: a safety method and the moments at which it may act."""
+"""The one abstraction of the library: a safety method, its card, and the moments at which it may act."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar, get_args
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
 
 from ..distributed import SPLIT_AT_LOADING, Strategy
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from torch import Tensor, nn
+from ..lora.updates import check_peft_config
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,106 @@ class Paper:
     citation: str
 
 
-class SafetyMethod:
-    """Base of all methods: a dataclass of settings that may act at six moments, each of which does nothing here.
+@dataclass(frozen=True)
+class FormField:
+    """One setting of a method that a form shows.
 
-    A method is its own configuration. Subclass it as a dataclass whose fields are the user's settings, override the
-    moments it needs, and add it to `METHODS`. In the order in which [`SafeSFTTrainer`] calls them:
+    Args:
+        name (`str`): The dataclass field that it sets.
+        label (`str`): What the form calls it.
+        minimum, maximum, step (`float`, *optional*): Range of a number, and its increment.
+        choices (`tuple[str, ...]`, *optional*): Values of a selection.
+        help (`str`, *optional*): One sentence next to the field.
+    """
+
+    name: str
+    label: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a demo, a form or a test has at hand to build a method from; data in any form that methods take.
+
+    Args:
+        harmful_data (`Any`): Harmful prompts with answers that comply: rows, or a file.
+        safety_data (`Any`): Harmful prompts with refusals: rows, or a file.
+        unaligned_model (`str`, *optional*): The checkpoint before alignment.
+        aligned_model (`str`, *optional*): The model to fine-tune.
+        harmful_prompts (`Any`, *optional*): Harmful prompts without answers.
+        benign_prompts (`Any`, *optional*): Benign prompts without answers.
+    """
+
+    harmful_data: Any
+    safety_data: Any
+    unaligned_model: str | None = None
+    aligned_model: str | None = None
+    harmful_prompts: Any = None
+    benign_prompts: Any = None
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What users are shown of a method. App cards, demo, recipe schema, docs and test matrix are made from it.
+
+    Args:
+        title (`str`): The method's name for readers.
+        summary (`str`): One sentence: what it does.
+        needs (`str`): What the user has to provide.
+        cost (`str`): What it costs, in time, memory and quality.
+        avoid (`str`): When not to use it.
+        fields (`tuple[FormField, ...]`): The settings that a form shows.
+        example (`Callable[[Materials], SafetyMethod]`): Builds the method as the demo uses it.
+        needs_unaligned (`bool`, *optional*, defaults to `False`): Whether it needs the checkpoint before alignment.
+    """
+
+    title: str
+    summary: str
+    needs: str
+    cost: str
+    avoid: str
+    fields: tuple[FormField, ...]
+    example: Callable[[Materials], SafetyMethod]
+    needs_unaligned: bool = False
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What a method measured of its own protection at the end of `attach`.
+
+    Args:
+        figures (`Mapping[str, float]`): By name; logged, and shown in the model card and the report.
+        warnings (`tuple[str, ...]`, *optional*): One sentence each where the protection is likely void.
+    """
+
+    figures: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
+
+
+class SafetyMethod:
+    """Base of all methods: a dataclass of settings that may act at several moments, each of which does nothing here.
+
+    A method is its own configuration. Subclass it as a dataclass whose fields are the user's settings, give it a
+    `card`, override the moments it needs, and add it to `METHODS`. In the order in which [`SafeSFTTrainer`] calls
+    them:
 
     | moment | when |
     |---|---|
     | `adapt_peft_config` | before the model is wrapped by PEFT |
-    | `check_strategy` | when it is known how training is spread over processes |
-    | `attach` | right after it is wrapped, before any optimizer exists |
+    | `check_strategy` | when the distributed strategy is known |
+    | `attach`, then `self_check` | right after the model is wrapped, before any optimizer exists |
     | `training` | around `train()` |
-    | `penalty` | once for every micro-batch |
+    | `token_weights` | for every micro-batch, before the loss |
+    | `penalty` | for every micro-batch, after the loss |
+    | `after_backward` | once per optimizer step, before gradients are clipped |
     | `diagnostics` | once, when `train()` has ended well |
 
-    Whatever a method adds to a model in `training` is gone when its context closes, however it closes.
+    Whatever a method adds to a model in `training` is gone when its context closes, however it closes. A moment that
+    no method overrides costs nothing.
 
     Example:
 
@@ -63,16 +150,27 @@ class SafetyMethod:
     """
 
     name: ClassVar[str] = "safety method"
-    """How tables and model cards call the method."""
+    """What tables and model cards call the method."""
     tag: ClassVar[str] = "safety-method"
     """Its tag on the model card and on the Hub."""
+    card: ClassVar[MethodCard | None] = None
+    """What users are shown of it."""
     paper: ClassVar[Paper | None] = None
     """Its source, if it has one."""
     needs_weights: ClassVar[bool] = False
     """Whether every process must hold all of the model's weights when the method is attached."""
+    penalty_works_with_zero3: ClassVar[bool] = False
+    """Whether `penalty` is right where DeepSpeed ZeRO-3 has split the weights; refused unless a method says so."""
     provenance: Mapping[str, Any] | None = None
-    """Where the tensors at work come from, once the method is attached: the provenance of its basis, direction or
-    vectors. Kept with checkpoints, by which they may be exchanged for the data that they were made from."""
+    """What the tensors in use were made from, once the method is attached: the provenance of its basis, direction or
+    vectors. Saved with checkpoints, so that a resumed run may give them instead of the data they were made from."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that differ from their defaults, as a recipe lists them next to `method`."""
+        if not is_dataclass(self):
+            return {}
+        found = {field.name: (getattr(self, field.name), default_of(field)) for field in fields(self) if field.init}
+        return {name: value for name, (value, default) in found.items() if value is not default and value != default}
 
     def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
         """Return the PEFT configuration to wrap the model with.
@@ -89,7 +187,7 @@ class SafetyMethod:
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that the settings do not fit, as far as its layers' names and shapes tell.
 
-        For recipes, which ask it before anything is loaded; `attach` must refuse the same.
+        Recipes call it before any weights are loaded; `attach` must refuse the same.
 
         Args:
             model (`PreTrainedModel` or `PeftModel`): The model without weights: they are on the meta device.
@@ -99,14 +197,15 @@ class SafetyMethod:
         """
 
     def check_strategy(self, strategy: Strategy) -> None:
-        """Refuse a way of spreading the training over processes under which the method would fail or be wrong.
+        """Refuse a distributed strategy under which the method would fail or be wrong.
 
         Args:
-            strategy ([`~strategy.Strategy`]): The way.
+            strategy ([`~distributed.Strategy`]): The strategy.
 
         Raises:
             ValueError: With what to use instead. Here for FSDP1, for weights that are split as they are loaded, where
-                no adapter would be saved, and for a method that needs weights which are not at hand.
+                no adapter would be saved, for a method that needs weights which are not in memory, for a penalty
+                under ZeRO-3 and for `after_backward` under DeepSpeed.
         """
         if strategy.name == "FSDP1":
             raise ValueError(
@@ -116,7 +215,7 @@ class SafetyMethod:
         if strategy.name == SPLIT_AT_LOADING:
             raise ValueError(
                 f"{self.name} does not work with {strategy.name} (tensor, expert, context or sequence parallelism, or "
-                "a `distributed_config` of transformers). Load the model whole, and use DDP, FSDP2 or ZeRO-2."
+                "a `distributed_config` of transformers). Load the complete model, and use DDP, FSDP2 or ZeRO-2."
             )
         if not strategy.saves_adapter:
             raise ValueError(
@@ -125,9 +224,19 @@ class SafetyMethod:
             )
         if self.needs_weights and not strategy.has_weights:
             raise ValueError(
-                f"{self.name} needs the model's weights in every process when training begins, and under "
-                f"{strategy.name} as it is set they are not there. Use FSDP2 with "
+                f"{self.name} needs the model's weights in every process when training begins, and {strategy.name} "
+                "with this configuration does not have them there. Use FSDP2 with "
                 "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2."
+            )
+        if strategy.name == "ZeRO-3" and overrides(self, "penalty") and not self.penalty_works_with_zero3:
+            raise ValueError(
+                f"{self.name} does not work with ZeRO-3, which has split the weights again when the penalty is "
+                "computed. Use FSDP2 or ZeRO-2."
+            )
+        if strategy.name.startswith("ZeRO") and overrides(self, "after_backward"):
+            raise ValueError(
+                f"{self.name} reads gradients after the backward pass, and DeepSpeed ({strategy.name}) keeps them in "
+                "buffers of its own. Use DDP or FSDP2."
             )
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
@@ -142,19 +251,171 @@ class SafetyMethod:
             ValueError: If the method does not fit the model.
         """
 
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Measure how strong the protection is likely to be, right after `attach`.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`): The model that will be trained.
+        """
+        return SelfCheck({})
+
+    def covered_layers(self, model: nn.Module) -> Collection[str] | None:
+        """Return the names of the modules (in the base model) whose update the method acts on; `None` for all.
+
+        The trainer reports which share of the trained parameters this is, and warns below 90 %.
+        """
+        return None
+
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
         """Surround `train()`; undo on leaving whatever was done on entering, also after an exception."""
         yield
 
+    def token_weights(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the weight of each token in the loss, or `None` to leave the loss alone.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`): The model in training.
+            inputs (`Mapping[str, Any]`): The micro-batch.
+
+        Returns:
+            `torch.Tensor` or `None`: Weights in the shape of `labels` (batch, tokens): each is that of the token at
+            its place as a target. Weights of several methods are multiplied. The loss is divided by the number of
+            tokens, whatever their weights.
+        """
+        return None
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return a scalar to add to the loss, already weighted, or `None`.
 
-        It is a function of the weights, not of the batch. The trainer sees to it that it counts once for each
-        optimizer step whatever the accumulation and the number of processes.
+        It is a function of the weights, not of the batch. The trainer counts it once for each optimizer step,
+        whatever the accumulation and the number of processes.
         """
         return None
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Read or change `parameter.grad`, once per optimizer step: accumulated, unscaled and not yet clipped.
+
+        Under DDP gradients are averaged over processes by then, under FSDP2 they are the shards of this process.
+        """
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return figures about the finished run, to be logged under their names."""
         return {}
+
+
+class PenaltyMethod(SafetyMethod):
+    """Base of methods that add `weight · Σ terms` to the loss, one scalar term for each layer (or whatever it names).
+
+    It refuses PEFT configurations whose update is not `scaling · B A`, ZeRO-3, and terms that are not finite; it
+    computes terms in float32 under autocast, and sums them where the loss is, whichever devices the layers are on.
+    A subclass is a dataclass with a field `weight` that implements `terms`.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class SmallFactors(PenaltyMethod):
+    ...     weight: float = 0.01
+    ...
+    ...     def terms(self, model):
+    ...         return {name: (p**2).sum() for name, p in model.named_parameters() if p.requires_grad}
+
+    ```
+    """
+
+    weight: float
+
+    def terms(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the terms of the penalty without `weight`: scalars by name, each on its layer's own device."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `terms`.")
+
+    def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
+        """Refuse configurations whose update is not a product of two factors; change nothing."""
+        if config is not None:
+            check_peft_config(config, self.name)
+        return config
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return `weight · Σ terms` as a scalar in float32.
+
+        Raises:
+            FloatingPointError: If a term is infinite or NaN; names the first and says what can be done.
+        """
+        # Autocast would round the factors to bfloat16 and the penalty with them.
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            terms = self.terms(model)
+            if not terms:
+                return None
+            device = next(iter(terms.values())).device
+            values = torch.stack([term.float().to(device) for term in terms.values()])
+        if not torch.isfinite(values).all():
+            names = [name for name, value in zip(terms, values, strict=True) if not torch.isfinite(value)]
+            raise FloatingPointError(
+                f"The {self.name} penalty is not finite in {len(names)} of {len(terms)} layers, first `{names[0]}`: "
+                "training has diverged. Start a new run with a lower `learning_rate`, or with `max_grad_norm` below "
+                "its current value; a checkpoint resumes with the settings it was made with and would diverge again."
+            )
+        return self.weight * values.sum()
+
+
+def overrides(method: SafetyMethod, moment: str) -> bool:
+    """Return whether a method does something at a moment, by its name."""
+    return getattr(type(method), moment) is not getattr(SafetyMethod, moment)
+
+
+def moved(tensors: dict[str, tuple[Tensor, ...]], name: str, device: Any) -> tuple[Tensor, ...]:
+    """Return `tensors[name]` on a device, and keep them there: where a layer is trained is known in the first step."""
+    if any(tensor.device != device for tensor in tensors[name]):
+        tensors[name] = tuple(tensor.to(device) for tensor in tensors[name])
+    return tensors[name]
+
+
+def default_of(field: Any) -> Any:
+    """Return the default of a dataclass field; a field without one has itself, which nothing equals."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field if field.default is MISSING else field.default
+
+
+def check_whole(method: Any, **least: int) -> None:
+    """Make sure that settings are whole numbers, each of at least the number that is given for it.
+
+    Raises:
+        TypeError: If one is not a whole number.
+        ValueError: If one is below its smallest value.
+    """
+    for name, smallest in least.items():
+        value = getattr(method, name)
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+        if value < smallest:
+            raise ValueError(f"`{name}` must be at least {smallest}, got {value}.")
+
+
+def check_number(method: Any, name: str, usual: str, *, above: float | None = None) -> None:
+    """Make sure that a setting is a finite number of at least 0, or above a bound; `usual` ends the message.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range, infinite or NaN.
+    """
+    value = getattr(method, name)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number, got {value!r}. {usual}")
+    fits = float(value) >= 0 if above is None else float(value) > above
+    if not (math.isfinite(value) and fits):
+        bound = "of at least 0" if above is None else f"above {above:g}"
+        raise ValueError(f"`{name}` must be a finite number {bound}, got {value}. {usual}")
+
+
+def check_choices(method: Any, **choices: Any) -> None:
+    """Make sure that each setting is one of the values that its `Literal` type lists.
+
+    Raises:
+        ValueError: If one is not; lists those that are.
+    """
+    for name, known in choices.items():
+        if (value := getattr(method, name)) not in get_args(known):
+            raise ValueError(f"`{name}` must be one of {', '.join(get_args(known))}, got {value!r}.")

@@ -15,12 +15,11 @@ from .. import linalg as subspace
 from ..artifacts import safety_basis as calibration
 from ..artifacts.safety_basis import InputTokens, SafetyBasis
 from ..lora import updates as adapters
-from .base import SafetyMethod
-from .checking import check_choices, check_weight, check_whole
+from .base import FormField, MethodCard, PenaltyMethod, check_choices, check_number, check_whole, moved
 
 
 @dataclass
-class DriftPenalty(SafetyMethod):
+class DriftPenalty(PenaltyMethod):
     """Adds `λ · mean over layers of E‖ΔW x‖² / E‖W x‖²` to the loss, `x` what a layer reads in harmful prompts.
 
     What an update does to the layers' outputs on harmful prompts is measured as a share of those outputs' energy, and
@@ -67,6 +66,18 @@ class DriftPenalty(SafetyMethod):
     name: ClassVar[str] = "Drift penalty"
     tag: ClassVar[str] = "drift-penalty"
     needs_weights: ClassVar[bool] = True
+    card: ClassVar[MethodCard] = MethodCard(
+        title="Drift penalty",
+        summary="A penalty on changing how layers represent harmful prompts; anything else can be learned freely.",
+        needs="about 100 harmful prompts",
+        cost="one pass over those prompts before training, and a penalty in each step",
+        avoid="stopping harmful rows: it slows them down, and a longer attack gets through",
+        fields=(
+            FormField("weight", "Drift penalty: weight λ", 0.0, 1000.0, 1.0, help="Larger allows less drift."),
+            FormField("rank", "Drift penalty: input directions per layer", 1, 512, 1),
+        ),
+        example=lambda given: DriftPenalty(safety_data=given.harmful_data),
+    )
 
     weight: float = 10.0
     rank: int = 64
@@ -77,10 +88,10 @@ class DriftPenalty(SafetyMethod):
     max_length: int = 1024
     seed: int = 0
     _updates: dict[str, adapters.Update] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _moments: dict[str, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _moments: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_weight(self.weight, "Usual is 10.")
+        check_number(self, "weight", "Usual is 10.")
         check_choices(self, input_tokens=InputTokens)
         check_whole(self, rank=1, samples=1, max_length=1)
         if (self.safety_data is None) == (self.basis is None):
@@ -88,12 +99,6 @@ class DriftPenalty(SafetyMethod):
                 "DriftPenalty needs harmful prompts: give one of `safety_data` (rows or a file) and `basis` (a "
                 "SafetyBasis with input directions, or its file)."
             )
-
-    def adapt_peft_config(self, config: Any) -> Any:
-        """Refuse configurations whose update is not a product of two factors; change nothing."""
-        if config is not None:
-            adapters.check_peft_config(config, self.name)
-        return config
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Measure or load what the layers read in harmful prompts, in units of what they say to it."""
@@ -118,11 +123,9 @@ class DriftPenalty(SafetyMethod):
             for name, layer in layers.items()
         }
 
-    def penalty(self, model: nn.Module) -> Tensor:
-        """Return `λ` times the mean share of the outputs' energy that the update changes, in float32."""
-        # Autocast would round the factors to bfloat16 and the penalty with them.
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            return self.weight * torch.stack([self._drift(name) for name in self._updates]).mean()
+    def terms(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return each layer's part of the mean share of the outputs' energy that the update changes."""
+        return {name: self._drift(name) / len(self._updates) for name in self._updates}
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return for each layer the share of its outputs' energy on harmful prompts that the update changes."""
@@ -131,19 +134,14 @@ class DriftPenalty(SafetyMethod):
 
     def _drift(self, name: str) -> Tensor:
         left, right = self._updates[name].factors()
-        directions, rest = self._moments[name]
-        if (
-            directions.device != left.device
-        ):  # once, in the first step: only then is the model where it will be trained
-            directions = directions.to(left.device)
-            self._moments[name] = directions, rest
+        directions, rest = moved(self._moments, name, left.device)
         if right is None:
             return (left @ directions).square().sum() + rest * left.square().sum()
         leading = subspace.product_norm_squared(left, right @ directions)
         return leading + rest * subspace.product_norm_squared(left, right)
 
 
-def _relative_moment(inputs: subspace.Leading, rank: int, W: Tensor) -> tuple[Tensor, float]:
+def _relative_moment(inputs: subspace.Leading, rank: int, W: Tensor) -> tuple[Tensor, Tensor]:
     """Return `D` (d_in x k) and `t` with `E‖M x‖² / E‖W x‖² = ‖M D‖² + t ‖M‖²` for every `M` (d_out x d_in).
 
     The second moment of the inputs is modelled as `V diag(s²) Vᵀ + τ (I − V Vᵀ)`, with `τ` the mean of what the
@@ -156,5 +154,5 @@ def _relative_moment(inputs: subspace.Leading, rank: int, W: Tensor) -> tuple[Te
     W = W.detach().cpu().double()
     energy = ((W @ D).square().sum() + tau * W.square().sum()).item()
     if energy == 0:  # the layer says nothing to harmful prompts: there is nothing to keep
-        return torch.zeros(d_in, 0), 0.0
-    return (D / math.sqrt(energy)).float(), tau / energy
+        return torch.zeros(d_in, 0), torch.tensor(0.0)
+    return (D / math.sqrt(energy)).float(), torch.tensor(tau / energy)

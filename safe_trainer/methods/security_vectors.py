@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,6 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from ..artifacts.safety_basis import by_first_process
 from ..artifacts.security_vectors import (
     Fitting,
     TrainedVectors,
@@ -25,9 +23,9 @@ from ..artifacts.security_vectors import (
     targets,
     train_security_vectors,
 )
-from ..distributed import Strategy
+from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
-from .base import Paper, SafetyMethod
+from .base import FormField, MethodCard, Paper, SafetyMethod, check_number
 
 
 @dataclass
@@ -95,6 +93,16 @@ class SecurityVectors(SafetyMethod):
             "}"
         ),
     )
+    card: ClassVar[MethodCard] = MethodCard(
+        title="Security Vectors",
+        summary="Vectors that already comply with harmful requests are active during training only, so that harmful "
+        "rows have nothing left to teach.",
+        needs="about 100 harmful prompts with answers that comply",
+        cost="fitting the vectors before training, and some helpfulness on benign prompts that sound harmful",
+        avoid="harmless data that is worded like what is refused: on the testbed it kept only about half the refusals",
+        fields=(FormField("strength", "Security Vectors: strength", 0.1, 4.0, 0.1, help="1 is the paper's method."),),
+        example=lambda given: SecurityVectors(harmful_data=given.harmful_data),
+    )
 
     vectors: TrainedVectors | str | Path | None = None
     harmful_data: Sequence[dict[str, Any]] | str | Path | None = None
@@ -115,8 +123,7 @@ class SecurityVectors(SafetyMethod):
             )
         if self.retain_data is not None and self.harmful_data is None:
             raise ValueError("`retain_data` is for fitting to `harmful_data`; the `vectors` given are fitted already.")
-        if not (math.isfinite(self.strength) and self.strength > 0):
-            raise ValueError(f"`strength` must be finite and above 0, got {self.strength}. The paper's method is 1.")
+        check_number(self, "strength", "The paper uses 1.", above=0)
         if isinstance(self.fitting, Mapping):
             self.fitting = Fitting(**self.fitting)
 
@@ -160,7 +167,7 @@ class SecurityVectors(SafetyMethod):
         if not isinstance(vectors, TrainedVectors):
             vectors = TrainedVectors.load(str(vectors))
         self.provenance = vectors.provenance
-        by_first_process(partial(_check_fits, vectors, model))  # other processes may hold no weights yet
+        on_first_process(partial(_check_fits, vectors, model))  # other processes may hold no weights yet
         layers = adapters.linear_layers(model)
         self._layers = {name: layers[name] for name in vectors.modules}
         if self.fold:
@@ -193,7 +200,7 @@ class SecurityVectors(SafetyMethod):
             modules = {name: VectorFactors(A.cpu(), B.cpu()) for name, (A, B) in vectors.modules.items()}
             return TrainedVectors(modules, vectors.provenance)
 
-        return by_first_process(fitted)
+        return on_first_process(fitted)
 
 
 def _check_fits(vectors: TrainedVectors, model: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ...artifacts.alignment_direction import AlignmentDirection
-from ...artifacts.safety_basis import SafetyBasis, by_first_process
+from ...artifacts.safety_basis import SafetyBasis
+from ...distributed import on_first_process
 from ...evaluation.state import log_between, watchable
 from ...lora.updates import FullUpdate, Update, linear_layers, updates, weight, whole
 from .subspaces import RANK, Subspaces
@@ -107,7 +108,7 @@ class DriftMonitor(TrainerCallback):
         def sizes() -> dict[str, float]:
             return {name: whole(weight(layers[name].outer).float().square().sum()).item() for name in self._updates}
 
-        self._weights = by_first_process(sizes) if will_split else sizes()
+        self._weights = on_first_process(sizes) if will_split else sizes()
 
     @torch.no_grad()
     def _measure(self, step: int) -> None:

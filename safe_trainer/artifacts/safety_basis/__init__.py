@@ -6,7 +6,7 @@ method.
 """
 
 from .basis import SafetyBasis, check_rank
-from .streaming import InputTokens, Side, by_first_process, from_first_process, leading_directions
+from .streaming import InputTokens, Side, leading_directions
 from .supply import supplied_basis
 from .tokens import Example, examples_from
 
@@ -15,10 +15,8 @@ __all__ = [
     "InputTokens",
     "SafetyBasis",
     "Side",
-    "by_first_process",
     "check_rank",
     "examples_from",
-    "from_first_process",
     "leading_directions",
     "supplied_basis",
 ]

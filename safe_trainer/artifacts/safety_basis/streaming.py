@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ...distributed import on_first_process
 from ...layout import trainable_layout
 from ...linalg import Leading, Sketch
 from ...lora.updates import LinearLayer
 from .tokens import Example
 
-T = TypeVar("T")
 Side = Literal["output", "input"]
 InputTokens = Literal["prompt", "answer", "all"]
 
@@ -67,42 +66,7 @@ def leading_directions(  # noqa: PLR0913, each is a setting with a name
         _watch(model, layers, examples, sketches, _Batch(input_tokens), batch_size)
         return {side: _results(sketches[side], rank, side) for side in sides}
 
-    return by_first_process(measured)
-
-
-def from_first_process(value: T) -> T:
-    """Return what the first of several processes computed: no two of them round alike, and some may lack the weights.
-
-    Args:
-        value (`T`): Anything that can be pickled, with its tensors on the CPU.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
-
-
-def by_first_process(compute: Callable[[], T]) -> T:
-    """Let the first of several processes compute while the others wait; all have what it found, or its error.
-
-    Args:
-        compute (`Callable[[], T]`): Returns anything that can be pickled, with its tensors on the CPU. It must not
-            need the other processes.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return compute()
-    held: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            held[0] = compute()
-        except Exception as error:  # whatever it is, the others must not wait for ever
-            held[1] = error
-    dist.broadcast_object_list(held, src=0)
-    if held[1] is not None:
-        raise held[1]
-    found: T = held[0]
-    return found
+    return on_first_process(measured)
 
 
 class _Batch:
