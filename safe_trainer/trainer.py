@@ -21,7 +21,7 @@ from trl import SFTTrainer
 
 from . import checkpoints, resuming
 from .distributed import strategy_of
-from .layout import trainable_layout
+from .lora.modes import trainable_layout
 from .methods.base import SafetyMethod
 from .methods.recommended import RECOMMENDED, recommended_for
 from .stopping import stopping

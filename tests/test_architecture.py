@@ -29,7 +29,7 @@ ROOMS = {
     "artifacts": {"data", "distributed", "evaluation", "linalg", "lora"},
     "methods": {"artifacts", "data", "distributed", "evaluation", "linalg", "lora"},
     "checkpoints": {"distributed", "lora", "methods"},
-    "trainer": {"checkpoints", "data", "distributed", "methods"},
+    "trainer": {"checkpoints", "data", "distributed", "lora", "methods"},
     "analysis": {"artifacts", "data", "distributed", "evaluation", "linalg", "lora"},
     "recipe": {"analysis", "artifacts", "checkpoints", "data", "distributed", "evaluation", "lora"}
     | {"methods", "trainer"},
