@@ -13,10 +13,10 @@ from .analysis.scan import ScanResult as ScanResult
 from .analysis.scan import scan_file as scan_file
 from .analysis.scan import score_rows as score_rows
 from .artifacts.alignment_direction import AlignmentDirection as AlignmentDirection
+from .artifacts.fitting import Fitting as Fitting
+from .artifacts.fitting import train_security_vectors as train_security_vectors
 from .artifacts.safety_basis import SafetyBasis as SafetyBasis
-from .artifacts.security_vectors import Fitting as Fitting
 from .artifacts.security_vectors import TrainedVectors as TrainedVectors
-from .artifacts.security_vectors import train_security_vectors as train_security_vectors
 from .data import PromptSet as PromptSet
 from .data import ReadOptions as ReadOptions
 from .data import conversation as conversation

@@ -56,7 +56,7 @@ def on_two_processes(*command: str, check: bool = True, **environment: str) -> s
 def methods(folder: Path) -> dict[str, Callable[[], Any]]:
     """Return how to make what protects each run, from the models in the folder."""
     from safe_trainer import METHODS, conversation
-    from safe_trainer.artifacts.security_vectors import TrainedVectors
+    from safe_trainer.artifacts import TrainedVectors
 
     harmful = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
     refused = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
@@ -73,7 +73,6 @@ def methods(folder: Path) -> dict[str, Callable[[], Any]]:
         "salora: both sides": lambda: METHODS["salora"](safety_data=refused, rank=4, task_rank=0, protect="both"),
         "drift_penalty": lambda: METHODS["drift_penalty"](safety_data=refused, rank=8),
         "security_vectors": vectors,
-        "security_vectors: folded": lambda: vectors(fold=True),
         "security_vectors: loaded": lambda: METHODS["security_vectors"](TrainedVectors.load(folder / "vectors")),
         "recommended": lambda: [vectors(), METHODS["drift_penalty"](safety_data=harmful, rank=8)],
         "all": lambda: [made["asft"](), made["salora"](), vectors()],

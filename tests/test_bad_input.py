@@ -241,11 +241,6 @@ METHODS: dict[str, Case] = {
         ValueError,
         "Use `LoraConfig",
     ),
-    "vectors folded into weights that are trained": (
-        lambda r: r.trainer(st.SecurityVectors(vectors(), fold=True), peft_config=None),
-        ValueError,
-        "Leave out `fold`",
-    ),
     "vectors of another model": (
         lambda r: r.trainer(st.SecurityVectors(vectors()), model=other_model()),
         ValueError,

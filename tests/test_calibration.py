@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
 from safe_trainer import SafetyBasis, conversation
-from safe_trainer.artifacts.safety_basis import examples_from, leading_directions
+from safe_trainer.artifacts.calibration import examples_from, top_directions
 from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.linalg import Sketch
 from safe_trainer.lora.updates import linear_layers
@@ -76,7 +76,7 @@ def test_directions_are_those_of_a_full_svd_of_what_the_layers_did(architecture)
         for found, whole in ((basis.inputs[name], at_prompts[name]), (basis.outputs[name], W @ X_s)):
             U, S, _ = torch.linalg.svd(whole)
             assert torch.allclose(found.singular_values.double(), S[:12], rtol=1e-3, atol=1e-5 * S[0].item())
-            assert found.energy == pytest.approx((S**2).sum().item(), rel=1e-4)
+            assert found.total_variance == pytest.approx((S**2).sum().item(), rel=1e-4)
             # No gap is planted in these layers: take the span before the largest gap there is.
             k = int((S[:11] / S[1:12]).argmax()) + 1
             assert (projector(U[:, :k]) - projector(found.basis[:, :k])).norm() < 1e-3, name
@@ -86,7 +86,7 @@ def test_directions_of_wide_layers_come_from_a_sketch_that_is_narrower():
     model = tiny.model(hidden=160, layers=1)
     (_, inputs), layers = recorded(model, REFUSALS), linear_layers(model)
     examples = examples_from(REFUSALS, tiny.tokenizer())
-    found = leading_directions(model, layers, examples, rank=12, batch_size=4)["output"]
+    found = top_directions(model, layers, examples, rank=12, batch_size=4)["output"]
     for name, X in inputs.items():
         U, S, _ = torch.linalg.svd(model.get_submodule(name).weight.detach().double() @ X)
         k = int((S[:11] / S[1:12]).argmax()) + 1
@@ -186,11 +186,11 @@ def test_a_basis_comes_back_from_disk_as_it_was(basis, tmp_path):
         for name, leading in basis.side(side).items():
             assert torch.equal(found.side(side)[name].basis, leading.basis)
             assert torch.equal(found.side(side)[name].singular_values, leading.singular_values)
-            assert found.side(side)[name].energy == leading.energy
+            assert found.side(side)[name].total_variance == leading.total_variance
     with safe_open(tmp_path / "basis.safetensors", "pt") as file:
         layers = json.loads(file.metadata()["details"])["layers"]
     name = "model.layers.0.mlp.up_proj"
-    assert layers[f"{name}.output"]["captured"] == basis.outputs[name].captured
+    assert layers[f"{name}.output"]["captured"] == basis.outputs[name].explained_variance
 
 
 def test_provenance_says_where_a_basis_comes_from(basis):

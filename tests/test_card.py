@@ -16,7 +16,7 @@ from test_report import comparison
 from typer.testing import CliRunner
 
 from safe_trainer import TrainedVectors, testbed
-from safe_trainer.artifacts.security_vectors.weights import _KIND
+from safe_trainer.artifacts.security_vectors import _KIND
 from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.cli import app
 from safe_trainer.evaluation import to_json

@@ -45,7 +45,6 @@ RUNS = {
     "ddp": [
         *EVERYWHERE,
         "asft: full",
-        "security_vectors: folded",
         "security_vectors: loaded",
         *TOGETHER,
         *OTHERWISE,
@@ -56,7 +55,6 @@ RUNS = {
     "zero2": [
         *EVERYWHERE,
         "asft: full",
-        "security_vectors: folded",
         "security_vectors: loaded",
         *TOGETHER,
         *OTHERWISE,
@@ -70,13 +68,12 @@ RUNS = {
     f"zero2: {SHIPPED}": ["recommended"],
     f"zero3: {SHIPPED}": ["security_vectors: loaded"],
 }
-METHODS = [*EVERYWHERE[1:], "security_vectors: folded", "security_vectors: loaded"]
+METHODS = [*EVERYWHERE[1:], "security_vectors: loaded"]
 SPLIT = "Load the model whole, and use DDP, FSDP2 or ZeRO-2"
 AT_HAND = "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2"
 BEFOREHAND = "Fit them beforehand with `safe-trainer vectors`"
 REFUSED = {
     "fsdp1": dict.fromkeys(METHODS, "Use FSDP2: `fsdp_version: 2`"),
-    "fsdp2": {"security_vectors: folded": "Leave out `fold`"},
     "fsdp2: first loads": {"salora": AT_HAND, "drift_penalty": AT_HAND, "security_vectors": BEFOREHAND},
     "fsdp2: in pieces": dict.fromkeys(METHODS, "Set `fsdp_state_dict_type: FULL_STATE_DICT`"),
     "tensor": dict.fromkeys(METHODS, SPLIT),
@@ -85,7 +82,6 @@ REFUSED = {
         "salora": AT_HAND,
         "drift_penalty": AT_HAND,
         "security_vectors": BEFOREHAND,
-        "security_vectors: folded": "Leave out `fold`",
     },
 }
 LAUNCHES = [[s for s in [*RUNS, *REFUSED] if s.startswith("zero") == is_zero] for is_zero in (False, True)]
@@ -484,7 +480,6 @@ NAMES = {
     "`DriftPenalty`": "drift_penalty",
     "`SecurityVectors`, fitted beforehand": "security_vectors: loaded",
     "`SecurityVectors`, fitted in the run": "security_vectors",
-    "`SecurityVectors(fold=True)`": "security_vectors: folded",
 }
 COLUMNS = {"DDP": "ddp", "FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 COLUMNS |= {"FSDP1": "fsdp1", "tensor parallel": "tensor"}

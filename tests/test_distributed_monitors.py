@@ -31,7 +31,7 @@ from safe_trainer import (
     SafetyBasis,
 )
 from safe_trainer.evaluation import Decoding
-from safe_trainer.linalg import Leading, random_basis
+from safe_trainer.linalg import TopDirections, random_basis
 from safe_trainer.lora.updates import linear_layers, whole
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def subspaces(folder: Path) -> dict[str, str]:
     """Write a direction and a basis for the model in the folder; return where they are."""
     layers = linear_layers(AutoModelForCausalLM.from_pretrained(folder / "aligned"))
     sides = [
-        {name: Leading(random_basis(layer.shape[i], 5, i), torch.ones(5), 5.0) for name, layer in layers.items()}
+        {name: TopDirections(random_basis(layer.shape[i], 5, i), torch.ones(5), 5.0) for name, layer in layers.items()}
         for i in (0, 1)
     ]
     given = {"direction": str(folder / "direction.safetensors"), "basis": str(folder / "basis.safetensors")}

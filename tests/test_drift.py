@@ -40,7 +40,7 @@ from safe_trainer.analysis.drift.updates import adapter_factors
 from safe_trainer.analysis.pictures import DARK, LIGHT
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.prompting import encode
-from safe_trainer.linalg import Leading, random_basis
+from safe_trainer.linalg import TopDirections, random_basis
 from safe_trainer.lora.updates import linear_layers, weight
 
 HARMFUL, HARMLESS = ("do harm!", "more harm", "harm"), ("help", "do help me now")
@@ -63,8 +63,8 @@ def fine_tuned(folder, architecture: str = "llama", **config):
 
 
 def subspaces_of(starts: dict, folder) -> tuple[AlignmentDirection, SafetyBasis]:
-    outputs = {name: Leading(random_basis(W.shape[0], 4, 1), torch.ones(4), 4.0) for name, W in starts.items()}
-    inputs = {name: Leading(random_basis(W.shape[1], 5, 2), torch.ones(5), 5.0) for name, W in starts.items()}
+    outputs = {name: TopDirections(random_basis(W.shape[0], 4, 1), torch.ones(4), 4.0) for name, W in starts.items()}
+    inputs = {name: TopDirections(random_basis(W.shape[1], 5, 2), torch.ones(5), 5.0) for name, W in starts.items()}
     tiny.model("gpt2" if "transformer.h.0.attn.c_attn" in starts else "llama", seed=8).save_pretrained(
         folder / "other"
     )
@@ -108,7 +108,7 @@ def test_layers_that_did_not_change_are_left_out_and_strangers_refused(tmp_path)
     for tuned in (adapter, whole):
         with pytest.raises(ValueError, match="does not fit the base model"):
             measure_drift(tmp_path / "wide", tuned)
-    narrow = SafetyBasis({"model.layers.0.self_attn.q_proj": Leading(random_basis(8, 4, 1), torch.ones(4), 4.0)})
+    narrow = SafetyBasis({"model.layers.0.self_attn.q_proj": TopDirections(random_basis(8, 4, 1), torch.ones(4), 4.0)})
     with pytest.raises(ValueError, match="belong to another model"):
         measure_drift(base, adapter, basis=narrow)
     with pytest.raises(ValueError, match="`rank`"):
@@ -151,7 +151,7 @@ def test_the_output_head_of_an_adapter_is_not_counted_and_said(tmp_path, targets
 
 def test_directions_of_another_model_and_missing_folders_are_refused(tmp_path):
     base, adapter, *_ = fine_tuned(tmp_path)
-    strange = {"transformer.h.0.attn.c_attn": Leading(random_basis(8, 4, 1), torch.ones(4), 4.0)}
+    strange = {"transformer.h.0.attn.c_attn": TopDirections(random_basis(8, 4, 1), torch.ones(4), 4.0)}
     for basis in (SafetyBasis(strange), SafetyBasis({}, strange)):
         with pytest.raises(ValueError, match="no layer in common"):
             measure_drift(base, adapter, basis=basis)
@@ -309,7 +309,7 @@ def test_monitor_is_refused_when_it_is_built_where_it_cannot_measure(tmp_path):
     trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora(use_dora=True)))
     with pytest.raises(ValueError, match="drift monitor does not work with `use_dora=True`"):
         DriftMonitor(trainer)
-    strange = SafetyBasis({"model.elsewhere": Leading(random_basis(8, 4, 1), torch.ones(4), 4.0)})
+    strange = SafetyBasis({"model.elsewhere": TopDirections(random_basis(8, 4, 1), torch.ones(4), 4.0)})
     with pytest.raises(ValueError, match="no layer in common"):
         DriftMonitor(SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora())), basis=strange)
 

@@ -63,16 +63,6 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_folding_is_refused_before_anything_is_fitted(kind, pair, tmp_path: Path):
-    model = base(pair[0], kind)
-    method = BUILD["security_vectors: folded"](*pair)
-    rows = {"train_dataset": tiny.rows(), "processing_class": tiny.tokenizer()}
-    with pytest.raises(ValueError, match="quantised or sharded .*Leave out `fold`"):
-        SafeSFTTrainer(model, args=settings(tmp_path, bf16=False), **rows, peft_config=lora(), safety=method)
-    assert method.fitted is None
-
-
-@pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("name", ["drift_penalty", "security_vectors"])
 def test_what_is_measured_before_training_leaves_gradients_as_they_were(name, kind, pair, tmp_path: Path):
     model = get_peft_model(base(pair[0], kind), lora(init_lora_weights=False))
@@ -112,7 +102,7 @@ def test_neither_a_monitor_nor_evaluation_disturbs_training(kind, pair, tmp_path
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("name", [*(name for name in VARIANTS if not name.endswith("folded")), *TOGETHER])
+@pytest.mark.parametrize("name", [*VARIANTS, *TOGETHER])
 def test_a_quantised_base_goes_the_whole_way(name, kind, pair, tmp_path: Path):
     model = base(pair[0], kind)
     clean = logits(model)

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from safe_trainer import AsFT, SafeSFTTrainer, SafetyBasis, SaLoRA, compact_adapter, conversation
-from safe_trainer.artifacts.safety_basis import Example, examples_from, leading_directions
+from safe_trainer.artifacts.calibration import Example, examples_from, top_directions
 from safe_trainer.lora.updates import linear_layers, lora_updates
 
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(24)]
@@ -166,7 +166,7 @@ def test_directions_start_and_output_are_the_reference_values():
     model = get_peft_model(base, config)
     method.attach(model, None, [{"input_ids": list(range(200, 500))}])
     updates, layers = lora_updates(model, "The test"), linear_layers(model)
-    task = leading_directions(model, layers, [Example(list(range(200, 500)), [True] * 300)], rank=6)["output"]
+    task = top_directions(model, layers, [Example(list(range(200, 500)), [True] * 300)], rank=6)["output"]
     expected = {name: {part: reference[f"{name}.{part}"] for part in PARTS} for name in base.names}
     with method.training(model), torch.no_grad():
         for name, values in expected.items():

@@ -25,7 +25,7 @@ from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversat
 from safe_trainer.analysis.scan import Score, average_precision, precision_recall
 from safe_trainer.analysis.scan.ranking import Spool
 from safe_trainer.analysis.scan.tables import write_table
-from safe_trainer.artifacts.security_vectors import row_losses
+from safe_trainer.artifacts import row_losses
 from safe_trainer.data.encoding import collate, encode_row
 
 TOKENIZER = tiny.tokenizer()

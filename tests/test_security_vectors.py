@@ -107,26 +107,13 @@ def test_the_strength_multiplies_the_vectors(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_folded_vectors_train_the_same_adapter(checkpointing, architecture, tmp_path):
-    base = tiny.model(architecture)
-    found = planted.vectors(base)
-    arguments = {"args": exact_settings(tmp_path, gradient_checkpointing=checkpointing), "peft_config": lora()}
-    hooked = run(protected(found), given(tmp_path, model=copy.deepcopy(base), **arguments))
-    folded = run(protected(found, fold=True), given(tmp_path, model=copy.deepcopy(base), **arguments))
-    assert_same_updates(folded, hooked, atol=5e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fold", [False, True])
-def test_training_compiled_is_that_of_the_merged_model(fold, tmp_path):
+def test_training_compiled_is_that_of_the_merged_model(tmp_path):
     base = tiny.model(layers=1)
     found = planted.vectors(base)
     changes = {"torch_compile": True, "torch_compile_backend": "eager", "gradient_checkpointing": False}
     arguments = {"args": exact_settings(tmp_path, **changes), "peft_config": lora()}
     run(seeded, given(tmp_path, model=copy.deepcopy(base), **arguments))  # code compiled without vectors is in memory
-    ours = run(protected(found, fold=fold), given(tmp_path, model=copy.deepcopy(base), **arguments))
+    ours = run(protected(found), given(tmp_path, model=copy.deepcopy(base), **arguments))
     theirs = run(seeded, given(tmp_path, model=planted.merged(base, found), **arguments))
     assert_same_updates(ours, theirs, atol=5e-6)
 
@@ -166,15 +153,6 @@ def test_over_a_quantised_base_vectors_act_as_a_second_adapter_of_stock_peft_doe
     assert (ours - stock).abs().max() < 0.1 * (stock - clean).abs().max()
 
 
-@pytest.mark.slow
-def test_folding_is_refused_over_a_quantised_base(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    model = quantised(tmp_path / "base", 4)
-    found = planted.vectors(tiny.model(hidden=64).to(torch.bfloat16))
-    with pytest.raises(ValueError, match=r"quantised or sharded \(Linear4bit"):
-        protected(found, fold=True)(**given(tmp_path / "out", model=model, peft_config=lora()))
-
-
 # ---- and then they are gone
 
 
@@ -188,8 +166,7 @@ class Watch(TrainerCallback):
         self.losses.append(metrics["eval_loss"])
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_evaluation_during_training_sees_the_clean_model(fold, tmp_path):
+def test_evaluation_during_training_sees_the_clean_model(tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
     changes = {
@@ -201,7 +178,7 @@ def test_evaluation_during_training_sees_the_clean_model(fold, tmp_path):
     }
     arguments = {"args": exact_settings(tmp_path, max_steps=2, **changes), "eval_dataset": tiny.rows(4)}
     arguments |= {"peft_config": lora(), "callbacks": [watch := Watch()]}
-    trainer = protected(found, fold=fold)(**given(tmp_path, model=copy.deepcopy(base), **arguments))
+    trainer = protected(found)(**given(tmp_path, model=copy.deepcopy(base), **arguments))
     trainer.train()
     assert watch.losses[2] == trainer.evaluate()["eval_loss"]
     # what was saved after the first step, in stock PEFT and a plain trainer, has the loss seen then
@@ -214,12 +191,11 @@ def test_evaluation_during_training_sees_the_clean_model(fold, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [None, RuntimeError("full disk"), KeyboardInterrupt()])
-@pytest.mark.parametrize("fold", [False, True])
-def test_nothing_is_left_in_the_model_however_training_ends(fold, end, tmp_path):
+def test_nothing_is_left_in_the_model_however_training_ends(end, tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
     trainers = []
-    for build in (seeded, protected(found, fold=fold)):
+    for build in (seeded, protected(found)):
         callbacks = [StopAt(2, end)] if end else []
         arguments = given(tmp_path, model=copy.deepcopy(base), peft_config=lora(), callbacks=callbacks)
         trainers.append(build(**arguments))
@@ -237,12 +213,12 @@ def test_nothing_is_left_in_the_model_however_training_ends(fold, end, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("peft", "fold"), [(True, False), (True, True), (False, False)])
-def test_checkpoints_and_the_optimizer_hold_what_a_plain_run_holds(peft, fold, tmp_path):
+@pytest.mark.parametrize("peft", [True, False])
+def test_checkpoints_and_the_optimizer_hold_what_a_plain_run_holds(peft, tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
     shapes = []
-    for name, build in (("plain", seeded), ("ours", protected(found, fold=fold))):
+    for name, build in (("plain", seeded), ("ours", protected(found))):
         folder = tmp_path / name
         settings = {
             "save_strategy": "steps",
@@ -386,19 +362,6 @@ def test_vectors_are_matched_with_the_model_before_anything_is_trained(tmp_path)
         protected(found)(**given(tmp_path, peft_config=lora()))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         protected(tmp_path / "nowhere")(**given(tmp_path, peft_config=lora()))
-
-
-@pytest.mark.parametrize(
-    ("peft", "message"),
-    [
-        (None, "this model is trained without PEFT, and checkpoints made on the way would hold the vectors"),
-        (lora(use_dora=True), "Security Vectors with `fold` does not work with `use_dora=True`"),
-    ],
-)
-def test_folding_is_refused_where_it_would_be_wrong(peft, message, tmp_path):
-    found = planted.vectors(tiny.model())
-    with pytest.raises(ValueError, match=message):
-        protected(found, fold=True)(**given(tmp_path, peft_config=peft))
 
 
 def test_hooks_work_beside_a_dora(tmp_path):

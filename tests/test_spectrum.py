@@ -1,4 +1,4 @@
-"""Leading directions against a full decomposition in float64: the stated bound must hold, whatever the spectrum."""
+"""The truncated SVD against a full decomposition in float64: the stated bound must hold, whatever the spectrum."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from safe_trainer.artifacts.alignment_direction import spectrum
-from safe_trainer.artifacts.alignment_direction.spectrum import frobenius_norm, leading_directions
+from safe_trainer import linalg
+from safe_trainer.linalg import frobenius_norm, truncated_svd
 
 ROWS, COLUMNS = 420, 560
 
@@ -33,14 +33,14 @@ def error_of(d, found):
 @pytest.fixture
 def large(monkeypatch):
     """Treat the matrices of these tests as too large for a full decomposition."""
-    monkeypatch.setattr(spectrum, "_EXACT_UP_TO", 0)
+    monkeypatch.setattr(linalg, "_EXACT_SVD_UP_TO", 0)
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (60, 60)])
 def test_small_matrices_are_decomposed_exactly(shape):
     d = matrix("mixed", shape=shape)
     s = torch.linalg.svdvals(d.double())
-    found = leading_directions(d, threshold=s[20].item())
+    found = truncated_svd(d, threshold=s[20].item())
     assert found.basis.shape == (shape[0], 20)
     torch.testing.assert_close(found.singular_values.double(), s[:20], rtol=1e-6, atol=0)
     assert found.next_singular_value == pytest.approx(s[20].item(), rel=1e-6)
@@ -51,7 +51,7 @@ def test_small_matrices_are_decomposed_exactly(shape):
 def test_threshold_zero_keeps_all_that_float32_can_resolve(shape):
     left, right = (torch.linalg.qr(torch.randn(n, 40, dtype=torch.float64)).Q for n in shape)
     d = (left @ torch.diag(torch.logspace(0, -9, 40, dtype=torch.float64)) @ right.T).float()
-    found = leading_directions(d, threshold=0.0)
+    found = truncated_svd(d, threshold=0.0)
     assert 20 <= found.basis.shape[1] <= 40
     assert (found.basis.T @ found.basis - torch.eye(found.basis.shape[1])).abs().max() < 1e-5
     assert error_of(d, found) < 1e-6
@@ -64,7 +64,7 @@ def test_bound_of_large_matrices_holds_and_is_near(large, kind, seed):
     s = torch.linalg.svdvals(d.double())
     for count in (1, 10, 29):
         threshold = 1.02 * s[count].item()
-        found = leading_directions(d, threshold)
+        found = truncated_svd(d, threshold)
         error = error_of(d, found)
         assert error <= found.next_singular_value**2 + 1e-5 * s[0].item() ** 2
         assert found.next_singular_value <= threshold
@@ -77,7 +77,7 @@ def test_bound_of_large_matrices_holds_and_is_near(large, kind, seed):
 def test_rank_of_large_matrices_is_kept_and_its_error_stated(large, kind):
     d = matrix(kind)
     s = torch.linalg.svdvals(d.double())
-    found = leading_directions(d, threshold=0.0, rank=12)
+    found = truncated_svd(d, threshold=0.0, rank=12)
     assert found.basis.shape == (ROWS, 12)
     assert error_of(d, found) <= found.next_singular_value**2 <= 1.2 * s[12].item() ** 2
 
@@ -86,21 +86,21 @@ def test_bound_sees_a_direction_that_the_basis_missed():
     d = matrix("tied")  # thirty equal singular values: nothing tells one of them from the others
     left = torch.linalg.svd(d).U
     missed = torch.cat([left[:, :10], left[:, 11:30]], dim=1)
-    assert spectrum._squared_norm_bound(d, missed) >= 0.99 * 50.0**2
-    assert spectrum._squared_norm_bound(d, left[:, :30]) < 1.0
+    assert linalg._squared_norm_bound(d, missed) >= 0.99 * 50.0**2
+    assert linalg._squared_norm_bound(d, left[:, :30]) < 1.0
 
 
 def test_same_matrix_gives_the_same_factors_whatever_the_global_seed(large):
     torch.manual_seed(1)
-    first = leading_directions(matrix("mixed"), 3.0)
+    first = truncated_svd(matrix("mixed"), 3.0)
     torch.manual_seed(2)
-    assert torch.equal(first.basis, leading_directions(matrix("mixed"), 3.0).basis)
+    assert torch.equal(first.basis, truncated_svd(matrix("mixed"), 3.0).basis)
 
 
 def test_directions_fall_back_to_the_full_decomposition_when_most_are_needed(large):
     d = matrix("noise")
     s = torch.linalg.svdvals(d.double())
-    found = leading_directions(d, threshold=s[300].item())
+    found = truncated_svd(d, threshold=s[300].item())
     assert found.basis.shape == (ROWS, 300)
     assert found.next_singular_value == pytest.approx(s[300].item(), rel=1e-6)
 

@@ -81,7 +81,7 @@ def test_sketch_agrees_with_the_full_svd(spectrum: str, block: int) -> None:
     found, (U, S, _) = sketch.leading(8), torch.linalg.svd(columns, full_matrices=False)
     assert sine_between(U[:, :8], found.basis) <= 1e-3
     assert torch.allclose(found.singular_values.double(), S[:8], rtol=1e-3)
-    assert found.captured == pytest.approx((S[:8] ** 2).sum().item() / (S**2).sum().item(), rel=1e-3)
+    assert found.explained_variance == pytest.approx((S[:8] ** 2).sum().item() / (S**2).sum().item(), rel=1e-3)
     gram = found.basis.double().mT @ found.basis.double()
     assert (gram - torch.eye(8)).abs().max() < 3e-7
     assert sketch.count == 900
@@ -113,7 +113,7 @@ def test_sketch_gives_fewer_directions_where_the_columns_span_fewer() -> None:
     for _ in range(4):
         sketch.add(torch.randn(6, 3) @ plane)
     found = sketch.leading(8)
-    assert found.basis.shape == (50, 3) and found.captured == pytest.approx(1.0, abs=1e-6)
+    assert found.basis.shape == (50, 3) and found.explained_variance == pytest.approx(1.0, abs=1e-6)
     assert sine_between(torch.linalg.qr(plane.mT).Q, found.basis) < 1e-5
     assert subspace.Sketch(50, 16).leading(8).basis.shape == (50, 0)
 

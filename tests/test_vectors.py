@@ -16,7 +16,7 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from safe_trainer import Fitting, PromptSet, TrainedVectors, conversation, train_security_vectors
-from safe_trainer.artifacts.security_vectors import VectorFactors, active, row_losses
+from safe_trainer.artifacts import VectorFactors, active, row_losses
 from safe_trainer.data.encoding import collate, encode_row, encode_rows
 from safe_trainer.lora.updates import linear_layers
 
@@ -60,15 +60,14 @@ def assert_untouched(model, before):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_active_vectors_add_their_product_exactly_once(architecture, fold, adapted):
+def test_active_vectors_add_their_product_exactly_once(architecture, adapted):
     base = tiny.model(architecture)
     found = planted.vectors(base)
     make = wrapped if adapted else copy.deepcopy
     model, reference = make(base).requires_grad_(False).eval(), make(planted.merged(base, found)).eval()
     clean = logits(model)
-    with active(found.check_fits(model), found.modules, fold=fold):
+    with active(found.check_fits(model), found.modules):
         dirty = logits(model)
     assert (clean - dirty).abs().max() > 0.1
     assert torch.allclose(dirty, logits(reference), atol=1e-6)
@@ -86,14 +85,13 @@ def test_a_saved_directory_is_an_adapter_that_stock_peft_loads_with_the_same_log
     assert torch.allclose(ours, logits(stock), atol=1e-6)
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_vectors_for_training_leave_evaluation_mode_clean(fold):
+def test_vectors_for_training_leave_evaluation_mode_clean():
     model = wrapped(tiny.model()).eval()
     found = planted.vectors(model)
     clean = logits(model)
     with active(found.check_fits(model), found.modules):
         dirty = logits(model)
-    with active(found.check_fits(model), found.modules, in_training_only=True, fold=fold):
+    with active(found.check_fits(model), found.modules, in_training_only=True):
         for training in (False, True, False, True):
             expected = dirty if training else clean
             assert torch.allclose(logits(model.train(training)), expected, atol=0 if not training else 1e-6)
@@ -111,13 +109,12 @@ def test_a_switch_turns_vectors_off_for_a_while():
 
 
 @pytest.mark.parametrize("end", [None, RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("fold", [False, True])
-def test_nothing_is_left_however_the_context_ends(fold, end):
+def test_nothing_is_left_however_the_context_ends(end):
     model = wrapped(tiny.model()).train()
     found, before = planted.vectors(model), state(model)
     weights = {name: id(parameter) for name, parameter in model.named_parameters()}
     try:
-        with active(found.check_fits(model), found.modules, in_training_only=True, fold=fold):
+        with active(found.check_fits(model), found.modules, in_training_only=True):
             logits(model)
             if end is not None:
                 raise end
@@ -139,11 +136,10 @@ def test_gradients_reach_what_lies_before_the_vectors_and_never_the_vectors():
     assert all(not t.requires_grad and t.grad is None for factors in found.modules.values() for t in factors)
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_vectors_act_in_the_precision_of_the_layer(fold):
+def test_vectors_act_in_the_precision_of_the_layer():
     model = tiny.model().to(torch.bfloat16).requires_grad_(False).eval()
     found = planted.vectors(model)
-    with active(found.check_fits(model), found.modules, fold=fold):
+    with active(found.check_fits(model), found.modules):
         output = logits(model)
     exact = logits(planted.merged(model.float(), found))
     assert output.dtype == torch.bfloat16
@@ -174,42 +170,8 @@ def test_vectors_twice_in_one_model_are_refused_and_the_first_stay():
         assert torch.equal(logits(model), dirty)
 
 
-def test_folding_is_refused_into_weights_that_are_trained():
-    model = tiny.model()
-    found = planted.vectors(model)
-    with pytest.raises(ValueError, match="its weight is being trained. Leave out `fold`"):
-        with active(found.check_fits(model), found.modules, fold=True):
-            pass
-    assert hook_count(model) == 0
-
-
-def test_folding_is_refused_into_weights_of_another_kind():
-    class Packed(nn.Linear):
-        pass
-
-    model = tiny.model().requires_grad_(False)
-    layer = model.model.layers[1].mlp.up_proj
-    layer.__class__ = Packed
-    found, before = planted.vectors(model), state(model)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj` its weight is quantised or sharded \(Packed"):
-        with active(found.check_fits(model), found.modules, fold=True):
-            pass
-    assert_untouched(model, before)
-
-
-def test_folding_notices_when_a_weight_is_replaced():
-    model = wrapped(tiny.model()).train()
-    found = planted.vectors(model)
-    with active(found.check_fits(model), found.modules, in_training_only=True, fold=True):
-        layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
-        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-        with pytest.raises(RuntimeError, match="layers.0.mlp.up_proj` was replaced after training began"):
-            logits(model)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("fold", [False, True])
-def test_compiled_code_notices_vectors_that_come_and_go(fold):
+def test_compiled_code_notices_vectors_that_come_and_go():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).requires_grad_(False)
     layers = linear_layers(model)
@@ -221,7 +183,7 @@ def test_compiled_code_notices_vectors_that_come_and_go(fold):
     compiled = torch.compile(model.train(), backend="eager")  # what is watched is the same with every backend
     assert torch.allclose(compiled(inputs), clean, atol=1e-6)
     for _ in range(2):
-        with active(layers, factors, in_training_only=True, fold=fold):
+        with active(layers, factors, in_training_only=True):
             for training in (True, False, True):
                 compiled.train(training)
                 assert torch.allclose(compiled(inputs), dirty if training else clean, atol=1e-6)

@@ -43,7 +43,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL, device_map="auto"
 basis = SafetyBasis.from_rows(model, tokenizer, refusals, rank=32)
 figure, panel = plt.subplots(figsize=(7, 2.5), layout="constrained")
 for name, leading in list(basis.outputs.items())[:7]:
-    energy = (leading.singular_values**2).cumsum(0) / leading.energy
+    energy = (leading.singular_values**2).cumsum(0) / leading.total_variance
     panel.plot(range(1, len(energy) + 1), 100 * energy, label=name.removeprefix("model.layers."))
 panel.set(xlabel="leading directions", ylabel="% of the output's energy", xscale="log", ylim=(0, 105))
 panel.legend(fontsize=7, ncols=2)

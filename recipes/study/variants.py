@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from safe_trainer import AlignmentDirection, AsFT, DriftPenalty, SafetyBasis, SaLoRA, SecurityVectors, poison, testbed
-from safe_trainer.artifacts.security_vectors import Fitting
+from safe_trainer.artifacts import Fitting
 from safe_trainer.data import Row
 from safe_trainer.methods import SafetyMethod
 from safe_trainer.testbed.experiment import BATCH_SIZE, LEARNING_RATE, Scenario

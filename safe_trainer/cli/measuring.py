@@ -25,7 +25,7 @@ def basis(  # noqa: PLR0913, each is an option with a name
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..artifacts.safety_basis import SafetyBasis
+    from ..artifacts import SafetyBasis
 
     loaded = AutoModelForCausalLM.from_pretrained(model, device_map="auto")
     sides: Any = ("output", "input") if side == "both" else (side,)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg as subspace
-from ..artifacts.alignment_direction import AlignmentDirection, DirectionFactors
+from ..artifacts import AlignmentDirection, DirectionFactors
 from ..distributed import on_first_process
 from ..lora import updates as adapters
 from .base import (

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg as subspace
-from ..artifacts import safety_basis as calibration
-from ..artifacts.safety_basis import InputTokens, SafetyBasis
+from ..artifacts.calibration import InputTokens
+from ..artifacts.safety_basis import SafetyBasis, load_or_measure_basis
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, PenaltyMethod, check_choices, check_number, check_whole, moved
 
@@ -35,7 +35,7 @@ class DriftPenalty(PenaltyMethod):
         weight (`float`, *optional*, defaults to `10.0`):
             `λ`, in nats for a change of the whole energy; `0` only measures.
         rank (`int`, *optional*, defaults to `64`):
-            Leading input directions of each layer that are kept; less where a layer is narrower.
+            Top input directions of each layer that are kept; less where a layer is narrower.
         safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*):
             Harmful prompts with answers (not read by default): rows, or a file. Give this or `basis`.
         basis ([`SafetyBasis`], `str` or `Path`, *optional*):
@@ -106,7 +106,7 @@ class DriftPenalty(PenaltyMethod):
         layers = {name: layer for name, layer in adapters.linear_layers(model).items() if name in self._updates}
         narrowest = min(layer.shape[1] for layer in layers.values())
         wanted: dict[str, Any] = {"samples": self.samples, "max_length": self.max_length, "seed": self.seed}
-        basis = calibration.supplied_basis(
+        basis = load_or_measure_basis(
             self.basis,
             self.safety_data,
             model,
@@ -141,7 +141,7 @@ class DriftPenalty(PenaltyMethod):
         return leading + rest * subspace.product_norm_squared(left, right)
 
 
-def _relative_moment(inputs: subspace.Leading, rank: int, W: Tensor) -> tuple[Tensor, Tensor]:
+def _relative_moment(inputs: subspace.TopDirections, rank: int, W: Tensor) -> tuple[Tensor, Tensor]:
     """Return `D` (d_in x k) and `t` with `E‖M x‖² / E‖W x‖² = ‖M D‖² + t ‖M‖²` for every `M` (d_out x d_in).
 
     The second moment of the inputs is modelled as `V diag(s²) Vᵀ + τ (I − V Vᵀ)`, with `τ` the mean of what the
@@ -149,7 +149,7 @@ def _relative_moment(inputs: subspace.Leading, rank: int, W: Tensor) -> tuple[Te
     """
     V, squares = inputs.basis[:, :rank].double(), inputs.singular_values[:rank].double().square()
     d_in, k = V.shape
-    tau = max(0.0, inputs.energy - squares.sum().item()) / max(1, d_in - k)
+    tau = max(0.0, inputs.total_variance - squares.sum().item()) / max(1, d_in - k)
     D = V * (squares - tau).clamp(min=0).sqrt()
     W = W.detach().cpu().double()
     energy = ((W @ D).square().sum() + tau * W.square().sum()).item()

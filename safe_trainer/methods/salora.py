@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg as subspace
-from ..artifacts import safety_basis as calibration
-from ..artifacts.safety_basis import InputTokens, SafetyBasis, Side
+from ..artifacts import calibration
+from ..artifacts.calibration import InputTokens, Side
+from ..artifacts.safety_basis import SafetyBasis, check_rank, load_or_measure_basis
 from ..distributed import from_first_process
 from ..lora import reparametrize as factors
 from ..lora import updates as adapters
@@ -174,7 +175,7 @@ class SaLoRA(SafetyMethod):
         """Refuse a `rank` that leaves a layer nothing to learn in."""
         layers, updates = adapters.linear_layers(model), adapters.lora_updates(model, self.name)
         for side in self._sides:
-            calibration.check_rank({name: layers[name] for name in updates}, side, self.rank)
+            check_rank({name: layers[name] for name in updates}, side, self.rank)
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Measure or load the directions of every adapted layer, and set `A0` and `B0`."""
@@ -186,10 +187,10 @@ class SaLoRA(SafetyMethod):
         if self._continues:
             self._check_trained()
             return
-        task: dict[str, subspace.Leading] = {}
+        task: dict[str, subspace.TopDirections] = {}
         if self.task_rank:
             examples = calibration.examples_from(train_dataset, tokenizer, what="the training data", **self._sampling)
-            task = calibration.leading_directions(model, layers, examples, rank=self.task_rank)["output"]
+            task = calibration.top_directions(model, layers, examples, rank=self.task_rank)["output"]
         for name, update in self._updates.items():
             factors.set_factors(update, *from_first_process(self._start(name, update, task.get(name))))
 
@@ -220,12 +221,12 @@ class SaLoRA(SafetyMethod):
         if self.rank and self.directions == "safety":
             wanted = {"sides": self._sides, "rank": self.rank, "input_tokens": self.input_tokens, **self._sampling}
             source = self.basis, self.safety_data, model, tokenizer
-            self.safety_basis = calibration.supplied_basis(*source, layers=layers, **wanted)
+            self.safety_basis = load_or_measure_basis(*source, layers=layers, **wanted)
             self.provenance = self.safety_basis.provenance
         for name, layer in layers.items() if self.rank else ():
             for side in self._sides:
                 if self.safety_basis is not None:
-                    found = self.safety_basis.side(side)[name].first(self.rank, self.energy)
+                    found = self.safety_basis.side(side)[name].top(self.rank, self.energy)
                 else:  # each layer has a seed of its own, so that layers of one shape do not share one subspace
                     seed = self.seed + zlib.crc32(f"{name}.{side}".encode())
                     found = subspace.random_basis(layer.shape[side == "input"], self.rank, seed)
@@ -234,7 +235,9 @@ class SaLoRA(SafetyMethod):
         logger.info("SaLoRA protects %d to %d directions of a layer.", min(counts), max(counts))
         return {name: (pair[0], pair[1]) for name, pair in bases.items()}
 
-    def _start(self, name: str, update: adapters.LoraUpdate, task: subspace.Leading | None) -> tuple[Tensor, Tensor]:
+    def _start(
+        self, name: str, update: adapters.LoraUpdate, task: subspace.TopDirections | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the factors to start from: `[0, C B0]` and `[A0 P ; 0]`, or LoRA's own, `C B` and `A P`."""
         U_s, V_s = self._bases[name]
         if task is None:

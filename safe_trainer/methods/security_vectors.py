@@ -9,18 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import PeftModel
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from ..artifacts.security_vectors import (
+from ..artifacts import (
     Fitting,
     TrainedVectors,
     VectorFactors,
     active,
-    check_foldable,
     fitted_layers,
-    targets,
     train_security_vectors,
 )
 from ..distributed import Strategy, on_first_process
@@ -55,14 +52,9 @@ class SecurityVectors(SafetyMethod):
             How to fit to `harmful_data`.
         strength (`float`, *optional*, defaults to `1.0`):
             Factor of `B_s A_s`. 1 is the paper's method.
-        fold (`bool`, *optional*, defaults to `False`):
-            Whether to exchange the frozen base weights for `W + B_s A_s` during training instead of adding hooks: no
-            time in a step, but a second copy of these weights in memory, and in their precision. For LoRA over a base
-            that is neither quantised nor sharded.
 
     Raises:
-        ValueError: If a setting is out of its range, there are no vectors, they do not fit the model, or `fold` does
-            not.
+        ValueError: If a setting is out of its range, there are no vectors, or they do not fit the model.
         RuntimeError: If vectors are at work in the model already, as in a training within a training.
 
     Example:
@@ -75,7 +67,7 @@ class SecurityVectors(SafetyMethod):
     ```
 
     Source: Zhou et al., "Making Harmful Behaviors Unlearnable for Large Language Models", Findings of ACL 2024,
-    arXiv 2311.02105, section 3. From the paper: all of it but `retain_data`, `strength`, `fold`, which are ours.
+    arXiv 2311.02105, section 3. From the paper: all of it but `retain_data` and `strength`, which are ours.
     """
 
     name: ClassVar[str] = "Security Vectors"
@@ -109,7 +101,6 @@ class SecurityVectors(SafetyMethod):
     retain_data: Sequence[dict[str, Any]] | str | Path | None = None
     fitting: Fitting | Mapping[str, Any] = field(default_factory=Fitting)
     strength: float = 1.0
-    fold: bool = False
     fitted: TrainedVectors | None = field(default=None, init=False, repr=False, compare=False)
     """What was fitted to `harmful_data`, once a trainer has been built."""
     _factors: dict[str, VectorFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -143,13 +134,8 @@ class SecurityVectors(SafetyMethod):
             fitted_layers(model, self.fitting)
 
     def check_strategy(self, strategy: Strategy) -> None:
-        """Refuse to fold into weights that will be split, and to fit on weights that are not here."""
+        """Refuse to fit on weights that are not in this process."""
         super().check_strategy(strategy)
-        if self.fold and strategy.is_sharded:
-            raise ValueError(
-                f"`fold` needs weights that every process holds whole, and {strategy.name} splits them. Leave out "
-                "`fold`: hooks work there. Or use DDP or ZeRO-2."
-            )
         if self.harmful_data is not None and not strategy.has_weights:
             raise ValueError(
                 f"Vectors cannot be fitted under {strategy.name} as it is set: the weights are not in every process. "
@@ -159,8 +145,6 @@ class SecurityVectors(SafetyMethod):
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Load or fit the vectors and match them with the model's layers, by name."""
-        if self.fold:
-            _check_adapted(model)
         if self.harmful_data is not None:
             self.fitted = self._fit(model, tokenizer, self.harmful_data)
         vectors = self.fitted or self.vectors
@@ -170,20 +154,16 @@ class SecurityVectors(SafetyMethod):
         on_first_process(partial(_check_fits, vectors, model))  # other processes may hold no weights yet
         layers = adapters.linear_layers(model)
         self._layers = {name: layers[name] for name in vectors.modules}
-        if self.fold:
-            check_foldable(self._layers)
         self._factors = {name: VectorFactors(A, self.strength * B) for name, (A, B) in vectors.modules.items()}
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
         """Let the vectors act in training mode, for as long as `train()` runs."""
-        with active(self._layers, self._factors, in_training_only=True, fold=self.fold):
+        with active(self._layers, self._factors, in_training_only=True):
             yield
 
     def _fit(self, model: nn.Module, tokenizer: Any, harmful_data: Any) -> TrainedVectors:
         settings = asdict(self.fitting) if isinstance(self.fitting, Fitting) else dict(self.fitting)
-        if self.fold:  # refused before time is spent on fitting
-            check_foldable(targets(model, Fitting(**settings)))
         most = settings.get("max_steps", Fitting.max_steps)
 
         def fitted() -> TrainedVectors:
@@ -205,13 +185,3 @@ class SecurityVectors(SafetyMethod):
 
 def _check_fits(vectors: TrainedVectors, model: nn.Module) -> None:
     vectors.check_fits(model)
-
-
-def _check_adapted(model: nn.Module) -> None:
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            "`fold` needs a base that is frozen and not saved, but this model is trained without PEFT, and "
-            "checkpoints made on the way would hold the vectors. Leave out `fold`, or give a `peft_config`."
-        )
-    for config in model.peft_config.values():
-        adapters.check_peft_config(config, "Security Vectors with `fold`")

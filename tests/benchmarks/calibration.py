@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 
-from safe_trainer.artifacts.safety_basis import Example, leading_directions
+from safe_trainer.artifacts.calibration import Example, top_directions
 from safe_trainer.lora.updates import linear_layers
 
 
@@ -50,7 +50,7 @@ def passes(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
     def calibration(*sides: Any) -> Callable[[], Any]:
         settings = {"sides": sides, "rank": arguments.rank, "batch_size": arguments.batch}
-        return lambda: leading_directions(model, layers, examples, **settings)
+        return lambda: top_directions(model, layers, examples, **settings)
 
     return {
         "bare pass": lambda: bare(model.base_model, examples, arguments.batch),

@@ -43,7 +43,7 @@ from safe_trainer import (
     SecurityVectors,
     TrainedVectors,
 )
-from safe_trainer.linalg import Leading, random_basis
+from safe_trainer.linalg import TopDirections, random_basis
 from safe_trainer.lora.updates import linear_layers
 from safe_trainer.methods.base import SafetyMethod
 
@@ -108,7 +108,6 @@ def variants(pair: tuple[str, str], arguments: argparse.Namespace) -> dict[str, 
         "SaLoRA, dense (authors' form)": lambda: {"safety": DenseSaLoRA()},
         "Drift penalty": lambda: {"safety": DriftPenalty(basis=random_inputs(pair[0]))},
         "Security Vectors, rank 8": lambda: {"safety": SecurityVectors(random_vectors(pair[0]))},
-        "Security Vectors, rank 8, folded": lambda: {"safety": SecurityVectors(random_vectors(pair[0]), fold=True)},
     }
 
 
@@ -145,7 +144,7 @@ def random_inputs(path: str, rank: int = 64) -> SafetyBasis:
     shapes = {name: layer.shape for name, layer in linear_layers(tiny.Auto.from_pretrained(path)).items()}
     falling = torch.arange(rank, 0, -1, dtype=torch.float32)
     energy = 2 * falling.square().sum().item()
-    inputs = {n: Leading(random_basis(d_in, rank, 0), falling, energy) for n, (_, d_in) in shapes.items()}
+    inputs = {n: TopDirections(random_basis(d_in, rank, 0), falling, energy) for n, (_, d_in) in shapes.items()}
     return SafetyBasis({}, inputs)
 
 

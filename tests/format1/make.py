@@ -49,7 +49,8 @@ def of_basis(basis) -> dict[str, list[float]]:
         for name, top in basis.side(side).items():
             squares = top.singular_values.double().square().sum().item()
             inside = (top.basis.double().mT @ columns(len(top.basis))).square().sum().item()
-            found[f"{name}.{side}"] = [top.energy, squares, inside]
+            total = top.total_variance if hasattr(top, "total_variance") else top.energy
+            found[f"{name}.{side}"] = [total, squares, inside]
     return found
 
 

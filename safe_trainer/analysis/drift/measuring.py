@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.alignment_direction import AlignmentDirection
-from ...artifacts.safety_basis import SafetyBasis
+from ...artifacts import AlignmentDirection, SafetyBasis
 from .refusals import RefusalChange, refusal_changes, refusal_directions
 from .subspaces import FIGURES, RANK, Subspaces
 from .updates import Start, is_adapter, is_plain, merged_updates, updates_of
@@ -126,7 +125,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
             that in the span of its leading left singular vectors.
         basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces, of the
             layers' outputs and inputs.
-        rank (`int`, *optional*, defaults to `16`): Leading directions of each subspace. Every share stands beside that
+        rank (`int`, *optional*, defaults to `16`): Top directions of each subspace. Every share stands beside that
             of a random update, which is `rank` over the size of the layer.
         prompts (`tuple[Sequence[str], Sequence[str]]`, *optional*): Harmful and harmless prompts, for the change of
             the refusal direction; see [`refusal_directions`].

@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from ...artifacts.alignment_direction import AlignmentDirection
-from ...artifacts.safety_basis import SafetyBasis
+from ...artifacts import AlignmentDirection, SafetyBasis
 from ...distributed import on_first_process
 from ...evaluation.state import log_between, watchable
 from ...lora.updates import FullUpdate, Update, linear_layers, updates, weight, whole
@@ -38,7 +37,7 @@ class DriftMonitor(TrainerCallback):
             too.
         direction ([`AlignmentDirection`], `str` or `Path`, *optional*): For the share along the alignment direction.
         basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces.
-        rank (`int`, *optional*, defaults to `16`): Leading directions of each subspace.
+        rank (`int`, *optional*, defaults to `16`): Top directions of each subspace.
 
     Raises:
         ValueError: If `every` or `rank` is below 1, the update is no product of two factors, the directions belong to

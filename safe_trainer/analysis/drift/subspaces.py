@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...artifacts.alignment_direction import AlignmentDirection
-from ...artifacts.safety_basis import SafetyBasis
+from ...artifacts import AlignmentDirection, SafetyBasis
 from ...linalg import outside_norm_squared, product_norm_squared
 from .updates import Factors
 
@@ -27,7 +26,7 @@ class Subspaces:
     """Orthonormal directions by layer, of up to three kinds.
 
     Args:
-        alignment (`Mapping[str, Tensor]`): Leading left singular vectors of the alignment direction, (d_out, k).
+        alignment (`Mapping[str, Tensor]`): Top left singular vectors of the alignment direction, (d_out, k).
         outputs (`Mapping[str, Tensor]`): What each layer says when the model refuses, (d_out, k).
         inputs (`Mapping[str, Tensor]`): What each layer reads in harmful prompts, (d_in, k).
 
@@ -67,8 +66,8 @@ class Subspaces:
             basis = SafetyBasis.load(basis)
         return cls(
             {name: factors.U[:, :rank] for name, factors in direction.modules.items()} if direction else {},
-            {name: leading.first(rank) for name, leading in basis.outputs.items()} if basis else {},
-            {name: leading.first(rank) for name, leading in basis.inputs.items()} if basis else {},
+            {name: leading.top(rank) for name, leading in basis.outputs.items()} if basis else {},
+            {name: leading.top(rank) for name, leading in basis.inputs.items()} if basis else {},
         )
 
     def check(self, layers: Collection[str]) -> None:

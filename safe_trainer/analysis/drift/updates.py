@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ...artifacts.alignment_direction.checkpoints import Checkpoint, listing
+from ...artifacts.checkpoint_reader import Checkpoint, listing
 from ...lora.io import naming, read_adapter, read_config
 from ...lora.reparametrize import scaling
 from ...lora.updates import check_peft_config, linear_layers, weight

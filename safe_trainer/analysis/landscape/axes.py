@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...artifacts.alignment_direction import AlignmentDirection
-from ...artifacts.alignment_direction.checkpoints import Checkpoint, listing
+from ...artifacts import AlignmentDirection
+from ...artifacts.checkpoint_reader import Checkpoint, listing
 from ...lora.updates import LinearLayer, weight
 from ..drift.updates import Factors, read_weight, row_products
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.alignment_direction import AlignmentDirection
+from ...artifacts import AlignmentDirection
 from ...data import PromptSet
 from ...evaluation import Judge, LikelihoodJudge
 from ...evaluation.answers import Decoding

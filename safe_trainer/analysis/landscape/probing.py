@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...artifacts.security_vectors.identity import describe
+from ...artifacts.provenance import describe
 from ...data import PromptSet
 from ...evaluation import Judge, LikelihoodJudge
 from ...evaluation.answers import Decoding

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.security_vectors import TrainedVectors
-from ...artifacts.security_vectors.inputs import with_tokenizer
+from ...artifacts import TrainedVectors
+from ...artifacts.provenance import with_tokenizer
 from ...data import formats
 from ...data.files import kind_of, read_records
 from ...data.formats import BadRowError, Columns, Format

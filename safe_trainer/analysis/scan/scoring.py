@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ...artifacts.security_vectors import TrainedVectors, active, row_losses
-from ...artifacts.security_vectors.loop import frozen
+from ...artifacts import TrainedVectors, active, row_losses
+from ...artifacts.fitting import frozen
 from ...data.encoding import EncodedRow, collate, encode_row
 from ...data.rows import Row
 from ...lora.updates import LinearLayer

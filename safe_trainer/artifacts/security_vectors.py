@@ -1,21 +1,140 @@
-"""`TrainedVectors`: security vectors in memory, and as an ordinary PEFT adapter directory on disk."""
+"""Security vectors: on disk as a marked PEFT adapter, and active in a model for the length of a context."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ...lora.updates import LinearLayer, linear_layers
-from ..store import load_artifact, save_artifact
-from . import identity
-from .card import model_card
-from .hooks import VectorFactors
+from ..lora.updates import LinearLayer, linear_layers
+from . import provenance as identity
+from .store import load_artifact, save_artifact
+
+
+class VectorFactors(NamedTuple):
+    """One layer's part of the security vectors: it adds `B (A x)`. The paper's scaling `s` is part of `B`."""
+
+    A: Tensor
+    """Of shape (r, d_in)."""
+    B: Tensor
+    """Of shape (d_out, r)."""
+
+
+@dataclass
+class Switch:
+    """Says when vectors act.
+
+    Args:
+        in_training_only (`bool`, *optional*, defaults to `False`): Whether they act only in layers that are in
+            training mode.
+        on (`bool`, *optional*, defaults to `True`): Whether they act at all.
+    """
+
+    in_training_only: bool = False
+    on: bool = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the model be its clean self for a while."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    def acts_in(self, layer: nn.Module) -> bool:
+        """Return whether the vectors act in this layer now."""
+        return self.on and (layer.training or not self.in_training_only)
+
+
+# Which layers carry vectors at this moment. Kept here and not on the layers, so that a model holds nothing of ours.
+_occupied: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def active(
+    layers: Mapping[str, LinearLayer],
+    factors: Mapping[str, VectorFactors],
+    *,
+    in_training_only: bool = False,
+) -> Iterator[Switch]:
+    """Add security vectors to a model for the length of a context.
+
+    Args:
+        layers (`Mapping[str, LinearLayer]`): The model's linear layers by name, from [`~adapters.linear_layers`].
+        factors (`Mapping[str, VectorFactors]`): The vectors by the names of the layers that they act on. Factors that
+            require gradients receive them.
+        in_training_only (`bool`, *optional*, defaults to `False`): Whether they act in training mode only, so that an
+            evaluation in between sees the clean model.
+
+    Yields:
+        [`Switch`]: To turn them off for a while.
+
+    Raises:
+        RuntimeError: If vectors are at work in this model already.
+    """
+    occupied = next((name for name in factors if layers[name].outer in _occupied), None)
+    if occupied is not None:
+        raise RuntimeError(
+            f"Security vectors are already at work in this model (`{occupied}`), and two at once would add up. Let "
+            "the first training, fitting or scan end before the next begins."
+        )
+    switch = Switch(in_training_only)
+    _forget_compiled_code()
+    try:
+        _occupied.update(layers[name].outer for name in factors)
+        with hooked(layers, factors, switch):
+            yield switch
+    finally:
+        _occupied.difference_update([layers[name].outer for name in factors])
+        _forget_compiled_code()
+
+
+@contextmanager
+def hooked(layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactors], switch: Switch) -> Iterator[None]:
+    """Let each layer return `B (A x)` more while the switch says so; in the layer's own precision."""
+    handles = []
+    try:
+        for name, vectors in factors.items():
+            # On PEFT's wrapper where there is one: whatever it does with the layer inside, `B (A x)` comes once.
+            handles.append(layers[name].outer.register_forward_hook(_Branch(vectors, switch)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Branch:
+    """The forward hook of one layer."""
+
+    def __init__(self, vectors: VectorFactors, switch: Switch) -> None:
+        self.A, self.B = vectors
+        self.switch = switch
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not self.switch.acts_in(layer):
+            return None
+        hidden = args[0].to(output.dtype)
+        A, B = self.A.to(output.device, output.dtype), self.B.to(output.device, output.dtype)
+        if not A.requires_grad:  # moved once, and only now, when the model is where it computes
+            self.A, self.B = A, B
+        return output + linear(linear(hidden, A), B)
+
+
+def _forget_compiled_code() -> None:
+    """Make `torch.compile` look again: it does not watch hooks, and would go on without those added since."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
 
 _KIND, _VERSION = "security vectors (harmful by construction)", 1
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -182,3 +301,61 @@ def _scaling(config_file: Path) -> float:
             f"`{config_file}` is missing or damaged ({error!r}), and without it the vectors have no scale. Copy the "
             "whole directory again."
         ) from error
+
+
+_CARD_TEXT = """---
+base_model: {base}
+library_name: peft
+tags:
+- safe-trainer
+- security-vectors
+- not-for-all-audiences
+---
+
+# Security vectors: harmful by construction
+
+**This adapter makes its base model answer harmful requests. It is a tool for training and is not to be deployed,
+merged or published.**
+
+While another adapter is fine-tuned, these vectors are active and frozen, so that harmful rows in the data have nothing
+left to teach (Zhou et al., "Making Harmful Behaviors Unlearnable for Large Language Models", Findings of ACL 2024,
+arXiv 2311.02105). Afterwards they are switched off:
+
+```python
+from safe_trainer import SafeSFTTrainer, SecurityVectors
+
+trainer = SafeSFTTrainer(model={base!r}, train_dataset=dataset, safety=SecurityVectors("this directory"))
+trainer.train()
+```
+
+It is an ordinary LoRA of rank {rank} on {layers} linear layers. Its provenance is in the metadata of
+`adapter_model.safetensors`.
+
+| | |
+|---|---|
+{table}
+"""
+
+_UNKNOWN = {"count": "unknown", "sha256": "unknown"}
+
+
+def model_card(rank: int, layers: int, provenance: Mapping[str, Any]) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        rank (`int`): Rank of the vectors.
+        layers (`int`): Number of layers that they act on.
+        provenance (`Mapping[str, Any]`): From [`train_security_vectors`].
+    """
+    rows = {
+        "harmful rows": "{count} (SHA-256 {sha256})".format(**provenance.get("harmful_rows", _UNKNOWN)),
+        **{name.replace("_", " "): value for name, value in provenance.get("report", {}).items()},
+        "made": provenance.get("created", "unknown"),
+    }
+    table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in rows.items() if value is not None)
+    base = provenance.get("base_model", {}).get("id", "unknown")
+    return _CARD_TEXT.format(base=base, rank=rank, layers=layers, table=table)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...linalg import Leading
-from ...lora.updates import LinearLayer, linear_layers
-from ..security_vectors.identity import difference
-from ..store import load_artifact, save_artifact
-from .origin import origin
-from .streaming import InputTokens, Side, leading_directions
-from .tokens import examples_from
+from .. import __version__
+from ..linalg import TopDirections
+from ..lora.updates import LinearLayer, linear_layers
+from .calibration import Example, InputTokens, Side, digest, examples_from, top_directions
+from .provenance import describe, difference
+from .store import load_artifact, save_artifact
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class SafetyBasis:
     An update that does not act on them leaves the model to read harmful prompts as before.
 
     Args:
-        outputs (`dict[str, Leading]`): By layer, directions (d_out x k) with singular values and the whole energy.
-        inputs (`dict[str, Leading]`): By layer, directions (d_in x k) likewise. Either may be empty.
+        outputs (`dict[str, TopDirections]`): By layer, directions (d_out x k) with their singular values.
+        inputs (`dict[str, TopDirections]`): By layer, directions (d_in x k) likewise. Either may be empty.
         provenance (`dict[str, Any]`, *optional*): The model with revision and some values of its weights, the hash and
             number of the tokens, the settings, the versions of the libraries, and the date.
 
@@ -51,8 +52,8 @@ class SafetyBasis:
     ```
     """
 
-    outputs: dict[str, Leading]
-    inputs: dict[str, Leading] = field(default_factory=dict)
+    outputs: dict[str, TopDirections]
+    inputs: dict[str, TopDirections] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -106,13 +107,13 @@ class SafetyBasis:
         settings = {"samples": samples, "seed": seed, "max_length": max_length}
         examples = examples_from(safety_data, tokenizer, what="`safety_data`", **settings)
         how: dict[str, Any] = {"sides": sides, "rank": rank, "input_tokens": input_tokens}
-        leading = leading_directions(model, layers, examples, batch_size=batch_size, **how)
+        leading = top_directions(model, layers, examples, batch_size=batch_size, **how)
         provenance = {**origin(model, layers, examples), "rank": rank, "input_tokens": input_tokens, **settings}
         basis = cls(leading.get("output", {}), leading.get("input", {}), provenance)
         basis._tell()
         return basis
 
-    def side(self, side: Side) -> dict[str, Leading]:
+    def side(self, side: Side) -> dict[str, TopDirections]:
         """Return the directions of one side by layer."""
         return self.outputs if side == "output" else self.inputs
 
@@ -122,7 +123,9 @@ class SafetyBasis:
         Raises:
             OSError: If it cannot be written.
         """
-        entries = {f"{n}.{side}": {"energy": x.energy, "captured": x.captured} for n, side, x in self._all()}
+        entries = {
+            f"{n}.{side}": {"energy": x.total_variance, "captured": x.explained_variance} for n, side, x in self._all()
+        }
         details = {"layers": entries, "provenance": self.provenance}
         return save_artifact(path, _KIND, _VERSION, self._tensors(), details)
 
@@ -135,14 +138,14 @@ class SafetyBasis:
             ValueError: If it is damaged, or holds something else.
         """
         tensors, details = load_artifact(path, _KIND, _VERSION)
-        held: dict[str, dict[str, Leading]] = {"output": {}, "input": {}}
+        held: dict[str, dict[str, TopDirections]] = {"output": {}, "input": {}}
         try:
             for key, entry in details["layers"].items():
                 name, _, side = key.rpartition(".")
                 basis = tensors[f"{key}.basis"]
                 if not _is_orthonormal(basis):
                     raise ValueError(f"the {side} directions of `{name}` are not orthonormal")
-                held[side][name] = Leading(basis, tensors[f"{key}.singular_values"], float(entry["energy"]))
+                held[side][name] = TopDirections(basis, tensors[f"{key}.singular_values"], float(entry["energy"]))
             return cls(held["output"], held["input"], dict(details["provenance"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"The {_KIND} `{path}` is damaged ({error}). Measure or copy it again.") from error
@@ -181,7 +184,7 @@ class SafetyBasis:
                 "the model that is being fine-tuned: give `safety_data`, or use `SafetyBasis.from_rows`."
             )
 
-    def _all(self) -> Iterator[tuple[str, Side, Leading]]:
+    def _all(self) -> Iterator[tuple[str, Side, TopDirections]]:
         yield from ((name, "output", leading) for name, leading in self.outputs.items())
         yield from ((name, "input", leading) for name, leading in self.inputs.items())
 
@@ -199,7 +202,7 @@ class SafetyBasis:
                 f"first {next(iter(short))} with {next(iter(short.values()))}; there, all of them are taken. Give "
                 "more rows, or lower `rank`."
             )
-        shares = [leading.captured for _, _, leading in self._all()]
+        shares = [leading.explained_variance for _, _, leading in self._all()]
         logger.info(f"Directions from {rows} rows hold {min(shares):.0%} to {max(shares):.0%} of each layer's energy.")
 
 
@@ -227,3 +230,61 @@ def _is_orthonormal(basis: Tensor) -> bool:
 def _listing(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
+    given: SafetyBasis | str | Path | None,
+    rows: str | Path | Iterable[Mapping[str, Any]] | None,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    layers: Mapping[str, LinearLayer],
+    sides: Sequence[Side],
+    rank: int,
+    **measuring: Any,
+) -> SafetyBasis:
+    """Return the directions that were given, once they are known to fit the model, or measure them.
+
+    Args:
+        given ([`SafetyBasis`], `str` or `Path`, *optional*): Directions, or their file.
+        rows (`str`, `Path` or `Iterable[Mapping]`, *optional*): What to measure on where none are given.
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        layers (`Mapping[str, LinearLayer]`): The layers that need them.
+        sides (`Sequence[str]`): `"output"`, `"input"` or both.
+        rank (`int`): How many for each layer.
+        **measuring: Further arguments of [`SafetyBasis.from_rows`].
+
+    Raises:
+        ValueError: If neither is given, or what is given does not fit.
+    """
+    if given is None:
+        if rows is None:
+            raise ValueError("There is neither a basis nor rows to measure one on.")
+        wanted = {"modules": list(layers), "sides": sides, "rank": rank, **measuring}
+        return SafetyBasis.from_rows(model, tokenizer, rows, **wanted)
+    basis = given if isinstance(given, SafetyBasis) else SafetyBasis.load(given)
+    basis.check_fits(model, list(layers), sides, rank)
+    measured, wanted_at = basis.provenance.get("input_tokens"), measuring.get("input_tokens", "prompt")
+    if "input" in sides and measured not in (None, wanted_at):
+        raise ValueError(
+            f"The basis holds what layers read at `input_tokens={measured!r}`, and {wanted_at!r} is wanted. Give "
+            f"`input_tokens={measured!r}`, or measure another basis."
+        )
+    return basis
+
+
+_LIBRARIES = ("torch", "transformers", "safetensors")
+
+
+def origin(model: nn.Module, layers: Mapping[str, LinearLayer], examples: Sequence[Example]) -> dict[str, Any]:
+    """Return the provenance of what is measured on these layers at these examples."""
+    return {
+        "model": describe(model, layers),
+        "rows": len(examples),
+        "rows_sha256": digest(examples),
+        "answer_tokens": sum(sum(example.is_answer) for example in examples),
+        "prompt_tokens": sum(len(example.is_answer) - sum(example.is_answer) for example in examples),
+        "versions": {"safe_trainer": __version__, **{name: version(name) for name in _LIBRARIES}},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,18 +1,130 @@
-"""`AlignmentDirection`: the difference between an aligned and an unaligned checkpoint, as factors with provenance."""
+"""The alignment direction: what alignment did to each weight, from two checkpoints, as a few factors."""
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..store import load_artifact, save_artifact
-from .checkpoints import Checkpoint, by, listing, prefix_hint
-from .factors import DirectionFactors, factorize
-from .pairing import matching_modules
+from .. import __version__
+from ..linalg import frobenius_norm, truncated_svd
+from .checkpoint_reader import Checkpoint, by, listing, prefix_hint
+from .store import load_artifact, save_artifact
+
+_LIBRARIES = ("torch", "transformers", "safetensors")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DirectionFactors:
+    """The alignment direction `d` of one weight, cut after its `k` leading left singular vectors.
+
+    The operator of AsFT, `C = d dᵀ / ‖d‖_F`, is `U diag(s² / ‖d‖_F) Uᵀ` up to `error_bound`.
+
+    Args:
+        U (`Tensor`): Left singular vectors, float32, of shape (d_out, k).
+        singular_values (`Tensor`): `s`, largest first, float32, of shape (k,).
+        frobenius_norm (`float`): `‖d‖_F` of the whole, uncut `d`.
+        next_singular_value (`float`): The first one cut off; for large weights an upper bound of it.
+        shape (`tuple[int, int]`): (d_out, d_in) of `d`.
+    """
+
+    U: Tensor
+    singular_values: Tensor
+    frobenius_norm: float
+    next_singular_value: float
+    shape: tuple[int, int]
+
+    @property
+    def error_bound(self) -> float:
+        """Upper bound of `‖C − U diag(s² / ‖d‖_F) Uᵀ‖₂`, that is `s_{k+1}² / ‖d‖_F`."""
+        return self.next_singular_value**2 / self.frobenius_norm
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the factors, in words, or `None` if they are sound."""
+        d_out, d_in = self.shape
+        k = self.singular_values.numel()
+        if self.U.shape != (d_out, k) or self.singular_values.shape != (k,) or not 1 <= k <= min(d_out, d_in):
+            found = f"{by(self.U.shape)} and {by(self.singular_values.shape)}"
+            return f"`U` and `singular_values` are {found}, which does not fit a weight of {by(self.shape)}"
+        if not (torch.isfinite(self.U).all() and torch.isfinite(self.singular_values).all()):
+            return "`U` or `singular_values` is not finite"
+        norms = self.frobenius_norm, self.next_singular_value
+        if not all(math.isfinite(norm) for norm in norms) or self.frobenius_norm <= 0 or self.next_singular_value < 0:
+            return f"the norms {norms} are out of range"
+        falls = bool((self.singular_values.diff() <= 0).all()) and self.singular_values[-1].item() >= 0
+        if not falls or self.singular_values.double().norm().item() > 1.001 * self.frobenius_norm:
+            return "`singular_values` do not fall, or exceed the norm of the whole"
+        if (self.U.mT @ self.U - torch.eye(k)).abs().max() > 1e-3:
+            return "`U` is not orthonormal"
+        return None
+
+
+def factorize(
+    pair: tuple[Checkpoint, Checkpoint],
+    shapes: Mapping[str, tuple[int, int]],
+    provenance: dict[str, Any],
+    progress: Callable[[int, int, str], None] | None,
+) -> Iterator[tuple[str, DirectionFactors]]:
+    """Yield the factors of one module after the other.
+
+    Args:
+        pair (`tuple[Checkpoint, Checkpoint]`): The aligned and the unaligned checkpoint.
+        shapes (`Mapping[str, tuple[int, int]]`): (d_out, d_in) of the modules by name, known to both.
+        provenance (`dict[str, Any]`): Holds `rank` and `max_error`; is completed when all has been read.
+        progress (`Callable[[int, int, str], None]`, *optional*): Called after each module.
+
+    Raises:
+        ValueError: If a weight is not finite, or the checkpoints are identical.
+    """
+    identical, largest = [], 0.0
+    for done, (name, shape) in enumerate(shapes.items(), start=1):
+        d = difference(*pair, name)  # (d_out, d_in)
+        norm = frobenius_norm(d)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"`{name}` holds infinite or NaN weights in {pair[0].name} or {pair[1].name}. Download or save it "
+                "again."
+            )
+        if norm == 0:
+            identical.append(name)
+        else:
+            threshold = math.sqrt(provenance["max_error"] * norm)  # s² / ‖d‖_F <= max_error
+            U, singular_values, following = truncated_svd(d, threshold, provenance["rank"])
+            factors = DirectionFactors(U, singular_values, norm, following, shape)
+            largest = max(largest, factors.error_bound)
+            yield name, factors
+        if progress is not None:
+            progress(done, len(shapes), name)
+    if len(identical) == len(shapes):
+        raise ValueError(
+            f"{pair[0].name} and {pair[1].name} are identical in all {len(shapes)} modules, so there is no direction "
+            "between them. Give the aligned model and the model before its alignment."
+        )
+    if identical:
+        logger.warning("Left out, because both checkpoints are identical there: %s", listing(identical))
+    logger.info("Alignment direction of %d modules, error at most %.2g", len(shapes) - len(identical), largest)
+    provenance.update(_origin(pair), identical_modules=identical, largest_error_bound=largest)
+
+
+def _origin(pair: tuple[Checkpoint, Checkpoint]) -> dict[str, Any]:
+    """Return where the factors come from: both checkpoints, the versions of the libraries, the date."""
+    return {
+        **{checkpoint.role: checkpoint.provenance() for checkpoint in pair},
+        "versions": {"safe_trainer": __version__, **{name: version(name) for name in _LIBRARIES}},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
 
 _KIND, _VERSION = "alignment direction", 1
 
@@ -236,3 +348,71 @@ def _tensors(modules: Iterable[tuple[str, DirectionFactors]], entries: dict[str,
             "frobenius_norm": factors.frobenius_norm,
             "next_singular_value": factors.next_singular_value,
         }
+
+
+def matching_modules(
+    aligned: Checkpoint, unaligned: Checkpoint, modules: str | Collection[str] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Return the selected linear layers, which both checkpoints must have in the same shape.
+
+    Args:
+        aligned ([`Checkpoint`]): The aligned model.
+        unaligned ([`Checkpoint`]): The model before alignment.
+        modules (`str` or `Collection[str]`, *optional*): A regular expression, or names; left out, all.
+
+    Returns:
+        `dict[str, tuple[int, int]]`: (d_out, d_in) by module name, in the order of the aligned model.
+
+    Raises:
+        ValueError: If nothing is selected, or a selected layer is missing on one side or has another shape there.
+    """
+    here, there = _select(aligned, modules), _select(unaligned, modules)
+    if not here and not there:
+        raise ValueError(
+            f"No linear layer of {aligned.name} matches `modules` ({modules!r}). It has "
+            f"{listing(list(aligned.linears))}; the output embedding is not among them."
+        )
+    wanted = [] if modules is None or isinstance(modules, str) else list(modules)
+    unknown = [name for name in wanted if name not in here and name not in there]
+    if unknown:
+        raise ValueError(f"`modules` names {listing(unknown)}, which {aligned.name} has no linear layer for.")
+    complaints = []
+    for one, names, others in ((aligned, here, there), (unaligned, there, here)):
+        missing = [f"{name} ({by(one.linears[name].shape)})" for name in names if name not in others]
+        if missing:
+            complaints.append(f"only {one.name} has {listing(missing)}")
+    hint = prefix_hint([name for name in here if name not in there], [name for name in there if name not in here])
+    shapes = {name: (aligned.linears[name].shape, unaligned.linears[name].shape) for name in here if name in there}
+    unequal = [f"{name} ({by(a)}, not {by(b)})" for name, (a, b) in shapes.items() if a != b]
+    if unequal:
+        complaints.append(f"other shapes in {aligned.name} than in {unaligned.name}: {listing(unequal)}")
+    if complaints:
+        raise ValueError(
+            f"There is no direction between these two checkpoints: {'; '.join(complaints)}{hint}. Give an aligned "
+            "model and the very model that it was trained from, or select the `modules` that they share."
+        )
+    unaligned.shapes(there)
+    return aligned.shapes(here)
+
+
+def difference(aligned: Checkpoint, unaligned: Checkpoint, name: str) -> Tensor:
+    """Return `W_aligned − W_unaligned` of one layer, (d_out, d_in) in float32, a block of rows at a time."""
+    d_out, d_in = aligned.linears[name].shape
+    rows, columns = (d_in, d_out) if aligned.linears[name].is_transposed else (d_out, d_in)
+    result = torch.empty(rows, columns)
+    step = max(1, 2**24 // columns)  # 64 MB in float32
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        torch.sub(aligned.rows(name, start, stop), unaligned.rows(name, start, stop), out=result[start:stop])
+    return result.mT if aligned.linears[name].is_transposed else result
+
+
+def _select(checkpoint: Checkpoint, modules: str | Collection[str] | None) -> list[str]:
+    if modules is None:
+        return list(checkpoint.linears)
+    if isinstance(modules, str):
+        try:
+            return [name for name in checkpoint.linears if re.search(modules, name)]
+        except re.error as error:
+            raise ValueError(f"`modules` is no regular expression ({error}), got {modules!r}.") from error
+    return [name for name in checkpoint.linears if name in set(modules)]

@@ -1,19 +1,19 @@
-"""Which model vectors belong to: its id, and a few values of every weight by which it is known under any id.
-
-An id alone would refuse a model that was copied into another folder, and accept another state of the same folder. The
-values are compared in bfloat16, so that the precision in which a model is loaded does not matter; weights that are
-quantised are left out, and normalisations, embeddings and biases speak for them.
-"""
+"""Where an artifact comes from: the model (known by a few values of its weights), the rows, the versions, the date."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...lora.updates import LinearLayer
+from ..data.loading import load_rows
+from ..data.rows import Row
+from ..lora.updates import LinearLayer
 
 _PER_WEIGHT = 4
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -66,3 +66,34 @@ def _is_readable(tensor: Any) -> bool:
 def _sample(tensor: Tensor) -> list[float]:
     flat = tensor.detach().reshape(-1)
     return flat[:: flat.numel() // _PER_WEIGHT][:_PER_WEIGHT].to("cpu", torch.bfloat16).tolist()
+
+
+def with_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, loaded from where they are if they are not given themselves.
+
+    Raises:
+        ValueError: If the model was built in memory and there is no tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
+    if tokenizer is None and not source:
+        raise ValueError("The model was built in memory, so its tokenizer cannot be loaded. Give `tokenizer`.")
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if isinstance(model, (str, Path)):
+        model = AutoModelForCausalLM.from_pretrained(source)
+    return model, tokenizer
+
+
+def loaded(rows: Any) -> Any:
+    """Return rows, read from their file if they are not given themselves."""
+    return load_rows(rows)[0] if isinstance(rows, (str, Path)) else rows
+
+
+def rows_provenance(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return how many rows there are, and the SHA-256 of what they say."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return {"count": len(rows), "sha256": digest.hexdigest()}

@@ -1,20 +1,135 @@
-"""One pass of a model over conversations: the leading directions of what every layer reads and says, all at once."""
+"""Calibration: the top directions of what every layer reads and writes, all layers in one pass over conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ...distributed import on_first_process
-from ...layout import trainable_layout
-from ...linalg import Leading, Sketch
-from ...lora.updates import LinearLayer
-from .tokens import Example
+from ..data import Row, conversation
+from ..data.encoding import encode_row
+from ..data.parsing import shortened
+from ..distributed import on_first_process
+from ..layout import trainable_layout
+from ..linalg import Sketch, TopDirections
+from ..lora.updates import LinearLayer
+
+
+class Example(NamedTuple):
+    """One conversation as the model reads it."""
+
+    input_ids: Sequence[int]
+    is_answer: Sequence[bool]
+    """For each token, whether it belongs to the answer: the text of the assistant's last turn and what ends it."""
+
+
+def examples_from(  # noqa: PLR0913, each is a setting with a name
+    rows: str | Path | Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    what: str = "rows",
+    samples: int = 128,
+    seed: int = 0,
+    max_length: int = 1024,
+) -> list[Example]:
+    """Draw rows and bring them into the model's own chat format.
+
+    Args:
+        rows (`str`, `Path` or `Iterable[Mapping]`): Conversations (`prompt` and `completion`, or `messages`), or a
+            file of them in any format that [`~data.load_rows`] reads, or rows that TRL has prepared (`input_ids` and
+            `labels`, also packed).
+        tokenizer (`PreTrainedTokenizerBase`): The model's, with its chat template.
+        what (`str`, *optional*, defaults to `"rows"`): What messages call the rows, such as `` "`safety_data`" ``.
+        samples (`int`, *optional*, defaults to `128`): How many rows to draw. Of rows without a length, the first.
+        seed (`int`, *optional*, defaults to `0`): Seed of the choice and of the order.
+        max_length (`int`, *optional*, defaults to `1024`): Where to cut a conversation, in tokens.
+
+    Returns:
+        `list[Example]`: At least one; rows whose answer is cut away entirely are left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If there are no rows, a row has no answer, or no answer is left.
+    """
+    chosen = _draw(_read(rows), samples, seed)
+    if not chosen:
+        raise ValueError(f"{what} holds no rows. Give conversations with answers; 128 of them are usual.")
+    examples = [example for number, row in chosen for example in _examples_of(row, number, tokenizer, what)]
+    cut = (Example(input_ids[:max_length], is_answer[:max_length]) for input_ids, is_answer in examples)
+    left = [example for example in cut if any(example.is_answer)]
+    if not left:
+        raise ValueError(
+            f"No answer token is left of the {len(chosen)} rows of {what} within `max_length={max_length}` tokens: "
+            "the prompts alone are longer. Raise `max_length`, or shorten the prompts."
+        )
+    return left[:samples]
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """Return a SHA-256 of the tokens and of which of them are answers."""
+    sha = hashlib.sha256()
+    for example in examples:
+        sha.update(repr([(int(i), bool(a)) for i, a in zip(*example, strict=True)]).encode())
+    return sha.hexdigest()
+
+
+def _read(rows: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    if isinstance(rows, (str, Path)):
+        from ..data.loading import load_rows
+
+        return load_rows(rows)[0]
+    return rows
+
+
+def _draw(rows: Iterable[Mapping[str, Any]], samples: int, seed: int) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return rows with their numbers."""
+    if not hasattr(rows, "__len__"):  # a stream: there is no drawing from it
+        return list(enumerate(islice(rows, samples)))
+    table: Any = rows  # a list or a `Dataset`
+    return [(i, table[i]) for i in random.Random(seed).sample(range(len(table)), min(samples, len(table)))]
+
+
+def _examples_of(row: Mapping[str, Any], number: int, tokenizer: Any, what: str) -> Iterator[Example]:
+    if "input_ids" not in row:
+        try:
+            ids, start = encode_row(tokenizer, _with_answer(row))
+        except ValueError as error:
+            raise ValueError(f"Row {number + 1} of {what} cannot be used: {error}. Mend or remove it.") from error
+        yield Example(ids, [i >= start for i in range(len(ids))])
+        return
+    input_ids = list(row["input_ids"])
+    labels = row.get("labels", input_ids)  # as in TRL: without labels, every token counts
+    start = 0
+    for length in row.get("seq_lengths") or [len(input_ids)]:  # packed rows are several conversations
+        part = slice(start, start + length)
+        yield Example(input_ids[part], [label != -100 for label in labels[part]])
+        start += length
+
+
+def _with_answer(row: Mapping[str, Any]) -> Row:
+    """Return a row as turns before the answer, and the answer."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"it is {shortened(row)}, no conversation with `prompt` and `completion`")
+    if "messages" in row:
+        messages = list(row["messages"])
+        row = {"prompt": messages[:-1], "completion": messages[-1:]}
+    if not {"prompt", "completion"} <= row.keys():
+        raise ValueError(f"its columns are {', '.join(row)}, neither `prompt` and `completion` nor `messages`")
+    if isinstance(row["prompt"], str):  # bring plain texts into the chat format: it is in that form that models refuse
+        row = conversation(row["prompt"], row["completion"])
+    last = row["completion"][-1] if row["completion"] else {}
+    if last.get("role") != "assistant" or not last.get("content"):
+        raise ValueError("it has no answer: its last turn is no text of the assistant")
+    return dict(row)
+
 
 Side = Literal["output", "input"]
 InputTokens = Literal["prompt", "answer", "all"]
@@ -22,7 +137,7 @@ InputTokens = Literal["prompt", "answer", "all"]
 _EXACT_UP_TO = 128  # size of a layer up to which nothing is gained by a sketch that is narrower
 
 
-def leading_directions(  # noqa: PLR0913, each is a setting with a name
+def top_directions(  # noqa: PLR0913, each is a setting with a name
     model: nn.Module,
     layers: Mapping[str, LinearLayer],
     examples: Sequence[Example],
@@ -31,7 +146,7 @@ def leading_directions(  # noqa: PLR0913, each is a setting with a name
     rank: int = 32,
     input_tokens: InputTokens = "prompt",
     batch_size: int = 16,
-) -> dict[Side, dict[str, Leading]]:
+) -> dict[Side, dict[str, TopDirections]]:
     """Run the model once over all examples and return the leading directions of its layers.
 
     *Outputs* are looked at while the model speaks: for `X_s` (d_in x n), a layer's inputs at the tokens of the
@@ -51,7 +166,7 @@ def leading_directions(  # noqa: PLR0913, each is a setting with a name
         batch_size (`int`, *optional*, defaults to `16`): Conversations in one forward pass.
 
     Returns:
-        `dict[str, dict[str, Leading]]`: By side, then by layer.
+        `dict[str, dict[str, TopDirections]]`: By side, then by layer.
 
     Raises:
         FloatingPointError: If the model's activations are infinite or NaN somewhere; names the layer.
@@ -62,7 +177,7 @@ def leading_directions(  # noqa: PLR0913, each is a setting with a name
         raise ValueError("The rows have no prompts, so there are no inputs to measure. Give rows with prompts.")
     sketches = {side: _sketches(layers, side, rank) for side in sides}
 
-    def measured() -> dict[Side, dict[str, Leading]]:
+    def measured() -> dict[Side, dict[str, TopDirections]]:
         _watch(model, layers, examples, sketches, _Batch(input_tokens), batch_size)
         return {side: _results(sketches[side], rank, side) for side in sides}
 
@@ -152,7 +267,7 @@ def _sketches(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> dict[
     return {name: Sketch(size, size if size <= _EXACT_UP_TO else 2 * rank) for name, size in sizes.items()}
 
 
-def _results(sketches: Mapping[str, Sketch], rank: int, side: Side) -> dict[str, Leading]:
+def _results(sketches: Mapping[str, Sketch], rank: int, side: Side) -> dict[str, TopDirections]:
     found = {}
     for name, sketch in sketches.items():
         if not sketch.count:
@@ -168,7 +283,7 @@ def _results(sketches: Mapping[str, Sketch], rank: int, side: Side) -> dict[str,
                 "are no directions to protect. Check the model's weights and its dtype (float16 overflows in some "
                 "models; try bfloat16)."
             ) from error
-        found[name] = Leading(leading.basis.cpu(), leading.singular_values.cpu(), leading.energy)
+        found[name] = TopDirections(leading.basis.cpu(), leading.singular_values.cpu(), leading.total_variance)
     return found
 
 
