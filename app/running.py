@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import compare, recipe, scan_file, train_security_vectors, write_model_card, write_report
+from safe_trainer import (
+    DriftFigures,
+    compare,
+    recipe,
+    scan_file,
+    train_security_vectors,
+    write_model_card,
+    write_report,
+)
 
 from .protocol import COMPARISON, SCAN, Events, Stop
 
@@ -80,7 +88,8 @@ def examine(adapters: Mapping[str, str], events: Events) -> None:
         events.tell_sometimes("progress", done=done, total=total)
 
     sets = recipe.load_data(checked).prompt_sets
-    comparison = compare(model, AutoTokenizer.from_pretrained(path), sets, adapters, progress=progress, **decoding)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    comparison = compare(model, tokenizer, sets, adapters, drift=DriftFigures(), progress=progress, **decoding)
     write_report(comparison, Path.cwd(), COMPARISON)
     for title, folder in adapters.items():
         write_model_card(folder, comparison, name=title)

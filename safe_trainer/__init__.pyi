@@ -3,12 +3,10 @@
 from . import recipe as recipe
 from . import testbed as testbed
 from .analysis.drift import Drift as Drift
-from .analysis.drift import DriftMonitor as DriftMonitor
 from .analysis.drift import measure_drift as measure_drift
 from .analysis.drift import write_drift as write_drift
-from .analysis.landscape import Landscape as Landscape
-from .analysis.landscape import measure_landscape as measure_landscape
-from .analysis.landscape import write_landscape as write_landscape
+from .analysis.drift_monitor import DriftFigures as DriftFigures
+from .analysis.drift_monitor import DriftMonitor as DriftMonitor
 from .analysis.scan import ScanResult as ScanResult
 from .analysis.scan import scan_file as scan_file
 from .analysis.scan import score_rows as score_rows

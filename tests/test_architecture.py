@@ -33,7 +33,7 @@ ROOMS = {
     "analysis": {"artifacts", "data", "distributed", "evaluation", "linalg", "lora"},
     "recipe": {"analysis", "artifacts", "checkpoints", "data", "distributed", "evaluation", "lora"}
     | {"methods", "trainer"},
-    "testbed": {"artifacts", "data", "evaluation", "methods", "recipe", "trainer"},
+    "testbed": {"analysis", "artifacts", "data", "evaluation", "methods", "recipe", "trainer"},
     "cli": {"analysis", "artifacts", "data", "distributed", "evaluation", "lora", "methods", "recipe", "testbed"},
 }
 # What a room may import besides the standard library.

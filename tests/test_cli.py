@@ -383,9 +383,9 @@ def test_a_scan_names_a_broken_row_by_its_line_and_stops(labelled, vectors, tmp_
 
 
 def test_a_scan_that_is_stopped_keeps_what_is_done_and_exits_with_130(labelled, vectors, tmp_path, monkeypatch):
-    from safe_trainer.analysis.scan import scoring
+    from safe_trainer.analysis import scan
 
-    score, calls = scoring._Scorer.scores, []
+    score, calls = scan._Scorer.scores, []
 
     def stopped(self, rows):
         calls.append(len(rows))
@@ -393,7 +393,7 @@ def test_a_scan_that_is_stopped_keeps_what_is_done_and_exits_with_130(labelled, 
             raise KeyboardInterrupt
         return score(self, rows)
 
-    monkeypatch.setattr(scoring._Scorer, "scores", stopped)
+    monkeypatch.setattr(scan._Scorer, "scores", stopped)
     table = tmp_path / "ranked.csv"
     options = ["--model", ALIGNED, "--vectors", vectors, "-o", str(table), "--skip-bad", "--batch-size", "2"]
     result = invoke("scan", labelled, *options)
@@ -423,27 +423,6 @@ def test_completion_can_be_installed():
 
 
 MISUSED = {
-    "no direction at all": (["landscape", "--model", ALIGNED], 2, "give --direction, --unaligned, or both."),
-    "a span that is none": (
-        ["landscape", "--model", ALIGNED, "--unaligned", UNALIGNED, "--span", "-1"],
-        1,
-        "`--span` and `--span-across` must be above 0, got -1.0 and None.",
-    ),
-    "a run that is not there": (
-        ["landscape", "--model", ALIGNED, "--unaligned", UNALIGNED, "--adapter", "nothere"],
-        2,
-        "'--adapter': there is no folder `nothere`. Give the folder of the adapter, or its Hub id.",
-    ),
-    "a second direction that is not there": (
-        ["landscape", "--model", ALIGNED, "--unaligned", UNALIGNED, "--across", "not/here"],
-        1,
-        "`--adapter` or `--across` (`not/here`) is no folder here",
-    ),
-    "an unaligned model that is not there": (
-        ["landscape", "--model", ALIGNED, "--unaligned", "nothere"],
-        1,
-        "`--unaligned` (`nothere`) is no folder here",
-    ),
     "an adapter that is not there": (
         ["compare", ALIGNED, "--adapter", "tuned=nothere", "--prompts", "harmful=testbed"],
         2,

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from safe_trainer import (
     AlignmentDirection,
+    DriftFigures,
     DriftMonitor,
     LikelihoodJudge,
     PromptSet,
@@ -27,17 +28,8 @@ from safe_trainer import (
     testbed,
     to_html,
 )
-from safe_trainer.analysis.drift import (
-    Drift,
-    LayerDrift,
-    RefusalChange,
-    Subspaces,
-    refusal_changes,
-    refusal_directions,
-)
-from safe_trainer.analysis.drift.figure import draw
-from safe_trainer.analysis.drift.updates import adapter_factors
-from safe_trainer.analysis.pictures import DARK, LIGHT
+from safe_trainer.analysis.drift import Drift, LayerDrift, Subspaces, adapter_factors, draw
+from safe_trainer.analysis.refusal_direction import RefusalChange, refusal_changes, refusal_directions
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.prompting import encode
 from safe_trainer.linalg import TopDirections, random_basis
@@ -319,9 +311,9 @@ def test_comparison_and_its_report_show_the_shares_by_layer(tmp_path):
     basis = subspaces_of(starts, tmp_path)[1]
     asked = [PromptSet("harmful", "harmful", HARMFUL), PromptSet("benign", "benign", HARMLESS)]
     model = AutoModelForCausalLM.from_pretrained(base)
-    subspaces = Subspaces.load(basis=basis, rank=4)
+    figures = DriftFigures(basis=basis, rank=4, prompt_sets=asked)
     found = compare(
-        model, tiny.tokenizer(), asked, {"tuned": adapter}, judges=[LikelihoodJudge()], subspaces=subspaces,
+        model, tiny.tokenizer(), asked, {"tuned": adapter}, judges=[LikelihoodJudge()], drift=figures,
         max_new_tokens=1,
     )  # fmt: skip
     drift = measure_drift(base, adapter, basis=basis, rank=4, prompts=(HARMFUL, HARMLESS))
@@ -334,6 +326,20 @@ def test_comparison_and_its_report_show_the_shares_by_layer(tmp_path):
     assert "writes where the model writes when it refuses" in page and "alignment direction" not in page
 
 
+def test_drift_of_an_active_adapter_equals_the_dense_update_over_the_weight():
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    found = DriftFigures()(model, None, "adapter")["relative"]
+    start = tiny.model().state_dict()
+    merged = model.merge_and_unload().state_dict()
+    assert len(found) == 4
+    for layer, ratio in found.items():
+        weight = start[f"{layer}.weight"]
+        assert ratio == pytest.approx(float((merged[f"{layer}.weight"] - weight).norm() / weight.norm()), rel=1e-4)
+
+
 def test_picture_has_a_map_for_whatever_was_measured():
     shares = {"alignment": 0.25, "outputs": 0.5}
     layers = {
@@ -341,14 +347,11 @@ def test_picture_has_a_map_for_whatever_was_measured():
         for i in range(3)
     }
     layers["model.layers.2"] = LayerDrift(refusal=RefusalChange(2.0, 1.0, 0.9))
-    for theme in (LIGHT, DARK):
-        figure = draw(Drift(layers), theme)
-        assert [trace.type for trace in figure.data] == ["heatmap"] * 4
-        assert list(figure.data[0].z[0]) == [25.0, 25.0, 25.0]
-        assert list(figure.data[3].z[0])[-1] == 50.0 and figure.data[3].y[0] == "residual stream"
-        assert figure.layout.paper_bgcolor == theme.paper
-    assert draw(Drift({}), LIGHT).data == ()
-    assert "No linear layer changed" in draw(Drift({}), LIGHT).layout.annotations[0].text
+    figure = draw(Drift(layers))
+    assert [trace.type for trace in figure.data] == ["heatmap"] * 4
+    assert list(figure.data[0].z[0]) == [25.0, 25.0, 25.0]
+    assert list(figure.data[3].z[0])[-1] == 50.0 and figure.data[3].y[0] == "residual stream"
+    assert draw(Drift({})).data == () and "no linear layer changed" in draw(Drift({})).layout.title.text
 
 
 def test_picture_of_many_layers_has_its_numbers_and_rows_in_the_models_order():
@@ -356,12 +359,11 @@ def test_picture_of_many_layers_has_its_numbers_and_rows_in_the_models_order():
     change = RefusalChange(2.0, 1.0, 0.9)
     layers = {n: LayerDrift(1.0, 4.0, refusal=change if ".0.self_attn" not in n else None) for n in names}
     layers["model.projection"] = LayerDrift(1.0, 4.0)  # in no layer
-    sizes, refusals = draw(Drift(layers), LIGHT).data
-    assert sizes.texttemplate and sizes.text[0][-1] == "25"
+    figure = draw(Drift(layers))
+    sizes, refusals = figure.data
+    assert sizes.texttemplate and sizes.z[0][-1] == 25
     assert list(refusals.y) == ["self_attn.q_proj", "mlp.up_proj"]
-    figure = draw(Drift(layers), LIGHT)
     assert figure.layout.xaxis.type == "category" and sizes.x[0] == "–"
-    assert {note.xanchor for note in figure.layout.annotations} == {"left"}
 
 
 @pytest.mark.slow

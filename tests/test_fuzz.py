@@ -33,7 +33,7 @@ from safe_trainer import (
     conversation,
     from_json,
 )
-from safe_trainer.analysis.drift.updates import updates_of
+from safe_trainer.analysis.drift import adapter_factors
 from safe_trainer.checkpoints import Record
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.answers import Answer
@@ -41,7 +41,6 @@ from safe_trainer.evaluation.results import SetResult
 from safe_trainer.evaluation.switching import _wearing as wearing
 from safe_trainer.integrity import CHECKSUMS
 from safe_trainer.lora.reparametrize import compact_adapter
-from safe_trainer.lora.updates import linear_layers
 from safe_trainer.resuming import checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,10 +289,7 @@ def test_a_comparison_whose_parts_do_not_fit_is_refused():
 
 
 def read_for_drift(folder: Path) -> dict[str, torch.Tensor]:
-    model = tiny.model()
-    shapes = {name: layer.shape for name, layer in linear_layers(model).items()}
-    found = updates_of(folder, lambda name: model.get_submodule(name).weight, shapes)
-    return {name: left @ right for name, (left, right) in found}
+    return {name: left @ right for name, (left, right) in adapter_factors(folder).items()}
 
 
 def compacted(folder: Path) -> dict[str, torch.Tensor]:

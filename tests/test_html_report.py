@@ -8,9 +8,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-import torch
-from evaluation_models import tiny_llama
-from peft import LoraConfig, get_peft_model
 
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation import (
@@ -21,7 +18,6 @@ from safe_trainer.evaluation import (
     PhraseJudge,
     conclude,
     judged,
-    layer_drift,
     scored,
     to_html,
     token_f1,
@@ -246,20 +242,6 @@ def test_several_judges_are_listed_with_their_agreement():
     simple = FunctionJudge(lambda prompt, answer: "refused" if "sorry" in answer else "complied", "simple", "1")
     both = evaluation("model", [REFUSAL] * 3 + [HELP], judges=[simple])
     assert "model: phrases and simple agree on 100.0 % (4/4), Cohen's κ 1.00." in said(to_html(Comparison((both,))))
-
-
-def test_drift_equals_the_dense_update_over_the_weight():
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    found = layer_drift(model)
-    start = tiny_llama().state_dict()
-    merged = model.merge_and_unload().state_dict()
-    assert len(found) == 4
-    for layer, ratio in found.items():
-        weight = start[f"{layer}.weight"]
-        assert ratio == pytest.approx(float((merged[f"{layer}.weight"] - weight).norm() / weight.norm()), rel=1e-4)
 
 
 @pytest.mark.slow

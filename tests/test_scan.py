@@ -22,9 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversation, scan_file, score_rows
-from safe_trainer.analysis.scan import Score, average_precision, precision_recall
-from safe_trainer.analysis.scan.ranking import Spool
-from safe_trainer.analysis.scan.tables import write_table
+from safe_trainer.analysis.scan import Score, Spool, average_precision, precision_recall, write_table
 from safe_trainer.artifacts import row_losses
 from safe_trainer.data.encoding import collate, encode_row
 

@@ -16,7 +16,6 @@ from .direction import direction
 from .drift import drift
 from .embedded import demo, testbed_app
 from .export import export
-from .landscape import landscape
 from .measuring import basis, vectors
 from .scan import scan
 from .shell import CommandGroup
@@ -50,10 +49,6 @@ app.command(
 app.command(
     epilog="Example: safe-trainer drift Qwen/Qwen2.5-0.5B-Instruct out --direction direction.safetensors --refusal"
 )(drift)
-app.command(
-    epilog="Example: safe-trainer landscape --model Qwen/Qwen2.5-0.5B-Instruct --direction direction.safetensors "
-    "--adapter out"
-)(landscape)
 app.command(epilog="Example: safe-trainer export out --output merged --dtype bfloat16")(export)
 app.command(epilog="Example: safe-trainer card out --push me/my-model --private")(card)
 app.command("app", epilog="Example: safe-trainer app --model mine=models/mine")(serve_app)

@@ -23,7 +23,7 @@ from .asking import (
 from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from ..analysis.drift import Subspaces
+    from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Comparison, Limits
 
 _LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
@@ -75,27 +75,21 @@ def compare(  # noqa: PLR0913, each is an option with a name
             check_folder(option, source, what)
 
     quiet_libraries()
+    from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Limits
 
-    subspaces = _subspaces(direction, basis)
+    drift_prompts = sets if direction or basis else []
+    drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=system_prompt)
     limits = Limits(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
     decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking all models") as show:
         asked = {"prompt_sets": sets, "progress": show, **decoding}
-        comparison = _compared(model, adapters, models, asked, judges, subspaces)
+        comparison = _compared(model, adapters, models, asked, judges, drift)
     _tell(comparison, output, as_json)
     if comparison.interrupted:
         errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
         raise typer.Exit(130)
     _close(comparison, limits)
-
-
-def _subspaces(direction: Path | None, basis: Path | None) -> Subspaces | None:
-    if direction is None and basis is None:
-        return None
-    from ..analysis.drift import Subspaces
-
-    return Subspaces.load(direction, basis)
 
 
 def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
@@ -120,7 +114,7 @@ def _compared(
     models: dict[str, list[str]],
     asked: dict[str, Any],
     judges: list[tuple[str, str]],
-    subspaces: Subspaces | None,
+    drift: DriftFigures,
 ) -> Comparison:
     """Examine the base with each adapter, then each whole model, which takes the place of the one before it."""
     from ..evaluation import compare as compare_adapters
@@ -131,7 +125,7 @@ def _compared(
     sources: dict[str, Any] = {name: paths if len(paths) > 1 else paths[0] for name, paths in adapters.items()}
     settings = {key: value for key, value in asked.items() if key != "prompt_sets"}
     comparison = compare_adapters(
-        base, tokenizer, asked["prompt_sets"], sources, judges=loaded_judges, subspaces=subspaces, **settings
+        base, tokenizer, asked["prompt_sets"], sources, judges=loaded_judges, drift=drift, **settings
     )
     if comparison.interrupted:
         return comparison

@@ -40,7 +40,7 @@ def drift(  # noqa: PLR0913, each is an option with a name
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for drift.json and the picture: drift.html, .png and .svg."),
+        typer.Option("--output", "-o", help="Folder for drift.json and the picture, drift.html."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +57,7 @@ def drift(  # noqa: PLR0913, each is an option with a name
     with progress_bar("Measuring the drift") as show:
         found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=show)
     if output is not None:
-        files = [found.save(output / "drift.json"), *write_drift(found, output, f"Drift of {Path(tuned).name}")]
+        files = [found.save(output / "drift.json"), write_drift(found, output, f"Drift of {Path(tuned).name}")]
         errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
     if as_json:
         print_json(found.to_dict())

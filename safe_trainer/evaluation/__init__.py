@@ -6,7 +6,6 @@ from .agreement import Agreement, agreements
 from .answers import Answer, Decoding
 from .comparison import Comparison, Flip
 from .conclusions import Conclusion, conclude
-from .drift import layer_drift
 from .examination import evaluate, exact_match, judged
 from .gating import Limits, gate
 from .general import general_prompts
@@ -68,7 +67,6 @@ __all__ = [
     "general_prompts",
     "generate",
     "judged",
-    "layer_drift",
     "paired_change",
     "perplexity",
     "quality",

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data import PromptSet
 from .answers import INTERRUPTED, Progress
 from .comparison import Comparison
-from .drift import layer_drift, layer_shares, refusals, refusals_kept
 from .examination import evaluate
 from .judges import Judge
 from .manifest import adapter_provenance
 from .results import Evaluation
 
-if TYPE_CHECKING:
-    from ..analysis.drift import Subspaces
-
 logger = logging.getLogger(__name__)
 
 BEFORE = "before"
+DriftMeasure = Callable[[Any, Any, str | Path | None], Mapping[str, Mapping[str, float]]]
 _EXAMINED = "examined"  # PEFT's name of the adapter while it is on
 
 
@@ -35,7 +32,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
     adapters: Mapping[str, str | Path | Sequence[str | Path]],
     *,
     judges: Sequence[Judge] | None = None,
-    subspaces: Subspaces | None = None,
+    drift: DriftMeasure | None = None,
     progress: Progress | None = None,
     **decoding: Any,
 ) -> Comparison:
@@ -51,9 +48,9 @@ def compare(  # noqa: PLR0913, each is a setting with a name
         adapters (`Mapping[str, str | Path]`): By the name to show, where each adapter is: a directory or a hub id; or
             a list of them, of training runs that differ in nothing but their seed.
         judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
-        subspaces (`Subspaces`, *optional*): What each adapter's update is measured against, layer by layer: the
-            alignment direction, the safety features. With it, and harmful and benign prompts, the change of the
-            refusal direction is measured too.
+        drift (`Callable`, *optional*): What measures how far each adapter moves the layers, such as
+            `DriftFigures()`. Called with the model, the tokenizer and `None`, then with each adapter active and
+            where it is from; returns by figure a value for each layer.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all models.
         **decoding: Any field of [`Decoding`].
 
@@ -76,7 +73,6 @@ def compare(  # noqa: PLR0913, each is a setting with a name
         raise ValueError(f"`{BEFORE}` is the name of the model without an adapter. Give this adapter another name.")
     prompts = sum(map(len, prompt_sets))
     evaluations: list[Evaluation] = []
-    before: Mapping[str, Any] = {}
     named, runs = _named(adapters)
     worn: list[tuple[str, str | Path | None]] = [(BEFORE, None), *named]
     notes = [note for name, path in worn if path and (note := _template_note(tokenizer, name, Path(path)))]
@@ -91,14 +87,10 @@ def compare(  # noqa: PLR0913, each is a setting with a name
                 progress=_offset(progress, index * prompts, len(worn) * prompts),
                 **decoding,
             )
-            drift = _drift(examined, name, subspaces) if path is not None else {}
-            if subspaces is not None:
-                refusal = refusals(examined, tokenizer, prompt_sets, decoding.get("system_prompt"))
-                before = refusal if path is None else before
-                if path is not None:
-                    drift["drift_shares"] = drift.get("drift_shares", {}) | refusals_kept(before, refusal)
-        adapter = [adapter_provenance(path)] if path is not None else []
-        evaluations.append(replace(evaluation, manifest={**evaluation.manifest, "adapters": adapter}, **drift))
+            figures = dict(drift(examined, tokenizer, path)) if drift is not None else {}
+        manifest = {**evaluation.manifest, "adapters": [adapter_provenance(path)] if path is not None else []}
+        moved = figures.pop("relative", {})
+        evaluations.append(replace(evaluation, manifest=manifest, drift=moved, drift_shares=figures))
         if any(answer.error == INTERRUPTED for result in evaluation.results for answer in result.answers):
             notes.append(f"The comparison was interrupted while `{name}` answered; nothing after it was examined.")
             break
@@ -206,15 +198,6 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"The adapter `{path}` cannot be used on this model: {error} Give an adapter that was trained on it."
         ) from error
-
-
-def _drift(model: Any, name: str, subspaces: Subspaces | None) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = {"drift": layer_drift(model)}
-    except ValueError as error:  # an adapter of a kind whose drift has no such formula
-        logger.info("%s: its drift by layer is not measured: %s", name, error)
-        return {}
-    return found if subspaces is None else {**found, "drift_shares": layer_shares(model, subspaces)}
 
 
 def _template_note(tokenizer: Any, name: str, path: Path) -> str | None:

@@ -315,7 +315,7 @@ def make_trainer(recipe: Recipe, rows: Dataset) -> SafeSFTTrainer:
 
 def add_monitors(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
     """Let what the recipe's `monitor` asks for be measured while training, and logged beside the loss."""
-    from ..analysis.drift import DriftMonitor
+    from ..analysis.drift_monitor import DriftMonitor
     from ..evaluation import RefusalMonitor
 
     asked = recipe.parts.monitor
@@ -448,6 +448,7 @@ def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet
     """Ask the model before and the model after the same prompts; the adapter is read back from where it was saved."""
     from transformers import AutoModelForCausalLM
 
+    from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Comparison, compare, evaluate
 
     asked = recipe.parts.evaluation
@@ -456,7 +457,8 @@ def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet
     tokenizer = trainer.processing_class
     if recipe.peft is not None:
         adapters = {TUNED: recipe.parts.output}
-        return compare(trainer.model, tokenizer, prompt_sets, adapters, progress=progress, **decoding)
+        drift = DriftFigures()
+        return compare(trainer.model, tokenizer, prompt_sets, adapters, drift=drift, progress=progress, **decoding)
     after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, progress=progress, **decoding)
     device, dtype = trainer.model.device, trainer.model.dtype
     trainer.model.cpu()

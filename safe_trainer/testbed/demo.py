@@ -18,6 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.text import Text
 
 from .. import testbed
+from ..analysis.drift_monitor import DriftFigures
 from ..evaluation import Comparison, compare
 from ..evaluation.report import write_atomically, write_report
 from ..methods import METHODS
@@ -124,7 +125,9 @@ def _finish(outcome: Outcome, jobs: Mapping[str, Job], folder: Path, console: Co
     tokenizer = AutoTokenizer.from_pretrained(testbed.ALIGNED)
     sets = outcome.scenario.prompt_sets("test")
     with _bar(console, f"{title}: asking all models", None) as advance:
-        comparison = compare(model, tokenizer, sets, adapters, progress=advance, max_new_tokens=MAX_NEW_TOKENS)
+        comparison = compare(
+            model, tokenizer, sets, adapters, drift=DriftFigures(), progress=advance, max_new_tokens=MAX_NEW_TOKENS
+        )
     outcome.comparisons.append(comparison)
     write_report(comparison, folder)
 

@@ -1,22 +1,109 @@
-"""Drift while training goes on: curves beside the loss, computed from the adapter's factors."""
+"""The drift of a model in memory: of each adapter in a comparison, and while training goes on."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from ...artifacts import AlignmentDirection, SafetyBasis
-from ...distributed import on_first_process
-from ...evaluation.state import log_between, watchable
-from ...lora.updates import FullUpdate, Update, linear_layers, updates, weight, whole
-from .subspaces import RANK, Subspaces
-from .updates import Factors
+from ..artifacts import AlignmentDirection, SafetyBasis
+from ..distributed import on_first_process
+from ..evaluation.state import log_between, watchable
+from ..lora.updates import FullUpdate, Update, linear_layers, lora_updates, updates, weight, whole
+from .drift import RANK, SHARES, Factors, Subspaces
+from .refusal_direction import refusal_changes, refusal_directions
+
+if TYPE_CHECKING:
+    from ..data import PromptSet
+
+logger = logging.getLogger(__name__)
+
+
+class DriftFigures:
+    """Measures the drift of each adapter that [`compare`] puts on the model, for its `drift` argument.
+
+    Args:
+        direction ([`AlignmentDirection`], `str` or `Path`, *optional*): For the share along the alignment direction.
+        basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces.
+        rank (`int`, *optional*, defaults to `16`): Top directions of each subspace.
+        prompt_sets (`Sequence[PromptSet]`, *optional*): Harmful and benign prompts, for the share of the refusal
+            direction that each adapter keeps; without both kinds it is not measured.
+        system_prompt (`str`, *optional*): System turn before each prompt.
+
+    Raises:
+        ValueError: If `rank` is below 1, or a file is corrupted.
+
+    Example:
+
+    ```python
+    comparison = compare(model, tokenizer, sets, {"AsFT": "out"}, drift=DriftFigures(basis="basis.safetensors"))
+    ```
+    """
+
+    def __init__(  # noqa: PLR0913, each is a setting with a name
+        self,
+        direction: AlignmentDirection | str | Path | None = None,
+        basis: SafetyBasis | str | Path | None = None,
+        rank: int = RANK,
+        *,
+        prompt_sets: Sequence[PromptSet] = (),
+        system_prompt: str | None = None,
+    ) -> None:
+        self._subspaces = Subspaces.load(direction, basis, rank)
+        self._system_prompt = system_prompt
+        self._prompts = [
+            [prompt for prompt_set in prompt_sets if prompt_set.kind == kind for prompt in prompt_set.prompts]
+            for kind in ("harmful", "benign")
+        ]
+        self._before: dict[str, Tensor] = {}
+
+    def __call__(self, model: Any, tokenizer: Any, adapter: str | Path | None) -> dict[str, dict[str, float]]:
+        """Measure a model as it is now.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`): The base, or the base with the adapter active.
+            tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
+            adapter (`str` or `Path`, *optional*): Where the adapter is from; `None` for the base.
+
+        Returns:
+            `dict[str, dict[str, float]]`: By figure, a value for each layer: `"relative"` is `‖ΔW‖ / ‖W‖`, the others
+            are shares. Empty for the base, and without `"relative"` and shares for an adapter that is no plain LoRA.
+        """
+        refusal = self._refusal_directions(model, tokenizer)
+        if adapter is None:
+            self._before = refusal
+            return {}
+        try:
+            found = self._updates(model)
+        except ValueError as error:  # an adapter of a kind whose update is no product of two factors
+            logger.info("`%s`: its drift by layer is not measured: %s", adapter, error)
+            found = {}
+        kept = {name: change.kept for name, change in refusal_changes(self._before, refusal).items()}
+        return {**found, "refusal": kept} if kept else found
+
+    @torch.no_grad()
+    def _updates(self, model: Any) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {"relative": {}}
+        for name, update in lora_updates(model, "The drift").items():
+            held = self._subspaces.held(name, Factors(*update.factors()))
+            whole = held.pop("all")
+            found["relative"][name] = math.sqrt(whole) / weight(update.layer).float().norm().item()
+            for share, inside in held.items():
+                if whole > 0:
+                    found.setdefault(share, {})[name] = inside / whole
+        return found
+
+    def _refusal_directions(self, model: Any, tokenizer: Any) -> dict[str, Tensor]:
+        if not all(self._prompts):
+            return {}
+        return refusal_directions(model, tokenizer, *self._prompts, system_prompt=self._system_prompt)
 
 
 class DriftMonitor(TrainerCallback):
@@ -119,7 +206,7 @@ class DriftMonitor(TrainerCallback):
             "drift/relative": math.sqrt(moved / sum(self._weights.values())),
             "drift/largest": max(ratios, default=0.0),
         }
-        for figure in ("alignment", "outputs", "inputs"):
+        for figure in SHARES:
             known = [name for name, found in held.items() if figure in found]
             size = sum(held[name]["all"] for name in known)
             if size > 0:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...evaluation.prompting import encode
-from ...evaluation.state import examining
-from ...lora.updates import linear_layers
+from ..evaluation.prompting import encode
+from ..evaluation.state import examining
+from ..lora.updates import linear_layers
 
 _NOISE = 1e-5  # share of an activation below which a difference is rounding
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")

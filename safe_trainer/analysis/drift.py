@@ -1,0 +1,495 @@
+"""What a fine-tune moved: how far each layer's weights went, and which share of that touches safety."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..artifacts import AlignmentDirection, SafetyBasis
+from ..artifacts.checkpoint_reader import Checkpoint, listing
+from ..evaluation.charts import place
+from ..linalg import outside_norm_squared, product_norm_squared
+from ..lora.io import naming, read_adapter, read_config
+from ..lora.reparametrize import scaling
+from ..lora.updates import check_peft_config, linear_layers, weight
+from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
+
+logger = logging.getLogger(__name__)
+
+RANK = 16
+SHARES = {
+    "alignment": "share along the alignment direction",
+    "outputs": "share in the safety features' outputs",
+    "inputs": "share in the safety features' inputs",
+}
+"""Each share of an update's squared norm that can be measured, with its title."""
+TITLES = {"relative": "‖ΔW‖ / ‖W‖", **SHARES, "refusal": "refusal direction kept"}
+
+_FACTOR, _WRAPPED, _HEAD = ".lora_A.weight", "base_model.model.", "lm_head"
+
+
+class Factors(NamedTuple):
+    """A matrix `M A` (d_out x d_in) as its factors, in float32."""
+
+    left: Tensor
+    """`M`, of shape (d_out, n)."""
+    right: Tensor | None = None
+    """`A`, of shape (n, d_in); `None` is an identity, and `M` the whole matrix."""
+
+
+# ---- subspaces
+
+
+@dataclass(frozen=True)
+class Subspaces:
+    """Orthonormal directions by layer that an update is measured against.
+
+    Args:
+        alignment (`Mapping[str, Tensor]`): Top left singular vectors of the alignment direction, (d_out, k).
+        outputs (`Mapping[str, Tensor]`): Top directions of the layers' outputs on refusals, (d_out, k).
+        inputs (`Mapping[str, Tensor]`): Top directions of the layers' inputs on harmful prompts, (d_in, k).
+
+    Example:
+
+    ```python
+    subspaces = Subspaces.load("direction.safetensors", "basis.safetensors")
+    ```
+    """
+
+    alignment: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        direction: AlignmentDirection | str | Path | None = None,
+        basis: SafetyBasis | str | Path | None = None,
+        rank: int = RANK,
+    ) -> Subspaces:
+        """Take the top directions of artifacts.
+
+        Args:
+            direction ([`AlignmentDirection`], `str` or `Path`, *optional*): See `safe-trainer direction`.
+            basis ([`SafetyBasis`], `str` or `Path`, *optional*): See `safe-trainer basis`.
+            rank (`int`, *optional*, defaults to `16`): Directions of each kind and layer; fewer where there are fewer.
+
+        Raises:
+            ValueError: If `rank` is below 1, or a file is corrupted.
+        """
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {rank}.")
+        if isinstance(direction, str | Path):
+            direction = AlignmentDirection.load(direction)
+        if isinstance(basis, str | Path):
+            basis = SafetyBasis.load(basis)
+        return cls(
+            {name: factors.U[:, :rank] for name, factors in direction.modules.items()} if direction else {},
+            {name: top.top(rank) for name, top in basis.outputs.items()} if basis else {},
+            {name: top.top(rank) for name, top in basis.inputs.items()} if basis else {},
+        )
+
+    def check(self, layers: Collection[str]) -> None:
+        """Refuse directions that have no layer in common with a model, given the names of its linear layers."""
+        for share in SHARES:
+            named = getattr(self, share)
+            if named and not any(name in layers for name in named):
+                raise ValueError(
+                    f"The directions ({share}) have no layer in common with the model: theirs are called as in "
+                    f"`{next(iter(named))}`. Make them for the model that is fine-tuned."
+                )
+
+    def held(self, name: str, update: Factors) -> dict[str, float]:
+        """Return how much of `‖ΔW‖²` lies in each subspace that is known for the layer; `"all"` is the whole.
+
+        Args:
+            name (`str`): The layer.
+            update ([`Factors`]): Its update; never multiplied out.
+
+        Raises:
+            ValueError: If a subspace belongs to a layer of another size.
+        """
+        left, right = update
+        turned = (left.mT, None) if right is None else (right.mT, left.mT)
+        found = {"all": product_norm_squared(left, right).item()}
+        for share, (rows, columns) in {"alignment": update, "outputs": update, "inputs": turned}.items():
+            basis = getattr(self, share).get(name)
+            if basis is None:
+                continue
+            if len(basis) != len(rows):
+                raise ValueError(
+                    f"The directions of `{name}` have {len(basis)} entries and its update {len(rows)} ({share}): "
+                    "they belong to another model. Make them for the one that was fine-tuned."
+                )
+            outside = outside_norm_squared(rows, columns, basis.to(rows.device, rows.dtype)).item()
+            found[share] = max(0.0, found["all"] - outside)
+        return found
+
+    def expected(self, name: str) -> dict[str, float]:
+        """Return the share that a random update would have in each subspace: k / d."""
+        named = {share: getattr(self, share).get(name) for share in SHARES}
+        return {share: basis.shape[1] / basis.shape[0] for share, basis in named.items() if basis is not None}
+
+
+# ---- results
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """What a fine-tune did to one linear layer, or to the residual stream after one block.
+
+    Args:
+        size (`float`): `‖ΔW‖_F`; NaN for a block.
+        weight (`float`): `‖W‖_F` of the base model; NaN for a block.
+        shares (`Mapping[str, float]`): Of `‖ΔW‖²`, by subspace: `"alignment"`, `"outputs"`, `"inputs"`.
+        expected (`Mapping[str, float]`): What a random update would show there.
+        refusal ([`RefusalChange`], *optional*): Of the layer's outputs.
+    """
+
+    size: float = math.nan
+    weight: float = math.nan
+    shares: Mapping[str, float] = field(default_factory=dict)
+    expected: Mapping[str, float] = field(default_factory=dict)
+    refusal: RefusalChange | None = None
+
+    @property
+    def relative(self) -> float:
+        """Return `‖ΔW‖ / ‖W‖`."""
+        return self.size / self.weight if self.weight else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        found: dict[str, Any] = {"shares": dict(self.shares), "random": dict(self.expected)}
+        if self.size > 0:
+            found |= {"size": self.size, "relative": self.relative}
+        if self.refusal is not None:
+            found["refusal"] = self.refusal._asdict() | {"kept": self.refusal.kept}
+        return found
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a fine-tune changed in a model, by layer; made by [`measure_drift`].
+
+    Args:
+        layers (`Mapping[str, LayerDrift]`): By the name in the base model. Layers that did not change are listed only
+            where their outputs were looked at.
+        provenance (`Mapping[str, Any]`): Both models, and the settings.
+    """
+
+    layers: Mapping[str, LayerDrift]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def relative(self) -> float:
+        """Return `‖ΔW‖ / ‖W‖` of all changed layers together."""
+        changed = [layer for layer in self.layers.values() if layer.size > 0]
+        return math.hypot(*(x.size for x in changed)) / math.hypot(*(x.weight for x in changed)) if changed else 0.0
+
+    def share(self, name: str) -> tuple[float, float] | None:
+        """Return the share of the whole update in a subspace, and that of a random update of the same sizes.
+
+        Args:
+            name (`str`): `"alignment"`, `"outputs"` or `"inputs"`.
+
+        Returns:
+            `tuple[float, float]` or `None`: Over the layers whose subspace is known; `None` if there is none.
+        """
+        known = [layer for layer in self.layers.values() if name in layer.shares]
+        whole = sum(layer.size**2 for layer in known)
+        if not whole:
+            return None
+        found = sum(layer.size**2 * layer.shares[name] for layer in known)
+        return found / whole, sum(layer.size**2 * layer.expected[name] for layer in known) / whole
+
+    def figure(self, name: str) -> dict[str, float]:
+        """Return one figure by layer: `"relative"`, a subspace, or `"refusal"`, the share of its direction kept."""
+        if name == "relative":
+            return {key: layer.relative for key, layer in self.layers.items() if layer.size > 0}
+        if name == "refusal":
+            return {key: layer.refusal.kept for key, layer in self.layers.items() if layer.refusal is not None}
+        return {key: layer.shares[name] for key, layer in self.layers.items() if name in layer.shares}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        shares = {name: self.share(name) for name in SHARES}
+        return {
+            "relative": self.relative,
+            "shares": {
+                name: dict(zip(("found", "random"), found, strict=True)) for name, found in shares.items() if found
+            },
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        return path
+
+
+# ---- a fine-tune on disk
+
+
+def measure_drift(  # noqa: PLR0913, each is a setting with a name
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    direction: AlignmentDirection | str | Path | None = None,
+    basis: SafetyBasis | str | Path | None = None,
+    rank: int = RANK,
+    prompts: tuple[Sequence[str], Sequence[str]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Drift:
+    """Measure what any fine-tune changed: an adapter or a whole model against its base, wherever it was trained.
+
+    Both are read from disk layer by layer; the update of a LoRA is never multiplied out, and of a whole model one
+    layer's is in memory at a time. Only `prompts` load the two models, one after the other; and an adapter of another
+    kind, such as DoRA, is merged into its base. Linear layers are measured: no embeddings, norms and output head.
+
+    Args:
+        base (`str` or `Path`): The model before fine-tuning: a folder or a Hub id.
+        tuned (`str` or `Path`): An adapter on it, or the whole model after fine-tuning.
+        direction ([`AlignmentDirection`], `str` or `Path`, *optional*): For the share along the alignment direction:
+            that in the span of its leading left singular vectors.
+        basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces, of the
+            layers' outputs and inputs.
+        rank (`int`, *optional*, defaults to `16`): Top directions of each subspace. Every share is listed next to
+            that of a random update, which is `rank` over the size of the layer.
+        prompts (`tuple[Sequence[str], Sequence[str]]`, *optional*): Harmful and harmless prompts, for the change of
+            the refusal direction; see [`refusal_directions`].
+        progress (`Callable[[int, int], None]`, *optional*): Called with (done, total) layers.
+
+    Raises:
+        OSError: If a checkpoint could not be found.
+        ValueError: If the adapter changes no weights, or something does not fit the base.
+
+    Example:
+
+    ```python
+    drift = measure_drift("Qwen/Qwen2.5-0.5B-Instruct", "out", direction="direction.safetensors")
+    print(f"{drift.relative:.2%} of the weights' size, shares {drift.share('alignment')} (found, random)")
+    ```
+    """
+    start, subspaces = Checkpoint("base", base), Subspaces.load(direction, basis, rank)
+    subspaces.check(start.linears)
+    layers: dict[str, LayerDrift] = {}
+    total = len(start.linears)
+    for done, (name, update) in enumerate(updates_of(base, tuned, start), start=1):
+        held = subspaces.held(name, update)
+        whole = held.pop("all")
+        shares = {share: value / whole for share, value in held.items()} if whole else {}
+        size = read_weight(start, name).norm().item()
+        layers[name] = LayerDrift(math.sqrt(whole), size, shares, subspaces.expected(name))
+        if progress is not None:
+            progress(done, total)
+    if prompts is not None:
+        for name, change in _refusal_changes_on_disk(base, tuned, *prompts).items():
+            layers[name] = replace(layers.get(name, LayerDrift()), refusal=change)
+    order = {name: number for number, name in enumerate(start.linears)}  # the model's, then its blocks
+    ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    return Drift(ordered, {"base": str(base), "tuned": str(tuned), "rank": rank})
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Tell whether a folder or Hub id holds a PEFT adapter and no whole model."""
+    from peft import PeftConfig
+
+    if Path(source).is_dir():
+        # Some trainers leave the model's config.json next to an adapter.
+        has_weights = any(any(Path(source).glob(name)) for name in ("model*.safetensors", "pytorch_model*.bin"))
+        return (Path(source) / "adapter_config.json").is_file() and not has_weights
+    try:
+        PeftConfig.from_pretrained(str(source))
+    except (ValueError, OSError):  # PEFT's errors where there is none
+        return False
+    return True
+
+
+def is_plain(source: str | Path) -> bool:
+    """Tell whether an adapter is a LoRA whose update is `scaling · B A`."""
+    config = read_config(source)
+    config.target_modules = None  # a LoRA on the head, which methods refuse, can be left out here
+    try:
+        check_peft_config(config, "The drift")
+    except ValueError:
+        return False
+    return True
+
+
+def updates_of(base: str | Path, tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
+    """Yield `ΔW = W_tuned − W_base` of each linear layer that changed.
+
+    Raises:
+        OSError: If there is nothing to read.
+        ValueError: If the adapter changes no weights, or `tuned` does not fit the base model.
+    """
+    if not is_adapter(tuned):
+        yield from _whole_updates(tuned, start)
+    elif is_plain(tuned):
+        found = adapter_factors(tuned)
+        shapes = {name: (len(left), right.shape[1]) for name, (left, right) in found.items() if right is not None}
+        _check(tuned, shapes, start)
+        yield from found.items()
+    else:
+        yield from _merged_updates(base, tuned, start)
+
+
+def adapter_factors(source: str | Path) -> dict[str, Factors]:
+    """Return `ΔW = scaling · B A` of every linear layer that a LoRA adapter changes, as factors, by the layer's name.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub id of the adapter; the base model is not needed.
+
+    Raises:
+        ValueError: If it is no plain LoRA on linear layers.
+    """
+    config, tensors = read_adapter(source)
+    if not is_plain(source):
+        raise ValueError(
+            f"The update of the adapter `{source}` is not `scaling · B A`, so it cannot be read from its file. Merge "
+            "it: `AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`, and "
+            "give that folder."
+        )
+    found = {}
+    for key in [key for key in tensors if key.endswith(_FACTOR) and tensors[key].ndim == 2]:
+        prefix = key.removesuffix(_FACTOR)
+        name = prefix.removeprefix(_WRAPPED)
+        if name.split(".")[-1] == _HEAD:
+            continue  # the head of whole models is not counted either
+        right, left = tensors.pop(key).float(), tensors.pop(f"{prefix}.lora_B.weight").float()
+        found[name] = Factors(scaling(config, name, right.shape[0]) * left, right)
+    if not found:
+        raise ValueError(f"The adapter `{source}` holds no LoRA on a linear layer, so there is no drift to measure.")
+    if tensors:
+        logger.warning("`%s` also changes %s, which is not counted.", source, listing(list(tensors), 3))
+    return found
+
+
+def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Return one linear layer's weight from disk, (d_out, d_in) in float32."""
+    linear = checkpoint.linears[name]
+    rows = checkpoint.rows(name, 0, linear.shape[1] if linear.is_transposed else linear.shape[0])
+    return rows.mT.contiguous() if linear.is_transposed else rows
+
+
+def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
+    folder = Path(tuned)
+    if folder.is_absolute() and not folder.exists() or folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"`{tuned}` holds no adapter and no whole model. Give the folder of one, or a Hub id.")
+    checkpoint = Checkpoint("tuned", tuned)
+    _check(tuned, checkpoint.shapes(checkpoint.linears), start)
+    for name in checkpoint.linears:
+        change = read_weight(checkpoint, name).sub_(read_weight(start, name))
+        if change.any():
+            yield name, Factors(change)
+
+
+def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with naming(adapter):
+        model = PeftModel.from_pretrained(model, str(adapter))
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"The adapter `{adapter}` changes no weights, so there is no drift to measure.")
+    for name, layer in linear_layers(model.merge_and_unload()).items():
+        change = weight(layer.outer).float() - read_weight(start, name)
+        if change.any():
+            yield name, Factors(change)
+
+
+def _refusal_changes_on_disk(
+    base: str | Path, tuned: str | Path, harmful: Sequence[str], harmless: Sequence[str]
+) -> dict[str, RefusalChange]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, device_map="auto")
+    before = refusal_directions(model, tokenizer, harmful, harmless)
+    if is_adapter(tuned):
+        model = PeftModel.from_pretrained(model, str(tuned))
+    else:
+        del model  # one at a time
+        model = AutoModelForCausalLM.from_pretrained(tuned, device_map="auto")
+    return refusal_changes(before, refusal_directions(model, tokenizer, harmful, harmless))
+
+
+def _check(tuned: str | Path, found: dict[str, tuple[int, int]], start: Checkpoint) -> None:
+    shapes = {name: linear.shape for name, linear in start.linears.items()}
+    strange = [name for name, shape in found.items() if tuple(shapes.get(name, ())) != tuple(shape)]
+    if strange:
+        raise ValueError(
+            f"`{tuned}` does not fit the base model: {len(strange)} of its {len(found)} layers are missing there, or "
+            f"have another shape: {listing(strange, 3)}. Give the model that it was trained from."
+        )
+
+
+# ---- the picture
+
+
+def write_drift(drift: Drift, folder: str | Path, title: str = "Drift by layer") -> Path:
+    """Write `drift.html`: one heat map, weights by layers, for each figure that was measured, in percent.
+
+    Args:
+        drift ([`Drift`]): What to draw.
+        folder (`str` or `Path`): Where to write.
+        title (`str`, *optional*): Title of the page.
+
+    Raises:
+        ImportError: If plotly is not installed.
+    """
+    path = Path(folder) / "drift.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(drift, title).write_html(path, include_plotlyjs=True, config={"displaylogo": False})
+    return path
+
+
+def draw(drift: Drift, title: str = "") -> Any:
+    """Return the heat maps of whatever was measured as one plotly figure.
+
+    Raises:
+        ImportError: If plotly is not installed.
+    """
+    try:
+        from plotly.graph_objects import Heatmap
+        from plotly.subplots import make_subplots
+    except ImportError as error:
+        raise ImportError("The picture needs plotly: `pip install plotly`.") from error
+    maps = {name: found for name in TITLES if (found := drift.figure(name))}
+    order = list(dict.fromkeys(place(key)[1] for key in drift.layers))
+    layers = sorted({place(key)[0] for found in maps.values() for key in found})
+    rows = {name: sorted({place(key)[1] for key in found}, key=order.index) for name, found in maps.items()}
+    pixels = [28 * len(weights) + 70 for weights in rows.values()]
+    figure = make_subplots(
+        rows=max(1, len(maps)), subplot_titles=[f"{TITLES[name]}, %" for name in maps],
+        row_heights=pixels or None, vertical_spacing=70 / max(140, sum(pixels)),
+    )  # fmt: skip
+    for row, (name, found) in enumerate(maps.items(), start=1):
+        held = {place(key): 100 * value for key, value in found.items()}
+        values = [[held.get((layer, weight)) for layer in layers] for weight in rows[name]]
+        is_kept = name == "refusal"  # what is kept is good, what is changed is not
+        most = 100 if is_kept else max([*held.values(), 1e-9])
+        heat = Heatmap(
+            x=[str(layer) if layer >= 0 else "–" for layer in layers], y=rows[name], z=values, zmin=0, zmax=most,
+            texttemplate="%{z:.3g}", xgap=2, ygap=2, showscale=False, colorscale="Blues" if is_kept else "Reds",
+        )  # fmt: skip
+        figure.add_trace(heat, row=row, col=1)
+    figure.update_xaxes(type="category").update_yaxes(autorange="reversed")
+    figure.update_layout(
+        title=title if maps else f"{title}: no linear layer changed", template="plotly_white",
+        width=max(700, 240 + 46 * len(layers)), height=150 + sum(pixels),
+    )  # fmt: skip
+    return figure
