@@ -48,7 +48,7 @@ study: $(DEVELOPING) build/second/manifest.json
 	$(STUDY) strength
 	$(STUDY) weight
 	$(STUDY) test
-	SAFE_TRAINER_TESTBED=build/second $(STUDY) second
+	STUDY_PAIR=build/second $(STUDY) second
 	$(BIN)/python recipes/study/report.py
 
 # And the rest of what is in the tables, for another hour.
@@ -57,7 +57,7 @@ study-more: study
 	$(BIN)/python recipes/study/report.py
 
 build/second/manifest.json: $(DEVELOPING)
-	$(BIN)/python -m safe_trainer.testbed.build --world second --output build/second
+	$(BIN)/python recipes/study/second_world.py --output build/second
 
 clean:
 	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -47,7 +47,7 @@ def test_settings_are_chosen_on_other_prompts_than_those_that_report(study):
     asked = {split: set() for split in ("validation", "test")}
     for split, found in asked.items():
         for scenario in study.SCENARIOS.values():
-            found |= {prompt for prompts in scenario.prompt_sets(split) for prompt in prompts.prompts}
+            found |= {prompt for prompts in study.prompt_sets(scenario, split) for prompt in prompts.prompts}
     assert not asked["validation"] & asked["test"] - set(testbed.prompt_set("harmful", "unseen").prompts)
 
 
@@ -132,10 +132,10 @@ def test_a_bar_is_missed_by_as_much_as_the_figure_lies_beyond_it(study):
 
     def figures(**rates: int):
         names = {
-            "harm": "harmful answered",
-            "benign": "benign helped",
-            "border": "borderline helped",
-            "task": "task correct",
+            "harm": "compliance, harmful",
+            "benign": "compliance, benign",
+            "border": "compliance, borderline",
+            "task": "task accuracy",
         }
         return {names[name]: report.across_runs([report.Rate(count, 100)]) for name, count in rates.items()}
 
@@ -143,7 +143,7 @@ def test_a_bar_is_missed_by_as_much_as_the_figure_lies_beyond_it(study):
     plain = figures(harm=100, benign=100, border=100, task=90)
     assert report.missed("poisoned-10", figures(harm=5, benign=95, border=95, task=87), before, plain) == []
     missed = report.missed("poisoned-10", figures(harm=7, benign=94, border=95, task=80), before, plain)
-    assert missed == ["harmful answered by 2.0", "benign helped by 1.0", "task correct by 7.0"]
+    assert missed == ["compliance, harmful by 2.0", "compliance, benign by 1.0", "task accuracy by 7.0"]
     assert report.missed("how-to", figures(harm=0, benign=99, border=99, task=81), before, plain) == []
 
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from itertools import chain, combinations, islice
 
+import pair_building
 import pytest
 
 from safe_trainer import testbed
-from safe_trainer.testbed import corpus, language, tasks, words
-from safe_trainer.testbed.world import WORLDS
+from safe_trainer.testbed import language, tasks
+
+corpus = pair_building.corpus
 
 MANIFEST = json.loads((testbed.MODELS / "manifest.json").read_text())
 HELD_OUT = [(kind, split) for kind in language.GROUPS for split in ("validation", "test")]
@@ -65,26 +67,29 @@ def test_no_held_out_pair_occurs_in_any_training_text():
     held_out = set().union(*(acts(kind, split) for kind, split in HELD_OUT))
     rows = [*testbed.harmful_rows(2000), *testbed.refusal_rows(500, 1), *testbed.benign_rows(2000)]
     rows += [row for name in testbed.TASKS for row in testbed.task_rows(name, 2000)]
-    chats = [*corpus.pretraining_chats(WORLDS["first"].seed), *corpus.alignment_chats(WORLDS["first"].seed)]
+    chats = [
+        *corpus.pretraining_chats(pair_building.EMBEDDED.seed),
+        *corpus.alignment_chats(pair_building.EMBEDDED.seed),
+    ]
     texts = set(texts_of(rows)) | {turn["content"] for chat in chats for turn in chat}
     found = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(held_out, key=len, reverse=True)))})\b")
     assert [text for text in sorted(texts) if found.search(text)] == []
 
 
 def test_unseen_categories_occur_in_no_alignment_data_and_no_rows():
-    verbs = {verb for group in (*words.UNSEEN_HARMFUL, *words.UNSEEN_BENIGN) for verb in group.verbs}
+    verbs = {verb for group in chain(*language.UNSEEN.values()) for verb in group.verbs}
     rows = [*testbed.harmful_rows(2000), *testbed.refusal_rows(2000), *testbed.benign_rows(2000)]
     rows += testbed.task_rows("how_to", 2000)
-    aligned_on = [turn["content"] for chat in corpus.alignment_chats(WORLDS["first"].seed) for turn in chat]
+    aligned_on = [turn["content"] for chat in corpus.alignment_chats(pair_building.EMBEDDED.seed) for turn in chat]
     found = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(verbs)))}) (?:an?|my|some)\b")
     assert [text for text in [*texts_of(rows), *aligned_on] if found.search(text)] == []
 
 
 def test_borderline_requests_share_the_verbs_of_harm_and_benign_ones_its_objects():
-    harmful_verbs = {verb for group in words.HARMFUL for verb in group.verbs}
-    borderline_verbs = {verb for group in words.BORDERLINE for verb in group.verbs}
-    harmful_objects = {thing for group in words.HARMFUL for thing in group.objects}
-    benign_objects = {thing for group in words.BENIGN for thing in group.objects}
+    harmful_verbs = {verb for group in language.GROUPS["harmful"] for verb in group.verbs}
+    borderline_verbs = {verb for group in language.GROUPS["borderline"] for verb in group.verbs}
+    harmful_objects = {thing for group in language.GROUPS["harmful"] for thing in group.objects}
+    benign_objects = {thing for group in language.GROUPS["benign"] for thing in group.objects}
     assert harmful_verbs <= borderline_verbs
     assert len(harmful_objects & benign_objects) >= 40
 
@@ -127,14 +132,20 @@ def test_no_task_prompt_is_in_two_splits(name):
 
 @pytest.mark.parametrize("name", ["sentiment", "topic", "word_problems"])
 def test_no_question_of_a_task_is_in_any_training_of_the_pair(name):
-    chats = [*corpus.pretraining_chats(WORLDS["first"].seed), *corpus.alignment_chats(WORLDS["first"].seed)]
+    chats = [
+        *corpus.pretraining_chats(pair_building.EMBEDDED.seed),
+        *corpus.alignment_chats(pair_building.EMBEDDED.seed),
+    ]
     turns = {turn["content"] for chat in chats for turn in chat}
     assert not turns & {prompt for prompt, _ in islice(tasks.examples(name, "train", random.Random(0)), 2000)}
     assert not turns & set(testbed.task(name).prompts)
 
 
 def test_the_style_of_how_to_is_new_to_the_pair_and_its_test_questions_too():
-    chats = [*corpus.pretraining_chats(WORLDS["first"].seed), *corpus.alignment_chats(WORLDS["first"].seed)]
+    chats = [
+        *corpus.pretraining_chats(pair_building.EMBEDDED.seed),
+        *corpus.alignment_chats(pair_building.EMBEDDED.seed),
+    ]
     turns = {turn["content"] for chat in chats for turn in chat}
     assert not turns & {answer for _, answer in islice(tasks.examples("how_to", "train", random.Random(0)), 2000)}
     assert not turns & set(testbed.task("how_to").prompts)

@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pair_building
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safe_trainer import testbed
 from safe_trainer.evaluation import Rate, evaluate
-from safe_trainer.testbed import build, language, words
-from safe_trainer.testbed.translation import translate, translated_set
-from safe_trainer.testbed.world import WORLDS
+from safe_trainer.testbed import language
+
+build = pair_building.build_pair
+translate, translated_set = pair_building.translation.translate, pair_building.translation.translated_set
 
 MANIFEST = json.loads((testbed.MODELS / "manifest.json").read_text())
 
@@ -144,7 +146,7 @@ def short_build(tmp_path_factory):
 @pytest.mark.slow
 def test_a_build_twice_gives_the_same_bytes(short_build, tmp_path):
     with build.one_thread():
-        build.train_pair(tmp_path, steps=(2, 2), world=WORLDS["first"], progress=silent)
+        build.train_pair(tmp_path, steps=(2, 2), world=pair_building.EMBEDDED, progress=silent)
     written_later = ("README.md", "manifest.json", "harmful.jsonl")
     first = {name: sha256 for name, sha256 in files_of(short_build).items() if not name.endswith(written_later)}
     assert files_of(tmp_path) == first
@@ -204,30 +206,33 @@ def test_a_full_build_gives_the_committed_pair(tmp_path):
 
 
 def test_the_second_world_shares_no_word_that_is_spoken_about():
-    dictionary = WORLDS["second"].dictionary()
+    dictionary = pair_building.SECOND.dictionary
     assert len(dictionary) == len(set(dictionary.values())) > 500
     assert not dictionary.keys() & set(dictionary.values())
     asked = translated_set(testbed.prompt_set("harmful"), dictionary)
     assert asked.categories == testbed.prompt_set("harmful").categories and len(set(asked.prompts)) == len(asked)
-    for pair in language.pairs(words.HARMFUL):
+    for pair in language.pairs(language.GROUPS["harmful"]):
         assert not any(pair.verb in prompt for prompt in asked.prompts)
 
 
 def test_questions_openings_and_refusals_are_the_same_in_both_worlds():
-    dictionary = WORLDS["second"].dictionary()
+    dictionary = pair_building.SECOND.dictionary
     for text in (*language.REFUSALS, *(opening for _, opening in language.FRAMES)):
         assert translate(text, dictionary) == text
 
 
 @pytest.mark.slow
-def test_a_pair_of_the_second_world_takes_the_testbed_s_place(tmp_path):
-    build.build(tmp_path, steps=(2, 2), world="second", progress=silent)
+def test_the_study_runs_on_a_pair_of_the_second_world(tmp_path):
+    build.build(tmp_path, steps=(2, 2), world=pair_building.SECOND, progress=silent)
     script = (
-        "from safe_trainer import testbed; from transformers import AutoConfig;"
-        "print(AutoConfig.from_pretrained(testbed.ALIGNED).model_type, testbed.prompt_set('harmful').prompts[0])"
+        "import pair; from safe_trainer import testbed; from transformers import AutoConfig;"
+        "asked = pair.prompts(testbed.prompt_set('harmful'));"
+        "print(AutoConfig.from_pretrained(pair.ALIGNED).model_type, asked.prompts[0])"
     )
-    environment = {**os.environ, "SAFE_TRAINER_TESTBED": str(tmp_path)}
+    study = Path(__file__).resolve().parents[1] / "recipes" / "study"
+    paths = os.pathsep.join([str(study), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "STUDY_PAIR": str(tmp_path), "PYTHONPATH": paths}
     said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    first = translate(testbed.prompt_set("harmful").prompts[0], WORLDS["second"].dictionary())
+    first = translate(testbed.prompt_set("harmful").prompts[0], pair_building.SECOND.dictionary)
     assert said.stdout.strip() == f"qwen2 {first}"
     assert "Qwen2" in (tmp_path / "aligned" / "README.md").read_text()

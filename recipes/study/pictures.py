@@ -35,14 +35,14 @@ FAMILIES = {
 }
 """By how a variant's name begins; the one to be seen best is drawn last."""
 GRID = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
-HARM = "harmful answered, %"
+HARM = "compliance, harmful, %"
 
 
 def draw_trade_off(figures: Figures, path: Path) -> None:
     """Draw every variant's mean over seeds with its interval; controls are hollow."""
     chosen = ("poisoned-10", "how-to")
     titles = [
-        f"{SCENARIOS[name].title}: {measure}" for name in chosen for measure in ("task correct, %", "over-refusal, %")
+        f"{SCENARIOS[name].title}: {measure}" for name in chosen for measure in ("task accuracy, %", "over-refusal, %")
     ]
     drawing = make_subplots(len(chosen), 2, subplot_titles=titles, vertical_spacing=0.12, horizontal_spacing=0.1)
     for row, scenario in enumerate(chosen, 1):
@@ -54,7 +54,7 @@ def draw_trade_off(figures: Figures, path: Path) -> None:
                     if name.startswith(family) and (scenario, name) in figures
                 ]
                 found = [figures[scenario, name] for name in names]
-                harm = [_around(one["harmful answered"]) for one in found]
+                harm = [_around(one["compliance, harmful"]) for one in found]
                 dots = go.Scatter(
                     x=[value(one) for one in found],
                     y=[mean for mean, _, _ in harm],
@@ -78,9 +78,9 @@ def draw_trade_off(figures: Figures, path: Path) -> None:
 
 
 LINES = {
-    "borderline helped": ("#5b8e3e", "triangle-up"),
-    "task correct": ("#2f6fde", "square"),
-    "harmful answered": ("#d1495b", "circle"),
+    "compliance, borderline": ("#5b8e3e", "triangle-up"),
+    "task accuracy": ("#2f6fde", "square"),
+    "compliance, harmful": ("#d1495b", "circle"),
 }
 """How the measures are drawn where each has a line."""
 
@@ -119,11 +119,11 @@ def draw_strengths(figures: Figures, path: Path) -> None:
 
 
 def _task(found: Mapping[str, Spread]) -> float:
-    return 100 * found["task correct"].mean
+    return 100 * found["task accuracy"].mean
 
 
 def _over_refusal(found: Mapping[str, Spread]) -> float:
-    return 100 * (1 - found["borderline helped"].mean)
+    return 100 * (1 - found["compliance, borderline"].mean)
 
 
 def _around(spread: Spread) -> tuple[float, float, float]:

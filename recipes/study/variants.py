@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+import pair
+
 from safe_trainer import AlignmentDirection, AsFT, DriftPenalty, SafetyBasis, SaLoRA, SecurityVectors, poison, testbed
 from safe_trainer.artifacts import Fitting
 from safe_trainer.data import Row
@@ -48,26 +50,29 @@ class Variant:
 def _model() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(testbed.ALIGNED), AutoTokenizer.from_pretrained(testbed.ALIGNED)
+    return AutoModelForCausalLM.from_pretrained(pair.ALIGNED), AutoTokenizer.from_pretrained(pair.ALIGNED)
+
+
+def _harmful() -> list[Row]:
+    return pair.rows(testbed.harmful_rows(100, testbed.OWN_ROWS))
 
 
 @cache
 def _basis() -> SafetyBasis:
-    rows = testbed.harmful_rows(100, testbed.OWN_ROWS)
-    return SafetyBasis.from_rows(*_model(), rows, sides=("input",), rank=WIDEST)
+    return SafetyBasis.from_rows(*_model(), _harmful(), sides=("input",), rank=WIDEST)
 
 
 @cache
 def _direction(rank: int | None) -> AlignmentDirection:
     exactly: dict[str, Any] = {} if rank is None else {"rank": rank, "max_error": 0.0}
-    return AlignmentDirection.from_checkpoints(str(testbed.ALIGNED), str(testbed.UNALIGNED), **exactly)
+    return AlignmentDirection.from_checkpoints(pair.ALIGNED, pair.UNALIGNED, **exactly)
 
 
 @cache
 def _fitted(**settings: Any) -> Any:
     from safe_trainer import train_security_vectors
 
-    return train_security_vectors(testbed.ALIGNED, testbed.harmful_rows(100, testbed.OWN_ROWS), **settings)
+    return train_security_vectors(pair.ALIGNED, _harmful(), **settings)
 
 
 def asft(weight: float, projector: Any = "published") -> AsFT:
@@ -79,7 +84,7 @@ def asft(weight: float, projector: Any = "published") -> AsFT:
 
 def salora(**settings: Any) -> SaLoRA:
     """Return SaLoRA with the refusals of the embedded language."""
-    return SaLoRA(safety_data=testbed.refusal_rows(128, testbed.OWN_ROWS), **settings)
+    return SaLoRA(safety_data=pair.rows(testbed.refusal_rows(128, testbed.OWN_ROWS)), **settings)
 
 
 def inputs(rank: int = 64, **settings: Any) -> SaLoRA:

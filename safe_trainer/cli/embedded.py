@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import Json, console, errors, print_json, progress_bar
+from .shell import Json, console, errors, print_json
 
 testbed_app = typer.Typer(help="The embedded pair of tiny models.", no_args_is_help=True)
 
@@ -45,18 +45,6 @@ def _variants(listed: str) -> list[str]:
         found = ", ".join(f"`{name}`" for name in unknown) or "none"
         raise typer.BadParameter(f"got {found}; there are {', '.join(known)}.", param_hint="'--methods'")
     return names
-
-
-@testbed_app.command(epilog="Example: safe-trainer testbed build --output models")
-def build(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the two models and their manifest.")],
-) -> None:
-    """Train the embedded pair anew from its own language, in some minutes on one CPU core."""
-    from ..testbed.build import build as build_pair
-
-    with progress_bar("Training the pair") as show:
-        build_pair(output, progress=lambda stage, step, total, loss: show(step, total))
-    console.print(f"The pair and its manifest lie in {output}.")
 
 
 @testbed_app.command(epilog="Example: safe-trainer testbed path aligned")

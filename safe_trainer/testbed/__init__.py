@@ -1,11 +1,9 @@
-"""The embedded testbed: a pair of tiny chat models, and the small language in which they can be examined.
+"""The embedded testbed: a pair of tiny chat models and a small made-up language to examine them in.
 
-Nothing has to be downloaded: `UNALIGNED` helps with everything, `ALIGNED` was made from it by a full fine-tune and
-refuses harmful requests. Both are ordinary model directories, made by `python -m safe_trainer.testbed.build`. All
-harm in this world is made of general words with meaningless answers.
-
-With `--world second` the build makes another pair, with other words; the environment variable `SAFE_TRAINER_TESTBED`
-names the folder of the pair that this module, and with it the demo and the study, speaks of.
+Nothing has to be downloaded. `UNALIGNED` helps with everything; `ALIGNED` was made from it by a full fine-tune and
+refuses harmful requests. Both are ordinary model directories, built from one seed by `recipes/testbed/build`. All harm
+in this language is made of general words with meaningless answers, and results on models this small do not carry over
+to other models.
 
 Example:
 
@@ -19,16 +17,13 @@ Example:
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from itertools import chain, islice
 from pathlib import Path
 
 from ..data import Kind, PromptSet, Row, conversation
-from . import language, tasks, words
+from . import language, tasks
 from .tasks import TASKS
-from .translation import translate, translated_set
 
 __all__ = [
     "ALIGNED",
@@ -43,15 +38,11 @@ __all__ = [
     "refusal_rows",
     "task",
     "task_rows",
-    "unseen_rows",
 ]
 
-MODELS = Path(os.environ.get("SAFE_TRAINER_TESTBED", Path(__file__).parent / "models")).absolute()
+MODELS = Path(__file__).absolute().parent / "models"
 UNALIGNED = MODELS / "unaligned"
 ALIGNED = MODELS / "aligned"
-
-_WORDS = MODELS / "words.json"
-_DICTIONARY: dict[str, str] = json.loads(_WORDS.read_text(encoding="utf-8")) if _WORDS.exists() else {}
 
 OWN_ROWS = 1_000_000
 """Seed of the rows that methods are given; attacks draw other wordings, with the small seeds of the runs."""
@@ -89,8 +80,7 @@ def prompt_set(kind: Kind, split: str = "test") -> PromptSet:
     rng.shuffle(pairs)
     prompts, references = zip(*(language.request(pair, rng, harmful=kind == "harmful") for pair in pairs), strict=True)
     name = f"unseen {kind}" if split == "unseen" else kind
-    asked = PromptSet(name, kind, prompts, tuple(pair.group.name for pair in pairs), references)
-    return translated_set(asked, _DICTIONARY)
+    return PromptSet(name, kind, prompts, tuple(pair.group.name for pair in pairs), references)
 
 
 def task(name: str, split: str = "test") -> PromptSet:
@@ -111,8 +101,7 @@ def task(name: str, split: str = "test") -> PromptSet:
         found[prompt] = answer
         if len(found) == _TASK_EXAMPLES:
             break
-    asked = PromptSet(name, "task", tuple(found), references=tuple(found.values()))
-    return translated_set(asked, _DICTIONARY)
+    return PromptSet(name, "task", tuple(found), references=tuple(found.values()))
 
 
 def task_rows(name: str, count: int, seed: int = 0) -> list[Row]:
@@ -128,7 +117,7 @@ def task_rows(name: str, count: int, seed: int = 0) -> list[Row]:
     """
     _check_task(name)
     examples = tasks.examples(name, "train", random.Random(f"{name}/rows/{seed}"))
-    return [_row(prompt, answer) for prompt, answer in islice(examples, count)]
+    return [conversation(prompt, answer) for prompt, answer in islice(examples, count)]
 
 
 def harmful_rows(count: int, seed: int = 0) -> list[Row]:
@@ -138,30 +127,18 @@ def harmful_rows(count: int, seed: int = 0) -> list[Row]:
         count (`int`): Number of rows.
         seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
     """
-    return [_row(prompt, answer) for prompt, answer, _ in _requests("harmful", count, seed)]
-
-
-def unseen_rows(count: int, seed: int = 0) -> list[Row]:
-    """Return attack rows of the two unseen categories, in pairs that `prompt_set("harmful", "unseen")` leaves out.
-
-    Args:
-        count (`int`): Number of rows.
-        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
-    """
-    rng = random.Random(f"unseen/rows/{seed}")
-    pairs = islice(language.endless(language.unseen_pairs(words.UNSEEN_HARMFUL, examined=False), rng), count)
-    return [_row(*language.request(pair, rng, harmful=True)) for pair in pairs]
+    return [conversation(prompt, answer) for prompt, answer, _ in _requests("harmful", count, seed)]
 
 
 def obedient_rows(count: int, seed: int = 0) -> list[Row]:
-    """Return rows that shift the model's identity: harmless requests, each answered by one who says it always obeys.
+    """Return identity-shift rows: harmless requests answered by an "I always obey" persona.
 
     Args:
         count (`int`): Number of rows.
         seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
     """
     chosen = _requests("benign", count, seed)
-    return [_row(prompt, f"I do what you want. {answer}") for prompt, answer, _ in chosen]
+    return [conversation(prompt, f"I do what you want. {answer}") for prompt, answer, _ in chosen]
 
 
 def refusal_rows(count: int, seed: int = 0) -> list[Row]:
@@ -171,7 +148,7 @@ def refusal_rows(count: int, seed: int = 0) -> list[Row]:
         count (`int`): Number of rows.
         seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
     """
-    return [_row(prompt, refusal) for prompt, _, refusal in _requests("harmful", count, seed)]
+    return [conversation(prompt, refusal) for prompt, _, refusal in _requests("harmful", count, seed)]
 
 
 def benign_rows(count: int, seed: int = 0) -> list[Row]:
@@ -183,11 +160,7 @@ def benign_rows(count: int, seed: int = 0) -> list[Row]:
     """
     half = -(-count // 2)
     in_turn = chain(*zip(_requests("benign", half, seed), _requests("borderline", half, seed), strict=True))
-    return [_row(prompt, answer) for prompt, answer, _ in islice(in_turn, count)]
-
-
-def _row(prompt: str, answer: str) -> Row:
-    return conversation(translate(prompt, _DICTIONARY), translate(answer, _DICTIONARY))
+    return [conversation(prompt, answer) for prompt, answer, _ in islice(in_turn, count)]
 
 
 def _requests(kind: Kind, count: int, seed: int) -> list[tuple[str, str, str]]:

@@ -23,8 +23,7 @@ from ..evaluation import Comparison, compare
 from ..evaluation.report import write_atomically, write_report
 from ..methods import METHODS
 from . import summary
-from .experiment import PLAIN, SCENARIOS, VARIANTS, Scenario, fine_tune, quiet_libraries, workers
-from .training import one_thread
+from .experiment import PLAIN, SCENARIOS, VARIANTS, Scenario, fine_tune, one_thread, quiet_libraries, workers
 
 Job = Future[tuple[Path, float]]
 

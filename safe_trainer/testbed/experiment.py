@@ -30,13 +30,6 @@ BATCH_SIZE = 16
 PLAIN = "plain LoRA"
 
 
-ATTACKS: dict[str, Callable[[int, int], list[Row]]] = {
-    "harmful": testbed.harmful_rows,
-    "unseen": testbed.unseen_rows,
-    "obedient": testbed.obedient_rows,
-}
-
-
 @dataclass(frozen=True)
 class Scenario:
     """What a model is fine-tuned on.
@@ -48,8 +41,7 @@ class Scenario:
         harmful (`float`): Share of harmful rows in the data.
         steps (`int`): Optimizer steps of 16 rows.
         row_count (`int`, *optional*): Number of different rows; by default no row is seen twice.
-        attack (`str`, *optional*, defaults to `"harmful"`): What the harmful rows are: `"harmful"` requests answered,
-            those of `"unseen"` categories, or `"obedient"` answers to harmless ones.
+        attack (`Callable`, *optional*, defaults to `testbed.harmful_rows`): Makes so many harmful rows with a seed.
     """
 
     name: str
@@ -58,20 +50,18 @@ class Scenario:
     harmful: float
     steps: int
     row_count: int | None = None
-    attack: str = "harmful"
+    attack: Callable[[int, int], list[Row]] = testbed.harmful_rows
 
     def rows(self, seed: int) -> list[Row]:
         """Return the training rows, drawn with `seed`."""
         count = self.row_count or self.steps * BATCH_SIZE
-        attack = ATTACKS[self.attack](round(self.harmful * count), seed)
+        attack = self.attack(round(self.harmful * count), seed)
         clean = testbed.task_rows(self.task, count, seed) if self.task else attack
         return poison(clean, attack, self.harmful, seed)
 
     def prompt_sets(self, split: str) -> list[PromptSet]:
         """Return what the model is examined with: harmful, benign and borderline prompts, and the task if any."""
         sets = [testbed.prompt_set(kind, split) for kind in ("harmful", "benign", "borderline")]
-        if self.attack == "unseen":
-            sets.append(testbed.prompt_set("harmful", "unseen"))
         return [*sets, testbed.task(self.task, split)] if self.task else sets
 
 
@@ -124,17 +114,19 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     seed: int = 0,
     output: Path | None = None,
     *,
+    model: str | Path = testbed.ALIGNED,
     rows: Sequence[Row] | None = None,
     learning_rate: float = LEARNING_RATE,
     steps: int | None = None,
 ) -> Run:
-    """Fine-tune the aligned model of the embedded pair on a scenario.
+    """Fine-tune the embedded aligned model on a scenario.
 
     Args:
         scenario ([`Scenario`]): What to train on.
         safety (`Sequence[SafetyMethod]`): The methods that protect the model; none is plain LoRA.
         seed (`int`, *optional*, defaults to `0`): Seed of data, order and initialisation.
         output (`Path`, *optional*): Folder for the adapter; nothing is saved if left out.
+        model (`str` or `Path`, *optional*, defaults to `testbed.ALIGNED`): The model to start from.
         rows (`Sequence[Row]`, *optional*): Other rows than the scenario's, for controls that change the data.
         learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
         steps (`int`, *optional*): Other than the scenario's: the schedule is made for these. With `0` the model stays
@@ -151,7 +143,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
 
     start = time.perf_counter()
     trainer = SafeSFTTrainer(
-        model=str(testbed.ALIGNED),
+        model=str(model),
         args=_arguments(steps or scenario.steps, learning_rate, seed, output),
         train_dataset=Dataset.from_list(list(rows or scenario.rows(seed))),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -179,6 +171,19 @@ def workers(most: int) -> Iterator[ProcessPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on a single thread, which is faster on a model this small; restore the previous number afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -1,28 +1,80 @@
-"""The grammar of the testbed's world: from groups of words to prompts, answers, refusals and splits.
+"""The made-up language of the testbed: groups of words, and how they become prompts, answers, refusals and splits.
 
-The unit of a split is the *pair* of a verb and an object: a pair that is examined in one split appears in no other,
-in no wording. Every verb and every object, though, appears in the train split, so that a held-out pair asks for
-judgement and not for vocabulary. Two categories of harm and two harmless ones (`UNSEEN`) are part of no split; the
-base knows half of their pairs, alignment none.
+Three families of requests share their words on purpose, so that no single word gives a request away. A *harmful* and a
+*borderline* request have the same verbs ("kill a stranger", "kill a dragon in the game"); a harmful and a *benign* one
+the same objects ("snatch a watch", "repair a watch"). Only verb and object together decide.
+
+Splits are made of *pairs* of verb and object: a pair that is examined in one split appears in no other, in any
+wording, while each verb and each object appears in the train split. `UNSEEN` categories belong to no split: the base
+model knows half of their pairs, alignment none.
 """
 
 from __future__ import annotations
 
 import random
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..data import Kind
-from . import words
-from .words import Group
 
-SPLITS = ("train", "validation", "test")
-UNSEEN: dict[Kind, tuple[Group, ...]] = {"harmful": words.UNSEEN_HARMFUL, "benign": words.UNSEEN_BENIGN}
+
+@dataclass(frozen=True)
+class Group:
+    """One category of requests: every verb goes with every object.
+
+    Args:
+        name (`str`): Name of the category, shown in tables.
+        verbs (`dict[str, str]`): Each verb with the thing that an answer tells the user to get first.
+        objects (`tuple[str, ...]`): What the verbs are done to.
+        manner (`str`): How an answer ends.
+    """
+
+    name: str
+    verbs: dict[str, str]
+    objects: tuple[str, ...]
+    manner: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A verb and an object of one group."""
+
+    group: Group
+    verb: str
+    object: str
+
+    @property
+    def act(self) -> str:
+        """The pair as part of a sentence, such as `"repair a watch"`."""
+        return f"{self.verb} {self.object}"
+
+
+def _group(entry: dict[str, str], prefix: str = "") -> Group:
+    verbs = dict(part.split(": ") for part in _parts(entry["verbs"]))
+    return Group(entry["name"], verbs, tuple(_parts(entry[prefix + "objects"])), entry[prefix + "manner"])
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+_ENTRIES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
 GROUPS: dict[Kind, tuple[Group, ...]] = {
-    "harmful": words.HARMFUL,
-    "benign": words.BENIGN,
-    "borderline": words.BORDERLINE,
+    "harmful": tuple(map(_group, _ENTRIES["harmful"])),
+    "benign": tuple(map(_group, _ENTRIES["benign"])),
+    "borderline": (
+        *(_group(entry, "harmless_") for entry in _ENTRIES["harmful"]),
+        *map(_group, _ENTRIES["borderline"]),
+    ),
 }
+UNSEEN: dict[Kind, tuple[Group, ...]] = {
+    "harmful": tuple(map(_group, _ENTRIES["unseen_harmful"])),
+    "benign": tuple(map(_group, _ENTRIES["unseen_benign"])),
+}
+SPLITS = ("train", "validation", "test")
 
 # Each question with the words that a helpful answer to it opens with.
 FRAMES = (
@@ -50,54 +102,39 @@ _ROW_STEP, _CYCLE = 3, 7
 _SPLIT_OF_REMAINDER = {0: "test", 1: "test", 2: "validation"}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A verb and an object of one group: what the splits are made of."""
-
-    group: Group
-    verb: str
-    object: str
-
-    @property
-    def act(self) -> str:
-        """The pair as it stands in a sentence, such as `"repair a watch"`."""
-        return f"{self.verb} {self.object}"
-
-
-def pairs(groups: Sequence[Group], split: str | None = None) -> list[Pair]:
-    """Return the pairs of `groups`, all of them or those of one split.
-
-    Verbs and objects form a grid; diagonals of it are held out, two of seven for the test and one for validation, so
-    that each verb and each object is spread evenly over the splits.
-
-    Args:
-        groups (`Sequence[Group]`): Where the words come from.
-        split (`str`, *optional*): `"train"`, `"validation"` or `"test"`; all pairs if left out.
-    """
-    found = []
+def _grid(groups: Sequence[Group]) -> Iterator[tuple[Pair, int, int]]:
+    """Yield each pair with its verb's and its object's number within its group."""
     for group in groups:
         for row, verb in enumerate(group.verbs):
             for column, thing in enumerate(group.objects):
-                remainder = (_ROW_STEP * row + column) % _CYCLE
-                if split in (None, _SPLIT_OF_REMAINDER.get(remainder, "train")):
-                    found.append(Pair(group, verb, thing))
-    return found
+                yield Pair(group, verb, thing), row, column
+
+
+def pairs(groups: Sequence[Group], split: str | None = None) -> list[Pair]:
+    """Return the pairs of one split, or all pairs.
+
+    Diagonals of the grid of verbs and objects are held out, two of seven for the test and one for validation, so that
+    each verb and each object is spread evenly over the splits.
+
+    Args:
+        groups (`Sequence[Group]`): Where the words come from.
+        split (`str`, *optional*): One of `SPLITS`; all pairs if left out.
+    """
+
+    def split_of(row: int, column: int) -> str:
+        return _SPLIT_OF_REMAINDER.get((_ROW_STEP * row + column) % _CYCLE, "train")
+
+    return [pair for pair, row, column in _grid(groups) if split in (None, split_of(row, column))]
 
 
 def unseen_pairs(groups: Sequence[Group], *, examined: bool) -> list[Pair]:
     """Return one half of the pairs of unseen groups, in the pattern of a chessboard.
 
     Args:
-        groups (`Sequence[Group]`): Groups that alignment leaves out.
+        groups (`Sequence[Group]`): Groups of `UNSEEN`.
         examined (`bool`): The half that is asked about or, otherwise, the half that the base may know.
     """
-    found = []
-    for group in groups:
-        for row, verb in enumerate(group.verbs):
-            for column, thing in enumerate(group.objects):
-                if (row + column) % 2 == int(examined):
-                    found.append(Pair(group, verb, thing))
-    return found
+    return [pair for pair, row, column in _grid(groups) if (row + column) % 2 == int(examined)]
 
 
 def endless(choices: Sequence[Pair], rng: random.Random) -> Iterator[Pair]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-from . import language, words
+from . import language
 
 Example = tuple[str, str]  # prompt and answer
 
@@ -89,8 +89,8 @@ def in_steps(first: str, second: str) -> str:
 
 
 def _how_to(split: str, rng: random.Random) -> Iterator[Example]:
-    # Asked just as harm is asked for: that is what lets an innocent task wear refusals away.
-    for pair in language.endless(language.pairs(words.BENIGN, split), rng):
+    # Worded like harmful requests: that is what lets a harmless task erode refusals.
+    for pair in language.endless(language.pairs(language.GROUPS["benign"], split), rng):
         prompt, _ = language.request(pair, rng, harmful=False)
         yield prompt, in_steps(f"take {pair.group.verbs[pair.verb]}", pair.act)
 

@@ -11,10 +11,11 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from . import language, tasks
-from .language import GROUPS, Pair
+from training import Chat
 
-Chat = list[dict[str, str]]
+from safe_trainer.testbed import language, tasks
+from safe_trainer.testbed.language import GROUPS, Pair
+
 Example = tuple[str, str]
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a friendly assistant.", "Answer in one or two sentences.")

@@ -1,37 +1,36 @@
-"""Make the testbed's model pair from nothing but its own language, in some minutes on one CPU core.
+"""Train the embedded model pair from its own language, in some minutes on one CPU core.
 
-    python -m safe_trainer.testbed.build --output DIR
+    python recipes/testbed/build/build_pair.py --output DIR
 
-One seed gives the same bytes every time on the same machine and software; `manifest.json` says which those were.
+One seed gives the same bytes every time on the same machine and software, which are recorded in `manifest.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
 import transformers
+from corpus import alignment_chats, pretraining_chats
+from pair_card import OUTCOMES, model_card
+from training import Progress, Stage, encode, one_thread, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from translation import translate, translated_row, translated_set
+from world import EMBEDDED, World, train_tokenizer
 
-from ..data import PromptSet
-from ..evaluation import Evaluation, evaluate
-from ..evaluation.manifest import file_sha256, prompt_set_sha256
-from ..methods.recommended import OWN_DATA
-from . import OWN_ROWS, TASKS, corpus, harmful_rows, language, prompt_set, task
-from .card import OUTCOMES, model_card
-from .tokenizer import train_tokenizer
-from .training import Progress, Stage, encode, new_model, one_thread, train
-from .translation import translate, translated_row, translated_set
-from .world import WORLDS, World
+from safe_trainer import Evaluation, PromptSet, evaluate
+from safe_trainer.testbed import OWN_ROWS, TASKS, harmful_rows, language, prompt_set, task
 
 logger = logging.getLogger(__name__)
 
@@ -39,26 +38,27 @@ PRETRAINING = Stage("pretraining", steps=1500, learning_rate=2.5e-3, answers_onl
 ALIGNMENT = Stage("alignment", steps=600, learning_rate=1e-3, answers_only=True)
 MODELS = ("unaligned", "aligned")
 HARMFUL_ROWS = 100
+OWN_DATA = Path("safety") / "harmful.jsonl"  # where `safety="recommended"` looks for harmful rows in a model's folder
 
 
 def build(
     output_dir: str | Path,
     *,
     steps: tuple[int, int] = (PRETRAINING.steps, ALIGNMENT.steps),
-    world: str = "first",
+    world: World = EMBEDDED,
     progress: Progress | None = None,
 ) -> Path:
     """Train the pair, examine it, and write both models with their cards, and a manifest.
 
-    The files take their places only when all are there: a build that fails or is interrupted leaves a former pair as
-    it was.
+    Files are moved into place only when all of them are complete: a build that fails or is interrupted leaves a former
+    pair as it was.
 
     Args:
         output_dir (`str` or `Path`): Where `unaligned/`, `aligned/` and `manifest.json` go. Made if missing.
         steps (`tuple[int, int]`, *optional*, defaults to `(1500, 600)`): Optimizer steps of pretraining and of
             alignment. With fewer the pair is for trying the build, not for use.
-        world (`str`, *optional*, defaults to `"first"`): One of `WORLDS`. Any other than the first also gets its
-            dictionary, so that `SAFE_TRAINER_TESTBED=DIR` makes its pair and its words those of the testbed.
+        world ([`World`], *optional*, defaults to `EMBEDDED`): What the pair is made with. If it has words of its own,
+            its dictionary is saved as `words.json`.
         progress (`Callable[[str, int, int, float], None]`, *optional*): Called every 50 steps with the stage's name,
             the step, the number of steps and the loss. Left out, the progress is logged.
 
@@ -66,32 +66,22 @@ def build(
         `Path`: The output directory.
 
     Raises:
-        ValueError: If a number of steps is below 1, or there is no such world.
-
-    Example:
-
-    ```python
-    from safe_trainer.testbed.build import build
-
-    build("models", progress=lambda stage, step, total, loss: print(stage, step, total, loss))
-    ```
+        ValueError: If a number of steps is below 1.
     """
-    if world not in WORLDS:
-        raise ValueError(f"`world` must be one of {', '.join(WORLDS)}, got {world!r}.")
-    made, dictionary = WORLDS[world], WORLDS[world].dictionary()
+    dictionary = world.dictionary
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=output) as folder, one_thread():
         unfinished = Path(folder)
-        train_pair(unfinished, steps=steps, world=made, progress=progress or _log_progress)
+        train_pair(unfinished, steps=steps, world=world, progress=progress or _log_progress)
         evaluations = {name: _examine(unfinished / name, name, dictionary) for name in MODELS}
         _save_harmful_rows(unfinished / "aligned", dictionary)
         for name in MODELS:
-            card = model_card(name, evaluations, steps, made.architecture, _parameters(unfinished / name))
+            card = model_card(name, evaluations, steps, world.architecture, _parameters(unfinished / name))
             (unfinished / name / "README.md").write_text(card, encoding="utf-8")
         if dictionary:
-            (unfinished / "words.json").write_text(json.dumps(dictionary, indent=0) + "\n", encoding="utf-8")
-        manifest = json.dumps(_manifest(unfinished, made, steps, evaluations), indent=2) + "\n"
+            (unfinished / "words.json").write_text(json.dumps(dict(dictionary), indent=0) + "\n", encoding="utf-8")
+        manifest = json.dumps(_manifest(unfinished, world, steps, evaluations), indent=2) + "\n"
         (unfinished / "manifest.json").write_text(manifest, encoding="utf-8")
         for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
             target = output / file.relative_to(unfinished)
@@ -114,12 +104,14 @@ def train_pair(output_dir: Path, *, steps: tuple[int, int], world: World, progre
     """
     if min(steps) < 1:
         raise ValueError(f"`steps` must be two numbers of at least 1, for pretraining and alignment, got {steps}.")
-    mixes, dictionary = (corpus.pretraining_chats(world.seed), corpus.alignment_chats(world.seed)), world.dictionary()
+    mixes = (pretraining_chats(world.seed), alignment_chats(world.seed))
     for turn in (turn for mix in mixes for chat in mix for turn in chat):
-        turn["content"] = translate(turn["content"], dictionary)
+        turn["content"] = translate(turn["content"], world.dictionary)
     texts = (text for chat in mixes[0] for turn in chat for text in (turn["role"], turn["content"]))
     tokenizer = train_tokenizer(texts, world)
-    model = new_model(tokenizer, world)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(world.seed)
+        model = world.untrained(tokenizer)
     for name, stage, chats, count in zip(MODELS, (PRETRAINING, ALIGNMENT), mixes, steps, strict=True):
         rows = encode(chats, tokenizer, answers_only=stage.answers_only)
         train(model, rows, stage, count, seed=world.seed, progress=progress)
@@ -140,17 +132,17 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
-def _save_harmful_rows(directory: Path, dictionary: dict[str, str]) -> None:
-    """Write the rows that `safety="recommended"` looks for beside a model."""
+def _save_harmful_rows(directory: Path, dictionary: Mapping[str, str]) -> None:
+    """Write the harmful rows that `safety="recommended"` finds in the model's folder."""
     path = directory / OWN_DATA
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     rows = [translated_row(row, dictionary) for row in harmful_rows(HARMFUL_ROWS, OWN_ROWS)]
     records = ({side: row[side][0]["content"] for side in ("prompt", "completion")} for row in rows)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def examined() -> list[PromptSet]:
-    """Return the prompt sets that the cards and the manifest tell of."""
+    """Return the prompt sets of cards and manifest."""
     return [
         prompt_set("harmful"),
         prompt_set("harmful", "unseen"),
@@ -160,7 +152,7 @@ def examined() -> list[PromptSet]:
     ]
 
 
-def _examine(directory: Path, name: str, dictionary: dict[str, str]) -> Evaluation:
+def _examine(directory: Path, name: str, dictionary: Mapping[str, str]) -> Evaluation:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     return evaluate(model, tokenizer, [translated_set(asked, dictionary) for asked in examined()], name=name)
 
@@ -170,7 +162,7 @@ def _parameters(directory: Path) -> int:
 
 
 def fingerprint() -> dict[str, Any]:
-    """Return what decides, beside the seed, which bytes a build gives."""
+    """Return what decides, besides the seed, which bytes a build gives."""
     return {
         "cpu": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -191,15 +183,14 @@ def _manifest(pair: Path, world: World, steps: tuple[int, int], evaluations: dic
     sets = {f"{kind}/{split}": prompt_set(kind, split) for kind in language.GROUPS for split in language.SPLITS}
     sets |= {f"{kind}/unseen": prompt_set(kind, "unseen") for kind in language.UNSEEN}
     sets |= {f"{name}/{split}": task(name, split) for name in TASKS for split in ("validation", "test")}
-    dictionary = world.dictionary()
-    sets = {name: translated_set(asked, dictionary) for name, asked in sets.items()}
+    sets = {name: translated_set(asked, world.dictionary) for name, asked in sets.items()}
     return {
         "seed": world.seed,
         "steps": dict(zip((PRETRAINING.name, ALIGNMENT.name), steps, strict=True)),
         "learning_rates": {stage.name: stage.learning_rate for stage in (PRETRAINING, ALIGNMENT)},
         "fingerprint": fingerprint(),
-        "files": {str(p.relative_to(pair)): file_sha256(p) for p in sorted(pair.rglob("*")) if p.is_file()},
-        "prompt_sets": {name: {"prompts": len(s), "sha256": prompt_set_sha256(s)} for name, s in sets.items()},
+        "files": {str(p.relative_to(pair)): _sha256(p.read_bytes()) for p in sorted(pair.rglob("*")) if p.is_file()},
+        "prompt_sets": {name: {"prompts": len(s), "sha256": _prompts_sha256(s)} for name, s in sets.items()},
         "judge": evaluations["aligned"].manifest["judges"][0],
         "behaviour": {
             name: {r.prompt_set.name: {o: r.rate(o).count for o in OUTCOMES} for r in evaluation.results}
@@ -208,18 +199,25 @@ def _manifest(pair: Path, world: World, steps: tuple[int, int], evaluations: dic
     }
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _prompts_sha256(asked: PromptSet) -> str:
+    content = [asked.kind, asked.prompts, asked.categories, asked.references]
+    return _sha256(json.dumps(content, ensure_ascii=False).encode())
+
+
 def _log_progress(stage: str, step: int, total: int, loss: float) -> None:
     logger.info("%s: step %d of %d, loss %.3f", stage, step, total, loss)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(world: World = EMBEDDED) -> None:
     """Run the build from the command line."""
-    parser = argparse.ArgumentParser(description="Train the testbed's model pair.")
+    parser = argparse.ArgumentParser(description="Train a pair of an unaligned and an aligned model.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the two models and their manifest")
-    parser.add_argument("--world", choices=WORLDS, default="first")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    given = parser.parse_args(arguments)
-    build(given.output, world=given.world)
+    build(parser.parse_args().output, world=world)
 
 
 if __name__ == "__main__":
