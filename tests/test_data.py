@@ -14,6 +14,7 @@ from safe_trainer.data import (
     HubDataset,
     PromptSet,
     ReadOptions,
+    as_prompts,
     conversation,
     leaked_rows,
     load_prompts,
@@ -330,3 +331,23 @@ def test_the_first_prompts_keep_what_belongs_to_them():
     whole = PromptSet("sums", "task", ("1 + 1", "2 + 2", "3 + 3"), ("small", "small", "large"), ("2", "4", "6"))
     assert whole.first(2) == PromptSet("sums", "task", ("1 + 1", "2 + 2"), ("small", "small"), ("2", "4"))
     assert whole.first(9) == whole and PromptSet("a", "benign", ("b", "c")).first(1).prompts == ("b",)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["Say hello", "Say goodbye"],
+        [{"prompt": "Say hello"}, {"prompt": "Say goodbye"}],
+        [conversation("Say hello", "Hello!"), conversation("Say goodbye", "Bye!")],
+        PromptSet("greetings", "benign", ("Say hello", "Say goodbye")),
+    ],
+    ids=["texts", "prompts", "rows", "set"],
+)
+def test_prompts_in_memory_are_the_same_in_every_form(source):
+    assert as_prompts(source, "benign").prompts == ("Say hello", "Say goodbye")
+
+
+@pytest.mark.parametrize("source", [[], [""], 5, [{"colour": "red"}]], ids=["none", "empty", "number", "unknown"])
+def test_errors_of_prompts_in_memory_name_the_argument(source):
+    with pytest.raises((ValueError, TypeError), match="`benign_prompts`"):
+        as_prompts(source, "benign", argument="benign_prompts")

@@ -8,7 +8,7 @@
 from .encoding import EncodedRow, encode_row
 from .files import read_records
 from .hub import HubDataset
-from .loading import as_rows, load_prompts, load_rows, rows_sha256, stream_rows
+from .loading import as_prompts, as_rows, load_prompts, load_rows, rows_sha256, stream_rows
 from .overlap import leaked_rows
 from .reading import DataReport, ReadOptions
 from .rows import Kind, PromptSet, Row, conversation, poison
@@ -21,6 +21,7 @@ __all__ = [
     "ReadOptions",
     "DataReport",
     "Row",
+    "as_prompts",
     "as_rows",
     "conversation",
     "encode_row",

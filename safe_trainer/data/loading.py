@@ -236,7 +236,49 @@ def load_prompts(
         FileNotFoundError: If there is no such file.
         ValueError: As [`load_rows`]; and for a task, if there are no answers.
     """
-    source = _Source.of(path, options)
+    return _prompts(_Source.of(path, options), kind, name)
+
+
+def as_prompts(source: Any, kind: Kind, *, argument: str = "prompts", options: ReadOptions | None = None) -> PromptSet:
+    """Return the prompts of any source, as [`as_rows`] returns rows.
+
+    Args:
+        source (`PromptSet`, `str`, `Path`, `HubDataset`, `Iterable` or `Dataset`): A prompt set, a file or dataset as
+            for [`load_prompts`], or texts or rows in memory.
+        kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`.
+        argument (`str`, *optional*, defaults to `"prompts"`): The caller's argument, which errors name.
+        options ([`ReadOptions`], *optional*): How to read it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If it is no source of prompts.
+        ValueError: As [`load_prompts`]; names the argument and the row.
+
+    Example:
+
+    ```python
+    >>> from safe_trainer.data import as_prompts
+    >>> as_prompts(["How do I bake bread?"], "benign").prompts
+    ('How do I bake bread?',)
+
+    ```
+    """
+    if isinstance(source, PromptSet):
+        return source
+    try:
+        if isinstance(source, str | Path | HubDataset):
+            return load_prompts(source, kind, options=options)[0]
+        options = options or ReadOptions()
+        records, found = _in_memory(source, argument, options)
+        report = DataReport(f"`{argument}`", found)
+        return _prompts(_Source(argument, argument, records, options, report), kind, argument)[0]
+    except (FileNotFoundError, ValueError) as error:
+        if f"`{argument}`" in str(error):
+            raise
+        raise type(error)(f"`{argument}`: {error}") from error
+
+
+def _prompts(source: _Source, kind: Kind, name: str | None) -> tuple[PromptSet, DataReport]:
     report, options = source.report, source.options
     records = chain(first := list(islice(source.records, 1)), source.records)
     if options.where is None and _is_xstest(first) and kind in _XSTEST_LABELS:
@@ -246,7 +288,9 @@ def load_prompts(
     prompts, answers, categories = zip(*found, strict=True)
     if kind == "task" and None in answers:
         line = answers.index(None) + 1
-        raise ValueError(f"`{path}` has no answer to prompt {line}. A task needs the right answer to each prompt.")
+        raise ValueError(
+            f"`{report.source}` has no answer to prompt {line}. A task needs the right answer to each prompt."
+        )
     return (
         PromptSet(
             name or source.name,
