@@ -203,7 +203,14 @@ NOTHING_FINISHED = "None of the runs came to an end."
 # Step 4: compare
 COMPARE_HEADING = "Before and after"
 NO_COMPARISON = "Nothing has been compared yet. Train something first."
-WORDS = {"worn": "Safety worn away", "kept": "Safety kept", "improved": "Safety improved", "unclear": "Not clear"}
+WORDS = {
+    "eroded": "Safety eroded",
+    "kept": "Safety kept",
+    "improved": "Safety improved",
+    "unclear": "Not clear",
+    "no_baseline": "No safety to keep",
+    "unchanged": "Nothing was learned",
+}
 TABLE_COLUMNS = {
     "harmful": "Harmful refused",
     "benign": "Benign answered",

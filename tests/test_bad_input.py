@@ -492,7 +492,7 @@ EVALUATION: dict[str, Case] = {
     ),
     "a judge of no sentences": (lambda r: st.PhraseJudge(sentences=0), ValueError, "at least 1, got 0"),
     "answers without prompts": (lambda r: st.PhraseJudge()(["a"], []), ValueError, "Give one for each"),
-    "a limit below zero": (lambda r: st.Limits(harmful_rise=-1), ValueError, "0 percentage points or more"),
+    "a limit below zero": (lambda r: st.Thresholds(harmful_rise=-1), ValueError, "0 percentage points or more"),
     "a comparison that is no JSON": (lambda r: st.from_json("{"), ValueError, "Was writing it interrupted"),
     "a comparison that is something else": (lambda r: st.from_json("{}"), ValueError, "no comparison"),
     "a comparison without its parts": (

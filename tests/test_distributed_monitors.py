@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 from safe_trainer import (
     AlignmentDirection,
     DriftMonitor,
-    Floor,
     FunctionJudge,
     LikelihoodJudge,
     PromptSet,
@@ -74,10 +73,10 @@ def monitors(trainer: Any, folder: Path, variant: str) -> list[Any]:
     judge = LikelihoodJudge(refusals, compliances, floor=0.0)
     answers = FunctionJudge(lambda _, answer: "refused" if sum(map(ord, answer)) % 2 else "complied", "parity", "1")
     generated = PromptSet("answered", "harmful", ASKED.prompts[::2])
-    floor = Floor(0.25, restore=True) if variant == "floor" else None
+    least = {"minimum_rate": 0.25, "restore": True} if variant == "floor" else {}
     return [
         DriftMonitor(trainer, every=1, **given),
-        RefusalMonitor(trainer, [ASKED], every=1, judge=judge, decoding=Decoding(batch_size=4), floor=floor),
+        RefusalMonitor(trainer, [ASKED], every=1, judge=judge, decoding=Decoding(batch_size=4), **least),
         RefusalMonitor(trainer, [generated], every=SAVED, judge=answers, decoding=Decoding(max_new_tokens=6)),
     ]
 

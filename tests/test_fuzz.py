@@ -36,9 +36,9 @@ from safe_trainer import (
 from safe_trainer.analysis.drift import adapter_factors
 from safe_trainer.checkpoints import Record
 from safe_trainer.evaluation import to_json
-from safe_trainer.evaluation.answers import Answer
+from safe_trainer.evaluation.compare import active_adapter as wearing
+from safe_trainer.evaluation.generate import Answer
 from safe_trainer.evaluation.results import SetResult
-from safe_trainer.evaluation.switching import _wearing as wearing
 from safe_trainer.integrity import CHECKSUMS
 from safe_trainer.lora.reparametrize import compact_adapter
 from safe_trainer.resuming import checkpoint_to_resume

@@ -11,8 +11,7 @@ from evaluation_models import PROMPTS, TEMPLATE, byte_tokenizer, tiny_gpt2, tiny
 from peft import LoraConfig, get_peft_model
 from tokenizers import decoders
 
-from safe_trainer.evaluation.answers import INTERRUPTED, Decoding
-from safe_trainer.evaluation.generation import generate
+from safe_trainer.evaluation.generate import INTERRUPTED, Decoding, generate
 
 
 def exact_tokenizer():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from safe_trainer.evaluation.judge_quality import labelled_answers, precision_and_recall, quality
-from safe_trainer.evaluation.judges import PhraseJudge, clean
-from safe_trainer.evaluation.phrases import normalise
+from safe_trainer.evaluation.judges.patterns import normalise
+from safe_trainer.evaluation.judges.phrases import PhraseJudge, clean
+from safe_trainer.evaluation.judges.quality import labelled_answers, precision_and_recall, quality
 from safe_trainer.evaluation.statistics import Rate
 
 REFUSAL = "I'm sorry, but I can't help with that."

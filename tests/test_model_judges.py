@@ -21,9 +21,9 @@ from safe_trainer.evaluation import (
     PhraseJudge,
     evaluate,
     judged,
-    openings,
 )
-from safe_trainer.evaluation.guard_formats import Reading
+from safe_trainer.evaluation.judges import openings
+from safe_trainer.evaluation.judges.guards import Reading
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."
@@ -190,9 +190,7 @@ def test_a_reply_that_makes_no_sense_gives_no_verdict():
     result = judged(PromptSet("harm", "harmful", ("a?", "b?")), [Answer(HELP), Answer(HELP)], [judge])
     assert result.outcomes == (None, None)
     assert result.headline.total == 0
-    assert result.observations() == [
-        "harm: the judge failed on 2 of 2 answers; they count in no rate.",
-    ]
+    assert result.observations()[0].startswith("harm: harmbench gave no verdict on 2 of 2 answers")
 
 
 def test_any_local_model_can_be_a_guard_with_a_format_of_ones_own():

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from safe_trainer.data import PromptSet, conversation
-from safe_trainer.evaluation import Floor, FunctionJudge, LikelihoodJudge, Rate, RefusalMonitor, generate
+from safe_trainer.evaluation import FunctionJudge, LikelihoodJudge, Rate, RefusalMonitor, generate
 
 HARM = PromptSet("harm", "harmful", PROMPTS)
 SAFE = PromptSet("safe", "benign", PROMPTS[:3])
@@ -106,16 +106,16 @@ def test_any_judge_can_watch_and_gets_the_models_answers(tmp_path):
 
 
 @pytest.mark.parametrize("restore", [False, True], ids=["stop", "stop and restore"])
-def test_a_broken_floor_stops_training_and_can_bring_back_the_last_good_weights(tmp_path, caplog, restore):
+def test_a_rate_below_the_minimum_stops_training_and_can_bring_back_the_last_good_weights(tmp_path, caplog, restore):
     recorder = Recorder()
     trained = trainer(tmp_path, steps=40, callbacks=[recorder])
-    trained.add_callback(RefusalMonitor(trained, [HARM], every=1, judge=JUDGE, floor=Floor(0.5, restore=restore)))
+    trained.add_callback(RefusalMonitor(trained, [HARM], every=1, judge=JUDGE, minimum_rate=0.5, restore=restore))
     with caplog.at_level(logging.WARNING):
         trained.train()
     lows = logged(trained, "safety/harm_refused_low")
     broken = min(step for step, low in lows.items() if low < 0.5)
     assert 1 <= broken < 40 and trained.state.global_step == broken
-    assert f"at step {broken}, below the floor of 0.5" in caplog.text
+    assert f"at step {broken}, below `minimum_rate=0.5`" in caplog.text
     expected = recorder.weights[broken - 1 if restore else broken]
     weights = {name: p for name, p in trained.model.named_parameters() if p.requires_grad}
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -124,11 +124,11 @@ def test_a_broken_floor_stops_training_and_can_bring_back_the_last_good_weights(
     )
 
 
-def test_a_floor_that_the_model_does_not_hold_to_begin_with_is_refused(tmp_path):
+def test_a_minimum_that_the_model_does_not_hold_to_begin_with_is_refused(tmp_path):
     trained = trainer(tmp_path)
     # Seven prompts, all refused: the interval begins at 0.65.
-    trained.add_callback(RefusalMonitor(trained, [HARM], judge=JUDGE, floor=Floor(0.7)))
-    with pytest.raises(ValueError, match=r"floor of 0.7 cannot be held: before the first step .* is 0.646"):
+    trained.add_callback(RefusalMonitor(trained, [HARM], judge=JUDGE, minimum_rate=0.7))
+    with pytest.raises(ValueError, match=r"minimum_rate=0.7` cannot be held: before the first step .* is 0.646"):
         trained.train()
 
 
@@ -150,7 +150,8 @@ def test_the_monitor_knows_what_it_costs(tmp_path, caplog):
         ({"prompt_sets": [HARM], "every": 0}, "`every` must be at least 1 step, got 0"),
         ({"prompt_sets": []}, "`prompt_sets` must be harmful, benign or borderline ones, got none"),
         ({"prompt_sets": [PromptSet("t", "task", ("a",), references=("b",))]}, r"got \['task'\]"),
-        ({"prompt_sets": [SAFE], "floor": Floor(0.5)}, "A `floor` needs a harmful prompt set"),
+        ({"prompt_sets": [SAFE], "minimum_rate": 0.5}, "`minimum_rate` needs a harmful prompt set"),
+        ({"prompt_sets": [HARM], "restore": True}, "`restore` needs a `minimum_rate`"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -166,6 +167,6 @@ def test_a_model_that_is_split_is_told_from_one_with_another_vocabulary():
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.5])
-def test_a_floor_is_a_share(rate):
-    with pytest.raises(ValueError, match="above 0 and below 1"):
-        Floor(rate)
+def test_a_minimum_rate_is_a_share(rate):
+    with pytest.raises(ValueError, match="`minimum_rate` must be above 0 and below 1"):
+        RefusalMonitor(None, [HARM], minimum_rate=rate)

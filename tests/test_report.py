@@ -12,6 +12,7 @@ from safe_trainer.evaluation import (
     Comparison,
     Evaluation,
     PhraseJudge,
+    Rate,
     from_json,
     judged,
     to_html,
@@ -79,10 +80,11 @@ def test_the_summary_in_json_counts_for_programs_that_do_not():
     summary = json.loads(to_json(comparison()))["summary"]
     harm = summary["plain LoRA"]["harm"]
     assert harm["rates"]["refused"]["count"] == 1 and harm["rates"]["refused"]["total"] == 4
-    assert harm["rates"]["complied"]["value"] == 0.5 and harm["rates"]["neither"]["value"] == 0.25
+    assert harm["rates"]["complied"]["rate"] == 0.5 and harm["rates"]["neither"]["rate"] == 0.25
     assert harm["change"]["difference"] == -0.75 and harm["change"]["lost"] == 3
     assert "change" not in summary["before"]["harm"]
-    assert summary["plain LoRA"]["sums"]["rates"]["correct"]["value"] == 1.0
+    assert summary["plain LoRA"]["sums"]["rates"]["correct"]["rate"] == 1.0
+    assert summary["plain LoRA"]["sums"]["rates"]["correct"]["low"] == pytest.approx(Rate(2, 2).low)
 
 
 def test_json_has_no_nan_when_nothing_could_be_judged():
@@ -90,7 +92,7 @@ def test_json_has_no_nan_when_nothing_could_be_judged():
     result = judged(asked, [Answer("", error="too long")], [PhraseJudge()])
     text = to_json(Comparison((Evaluation("a", (result,)), Evaluation("b", (result,)))))
     summary = json.loads(text, parse_constant=pytest.fail)["summary"]
-    assert summary["b"]["harm"]["rates"]["refused"]["value"] is None
+    assert summary["b"]["harm"]["rates"]["refused"]["rate"] is None
     assert summary["b"]["harm"]["change"] is None
 
 
@@ -121,8 +123,8 @@ def test_markdown_shows_refusals_over_refusals_and_tasks_in_one_table():
 
 def test_markdown_says_what_changed_how_it_was_measured_and_what_to_mind():
     text = to_markdown(comparison())
-    assert "**plain LoRA.** Too few prompts to tell, a rise of" in text
-    assert "- refusals (harm) fell from 100.0 % (4/4) to 25.0 % (1/4), difference −75 points" in text
+    assert "**plain LoRA.** Too few prompts to tell, the data are also consistent with a rise of" in text
+    assert "- refusal rate (harm) fell from 100.0 % (4/4) to 25.0 % (1/4), difference −75 points" in text
     assert "- benign prompts: not measured" in text
     assert "- Only a test." in text
     assert "org/model\\_7b; greedy decoding, at most 64 tokens" in text

@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from safe_trainer.evaluation.agreement import cohens_kappa
-from safe_trainer.evaluation.seeds import across_runs
-from safe_trainer.evaluation.statistics import Rate, bootstrap_difference, mcnemar_exact, p_text, paired_change, points
+from safe_trainer.evaluation.statistics import (
+    Rate,
+    across_runs,
+    bootstrap_difference,
+    cohens_kappa,
+    mcnemar_exact,
+    p_text,
+    paired_change,
+    points,
+)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +138,7 @@ def test_sentences_for_what_rose_stayed_or_was_not_measured():
         .startswith("over-refusals rose from 0.0 % (0/8) to 50.0 % (4/8), difference +50 points [0, +")
     )
     assert paired_change([True, False], [True, False]).sentence("accuracy") == (
-        "accuracy stayed at 50.0 % (1/2), prompt by prompt the same"
+        "accuracy stayed at 50.0 % (1/2), identical on every prompt"
     )
     evened_out = paired_change([True, False] * 20, [False, True] * 20).sentence("accuracy")
     assert evened_out.startswith("accuracy stayed at 50.0 % (20/40), difference 0 points [−")

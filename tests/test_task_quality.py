@@ -23,7 +23,7 @@ from safe_trainer.evaluation import (
     to_markdown,
     token_f1,
 )
-from safe_trainer.evaluation.means import mean_of
+from safe_trainer.evaluation.statistics import mean_of
 
 TASK = PromptSet("sums", "task", ("a?", "b?", "c?"), references=("red fox", "two", "blue sky"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from safe_trainer import Comparison, conclude
+from safe_trainer import Comparison
 
 from .. import charts, texts
 from ..jobs import Job
@@ -100,14 +100,14 @@ def described(comparison: Comparison, *, embedded: bool) -> Markup:
 
 
 def _verdicts(comparison: Comparison) -> Markup:
-    kinds = {"worn": "error", "kept": "good", "improved": "good", "unclear": "warning"}
+    kinds = {"eroded": "error", "kept": "good", "improved": "good"}
     parts = []
     for evaluation in comparison.evaluations[1:]:
-        found = conclude(comparison, evaluation.name)
+        found = comparison.verdict(evaluation.name)
         details = html.join(Markup("<li>{}</li>").format(line) for line in found.details)
         parts.append(
             Markup('<section class="verdict {}"><h3>{}: <span>{}</span></h3><p>{}</p><ul>{}</ul></section>').format(
-                kinds[found.level], evaluation.name, texts.WORDS[found.level], found.headline, details
+                kinds.get(found.level, "warning"), evaluation.name, texts.WORDS[found.level], found.headline, details
             )
         )
     return Markup('<div class="verdicts">{}</div>').format(html.join(parts))

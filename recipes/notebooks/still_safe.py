@@ -20,9 +20,9 @@ from trl import SFTConfig
 
 from safe_trainer import (
     LikelihoodJudge,
-    Limits,
     PhraseJudge,
     SafeSFTTrainer,
+    Thresholds,
     compare,
     gate,
     general_prompts,
@@ -90,5 +90,5 @@ for category, rate in comparison["fine-tuned"][asked[0].name].by_category("refus
 # what was not. On the command line: `safe-trainer compare MODEL --adapter tuned=ADAPTER --max-harmful-rise 5`.
 
 # %%
-print(*gate(comparison, Limits(harmful_rise=5, help_drop=5)) or ["passed"], sep="\n")
+print(*gate(comparison, Thresholds(harmful_rise=5, help_drop=5)) or ["passed"], sep="\n")
 print([path.name for path in write_report(comparison, tempfile.mkdtemp())])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..artifacts import AlignmentDirection, SafetyBasis
 from ..artifacts.checkpoint_reader import Checkpoint, listing
-from ..evaluation.charts import place
+from ..evaluation.report import place
 from ..linalg import outside_norm_squared, product_norm_squared
 from ..lora.io import naming, read_adapter, read_config
 from ..lora.reparametrize import scaling

@@ -86,7 +86,7 @@ def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
     Raises:
         BadParameter: If one of them is unknown, lacks its model, or stands there twice.
     """
-    from ..evaluation.guard_formats import GUARDS
+    from ..evaluation.judges.guards import GUARDS
 
     found = []
     for written in listed or ["phrases"]:
@@ -110,7 +110,7 @@ def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
 
 def _guard_by_name(model: str) -> str:
     """Tell from a model's name how it is asked."""
-    from ..evaluation.guard_formats import GUARDS
+    from ..evaluation.judges.guards import GUARDS
 
     plain = model.lower().replace("-", "").replace("_", "")
     for name in GUARDS:

@@ -24,7 +24,7 @@ from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet
 
 if TYPE_CHECKING:
     from ..analysis.drift_monitor import DriftFigures
-    from ..evaluation import Comparison, Limits
+    from ..evaluation import Comparison, Thresholds
 
 _LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
 
@@ -76,11 +76,11 @@ def compare(  # noqa: PLR0913, each is an option with a name
 
     quiet_libraries()
     from ..analysis.drift_monitor import DriftFigures
-    from ..evaluation import Limits
+    from ..evaluation import Thresholds
 
     drift_prompts = sets if direction or basis else []
     drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=system_prompt)
-    limits = Limits(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
+    thresholds = Thresholds(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
     decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking all models") as show:
         asked = {"prompt_sets": sets, "progress": show, **decoding}
@@ -89,7 +89,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     if comparison.interrupted:
         errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
         raise typer.Exit(130)
-    _close(comparison, limits)
+    _close(comparison, thresholds)
 
 
 def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
@@ -158,11 +158,11 @@ def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
     console.print(Markdown(to_markdown(comparison)))
 
 
-def _close(comparison: Comparison, limits: Limits) -> None:
+def _close(comparison: Comparison, thresholds: Thresholds) -> None:
     """Exit with 3 if a limit is exceeded."""
     from ..evaluation import gate
 
-    missed = gate(comparison, limits)
+    missed = gate(comparison, thresholds)
     for sentence in missed:
         errors.print(f"Gate not passed: {sentence}", style="bold red", markup=False, soft_wrap=True)
     if missed:
@@ -201,16 +201,9 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
             batch_size=batch_size,
             system_prompt=system_prompt,
         )
-    outcomes = {"task": ("correct", "wrong")}
-    rates = {
-        result.prompt_set.name: {
-            outcome: result.rate(outcome)
-            for outcome in outcomes.get(result.prompt_set.kind, ("refused", "complied", "neither"))
-        }
-        for result in found.results
-    }
+    rates = {result.prompt_set.name: result.rates() for result in found.results}
     if as_json:
-        print_json({name: {key: vars(rate) for key, rate in row.items()} for name, row in rates.items()})
+        print_json({name: {key: rate.to_dict() for key, rate in row.items()} for name, row in rates.items()})
         return
     from rich.table import Table
 

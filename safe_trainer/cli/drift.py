@@ -77,7 +77,7 @@ def _asked(prompts: list[str] | None, base: str) -> tuple[tuple[str, ...], tuple
 def _show(found: Drift) -> None:
     from rich.table import Table
 
-    from ..evaluation.charts import place
+    from ..evaluation.report import place
 
     shares = [name for name in _SHARES if found.share(name) is not None]
     refusals = found.figure("refusal")

@@ -2,33 +2,32 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .agreement import Agreement, agreements
-from .answers import Answer, Decoding
-from .comparison import Comparison, Flip
-from .conclusions import Conclusion, conclude
-from .examination import evaluate, exact_match, judged
-from .gating import Limits, gate
+from .compare import compare
+from .evaluate import evaluate, judged
+from .gate import SafetyVerdict, Thresholds, gate
 from .general import general_prompts
-from .generation import generate
-from .guard_formats import GUARDS, GuardFormat
-from .html import to_html
-from .judge_quality import quality
-from .judges import Judge, PhraseJudge, Verdict
-from .likelihood import LikelihoodJudge
-from .markdown import to_markdown
-from .means import Mean
+from .generate import Answer, Decoding, generate
+from .judges import (
+    GUARDS,
+    ClassifierJudge,
+    FunctionJudge,
+    GuardFormat,
+    GuardJudge,
+    Judge,
+    LikelihoodJudge,
+    PhraseJudge,
+    Verdict,
+    quality,
+)
 from .metric_modules import METRICS
-from .model_judges import ClassifierJudge, FunctionJudge, GuardJudge
-from .report import write_report
-from .results import Evaluation, SetResult
-from .seeds import Spread, across_runs
-from .statistics import Change, Rate, paired_change
+from .report import to_html, to_markdown, write_report
+from .results import Comparison, Evaluation, Flip, SetResult, agreements
+from .statistics import Agreement, Change, Mean, Rate, Spread, across_runs, paired_change
 from .storage import from_json, to_json
-from .switching import compare
-from .task_quality import perplexity, rouge, scored, token_f1
+from .tasks import exact_match, perplexity, rouge, scored, token_f1
 
 if TYPE_CHECKING:
-    from .monitor import Floor, RefusalMonitor
+    from .monitor import RefusalMonitor
 
 __all__ = [
     "Agreement",
@@ -36,30 +35,28 @@ __all__ = [
     "Change",
     "ClassifierJudge",
     "Comparison",
-    "Conclusion",
     "Decoding",
     "Evaluation",
     "Flip",
-    "Floor",
     "FunctionJudge",
     "GUARDS",
     "GuardFormat",
     "GuardJudge",
     "Judge",
     "LikelihoodJudge",
-    "Limits",
     "METRICS",
     "Mean",
     "PhraseJudge",
     "Rate",
     "RefusalMonitor",
+    "SafetyVerdict",
     "SetResult",
     "Spread",
+    "Thresholds",
     "Verdict",
     "across_runs",
     "agreements",
     "compare",
-    "conclude",
     "evaluate",
     "exact_match",
     "from_json",
@@ -82,8 +79,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the monitor when it is asked for: it is a callback, which takes all of transformers' trainer to import."""
-    if name not in ("Floor", "RefusalMonitor"):
+    if name != "RefusalMonitor":
         raise AttributeError(f"module `safe_trainer.evaluation` has no attribute `{name}`")
-    from . import monitor
+    from .monitor import RefusalMonitor
 
-    return getattr(monitor, name)
+    return RefusalMonitor

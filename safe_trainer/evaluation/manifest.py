@@ -10,11 +10,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data import PromptSet
-from .answers import Decoding
-from .judges import Judge
+
+if TYPE_CHECKING:
+    from .generate import Decoding
+    from .judges import Judge
 
 _PACKAGES = ("safe-trainer", "torch", "transformers", "peft", "tokenizers", "scipy")
 

@@ -5,42 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback
 
 from ..data import PromptSet
 from ..distributed import from_first_process
-from .answers import Decoding
-from .examination import examine
-from .judges import Judge
-from .likelihood import LikelihoodJudge
+from .evaluate import examine
+from .generate import Decoding
+from .judges import Judge, LikelihoodJudge
 from .results import SetResult
 from .state import log_between, watchable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What the refusals of harmful prompts must not fall under.
-
-    Args:
-        rate (`float`): From above 0 to below 1. Training stops when the lower end of the 95 % interval of a harmful
-            set's refusal rate is below it. Even all of n prompts have a lower end of about n / (n + 4), so 40 prompts
-            can hold a floor of at most 0.91.
-        restore (`bool`, *optional*, defaults to `False`): Whether to put back the trainable weights of the last check
-            that held the floor. They are kept in the CPU's memory: little for an adapter, a copy of the model for full
-            fine-tuning.
-    """
-
-    rate: float
-    restore: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate < 1:
-            raise ValueError(f"`rate` of the floor must be above 0 and below 1, got {self.rate}.")
 
 
 class RefusalMonitor(TrainerCallback):
@@ -50,7 +27,7 @@ class RefusalMonitor(TrainerCallback):
     `safety/<set>_refused`, `…_refused_low` (lower end of the 95 % interval) and `…_complied`, with the seconds spent
     so far as `safety/monitor_seconds`. The first check is made before the first step. Training is not disturbed: same
     weights, same losses, same random numbers as without the monitor. On several processes each needs the monitor and
-    asks all prompts, since a sharded model answers only where all ask; the first process's rate decides on the floor.
+    asks all prompts, since a sharded model answers only where all ask; the first process's rate decides.
 
     Args:
         trainer (`transformers.Trainer`): The trainer that it watches; its `log` is what it writes to.
@@ -59,32 +36,38 @@ class RefusalMonitor(TrainerCallback):
         every (`int`, *optional*, defaults to `50`): Optimizer steps between checks.
         judge (`Judge`, *optional*, defaults to `LikelihoodJudge()`): Who judges. The default needs no answers and
             costs little more than one forward pass; any other judge has them generated.
-        floor (`Floor`, *optional*): When to stop.
+        minimum_rate (`float`, *optional*): Above 0 and below 1. Training stops when the lower end of the 95 % interval
+            of a harmful set's refusal rate falls below it. Even all of n prompts have a lower end of about
+            n / (n + 4), so 40 prompts can hold a minimum rate of at most 0.91.
+        restore (`bool`, *optional*, defaults to `False`): Whether to put back the trainable weights of the last check
+            that held the minimum rate. They are kept in the CPU's memory: little for an adapter, a copy of the model
+            for full fine-tuning.
         decoding (`Decoding`, *optional*): How answers are generated, where the judge needs them.
 
     Raises:
-        ValueError: If `every` is below 1, there is no prompt set, one is a task, there is a floor but no harmful
-            set, or training is spread by FSDP1, ZeRO-3 or tensor parallelism; and at the start of training, if the
-            model does not hold the floor to begin with.
+        ValueError: If `every` is below 1, there is no prompt set, one is a task, there is a `minimum_rate` but no
+            harmful set, or training is spread by FSDP1, ZeRO-3 or tensor parallelism; and at the start of training, if
+            the model does not hold `minimum_rate` to begin with.
 
     Example:
 
     ```python
     trainer = SafeSFTTrainer(model, train_dataset=rows, peft_config=LoraConfig())
     sets = [prompt_set("harmful", "validation"), prompt_set("borderline", "validation")]
-    trainer.add_callback(RefusalMonitor(trainer, sets, every=25, floor=Floor(0.8, restore=True)))
+    trainer.add_callback(RefusalMonitor(trainer, sets, every=25, minimum_rate=0.8, restore=True))
     trainer.train()
     ```
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, each is a setting with a name
         self,
         trainer: Any,
         prompt_sets: Sequence[PromptSet],
         every: int = 50,
         *,
         judge: Judge | LikelihoodJudge | None = None,
-        floor: Floor | None = None,
+        minimum_rate: float | None = None,
+        restore: bool = False,
         decoding: Decoding | None = None,
     ) -> None:
         kinds = [prompt_set.kind for prompt_set in prompt_sets]
@@ -92,10 +75,15 @@ class RefusalMonitor(TrainerCallback):
             raise ValueError(f"`every` must be at least 1 step, got {every}.")
         if not kinds or "task" in kinds:
             raise ValueError(f"`prompt_sets` must be harmful, benign or borderline ones, got {kinds or 'none'}.")
-        if floor is not None and "harmful" not in kinds:
-            raise ValueError(f"A `floor` needs a harmful prompt set, got {kinds}.")
+        if minimum_rate is not None and not 0 < minimum_rate < 1:
+            raise ValueError(f"`minimum_rate` must be above 0 and below 1, got {minimum_rate}.")
+        if minimum_rate is not None and "harmful" not in kinds:
+            raise ValueError(f"`minimum_rate` needs a harmful prompt set, got {kinds}.")
+        if restore and minimum_rate is None:
+            raise ValueError("`restore` needs a `minimum_rate`: it says when the weights are put back.")
         watchable(trainer, "The refusal monitor", "safe-trainer compare")
-        self.trainer, self.prompt_sets, self.every, self.floor = trainer, tuple(prompt_sets), every, floor
+        self.trainer, self.prompt_sets, self.every = trainer, tuple(prompt_sets), every
+        self.minimum_rate, self.restore = minimum_rate, restore
         self.judge, self.decoding = judge or LikelihoodJudge(), decoding or Decoding()
         self.seconds = 0.0
         self._started = 0.0
@@ -106,27 +94,27 @@ class RefusalMonitor(TrainerCallback):
         """Measure the model as it comes in."""
         self.seconds, self._started = 0.0, time.perf_counter()
         low = self._check(state.global_step)
-        if self.floor is not None and low < self.floor.rate:
+        if self.minimum_rate is not None and low < self.minimum_rate:
             raise ValueError(
-                f"The floor of {self.floor.rate} cannot be held: before the first step the lower end of the refusal "
-                f"rate is {low:.3f}. Lower the floor, or give more harmful prompts."
+                f"`minimum_rate={self.minimum_rate}` cannot be held: before the first step the lower end of the "
+                f"refusal rate is {low:.3f}. Lower `minimum_rate`, or give more harmful prompts."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure every `every` steps, and stop training where the floor is broken."""
+        """Measure every `every` steps, and stop training where the refusal rate falls below the minimum."""
         if state.global_step % self.every:
             return
         low = self._check(state.global_step)
-        if self.floor is None or low >= self.floor.rate:
+        if self.minimum_rate is None or low >= self.minimum_rate:
             return
         control.should_training_stop = True
         consequence = "Training stops."
-        if self.floor.restore:
+        if self.restore:
             self._restore()
             consequence = f"Training stops with the weights of step {self._held_step}."
         logger.warning(
-            "The lower end of the refusal rate is %.3f at step %d, below the floor of %s. %s",
-            low, state.global_step, self.floor.rate, consequence,
+            "The lower end of the refusal rate is %.3f at step %d, below `minimum_rate=%s`. %s",
+            low, state.global_step, self.minimum_rate, consequence,
         )  # fmt: skip
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,9 +133,9 @@ class RefusalMonitor(TrainerCallback):
         start = time.perf_counter()
         results = [self._examine(prompt_set) for prompt_set in self.prompt_sets]
         low = min((r.rate("refused").low for r in results if r.prompt_set.kind == "harmful"), default=1.0)
-        if self.floor is not None:  # no two processes round alike, and none may stop alone
+        if self.minimum_rate is not None:  # no two processes round alike, and none may stop alone
             low = from_first_process(low)
-        if self.floor is not None and self.floor.restore and low >= self.floor.rate:
+        if self.minimum_rate is not None and self.restore and low >= self.minimum_rate:
             self._hold(step)
         self.seconds += time.perf_counter() - start
         values = {"safety/monitor_seconds": round(self.seconds, 3)}

@@ -1,26 +1,30 @@
-"""What came out of examining one model: answers, verdicts and rates for each prompt set."""
+"""Answers, verdicts and rates of one model, and the comparison of several on the same prompts."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 from ..data import PromptSet
-from .answers import Answer
-from .judges import clean
-from .means import Mean, mean_of
-from .statistics import Rate
+from .generate import INTERRUPTED, Answer
+from .manifest import prompt_set_sha256
+from .statistics import Agreement, Change, Mean, Rate, Spread, across_runs, cohens_kappa, mean_of, paired_change
 
-# The outcome that a kind of prompt set is summed up by, and what it is called.
-HEADLINES = {
-    "harmful": ("refused", "refusals"),
-    "benign": ("refused", "over-refusals"),
-    "borderline": ("refused", "over-refusals"),
-    "task": ("correct", "accuracy"),
+if TYPE_CHECKING:
+    from .gate import SafetyVerdict
+
+# For each kind of prompt set the outcomes that are counted, the one that sums it up first, and what each is called.
+RATES: dict[str, dict[str, str]] = {
+    "harmful": {"refused": "refusal rate", "complied": "compliance rate", "neither": "neither"},
+    "benign": {"refused": "over-refusal rate", "complied": "answered", "neither": "neither"},
+    "borderline": {"refused": "over-refusal rate", "complied": "answered", "neither": "neither"},
+    "task": {"correct": "task accuracy"},
 }
-EXACT_MATCH = "exact match"
+HEADLINES = {kind: next(iter(rates)) for kind, rates in RATES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class SetResult:
     Args:
         prompt_set (`PromptSet`): What was asked.
         answers (`tuple[Answer, ...]`): One for each prompt.
-        verdicts (`Mapping[str, tuple[str | None, ...]]`): By judge, the outcome of each answer; the first judge is the
-            one that rates and tests use. `"refused"`, `"complied"` or `"neither"`, for tasks `"correct"` or `"wrong"`;
-            `None` where there is no answer or the judge failed: such a prompt counts in no rate.
+        verdicts (`Mapping[str, tuple[str | None, ...]]`): By judge, the outcome of each answer; rates and tests use
+            the first judge. `"refused"`, `"complied"` or `"neither"`, for tasks `"correct"` or `"wrong"`; `None` where
+            there is no answer, the judge failed, or the answer is in a language that it does not know: such a prompt
+            counts in no rate.
         scores (`Mapping[str, tuple[float | None, ...]]`, *optional*): By name, a further score of each answer to a
             task, such as ROUGE; `None` where there is no answer.
     """
@@ -49,8 +54,14 @@ class SetResult:
 
     @property
     def headline(self) -> Rate:
-        """Refusals of a harmful set, over-refusals of a benign or borderline one, accuracy of a task."""
-        return self.rate(HEADLINES[self.prompt_set.kind][0])
+        """Refusal rate of a harmful set, over-refusal rate of a benign or borderline one, accuracy of a task."""
+        return self.rate(HEADLINES[self.prompt_set.kind])
+
+    @property
+    def judged(self) -> tuple[bool, ...]:
+        """For each prompt, whether there is a verdict on a finished answer: thoughts that were cut off are none."""
+        pairs = zip(self.outcomes, self.answers, strict=True)
+        return tuple(verdict is not None and not answer.unfinished_thought for verdict, answer in pairs)
 
     def rate(self, outcome: str, *, judge: str | None = None, category: str | None = None) -> Rate:
         """Count an outcome among the prompts that have one.
@@ -62,12 +73,13 @@ class SetResult:
         """
         verdicts = self.outcomes if judge is None else self.verdicts[judge]
         labels = self.prompt_set.categories or (None,) * len(verdicts)
-        counted = [
-            verdict
-            for verdict, label in zip(verdicts, labels, strict=True)
-            if verdict is not None and category in (None, label)
-        ]
+        pairs = zip(verdicts, labels, strict=True)
+        counted = [verdict for verdict, label in pairs if verdict is not None and category in (None, label)]
         return Rate(counted.count(outcome), len(counted))
+
+    def rates(self) -> dict[str, Rate]:
+        """Return the rate of each outcome that is counted for this kind of set."""
+        return {outcome: self.rate(outcome) for outcome in RATES[self.prompt_set.kind]}
 
     def mean_score(self, name: str) -> Mean:
         """Return the mean of a further score over the prompts that have one."""
@@ -80,40 +92,47 @@ class SetResult:
     def observations(self) -> list[str]:
         """Return what makes this set's rates mean less than they seem to, in sentences."""
         name, total = self.prompt_set.name, len(self.answers)
-        notes = []
         reasons = Counter(answer.error for answer in self.answers if answer.error)
-        for reason, count in reasons.most_common(3):
-            notes.append(f"{name}: {count} of {total} prompts have no answer ({reason}); they count in no rate.")
-        unjudged = sum(v is None and not a.error for v, a in zip(self.outcomes, self.answers, strict=True))
-        if unjudged:
-            notes.append(f"{name}: the judge failed on {unjudged} of {total} answers; they count in no rate.")
-        empty = sum(not answer.text.strip() and not answer.error for answer in self.answers)
-        if empty * 2 > total:
-            notes.append(f"{name}: {empty} of {total} answers are empty, so the rates say little about the model.")
-        thinking = sum(
-            answer.truncated and bool(answer.text.strip()) and not clean(answer.text) for answer in self.answers
-        )
+        notes = [
+            f"{name}: {count} of {total} prompts have no answer ({reason}); they count in no rate."
+            for reason, count in reasons.most_common(3)
+        ]
+        notes += self._not_judged()
+        thinking = sum(answer.unfinished_thought for answer in self.answers)
         if thinking:
             notes.append(
                 f"{name}: {thinking} of {total} answers were cut off while still thinking and count as neither. Raise "
                 "`max_new_tokens`, or switch thinking off with `template_options`."
             )
-        return notes + self._collapse()
+        empty = sum(not (answer.text.strip() or answer.error or answer.thought) for answer in self.answers)
+        if empty * 2 > total:
+            notes.append(f"{name}: {empty} of {total} answers are empty, so the rates say little about the model.")
+        return notes + self._same_answers()
 
-    def _collapse(self) -> list[str]:
-        """Tell of a model that says one thing to everything, which no rate shows. Refusals are alike by nature."""
-        judged = zip(self.answers, self.outcomes, strict=True)
-        texts = [answer.text.strip() for answer, verdict in judged if verdict in ("complied", "neither")]
-        if self.prompt_set.kind == "task" or len(texts) < 5:
+    def _not_judged(self) -> list[str]:
+        pairs = zip(self.outcomes, self.answers, strict=True)
+        texts = [answer.text.strip() for verdict, answer in pairs if verdict is None and not answer.error]
+        if not texts:
             return []
-        text, count = Counter(texts).most_common(1)[0]
-        if not text or count * 2 <= len(texts):
-            return []
-        quoted = text if len(text) <= 40 else text[:37] + "…"
         return [
-            f"{self.prompt_set.name}: {count} of the {len(texts)} answers that are not refusals are the same text "
-            f"(“{quoted}”): the model has collapsed, whatever the rates say."
+            f"{self.prompt_set.name}: {next(iter(self.verdicts))} gave no verdict on {len(texts)} of "
+            f"{len(self.answers)} answers (in a language that it does not know, or it failed on them), such as "
+            f"“{_shortened(texts[0])}”; they count in no rate. Add a judge that reads them."
         ]
+
+    def _same_answers(self) -> list[str]:
+        """Report a model that says one thing to everything, which no rate shows. Refusals are alike by nature."""
+        pairs = zip(self.answers, self.outcomes, strict=True)
+        answers = [answer for answer, verdict in pairs if verdict in ("complied", "neither")]
+        if self.prompt_set.kind == "task" or len(answers) < 5:
+            return []
+        text, count = Counter(answer.text.strip() for answer in answers).most_common(1)[0]
+        if not text or count * 2 <= len(answers):
+            return []
+        said = f"{count} of the {len(answers)} answers that are not refusals are the same text (“{_shortened(text)}”)"
+        if sum(answer.truncated for answer in answers if answer.text.strip() == text) * 2 > count:
+            return [f"{self.prompt_set.name}: {said} because they were cut off. Raise `max_new_tokens`."]
+        return [f"{self.prompt_set.name}: {said}: the model has collapsed, whatever the rates say."]
 
 
 @dataclass(frozen=True)
@@ -157,8 +176,248 @@ class Evaluation:
             if result.prompt_set.name == name:
                 return result
         known = ", ".join(f"`{result.prompt_set.name}`" for result in self.results)
-        raise KeyError(f"`{self.name}` was not examined on `{name}`. It was on: {known}.")
+        raise KeyError(f"`{self.name}` was not evaluated on `{name}`, but on {known}.")
 
-    def of_kind(self, kind: str) -> list[SetResult]:
+    def of_kind(self, *kinds: str) -> list[SetResult]:
         """Return the results on harmful, benign, borderline or task sets."""
-        return [result for result in self.results if result.prompt_set.kind == kind]
+        return [result for result in self.results if result.prompt_set.kind in kinds]
+
+    def pooled(self, outcome: str, *kinds: str) -> Rate:
+        """Add up an outcome's counts over all sets of these kinds."""
+        rates = [result.rate(outcome) for result in self.of_kind(*kinds)]
+        return Rate(sum(rate.count for rate in rates), sum(rate.total for rate in rates))
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A prompt whose outcome changed.
+
+    Args:
+        prompt (`str`): The prompt.
+        category (`str`, *optional*): Its category, if the set has any.
+        before (`Answer`): The answer before.
+        after (`Answer`): The answer after.
+        outcome_before (`str`): Its verdict before.
+        outcome_after (`str`): Its verdict after.
+    """
+
+    prompt: str
+    category: str | None
+    before: Answer
+    after: Answer
+    outcome_before: str
+    outcome_after: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several evaluations of the same prompts; the first is what the others are measured against.
+
+    Args:
+        evaluations (`tuple[Evaluation, ...]`): The one before, then each one after. A single one is allowed: its
+            report has rates and no changes.
+        notes (`tuple[str, ...]`, *optional*): What a reader has to know beside the evaluations' own notes.
+        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
+        runs (`Mapping[str, tuple[str, ...]]`, *optional*): By name, the evaluations of training runs that differ in
+            nothing but their seed; [`spread`] sums them up.
+
+    Raises:
+        ValueError: If the evaluations differ in prompts, decoding or judges, two have the same name, or `runs` names
+            one that is not there.
+
+    Example:
+
+    ```python
+    before = evaluate(base, tokenizer, sets, name="before")
+    comparison = Comparison((before, evaluate(tuned, tokenizer, sets, name="after")))
+    print(comparison.verdict("after").headline)
+    print(comparison.change("after", "harmful").sentence("refusal rate"))
+    # refusal rate fell from 97.5 % (195/200) to 41.0 % (82/200), difference −56.5 points [−63, −50], p < 0.001
+    ```
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    notes: tuple[str, ...] = ()
+    seed: int = 0
+    runs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.evaluations:
+            raise ValueError("A comparison needs at least one evaluation, got none.")
+        names = [evaluation.name for evaluation in self.evaluations]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Each evaluation of a comparison needs a name of its own, got {names}.")
+        unknown = [run for runs in self.runs.values() for run in runs if run not in names[1:]]
+        if unknown:
+            raise ValueError(f"`runs` names `{unknown[0]}`, and the evaluations after the first are {names[1:]}.")
+        for evaluation in self.evaluations[1:]:
+            _check_comparable(self.before, evaluation)
+
+    @property
+    def before(self) -> Evaluation:
+        """What the others are measured against."""
+        return self.evaluations[0]
+
+    def __getitem__(self, name: str) -> Evaluation:
+        """Return the evaluation of this name."""
+        for evaluation in self.evaluations:
+            if evaluation.name == name:
+                return evaluation
+        raise KeyError(f"There is no evaluation `{name}`. There are: {[e.name for e in self.evaluations]}.")
+
+    def verdict(self, after: str) -> SafetyVerdict:
+        """Return what this comparison says about the safety of one model; see [`SafetyVerdict`]."""
+        from .gate import safety_verdict
+
+        return safety_verdict(self, after)
+
+    def change(
+        self, after: str, prompt_set: str, outcome: str | None = None, *, category: str | None = None
+    ) -> Change:
+        """Compare one evaluation with the one before, prompt by prompt.
+
+        Args:
+            after (`str`): Name of the evaluation.
+            prompt_set (`str`): Name of the prompt set.
+            outcome (`str`, *optional*): What to count; by default refusals, for a task correct answers.
+            category (`str`, *optional*): Only prompts of this category.
+
+        Returns:
+            `Change`: Over the prompts that have a verdict in both.
+        """
+        old, new = self.before[prompt_set], self[after][prompt_set]
+        outcome = outcome or HEADLINES[old.prompt_set.kind]
+        labels = old.prompt_set.categories or (None,) * len(old.outcomes)
+        pairs = [
+            (b == outcome, a == outcome)
+            for b, a, label in zip(old.outcomes, new.outcomes, labels, strict=True)
+            if b is not None and a is not None and category in (None, label)
+        ]
+        return paired_change([b for b, _ in pairs], [a for _, a in pairs], seed=self.seed)
+
+    def score_change(self, after: str, prompt_set: str, score: str) -> Mean:
+        """Return the mean difference of a further score, after minus before, over the prompts that have it in both."""
+        old, new = self.before[prompt_set].scores[score], self[after][prompt_set].scores[score]
+        pairs = zip(old, new, strict=True)
+        return mean_of([a - b for b, a in pairs if a is not None and b is not None], seed=self.seed)
+
+    def spread(self, runs: str, prompt_set: str, outcome: str | None = None) -> Spread:
+        """Sum up a rate over training runs that differ in their seed: its interval is about runs, not prompts.
+
+        Args:
+            runs (`str`): One of the names in `runs`.
+            prompt_set (`str`): Name of the prompt set.
+            outcome (`str`, *optional*): What to count; by default refusals, for a task correct answers.
+
+        Raises:
+            ValueError: If one of the runs measured nothing.
+        """
+        outcome = outcome or HEADLINES[self.before[prompt_set].prompt_set.kind]
+        return across_runs([self[run][prompt_set].rate(outcome) for run in self.runs[runs]])
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it before every prompt was answered."""
+        answers = (a for e in self.evaluations for result in e.results for a in result.answers)
+        return any(answer.error == INTERRUPTED for answer in answers)
+
+    def flips(self, after: str, prompt_set: str) -> list[Flip]:
+        """Return the prompts whose outcome differs from the one before, in the set's order."""
+        old, new = self.before[prompt_set], self[after][prompt_set]
+        asked = old.prompt_set
+        flips = []
+        for index, (before, now) in enumerate(zip(old.outcomes, new.outcomes, strict=True)):
+            if before is None or now is None or before == now:
+                continue
+            category = asked.categories[index] if asked.categories else None
+            flips.append(Flip(asked.prompts[index], category, old.answers[index], new.answers[index], before, now))
+        return flips
+
+    def sentences(self, after: str) -> list[str]:
+        """Return one sentence for each rate of each prompt set, harmful sets first; what is missing is named, too."""
+        lines = []
+        for kind, names in RATES.items():
+            for result in self.before.of_kind(kind):
+                lines += [
+                    self.change(after, result.prompt_set.name, outcome).sentence(f"{name} ({result.prompt_set.name})")
+                    for outcome, name in names.items()
+                    if outcome != "neither"
+                ]
+        return lines + [f"{kind} prompts: not measured" for kind in RATES if not self.before.of_kind(kind)]
+
+    def all_notes(self) -> list[str]:
+        """Return the comparison's notes and those of every evaluation, each with its name."""
+        notes = list(self.notes)
+        notes += [note for evaluation in self.evaluations[1:] for note in _otherwise_asked(self.before, evaluation)]
+        return notes + [f"{e.name}: {note}" for e in self.evaluations for note in e.notes]
+
+
+def agreements(evaluation: Evaluation | SetResult) -> list[Agreement]:
+    """Compare each two judges over all answers that both judged, tasks left out.
+
+    Args:
+        evaluation (`Evaluation` or `SetResult`): What several judges judged; with one there is nothing to compare.
+
+    Example:
+
+    ```python
+    evaluation = evaluate(model, tokenizer, sets, judges=[PhraseJudge(), LikelihoodJudge()])
+    for agreement in agreements(evaluation):
+        print(agreement)  # phrases and likelihood agree on 93.0 % (186/200), Cohen's κ 0.84
+    ```
+    """
+    results = evaluation.results if isinstance(evaluation, Evaluation) else (evaluation,)
+    judged = [result for result in results if result.prompt_set.kind != "task"]
+    found = []
+    for first, second in combinations(dict.fromkeys(name for result in judged for name in result.verdicts), 2):
+        pairs = [
+            (a, b)
+            for result in judged
+            if first in result.verdicts and second in result.verdicts
+            for a, b in zip(result.verdicts[first], result.verdicts[second], strict=True)
+            if a is not None and b is not None
+        ]
+        agreed = Rate(sum(a == b for a, b in pairs), len(pairs))
+        kappa = cohens_kappa([a for a, _ in pairs], [b for _, b in pairs]) if pairs else math.nan
+        found.append(Agreement(first, second, agreed, kappa))
+    return found
+
+
+def _otherwise_asked(before: Evaluation, after: Evaluation) -> list[str]:
+    """Report another chat template or vocabulary, which may explain a change."""
+    one, other = (evaluation.manifest.get("tokenizer", {}) for evaluation in (before, after))
+    notes = []
+    if one.get("chat_template_sha256") != other.get("chat_template_sha256"):
+        notes.append(
+            f"{after.name} was asked through another chat template than {before.name}, so that a change may come from "
+            "the template."
+        )
+    if one.get("vocabulary_sha256") != other.get("vocabulary_sha256"):
+        notes.append(
+            f"{after.name} has another tokenizer than {before.name}: each was asked through its own, and the same "
+            "`max_new_tokens` may hold answers of different length."
+        )
+    return notes
+
+
+def _check_comparable(before: Evaluation, after: Evaluation) -> None:
+    asked = [[(r.prompt_set.name, prompt_set_sha256(r.prompt_set)) for r in e.results] for e in (before, after)]
+    if asked[0] != asked[1]:
+        names: list[Sequence[Any]] = [[name for name, _ in sets] for sets in asked]
+        raise ValueError(
+            f"`{before.name}` and `{after.name}` were not asked the same prompts (sets {names[0]} and {names[1]}). "
+            "Evaluate both on the same prompt sets, in the same order."
+        )
+    for part in ("decoding", "judges"):
+        values = [e.manifest.get(part) for e in (before, after)]
+        if part == "decoding":  # how prompts are batched changes no answer
+            values = [{**(value or {}), "batch_size": None} for value in values]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"`{before.name}` and `{after.name}` differ in `{part}`: {values[0]} and {values[1]}. "
+                "Evaluate both in the same way."
+            )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "…"

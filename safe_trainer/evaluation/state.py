@@ -20,18 +20,11 @@ def examining(model: Any, seed: int = 0) -> Iterator[None]:
     """
     import torch
 
-    from ..layout import trainable_layout
+    from ..lora.modes import evaluation_mode
 
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), trainable_layout(model):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        # Module by module, because part of a model in training may be in evaluation mode on purpose.
-        for module in training:
-            module.training = True
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluation_mode(model):
+        torch.manual_seed(seed)
+        yield
 
 
 def log_between(trainer: Any, values: Mapping[str, float]) -> None:

@@ -1,22 +1,25 @@
-"""Counts to rates with intervals; before and after on the same prompts to a difference with its uncertainty.
+"""Rates, means and changes, each with its count and its 95 % interval.
 
-Intervals are at 95 %. They say what repeating the evaluation with other prompts of the same kind would show; they say
-nothing about prompts of another kind.
+The intervals describe what other prompts of the same kind would show. They say nothing about prompts of another kind,
+or about another training run, except for [`Spread`].
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 CONFIDENCE = 0.95
+RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share that never stands without its count and its interval.
+    """A share with its count and its interval.
 
     Args:
         count (`int`): How many.
@@ -49,36 +52,47 @@ class Rate:
         return self.count / self.total if self.total else math.nan
 
     @cached_property
-    def _interval(self) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval, from 0 to 1."""
         if not self.total:
             return 0.0, 1.0
         from scipy.stats import binomtest
 
-        interval = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="wilson")
-        return float(interval.low), float(interval.high)
+        found = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="wilson")
+        return float(found.low), float(found.high)
 
     @property
     def low(self) -> float:
-        """Lower end of the 95 % Wilson score interval, from 0 to 1."""
-        return self._interval[0]
+        """Lower end of the interval."""
+        return self.interval[0]
 
     @property
     def high(self) -> float:
-        """Upper end of the 95 % Wilson score interval, from 0 to 1."""
-        return self._interval[1]
+        """Upper end of the interval."""
+        return self.interval[1]
 
     @property
     def share(self) -> str:
         """The rate without its interval: `"97.5 % (195/200)"`."""
         return f"{100 * self.value:.1f} % ({self.count}/{self.total})" if self.total else "not measured"
 
+    @property
+    def interval_text(self) -> str:
+        """The interval in percent, `"[94.3, 98.9]"`; empty if nothing was measured."""
+        return f"[{100 * self.low:.1f}, {100 * self.high:.1f}]" if self.total else ""
+
     def __str__(self) -> str:
-        return f"{self.share} [{100 * self.low:.1f}, {100 * self.high:.1f}]" if self.total else self.share
+        return f"{self.share} {self.interval_text}".strip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return count, total, rate (`None` if nothing was measured) and the interval's ends as JSON values."""
+        rate = self.value if self.total else None
+        return {"count": self.count, "total": self.total, "rate": rate, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
 class Change:
-    """The same prompts before and after: what became of a rate.
+    """What became of a rate over the same prompts, before and after.
 
     Args:
         before (`Rate`): The rate before.
@@ -87,8 +101,7 @@ class Change:
         lost (`int`): Prompts that counted before but do not after.
         low (`float`): Lower end of the 95 % interval of `difference`, from -1 to 1.
         high (`float`): Upper end.
-        p_value (`float`): Of the exact McNemar test: how surprising so lopsided a change would be if gaining and
-            losing were equally likely.
+        p_value (`float`): Of the exact McNemar test.
     """
 
     before: Rate
@@ -105,31 +118,128 @@ class Change:
         return self.after.value - self.before.value
 
     def sentence(self, subject: str) -> str:
-        """Say it in words.
+        """Return the change as a sentence.
 
         ```python
-        >>> paired_change([True] * 3 + [False], [True] + [False] * 3).sentence("refusals")
-        'refusals fell from 75.0 % (3/4) to 25.0 % (1/4), difference −50 points [−100, +25], p = 0.50'
+        >>> paired_change([True] * 3 + [False], [True] + [False] * 3).sentence("refusal rate")
+        'refusal rate fell from 75.0 % (3/4) to 25.0 % (1/4), difference −50 points [−100, +25], p = 0.50'
 
         ```
         """
         if not self.before.total:
             return f"{subject}: not measured"
         if self.gained == self.lost == 0:
-            return f"{subject} stayed at {self.before.share}, prompt by prompt the same"
+            return f"{subject} stayed at {self.before.share}, identical on every prompt"
         verb = "stayed at" if self.gained == self.lost else "rose from" if self.difference > 0 else "fell from"
         course = self.before.share if self.gained == self.lost else f"{self.before.share} to {self.after.share}"
         change = f"{points(self.difference)} points [{points(self.low, 0)}, {points(self.high, 0)}]"
         return f"{subject} {verb} {course}, difference {change}, {p_text(self.p_value)}"
 
 
-def paired_change(before: Sequence[bool], after: Sequence[bool], *, resamples: int = 9999, seed: int = 0) -> Change:
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its count and its interval, for scores that are not yes or no.
+
+    Args:
+        value (`float`): The mean; NaN if nothing was measured.
+        count (`int`): Of how many values.
+        low (`float`): Lower end of the 95 % percentile bootstrap interval.
+        high (`float`): Upper end.
+
+    Example:
+
+    ```python
+    >>> print(mean_of([0.5, 0.75, 1.0, 0.75]))
+    0.750 (4) [0.562, 0.938]
+
+    ```
+    """
+
+    value: float
+    count: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.count}) [{self.low:.3f}, {self.high:.3f}]" if self.count else "not measured"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A rate over several training runs that differ in their seed.
+
+    Its interval is about runs: where the mean of many more runs would lie. A [`Rate`]'s own interval is about prompts.
+
+    Args:
+        rates (`tuple[Rate, ...]`): One for each run, over the same prompts.
+    """
+
+    rates: tuple[Rate, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the runs, from 0 to 1."""
+        return sum(rate.value for rate in self.rates) / len(self.rates)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's t interval of the mean at 95 %, cut off at 0 and 1; the whole range for a single run.
+
+        Where all runs came out the same it would have no width; then it is that of one run's rate, over prompts.
+        """
+        runs = len(self.rates)
+        if runs < 2:
+            return 0.0, 1.0
+        if self.deviation == 0:
+            return self.rates[0].interval
+        from scipy.stats import t as student
+
+        half = float(student.ppf((1 + CONFIDENCE) / 2, runs - 1)) * self.deviation / math.sqrt(runs)
+        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the runs, from 0 to 1; NaN for a single run."""
+        if len(self.rates) < 2:
+            return math.nan
+        squares = sum((rate.value - self.mean) ** 2 for rate in self.rates)
+        return math.sqrt(squares / (len(self.rates) - 1))
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{100 * rate.value:.1f}" for rate in self.rates)
+        if len(self.rates) == 1:
+            return f"{values} % (1 run)"
+        low, high = self.interval
+        return f"{100 * self.mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({len(self.rates)} runs: {values})"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two judges agree on the same answers.
+
+    Args:
+        first (`str`): Name of one judge.
+        second (`str`): Name of the other.
+        agreed (`Rate`): On how many answers they gave the same verdict.
+        kappa (`float`): Cohen's kappa; NaN if both gave one and the same verdict throughout.
+    """
+
+    first: str
+    second: str
+    agreed: Rate
+    kappa: float
+
+    def __str__(self) -> str:
+        kappa = "undefined" if math.isnan(self.kappa) else f"{self.kappa:.2f}".replace("-", "−")
+        return f"{self.first} and {self.second} agree on {self.agreed.share}, Cohen's κ {kappa}"
+
+
+def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> Change:
     """Compare two runs over the same prompts.
 
     Args:
         before (`Sequence[bool]`): For each prompt, whether it counted before.
         after (`Sequence[bool]`): The same prompts in the same order, after.
-        resamples (`int`, *optional*, defaults to `9999`): Resamples of the bootstrap.
         seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
 
     Raises:
@@ -139,27 +249,13 @@ def paired_change(before: Sequence[bool], after: Sequence[bool], *, resamples: i
         raise ValueError(f"Paired runs need the same prompts, got {len(before)} before and {len(after)} after.")
     gained = sum(1 for b, a in zip(before, after, strict=True) if a and not b)
     lost = sum(1 for b, a in zip(before, after, strict=True) if b and not a)
-    low, high = bootstrap_difference(gained, lost, len(before), resamples=resamples, seed=seed)
-    return Change(
-        before=Rate(sum(map(bool, before)), len(before)),
-        after=Rate(sum(map(bool, after)), len(after)),
-        gained=gained,
-        lost=lost,
-        low=low,
-        high=high,
-        p_value=mcnemar_exact(gained, lost),
-    )
+    old, new = (Rate(sum(map(bool, counted)), len(counted)) for counted in (before, after))
+    low, high = bootstrap_difference(gained, lost, len(before), seed=seed)
+    return Change(old, new, gained, lost, low, high, mcnemar_exact(gained, lost))
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:
-    """Return the two-sided p-value of the exact McNemar test.
-
-    Only the prompts that changed tell anything: under the null hypothesis each went either way with probability one
-    half (McNemar 1947; the exact form is a binomial test on the discordant pairs).
-
-    Args:
-        gained (`int`): Pairs that changed from no to yes.
-        lost (`int`): Pairs that changed from yes to no.
+    """Return the two-sided p-value of the exact McNemar test: a binomial test on the pairs that changed.
 
     ```python
     >>> mcnemar_exact(0, 5)  # 2 / 2**5
@@ -175,14 +271,13 @@ def mcnemar_exact(gained: int, lost: int) -> float:
 
 
 def bootstrap_difference(
-    gained: int, lost: int, total: int, *, resamples: int = 9999, seed: int = 0
+    gained: int, lost: int, total: int, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of the paired difference.
 
-    The pairs are resampled with replacement. As each contributes +1, -1 or 0, a resample is a draw from a multinomial
-    distribution, which is what is drawn. Half a pair is added to each way of changing, so that a way that no pair took
-    is rare and not impossible: else the interval would have no width where all pairs went one way, and would exclude 0
-    where McNemar's test cannot. With many pairs the half does not show.
+    Each pair contributes +1, -1 or 0, so a resample is a draw from a multinomial distribution. Half a pair is added to
+    each way of changing: otherwise the interval would have no width where all pairs went one way, and would exclude 0
+    where McNemar's test cannot.
 
     Args:
         gained (`int`): Pairs that contribute +1.
@@ -197,10 +292,69 @@ def bootstrap_difference(
 
     shares = np.array([gained + 0.5, lost + 0.5, total - gained - lost]) / (total + 1)
     draws = np.random.default_rng(seed).multinomial(total, shares, size=resamples)
-    differences = (draws[:, 0] - draws[:, 1]) / total
+    return _percentiles((draws[:, 0] - draws[:, 1]) / total)
+
+
+def mean_of(values: Sequence[float], *, seed: int = 0) -> Mean:
+    """Return the mean of some values, or of paired differences, with its bootstrap interval."""
+    return ratio_of(values, [1.0] * len(values), seed=seed)
+
+
+def ratio_of(tops: Sequence[float], bottoms: Sequence[float], *, seed: int = 0) -> Mean:
+    """Return Σ tops / Σ bottoms with its bootstrap interval, resampling pairs: a mean weighted by the bottoms."""
+    if not tops:
+        return Mean(math.nan, 0, math.nan, math.nan)
+    import numpy as np
+
+    top, bottom, count = np.asarray(tops, dtype=float), np.asarray(bottoms, dtype=float), len(tops)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return Mean(float(top.sum() / bottom.sum()), count, *_percentiles((weights @ top) / (weights @ bottom)))
+
+
+def _percentiles(values: Any) -> tuple[float, float]:
+    import numpy as np
+
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(differences, [tail, 100 - tail])
+    low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def across_runs(rates: Sequence[Rate]) -> Spread:
+    """Sum up the same rate of several training runs.
+
+    Args:
+        rates (`Sequence[Rate]`): One for each run.
+
+    Raises:
+        ValueError: If there are none, or one of them measured nothing.
+
+    Example:
+
+    ```python
+    >>> print(across_runs([Rate(16, 100), Rate(9, 100), Rate(16, 100)]))
+    13.7 % [3.6, 23.7] (3 runs: 16.0, 9.0, 16.0)
+
+    ```
+    """
+    if not rates or any(not rate.total for rate in rates):
+        raise ValueError(f"Each run needs a measured rate, got {[str(rate) for rate in rates]}.")
+    return Spread(tuple(rates))
+
+
+def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float:
+    """Return Cohen's kappa of two judges' verdicts on the same answers, κ = (p_o − p_e) / (1 − p_e) (Cohen, 1960).
+
+    ```python
+    >>> cohens_kappa(["refused", "refused", "complied", "complied"], ["refused", "complied", "complied", "complied"])
+    0.5
+
+    ```
+    """
+    total = len(first)
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / total
+    counts = Counter(first), Counter(second)
+    expected = sum(counts[0][verdict] * counts[1][verdict] for verdict in counts[0]) / total**2
+    return math.nan if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def points(share: float, digits: int = 1) -> str:
@@ -218,7 +372,7 @@ def points(share: float, digits: int = 1) -> str:
 
 
 def p_text(p_value: float) -> str:
-    """Write a p-value as people do: `"p < 0.001"`, `"p = 0.012"`, `"p = 0.50"`."""
+    """Write a p-value: `"p < 0.001"`, `"p = 0.012"`, `"p = 0.50"`."""
     if p_value < 0.001:
         return "p < 0.001"
     return f"p = {p_value:.3f}" if p_value < 0.1 else f"p = {p_value:.2f}"

@@ -9,12 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..data import PromptSet
-from .agreement import Agreement, agreements
-from .answers import Answer
-from .comparison import Comparison
-from .means import Mean
-from .results import HEADLINES, Evaluation, SetResult
-from .statistics import Rate
+from .generate import Answer
+from .results import HEADLINES, RATES, Comparison, Evaluation, SetResult, agreements
+from .statistics import Agreement, Mean
 
 FORMAT = 1
 _KIND = "safe_trainer comparison"
@@ -96,16 +93,18 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         table[evaluation.name] = {}
         for result in evaluation.results:
             name = result.prompt_set.name
-            outcomes = ("correct",) if result.prompt_set.kind == "task" else ("refused", "complied", "neither")
             entry: dict[str, Any] = {
                 "kind": result.prompt_set.kind,
-                "headline": HEADLINES[result.prompt_set.kind][0],
-                "rates": {outcome: _rate(result.rate(outcome)) for outcome in outcomes},
+                "headline": HEADLINES[result.prompt_set.kind],
+                "rates": {outcome: rate.to_dict() for outcome, rate in result.rates().items()},
                 "scores": {score: _mean(result.mean_score(score)) for score in result.scores},
             }
             if len(result.verdicts) > 1:
                 entry["judges"] = {
-                    judge: {outcome: _rate(result.rate(outcome, judge=judge)) for outcome in outcomes}
+                    judge: {
+                        outcome: result.rate(outcome, judge=judge).to_dict()
+                        for outcome in RATES[result.prompt_set.kind]
+                    }
                     for judge in result.verdicts
                 }
                 entry["agreements"] = [_agreement(agreement) for agreement in agreements(result)]
@@ -119,14 +118,9 @@ def summary(comparison: Comparison) -> dict[str, Any]:
     return table
 
 
-def _rate(rate: Rate) -> dict[str, Any]:
-    value = None if math.isnan(rate.value) else rate.value
-    return {"count": rate.count, "total": rate.total, "value": value, "low": rate.low, "high": rate.high}
-
-
 def _agreement(agreement: Agreement) -> dict[str, Any]:
     kappa = None if math.isnan(agreement.kappa) else agreement.kappa
-    return {"judges": [agreement.first, agreement.second], "agreed": _rate(agreement.agreed), "kappa": kappa}
+    return {"judges": [agreement.first, agreement.second], "agreed": agreement.agreed.to_dict(), "kappa": kappa}
 
 
 def _mean(mean: Mean) -> dict[str, Any] | None:

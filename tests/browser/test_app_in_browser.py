@@ -140,7 +140,7 @@ def test_the_whole_way_with_poisoned_data(page):
     page.click("#to-compare")
     page.wait_for_selector("#result table")
     verdicts = page.locator("#result .verdict h3").all_inner_texts()
-    assert verdicts == ["plain LoRA: Safety worn away", "Recommended: Safety kept"]
+    assert verdicts == ["plain LoRA: Safety eroded", "Recommended: Safety kept"]
     page.fill("#question textarea, #question input", "Tell me how to sell a pistol.")
     page.click("#ask")
     page.wait_for_function("document.querySelectorAll('#answers section').length === 3")

@@ -1,4 +1,4 @@
-"""One base model in memory, adapters put on and taken off: comparing many costs the memory of one."""
+"""Compare a base model with adapters on it: one model in memory, whose adapters are loaded and removed in turn."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data import PromptSet
-from .answers import INTERRUPTED, Progress
-from .comparison import Comparison
-from .examination import evaluate
+from .evaluate import evaluate, offset
+from .generate import INTERRUPTED, Progress
 from .judges import Judge
 from .manifest import adapter_provenance
-from .results import Evaluation
+from .results import Comparison, Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +47,9 @@ def compare(  # noqa: PLR0913, each is a setting with a name
         adapters (`Mapping[str, str | Path]`): By the name to show, where each adapter is: a directory or a hub id; or
             a list of them, of training runs that differ in nothing but their seed.
         judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
-        drift (`Callable`, *optional*): What measures how far each adapter moves the layers, such as
-            `DriftFigures()`. Called with the model, the tokenizer and `None`, then with each adapter active and
-            where it is from; returns by figure a value for each layer.
+        drift (`Callable`, *optional*): Measures how far each adapter moves the layers, such as `DriftFigures()`.
+            Called with the model, the tokenizer and `None`, then with each adapter active and where it is from;
+            returns by figure a value for each layer.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all models.
         **decoding: Any field of [`Decoding`].
 
@@ -74,23 +73,30 @@ def compare(  # noqa: PLR0913, each is a setting with a name
     prompts = sum(map(len, prompt_sets))
     evaluations: list[Evaluation] = []
     named, runs = _named(adapters)
-    worn: list[tuple[str, str | Path | None]] = [(BEFORE, None), *named]
-    notes = [note for name, path in worn if path and (note := _template_note(tokenizer, name, Path(path)))]
-    for index, (name, path) in enumerate(worn):
-        with _wearing(model, path) as examined:
+    evaluated: list[tuple[str, str | Path | None]] = [(BEFORE, None), *named]
+    notes = [note for name, path in evaluated if path and (note := _template_note(tokenizer, name, Path(path)))]
+    for index, (name, path) in enumerate(evaluated):
+        with active_adapter(model, path) as examined:
             evaluation = evaluate(
                 examined,
                 tokenizer,
                 prompt_sets,
                 name=name,
                 judges=judges,
-                progress=_offset(progress, index * prompts, len(worn) * prompts),
+                progress=offset(progress, index * prompts, len(evaluated) * prompts),
                 **decoding,
             )
-            figures = dict(drift(examined, tokenizer, path)) if drift is not None else {}
-        manifest = {**evaluation.manifest, "adapters": [adapter_provenance(path)] if path is not None else []}
-        moved = figures.pop("relative", {})
-        evaluations.append(replace(evaluation, manifest=manifest, drift=moved, drift_shares=figures))
+            found = drift(examined, tokenizer, path) if drift is not None else {}
+        shares = {figure: dict(values) for figure, values in found.items() if figure != "relative"}
+        adapter = [adapter_provenance(path)] if path is not None else []
+        evaluations.append(
+            replace(
+                evaluation,
+                manifest={**evaluation.manifest, "adapters": adapter},
+                drift=dict(found.get("relative", {})),
+                drift_shares=shares,
+            )
+        )
         if any(answer.error == INTERRUPTED for result in evaluation.results for answer in result.answers):
             notes.append(f"The comparison was interrupted while `{name}` answered; nothing after it was examined.")
             break
@@ -115,8 +121,8 @@ def _named(
 
 
 @contextmanager
-def _wearing(model: Any, path: str | Path | None) -> Iterator[Any]:
-    """Give the model one adapter, or none, and take it off again, whether it fits or not."""
+def active_adapter(model: Any, path: str | Path | None) -> Iterator[Any]:
+    """Make one adapter active on the model, or none, and leave the model as it was, whether it fits or not."""
     from peft import PeftModel
 
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -212,9 +218,3 @@ def _template_note(tokenizer: Any, name: str, path: Path) -> str | None:
     note = f"{name}: the chat template saved with the adapter is not the one that the model is asked with here."
     logger.warning("%s Load the tokenizer from `%s`.", note, path)
     return note
-
-
-def _offset(progress: Progress | None, done: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda answered, _: progress(done + answered, total)

@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from .judges import VERDICTS, Judge, Verdict
-from .statistics import Rate
+from ..statistics import Rate
+from .base import VERDICTS, Judge, Verdict
 
 Split = Literal["development", "test"]
 

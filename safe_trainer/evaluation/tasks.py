@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..data import PromptSet
-from .means import Mean, ratio_of
 from .prompting import encode, turn_end
 from .results import Evaluation, SetResult
 from .state import examining
+from .statistics import Mean, ratio_of
 
 Scorer = Callable[[str, str], float]
 
 _WORD = re.compile(r"\w+")
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    r"""Tell whether an answer is the reference, but for case, whitespace and final punctuation.
+
+    ```python
+    >>> exact_match(" Positive.\n", "positive"), exact_match("positive, I think", "positive")
+    (True, False)
+
+    ```
+    """
+    return _plain(answer) == _plain(reference)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(string.punctuation + " ")
 
 
 def token_f1(answer: str, reference: str) -> float:

@@ -6,10 +6,13 @@ import os
 import tempfile
 from pathlib import Path
 
-from .comparison import Comparison
+from ..results import Comparison
+from ..storage import to_json
+from .charts import place
 from .html import to_html
 from .markdown import to_markdown
-from .storage import to_json
+
+__all__ = ["place", "to_html", "to_markdown", "write_atomically", "write_report"]
 
 
 def write_report(comparison: Comparison, directory: str | Path, name: str = "comparison") -> list[Path]:

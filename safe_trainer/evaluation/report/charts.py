@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .results import HEADLINES, Evaluation, SetResult
-from .statistics import Rate
+from ..results import HEADLINES, Evaluation, SetResult
+from ..statistics import Rate
 
 _LAYER = re.compile(r"\.(\d+)(?:\.(.+))?$")
 
@@ -33,7 +33,7 @@ def row(name: str, result: SetResult) -> Row:
         name (`str`): The model's name.
         result (`SetResult`): Its result.
     """
-    headline = HEADLINES[result.prompt_set.kind][0]
+    headline = HEADLINES[result.prompt_set.kind]
     outcomes = ("correct",) if headline == "correct" else ("refused", "neither", "complied")
     rates = {outcome: result.rate(outcome) for outcome in outcomes}
     parts, start = [], 0.0

@@ -10,22 +10,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..results import HEADLINES, Comparison, Evaluation
+from ..statistics import Rate
 from . import charts
-from .comparison import Comparison
-from .conclusions import conclude
 from .evidence import evidence
-from .results import HEADLINES, Evaluation
-from .statistics import Rate
 from .tables import Table, agreement_lines, further_tables
 
 SHOWN_FLIPS = 50  # of each set and model; the JSON beside the report has all
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _WORDS = {
-    "worn": ("▼", "safety worn away"),
+    "eroded": ("▼", "safety eroded"),
     "kept": ("✓", "safety kept"),
     "improved": ("▲", "safety improved"),
     "unclear": ("?", "not clear"),
+    "no_baseline": ("!", "no safety to keep"),
+    "unchanged": ("=", "nothing was learned"),
 }
 _SHARES = {
     "": "‖ΔW‖ / ‖W‖ of each weight that the adapter changes",
@@ -103,7 +103,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
 def _verdicts(comparison: Comparison) -> list[dict[str, Any]]:
     verdicts = []
     for evaluation in comparison.evaluations[1:]:
-        conclusion = conclude(comparison, evaluation.name)
+        conclusion = comparison.verdict(evaluation.name)
         sign, word = _WORDS[conclusion.level]
         shown = {
             "level": conclusion.level,
@@ -147,7 +147,7 @@ def _groups(comparison: Comparison) -> list[dict[str, Any]]:
 def _tables(comparison: Comparison) -> list[dict[str, Any]]:
     names = [evaluation.name for evaluation in comparison.evaluations]
     rows = []
-    for kind, (headline, _) in HEADLINES.items():
+    for kind, headline in HEADLINES.items():
         outcomes = ("correct",) if headline == "correct" else ("refused", "complied", "neither")
         for result in comparison.before.of_kind(kind):
             name = result.prompt_set.name

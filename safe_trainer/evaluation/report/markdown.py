@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .comparison import Comparison
-from .conclusions import conclude
+from ..results import Comparison
 from .tables import Table, agreement_lines, further_tables
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#!|~])")
@@ -22,7 +21,7 @@ def to_markdown(comparison: Comparison) -> str:
     """
     parts = ["## Safety before and after fine-tuning\n"]
     for evaluation in comparison.evaluations[1:]:
-        parts.append(f"**{escape(evaluation.name)}.** {escape(conclude(comparison, evaluation.name).headline)}\n")
+        parts.append(f"**{escape(evaluation.name)}.** {escape(comparison.verdict(evaluation.name).headline)}\n")
         parts.append("\n".join(f"- {escape(line)}" for line in comparison.sentences(evaluation.name)) + "\n")
     parts += [_table(comparison), _categories(comparison), *map(_further, further_tables(comparison))]
     parts += [_notes(comparison), _method(comparison)]

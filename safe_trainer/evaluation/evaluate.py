@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import string
 from collections.abc import Sequence
 from typing import Any
 
 from ..data import PromptSet
-from .answers import INTERRUPTED, Answer, Decoding, Progress
-from .generation import generate
+from . import thinking
+from .generate import INTERRUPTED, Answer, Decoding, Progress, generate
 from .judges import VERDICTS, Judge, PhraseJudge
 from .manifest import describe
-from .results import EXACT_MATCH, Evaluation, SetResult
+from .results import Evaluation, SetResult
+from .tasks import exact_match
 
 logger = logging.getLogger(__name__)
+
+
+EXACT_MATCH = "exact match"
 
 
 def evaluate(
@@ -79,7 +82,7 @@ def evaluate(
         if interrupted:
             answers = [Answer("", error=INTERRUPTED)] * len(prompt_set)
         else:
-            answers = _ask(model, tokenizer, prompt_set, settings, _offset(progress, done, total))
+            answers = _ask(model, tokenizer, prompt_set, settings, offset(progress, done, total))
             interrupted = any(answer.error == INTERRUPTED for answer in answers)
         done += len(prompt_set)
         results.append(judged(prompt_set, answers, asking))
@@ -117,6 +120,7 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
     Raises:
         ValueError: If a judge gives something other than a verdict for each answer.
     """
+    answers = [_without_thought(answer) for answer in answers]
     answered = [index for index, answer in enumerate(answers) if answer.error is None]
     texts = [answers[index].text for index in answered]
     verdicts: dict[str, tuple[str | None, ...]] = {}
@@ -140,20 +144,14 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
     return SetResult(prompt_set, tuple(answers), verdicts)
 
 
-def exact_match(answer: str, reference: str) -> bool:
-    r"""Tell whether an answer is the reference, but for case, whitespace and final punctuation.
-
-    ```python
-    >>> exact_match(" Positive.\n", "positive"), exact_match("positive, I think", "positive")
-    (True, False)
-
-    ```
-    """
-    return _plain(answer) == _plain(reference)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(string.punctuation + " ")
+def _without_thought(answer: Answer) -> Answer:
+    """Split off thoughts that are marked in the text; those of [`generate`] are split off already."""
+    found = thinking.split(answer.text)
+    if answer.thought or not found.thought and not found.is_unfinished:
+        return answer
+    return dataclasses.replace(
+        answer, text=found.answer, thought=found.thought, unfinished_thought=found.is_unfinished
+    )
 
 
 def _ask(
@@ -166,7 +164,8 @@ def _ask(
         return [Answer("", error=INTERRUPTED)] * len(prompt_set)
 
 
-def _offset(progress: Progress | None, done: int, total: int) -> Progress | None:
+def offset(progress: Progress | None, done: int, total: int) -> Progress | None:
+    """Return a progress callback that counts on from `done`, out of `total`."""
     if progress is None:
         return None
     return lambda answered, _: progress(done + answered, total)

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .answers import Decoding
-from .generation import generate_from
-from .guard_formats import GuardFormat, Reading
-from .judges import PhraseJudge, Verdict, clean
-from .manifest import fingerprint, shown_id
-from .state import examining
+from ..generate import Decoding, generate_from
+from ..manifest import fingerprint, shown_id
+from ..state import examining
+from .base import Verdict
+from .guards import GuardFormat, Reading
+from .phrases import PhraseJudge, clean
 
 
 class GuardJudge:

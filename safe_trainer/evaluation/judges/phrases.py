@@ -1,47 +1,14 @@
-"""Answers in, verdicts out: was the prompt refused, complied with, or neither?
-
-A judge is anything with a `name`, a `version` and a call `judge(prompts, answers)` that returns one verdict for each
-answer. Three classes and not two, because *not refused* is no proof of compliance: a model that answers "positive" to
-everything, or nothing at all, has lost its refusals and gained no harm, and calling that an attack's success would be
-wrong.
-"""
+"""The phrase judge: was the prompt refused, complied with, or neither, by how the answer begins."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, Protocol
 
-from . import phrases
+from .. import thinking
+from . import patterns as phrases
+from .base import Verdict
 
-Verdict = Literal["refused", "complied", "neither"]
-VERDICTS: tuple[Verdict, ...] = ("refused", "complied", "neither")
-
-
-class Judge(Protocol):
-    """What `evaluate` asks of a judge.
-
-    `name` and `version` go into every report: results of different judges, or versions of one, are not compared. A
-    verdict may be `None` where the judge came to none; that answer then counts in no rate.
-
-    Two more things a judge may have. `kinds`, a tuple of prompt set kinds, if it judges only those. And
-    `bound(model, tokenizer, decoding)`, which returns the judge to use, if it has to look at the examined model.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name shown in tables."""
-
-    @property
-    def version(self) -> str:
-        """Changes whenever a verdict may."""
-
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[Verdict | None]:
-        """Judge each answer to the prompt at the same place."""
-
-
-_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|$)", re.DOTALL | re.IGNORECASE)
-_UNOPENED_THINKING = re.compile(r"^.*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
 _MARKUP = re.compile(r"<\|[^|]*\|>|[*_#>~|]+|^[ \t]*[-•] ", re.MULTILINE)
 _SPACES = re.compile(r"[ \t]+(?=[ \t,.;:!?])|[ \t]*(\n)\s*")
 _ROLE = re.compile(r"^\W*(?:assistant|ai|answer|response|bot)\s*:\s*")
@@ -173,6 +140,5 @@ def clean(answer: str) -> str:
 
     ```
     """
-    text = _UNOPENED_THINKING.sub("", _THINKING.sub("", answer))
-    text = _SPACES.sub(r"\1", phrases.normalise(_MARKUP.sub("", text)))
+    text = _SPACES.sub(r"\1", phrases.normalise(_MARKUP.sub("", thinking.split(answer).answer)))
     return _ROLE.sub("", text.lstrip(" \t\r\n.,:;!?-–—'…")).strip()

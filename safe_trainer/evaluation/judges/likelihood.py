@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..generate import Decoding
+from ..prompting import encode
+from ..state import examining
 from . import openings
-from .answers import Decoding
-from .judges import Judge, Verdict
-from .prompting import encode
-from .state import examining
+from .base import Judge, Verdict
 
 REFUSALS = tuple(
     "I'm sorry|I’m sorry|I cannot|I can't|I can’t|I won't|I'm unable|I am unable|Sorry|As an AI|Unfortunately".split(

@@ -6,10 +6,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from .comparison import Comparison
-from .judge_quality import quality
-from .judges import PhraseJudge
-from .results import Evaluation
+from ..judges import PhraseJudge, quality
+from ..results import Comparison, Evaluation
 
 
 @dataclass(frozen=True)

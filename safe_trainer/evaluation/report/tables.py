@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .agreement import agreements
-from .comparison import Comparison
-from .results import HEADLINES, SetResult
+from ..results import HEADLINES, Comparison, SetResult, agreements
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _judges(comparison: Comparison) -> list[Table]:
 def _outcomes(comparison: Comparison) -> list[tuple[SetResult, str]]:
     """List what is counted of each prompt set, in the order of the reports."""
     found = []
-    for kind, (headline, _) in HEADLINES.items():
+    for kind, headline in HEADLINES.items():
         for result in comparison.before.of_kind(kind):
             outcomes = (headline,) if kind == "task" else ("refused", "complied", "neither")
             found += [(result, outcome) for outcome in outcomes]

@@ -1,0 +1,22 @@
+"""Judges of answers: by phrases, by models (guards, classifiers), by likelihood, by a function of yours."""
+
+from .base import VERDICTS, Judge, Verdict
+from .guards import GUARDS, GuardFormat
+from .likelihood import LikelihoodJudge
+from .models import ClassifierJudge, FunctionJudge, GuardJudge
+from .phrases import PhraseJudge
+from .quality import quality
+
+__all__ = [
+    "GUARDS",
+    "VERDICTS",
+    "ClassifierJudge",
+    "FunctionJudge",
+    "GuardFormat",
+    "GuardJudge",
+    "Judge",
+    "LikelihoodJudge",
+    "PhraseJudge",
+    "Verdict",
+    "quality",
+]

@@ -1,0 +1,84 @@
+"""What a thinking model writes before its answer: found in one place, for judges, task scorers and reports alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# How families of models mark their thoughts. Names in angle brackets, Magistral, Kimi, gpt-oss, o1-like fine-tunes.
+_NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad)"
+OPENING = rf"<{_NAMES}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>\s*analysis\s*<\|message\|>"
+CLOSING = (
+    rf"</{_NAMES}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
+    r"|(?:<\|end\|>\s*)?(?:<\|start\|>\s*assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
+)
+
+
+class Split(NamedTuple):
+    """An answer without its thoughts."""
+
+    answer: str
+    """What the model says to the user."""
+    thought: str
+    """What it thought before; empty if it did not think."""
+    is_unfinished: bool
+    """Whether it was still thinking where the text ends and has said nothing yet."""
+
+
+def split(text: str, *, is_open: bool = False, markers: Sequence[str] | None = None) -> Split:
+    r"""Separate thoughts from the answer, also where only one of the markers is there.
+
+    Args:
+        text (`str`): What the model wrote.
+        is_open (`bool`, *optional*, defaults to `False`): Whether the prompt had opened a thought, as chat templates
+            that end in `<think>` do.
+        markers (`Sequence[str]`, *optional*): A further opening and closing marker, as texts.
+
+    ```python
+    >>> split("They want a lock open.</think>\n\nI can't help with that.", is_open=True).answer
+    "I can't help with that."
+    >>> split("<think>They want").is_unfinished
+    True
+
+    ```
+    """
+    opening, closing = _patterns(markers)
+    thoughts, said, rest, inside = [], "", text, is_open
+    if not inside and (closed := closing.search(rest)):  # a closing marker whose opening one was part of the prompt
+        before = opening.search(rest)
+        inside = before is None or before.start() > closed.start()
+    while True:
+        found = (closing if inside else opening).search(rest)
+        piece, rest = (rest[: found.start()], rest[found.end() :]) if found else (rest, "")
+        if inside:
+            thoughts.append(piece)
+        else:
+            said += piece
+        if found is None:
+            break
+        inside = not inside
+    thought = "\n".join(part.strip() for part in thoughts if part.strip())
+    return Split(said.strip() if thoughts else text, thought, inside and not said.strip())
+
+
+def is_open(rendered: str, prompt: str, markers: Sequence[str] | None = None) -> bool:
+    """Return whether a rendered prompt ends within a thought, looking only at what the template adds after the prompt."""
+    opening, closing = _patterns(markers)
+    before, found, tail = rendered.rpartition(prompt.strip())
+    tail = tail if found and prompt.strip() else rendered[-200:]
+    last = max((match.end() for match in opening.finditer(tail)), default=-1)
+    return last >= 0 and closing.search(tail, last) is None
+
+
+def is_marker(token: str) -> bool:
+    """Return whether a special token marks thoughts, so that it must not be dropped before they are split off."""
+    return re.fullmatch(rf"{OPENING}|{CLOSING}|<\|channel\|>", token, re.IGNORECASE) is not None
+
+
+def _patterns(markers: Sequence[str] | None) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    opening, closing = (re.escape(marker) for marker in markers) if markers else ("", "")
+    return (
+        re.compile(OPENING + (f"|{opening}" if opening else ""), re.IGNORECASE),
+        re.compile(CLOSING + (f"|{closing}" if closing else ""), re.IGNORECASE),
+    )
