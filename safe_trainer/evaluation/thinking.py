@@ -63,7 +63,7 @@ def split(text: str, *, is_open: bool = False, markers: Sequence[str] | None = N
 
 
 def is_open(rendered: str, prompt: str, markers: Sequence[str] | None = None) -> bool:
-    """Return whether a rendered prompt ends within a thought, looking only at what the template adds after the prompt."""
+    """Return whether a rendered prompt ends within a thought, by what the template adds after the prompt."""
     opening, closing = _patterns(markers)
     before, found, tail = rendered.rpartition(prompt.strip())
     tail = tail if found and prompt.strip() else rendered[-200:]
