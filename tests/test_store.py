@@ -74,7 +74,7 @@ def test_failure_while_computing_keeps_the_old_file_and_its_own_message(saved):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [4096, 299_900])  # stopped in the tensors' bytes, or in the copy that follows them
+@pytest.mark.parametrize("limit", [4096, 299_900])
 def test_full_disk_keeps_the_old_file_intact_and_says_so(saved, limit):
     # The kernel refuses to let any file grow beyond the limit, as it refuses when the disk is full.
     script = f"""
@@ -107,7 +107,7 @@ def test_missing_file_and_folder_are_told_apart(tmp_path):
 @pytest.mark.parametrize("kept", [0, 5, 60, -1])
 def test_file_cut_short_is_refused(saved, kept):
     saved.write_bytes(saved.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_artifact(saved, "basis", 1)
 
 
@@ -134,7 +134,7 @@ def test_other_kinds_and_versions_are_refused_with_what_was_found(saved, tmp_pat
     with pytest.raises(ValueError, match="not written by safe_trainer"):
         load_artifact(tmp_path / "model.safetensors", "basis", 1)
     (tmp_path / "notes.txt").write_text("This is a text, longer than a header's length.")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_artifact(tmp_path / "notes.txt", "basis", 1)
 
 
