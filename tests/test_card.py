@@ -164,4 +164,4 @@ def test_a_token_is_never_printed_logged_or_saved(tmp_path, monkeypatch, caplog)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert (tmp_path / "out" / "checkpoint-1" / "training_args.bin") in files
     assert [path for path in files if b"Secret" in path.read_bytes()] == []
-    assert "Written: " in trained.stderr and BEGIN in (tmp_path / "out" / "README.md").read_text()
+    assert "Wrote " in trained.stderr and BEGIN in (tmp_path / "out" / "README.md").read_text()
