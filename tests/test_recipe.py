@@ -13,17 +13,17 @@ import pytest
 import runs
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
 from safe_trainer import testbed
 from safe_trainer.cli import app
 from safe_trainer.methods import METHODS
-from safe_trainer.recipe import RecipeError, read_recipe
+from safe_trainer.recipe import RecipeError, fields, read_recipe
 from safe_trainer.recipe.document import Document
-from safe_trainer.recipe.editors import recipe_schema
-from safe_trainer.recipe.sources import moved
+from safe_trainer.recipe.load import moved
+from safe_trainer.recipe.schema import recipe_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -67,7 +67,7 @@ def problems(path, *overrides) -> list[str]:
 
 
 def test_numbers_are_read_as_everybody_means_them():
-    text = "a: 1e-4\nb: 2.5E3\nc: -1e+2\nd: .5e1\ne: 1e\nf: 0x10\ng: 1_000\n"
+    text = "a: 1e-4\nb: 2.5E3\nc: -1e+2\nd: 0.5e1\ne: 1e\nf: 0x10\ng: 1_000\n"
     assert Document(text, "r").values == {"a": 1e-4, "b": 2500, "c": -100, "d": 5, "e": "1e", "f": 16, "g": 1000}
 
 
@@ -78,23 +78,22 @@ def test_anchors_are_followed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [", "line 1: no YAML"),
-        ("a: 1\n b: 2", "line 2: no YAML: mapping values"),
+        ("model: [", "line 1: not valid YAML"),
+        ("a: 1\n b: 2", "line 2: not valid YAML: mapping values"),
         ("- a", "line 1: expected keys such as `model:`"),
         ("", "line 1: expected keys"),
-        ("a: 1\nb: 2\na: 3\n", "line 1, a: stands in line 3 a second time"),
-        ("a: !!python/object:os.system {}\n", "line 1: no YAML: could not determine a constructor"),
-        ("a: \x1f\n", "no YAML: unacceptable character"),
-        ("b: 1\n? [a]\n: 2\n", "line 2: no YAML: a key must be one word"),
-        ("a: &a [*a]\n", "it holds more than 100,000 values; is there an anchor within itself?"),
-        ("a: 2020-13-45\n", "no YAML that can be read: month must be in 1..12"),
+        ("a: 1\nb: 2\na: 3\n", 'line 3: not valid YAML: found duplicate key "a"'),
+        ("b: 1\na: !!python/object:os.system {}\n", "line 2, a has the tag `python/object:os.system`"),
+        ("a: \x1f\n", "not valid YAML: unacceptable character"),
+        ("b: 1\n? [a]\n: 2\n", "a key must be one word"),
+        ("a: 2020-13-45\n", "month must be in 1..12"),
         (
             "a: &a [1,1,1,1,1,1,1,1]\n"
             + "".join(f"{n}: &{n} [{','.join([f'*{o}'] * 8)}]\n" for o, n in zip("abcdef", "bcdefg", strict=True)),
             "it holds more than 100,000 values",
         ),
-        (f"output: {'[' * 5000}", "no YAML that can be read: maximum recursion depth exceeded"),
-        (f"output: {'1' * 5000}", "no YAML that can be read: Exceeds the limit"),
+        (f"output: {'[' * 5000}", "nested too deeply"),
+        (f"output: {'1' * 5000}", "Exceeds the limit"),
     ],
 )
 def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, message):
@@ -194,6 +193,71 @@ def test_files_that_methods_name_must_be_there(recipe):
     ] * 2
 
 
+def artifact(path: Path, kind: str | None) -> Path:
+    """Write weights that say of which kind they are."""
+    save_file({"a": torch.zeros(1)}, path, metadata={"kind": kind} if kind else None)
+    return path
+
+
+def test_what_methods_and_monitor_read_is_looked_at_before_torch_is_loaded(recipe, tmp_path):
+    """Missing files, a direction that is a basis, vectors that are an adapter: all at once, and in a second."""
+    (tmp_path / "adapter").mkdir()
+    artifact(tmp_path / "adapter" / "adapter_model.safetensors", None)
+    artifact(tmp_path / "basis.safetensors", "safety basis")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    path = recipe(
+        {
+            "safety": [
+                {"method": "asft", "direction": "basis.safetensors"},
+                {"method": "security_vectors", "vectors": "adapter"},
+                {"method": "salora", "safety_data": "absent.jsonl", "basis": "./absent.safetensors"},
+                {"method": "drift_penalty", "safety_data": "rows.jsonl", "weihgt": 1},
+            ],
+            "training": {"learning_rat": 1e-4, "max_steps": "many"},
+            "peft": {"r": 0},
+            "monitor": {"direction": "cut.safetensors"},
+        }
+    )
+    code = (
+        "import sys\n"
+        "from safe_trainer.recipe import RecipeError, read_recipe\n"
+        "try:\n    read_recipe(sys.argv[1], ['training.sead=1'])\n"
+        "except RecipeError as error:\n    print(error, *({'torch', 'trl', 'transformers'} & set(sys.modules)))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout
+    lines = dict(re.findall(r"^  (?:line \d+|--set), ([\w.]+): (.*)$", found, re.MULTILINE))
+    expected = {
+        "safety.0.direction": "a file of kind 'safety basis', not alignment direction; `safe-trainer direction`",
+        "safety.1.vectors": "an adapter or other weights, not security vectors; `safe-trainer vectors`",
+        "safety.2.safety_data": "there is no file or folder",
+        "safety.2.basis": "`safe-trainer basis` makes one",
+        "safety.3.weihgt": "did you mean `weight`?",
+        "training.learning_rat": "did you mean `learning_rate`?",
+        "training.max_steps": "expected a whole number, got 'many'",
+        "training.sead": "did you mean `seed`?",
+        "peft.r": "must be at least 1, got 0",
+        "monitor.direction": "is not a complete safetensors file",
+    }
+    assert set(lines) == set(expected), found
+    for place, message in expected.items():
+        assert message in lines[place]
+    assert found.splitlines()[-1].startswith("  --set, training.sead"), "and nothing heavy was loaded"
+
+
+def test_fields_read_from_the_source_are_those_of_the_classes():
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    sources = [
+        (fields._from_source(fields.SFT_CONFIG), SFTConfig),
+        (fields._from_source(fields.LORA_CONFIG), LoraConfig),
+    ]
+    assert set(fields._methods_from_source()) == set(METHODS)
+    sources += [(fields._methods_from_source()[name], method) for name, method in METHODS.items()]
+    for found, cls in sources:
+        assert set(found) >= set(fields.fields_of(cls))
+
+
 def test_aliases_that_multiply_are_refused_in_a_change_too(recipe):
     """Each level holds the one before nine times: made, they would take all memory there is."""
     levels = "".join(f"&{n} [{','.join([f'*{o}'] * 9)}], " for o, n in zip("abcdefghijk", "bcdefghijkl", strict=True))
@@ -219,10 +283,11 @@ def test_a_name_that_no_file_can_have_is_one_that_is_not_there(key, name, recipe
     assert "there is no f" in found and ": " in found
 
 
-def test_on_and_off_which_yaml_takes_for_truth_values_are_to_be_quoted(recipe):
+def test_on_off_yes_and_no_are_words_as_yaml_1_2_has_them(recipe):
     path = recipe()
-    path.write_text(path.read_text().replace("save_strategy: 'no'", "save_strategy: no"))
-    assert "got False; YAML takes on, off, yes and no for these: put it in quotes" in problems(path)[0]
+    path.write_text(path.read_text().replace("save_strategy: 'no'", "save_strategy: no\n  packing: yes"))
+    read = read_recipe(path)
+    assert (read.training["save_strategy"], read.training["packing"]) == ("no", True)
 
 
 def test_text_that_is_not_utf_8_is_refused(tmp_path):
@@ -284,7 +349,7 @@ outptu: out
         ("line 13, safety.2", "needs the alignment direction"),
         ("line 15, training.learning_rat", "did you mean `learning_rate`?"),
         ("line 16, training.output_dir", "is `output` in a recipe"),
-        ("line 17, training.hub_token", "must not stand in a file"),
+        ("line 17, training.hub_token", "must not be in a file"),
         ("line 18, training.num_train_epochs", "expected a number, got 'many'"),
         ("line 19, training.seed", "expected a whole number, got True"),
         ("line 20, evaluation.prompts", "at least 1"),
@@ -308,7 +373,7 @@ outptu: out
         ({"peft": {"use_dora": True}, "safety": {"method": "asft", "unaligned_model": "x"}}, "safety: "),
         ({"safety": [{"unaligned_model": "x"}]}, "safety.0.method: is missing"),
         ({"safety": {"method": "asft", "unaligned_model": "x", "weight": -1}}, "`weight` must be"),
-        ({"safety": [{"method": "asft", "unaligned_model": "x"}] * 2}, "`asft` stands here a second time"),
+        ({"safety": [{"method": "asft", "unaligned_model": "x"}] * 2}, "`asft` is listed a second time"),
         ({"safety": ["asft"]}, "safety.0: "),
         ({"safety": "asft"}, "safety: "),
         ({"model": "Qwen/Qwen2.5-0.5B"}, "model: "),
@@ -320,7 +385,7 @@ outptu: out
         ({"data": [{"path": "rows.jsonl", "format": "alpaca", "columns": {"prompt": "a"}}]}, "not both"),
         ({"evaluation": {"prompts": [{"path": "ask.csv", "kind": "evil"}]}}, "evaluation.prompts.0.kind: "),
         ({"data": [{"path": "rows.jsonl", "split": "test"}]}, "a file, in `path`, has none"),
-        ({"data": [{"path": "hf:a/b"}]}, "a dataset stands under `hub`: `hub: a/b`"),
+        ({"data": [{"path": "hf:a/b"}]}, "a dataset is given under `hub`: `hub: a/b`"),
         ({"data": [{"hub": "./absent"}]}, "data.0.hub: there is no folder"),
         ({"training": ["max_steps"]}, "training: "),
     ],
@@ -403,7 +468,8 @@ def test_dry_run_counts_what_a_run_would_take(recipe):
 
 def test_dry_run_counts_the_same_tokens_and_steps_as_a_run(recipe):
     from safe_trainer.recipe.dry_run import plan
-    from safe_trainer.recipe.run import load_data, make_trainer
+    from safe_trainer.recipe.run import make_trainer
+    from safe_trainer.recipe.sources import load_data
 
     read = read_recipe(
         recipe({"training": {"num_train_epochs": 2, "per_device_train_batch_size": 3, "save_strategy": "no"}})
@@ -518,14 +584,14 @@ def test_rows_that_the_evaluation_asks_are_pointed_out(recipe):
 
 @pytest.mark.parametrize(("weight", "rows"), [(0.25, 5), (1, 20), (2.5, 50)])
 def test_a_weight_says_how_often_rows_are_seen(recipe, weight, rows):
-    from safe_trainer.recipe.run import load_data
+    from safe_trainer.recipe.sources import load_data
 
     loaded = load_data(read_recipe(recipe({"data": [{"path": "rows.jsonl", "weight": weight}]})))
     assert len(loaded.rows) == rows
 
 
 def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp_path):
-    from safe_trainer.recipe.run import load_data
+    from safe_trainer.recipe.sources import load_data
 
     folder = tmp_path / "more"
     folder.mkdir()
@@ -542,11 +608,11 @@ def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp
 def test_a_model_that_cannot_be_had_is_named_before_data_is_read(recipe):
     result = invoke("train", recipe({"model": {"path": "absent/model"}, "safety": None}))
     assert result.exit_code == 1
-    assert "The model `absent/model` cannot be had: " in result.output and "20 rows" not in result.output
+    assert "The model `absent/model` could not be loaded: " in result.output and "20 rows" not in result.output
 
 
 def test_prompts_may_be_built_in(recipe):
-    from safe_trainer.recipe.run import load_data
+    from safe_trainer.recipe.sources import load_data
 
     asked = {"prompts": [{"kind": "borderline", "built_in": "general"}]}
     (found,) = load_data(read_recipe(recipe({"evaluation": asked}))).prompt_sets
@@ -648,9 +714,9 @@ def test_a_model_that_brings_no_harmful_rows_asks_for_them_or_for_plain_training
     assert "harmful_data: harmful.jsonl" in problem and "safety: null" in problem
 
 
-def test_a_method_that_is_recommended_already_stands_there_a_second_time(recipe):
+def test_a_method_that_is_recommended_already_is_listed_twice(recipe):
     twice = [{"method": "recommended"}, {"method": "security_vectors", "harmful_data": "./rows.jsonl"}]
-    assert "`security_vectors` stands here a second time" in problems(recipe({"safety": twice}))[0]
+    assert "`security_vectors` is listed a second time" in problems(recipe({"safety": twice}))[0]
 
 
 # ---- watching while it trains

@@ -24,7 +24,7 @@ _SHOWN = ("loss", "safety_penalty", "eval_loss", "mean_token_accuracy", "learnin
 
 def _show_schema(wanted: bool) -> None:
     if wanted:
-        from ..recipe.editors import recipe_schema
+        from ..recipe.schema import recipe_schema
 
         typer.echo(json.dumps(recipe_schema(), indent=1))
         raise typer.Exit

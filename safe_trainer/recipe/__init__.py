@@ -9,8 +9,9 @@ result = recipe.run_recipe(recipe.read_recipe("recipes/testbed/asft.yaml", ["tra
 
 from .document import RecipeError
 from .dry_run import Plan, plan
-from .run import LoadedData, RunCallbacks, RunResult, load_data, run_recipe
-from .validation import Recipe, read_recipe
+from .load import Recipe, read_recipe
+from .run import RunCallbacks, RunResult, run_recipe
+from .sources import LoadedData, load_data
 
 __all__ = ["LoadedData", "Plan", "Recipe", "RecipeError", "RunCallbacks", "RunResult", "load_data", "plan",
            "read_recipe", "run_recipe"]  # fmt: skip

@@ -1,25 +1,25 @@
-"""A YAML text as values that know their lines, so that a complaint can point at the place that it is about."""
+"""A YAML text as values that know their lines, so that a message can name the line that it is about."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
 
-_LARGEST = 100_000  # values in a recipe, aliases each time they stand there; a bomb of aliases has millions
-_SHOWN = 200  # characters of a value in a message
+from .fields import short
+
+_LARGEST = 100_000  # values in a recipe, aliases counted each time: nested aliases make millions
 
 Place = tuple[str | int, ...]
-"""Where a value stands: the keys and positions that lead to it, such as `("data", 0, "path")`."""
+"""Where a value is: the keys and positions that lead to it, such as `("data", 0, "path")`."""
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be run; lists everything that is wrong with it, each with its place."""
+    """A recipe cannot be run; lists everything that is wrong with it, each with its line."""
 
     def __init__(self, name: str, problems: Iterable[str]) -> None:
         self.problems = list(problems)
@@ -27,66 +27,68 @@ class RecipeError(ValueError):
         super().__init__("\n".join([f"{count} in `{name}`:", *(f"  {problem}" for problem in self.problems)]))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something that is wrong with a value of a recipe.
-
-    Args:
-        place (`Place`): Where the value stands.
-        message (`str`): What was found, and what was expected.
-    """
-
-    place: Place
-    message: str
-
-
 class Document:
-    """Values of a YAML text with their lines, and with what the command line changed about them.
+    """The values of a YAML text, the line of each, and the problems that are found in them.
 
     Args:
         text (`str`): The YAML text: a mapping.
         name (`str`): What messages call it; usually the path of its file.
 
     Raises:
-        RecipeError: If it is no YAML, no mapping, or names a key twice, which YAML itself would let pass.
+        RecipeError: If it is not valid YAML, not a mapping, or has a key twice.
     """
 
     def __init__(self, text: str, name: str) -> None:
-        self.name = name
-        self._lines: dict[Place, str] = {}
-        self._problems: list[Problem] = []
+        self.name, self._size = name, 0
+        self._lines: dict[Place, str] = {(): "line 1"}
+        self._found: list[tuple[Place, str]] = []
         try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-            _check_size(node)
-            self.values: dict[str, Any] = self._construct(loader, node, ())
-        except yaml.YAMLError as error:
+            loaded = YAML().load(text)  # round trip, which knows the lines
+            self.values: dict[str, Any] = self._plain(loaded, ())
+        except YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}: " if mark else ""
-            raise RecipeError(name, [f"{line}no YAML: {getattr(error, 'problem', None) or error}"]) from error
-        except (RecursionError, ValueError, AttributeError) as error:  # values within themselves, dates that are none
-            raise RecipeError(name, [f"no YAML that can be read: {error}"]) from error
+            told = str(getattr(error, "problem", None) or error).partition("\n")[0]
+            raise RecipeError(name, [f"{line}not valid YAML: {told}"]) from error
+        except RecursionError as error:
+            raise RecipeError(name, ["not readable YAML: a value is nested too deeply, or contains itself"]) from error
+        except (
+            ValueError,
+            AttributeError,
+            TypeError,
+            KeyError,
+            AssertionError,
+        ) as error:  # impossible dates and so on
+            raise RecipeError(name, [f"not readable YAML: {error}"]) from error
         if not isinstance(self.values, dict):
-            raise RecipeError(name, [f"line 1: expected keys such as `model:`, found {self.values!r}"])
-        self.complain(self._problems)
+            raise RecipeError(name, [f"line 1: expected keys such as `model:`, found {short(self.values)}"])
 
-    def complain(self, problems: Iterable[Problem]) -> None:
+    @property
+    def has_problems(self) -> bool:
+        """Whether something was found to be wrong."""
+        return bool(self._found)
+
+    def problem(self, place: Place, message: str) -> None:
+        """Note what is wrong with a value."""
+        self._found.append((place, message))
+
+    def raise_problems(self) -> None:
         """Raise one error that lists all problems in the order of the file, if there are any."""
-        found = sorted(problems, key=lambda problem: self._order(problem.place))
-        if found:
-            raise RecipeError(self.name, [f"{self.where(p.place)}{dotted(p.place)}: {p.message}" for p in found])
+        if self._found:
+            ordered = sorted(self._found, key=lambda found: self._order(found[0]))
+            raise RecipeError(self.name, [f"{self.where(p)}{dotted(p)}: {message}" for p, message in ordered])
 
     def where(self, place: Place) -> str:
         """Return the line of a value, or of the nearest value around it."""
-        while place and place not in self._lines:
+        while place not in self._lines:
             place = place[:-1]
-        return f"{self._lines[place]}, " if place in self._lines else ""
+        return f"{self._lines[place]}, "
 
     def put(self, place: Place, value: Any) -> None:
-        """Change a value for the command line; keys that are not there yet are added.
+        """Change a value for `--set`; keys that are not there yet are added.
 
         Raises:
-            RecipeError: If it would stand in something that is no mapping, or behind the end of a list.
+            RecipeError: If it would be inside something that is not a mapping, or after the end of a list.
         """
         here: Any = self.values
         for key in place[:-1]:
@@ -96,42 +98,42 @@ class Document:
         if not isinstance(here, dict) and _inside(here, place[-1]) is None:
             raise RecipeError(self.name, [f"--set {dotted(place)}: there is no such place in this recipe"])
         here[place[-1]] = value
+        self._lines = {known: line for known, line in self._lines.items() if known[: len(place)] != place}
         self._lines[place] = "--set"
 
     def _order(self, place: Place) -> tuple[bool, int]:
         line = self.where(place).removeprefix("line ").rstrip(", ")
         return (not line.isdecimal(), int(line) if line.isdecimal() else 0)
 
-    def _construct(self, loader: _Loader, node: yaml.Node | None, place: Place) -> Any:
-        if node is None:
-            return None
-        self._lines.setdefault(place, f"line {node.start_mark.line + 1}")
-        if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
-            return [self._construct(loader, item, (*place, n)) for n, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode) or not node.tag.endswith(":map"):
-            return loader.construct_object(node, deep=True)  # refuses tags that would make Python objects
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(None, None, "a key must be one word", key_node.start_mark)
-            inner, line = (*place, key_node.value), key_node.start_mark.line + 1
-            if inner in self._lines:
-                self._problems.append(Problem(inner, f"stands in line {line} a second time"))
-            self._lines.setdefault(inner, f"line {line}")
-        loader.flatten_mapping(node)  # `<<: *anchor`, whose keys come before those that stand here
-        values: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            values[key] = self._construct(loader, value_node, (*place, key))
-        return values
+    def _plain(self, value: Any, place: Place) -> Any:
+        """Return a value of the YAML library as Python's own, and note its lines."""
+        self._size += 1
+        if self._size > _LARGEST:
+            raise ValueError(f"it holds more than {_LARGEST:,} values; does an anchor contain itself?")
+        tag = getattr(getattr(value, "tag", None), "value", None)
+        if tag is not None:
+            name = str(tag).removeprefix("tag:yaml.org,2002:")
+            raise ValueError(f"{self.where(place)}{dotted(place)} has the tag `{name}`; remove it")
+        if isinstance(value, CommentedMap):
+            for key in value:
+                if not isinstance(key, str | int | float):
+                    raise ValueError(f"{self.where(place)}a key must be one word, got {short(key)}")
+                if key in value.lc.data:  # keys of `<<: *anchor` have no line of their own
+                    self._lines[(*place, _scalar(key))] = f"line {value.lc.key(key)[0] + 1}"
+            return {_scalar(key): self._plain(inner, (*place, _scalar(key))) for key, inner in value.items()}
+        if isinstance(value, CommentedSeq):
+            for n in value.lc.data or ():
+                self._lines[(*place, n)] = f"line {value.lc.item(n)[0] + 1}"
+            return [self._plain(inner, (*place, n)) for n, inner in enumerate(value)]
+        return _scalar(value)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads `1e-4` as a number, as everybody means it; YAML 1.1 wants a point in it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+def _scalar(value: Any) -> Any:
+    """Return a scalar of the YAML library, which remembers how it was written, as Python's own."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
 
 
 def assignment(text: str) -> tuple[Place, Any]:
@@ -141,15 +143,16 @@ def assignment(text: str) -> tuple[Place, Any]:
         ValueError: If it has another form.
     """
     path, sign, value = text.partition("=")
-    text = _cut(text)
     place: Place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
     if not sign or "" in place:
-        raise ValueError(f"--set {text}: expected a form such as training.learning_rate=1e-4")
+        raise ValueError(f"--set {_cut(text)}: expected a form such as training.learning_rate=1e-4")
     try:
-        _check_size(_Loader(value).get_single_node())
-        return place, yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise ValueError(f"--set {text}: the value is no YAML. Quote it: --set '{_cut(path)}=\"…\"'") from error
+        return place, Document(f"value: {value}" if "\n" not in value else f"value:\n{value}", "--set").values["value"]
+    except (RecipeError, KeyError) as error:
+        told = error.problems[0].rpartition(": ")[2] if isinstance(error, RecipeError) else "it is more than one value"
+        raise ValueError(
+            f"--set {_cut(text)}: the value is not valid YAML ({told}). Quote it: --set '{_cut(path)}=\"…\"'"
+        ) from error
 
 
 def dotted(place: Place) -> str:
@@ -157,7 +160,7 @@ def dotted(place: Place) -> str:
     return ".".join(map(str, place)) or "recipe"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
     """Return a hint at the known word that is nearest, or at all of them if they are few."""
     known = list(known)
     near = get_close_matches(str(word).lower(), known, n=1, cutoff=0.6)
@@ -166,33 +169,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known are {', '.join(known)}" if len(known) <= 12 else "it is not among those that are known"
 
 
-def told(value: Any) -> str:
-    """Return a value as a message shows it: not the whole of a long one."""
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _check_size(node: yaml.Node | None) -> None:
-    """Refuse what would hold too many values, before it is made: aliases in each other multiply."""
-    if node is not None and _size(node, {}) > _LARGEST:
-        raise ValueError(f"it holds more than {_LARGEST:,} values; is there an anchor within itself?")
-
-
-def _size(node: yaml.Node, known: dict[int, float]) -> float:
-    """Return how many values a node holds, with those behind its aliases; no end of them if it is within itself."""
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        inner: list[Any] = [] if isinstance(node, yaml.ScalarNode) else list(node.value)
-        if isinstance(node, yaml.MappingNode):
-            inner = [part for pair in inner for part in pair]
-        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
-    return known[id(node)]
-
-
 def _inside(values: Any, key: str | int) -> Any:
     if isinstance(values, dict):
         return values.get(key)
     return values[key] if isinstance(values, list) and isinstance(key, int) and key < len(values) else None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"

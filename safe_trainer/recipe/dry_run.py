@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .fitting import adapted, skeleton
-from .run import LoadedData, arguments, load_data
-from .validation import Recipe
+from .load import Recipe
+from .run import arguments
+from .sources import LoadedData, load_data
 
 if TYPE_CHECKING:
     from datasets import Dataset

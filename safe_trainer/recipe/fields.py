@@ -1,77 +1,213 @@
-"""Checks settings against the dataclass that they are for: TRL's arguments, PEFT's LoRA, our methods.
+"""The settings that the classes behind a recipe take: TRL's arguments, PEFT's LoRA, our methods.
 
-Their fields and annotations are read from the classes themselves, so that every option of the installed versions can
-stand in a recipe without being listed here.
+Names and annotations come from the classes themselves, so every option of the installed versions can be written in a
+recipe. Importing them loads torch, which takes seconds: until it is loaded, they are read from the classes' source.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
+import collections.abc
 import dataclasses
+import math
+import sys
 import types
-from collections.abc import Collection, Mapping
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from .document import Place, Problem, did_you_mean, told
+Hints = dict[str, Any]
+_PLAIN = (str, int, float, bool, list, dict, tuple, Mapping, Sequence, Path, types.NoneType)
+SFT_CONFIG = (
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("transformers", "training_args.py", "TrainingArguments"),
+)
+LORA_CONFIG = (
+    ("peft", "tuners/lora/config.py", "LoraConfig"),
+    ("peft", "config.py", "PeftConfig"),
+    ("peft", "config.py", "PeftConfigMixin"),
+)
 
-_PLAIN = (str, int, float, bool, list, dict, tuple, Mapping, Path, types.NoneType)
 
-
-def check_fields(
-    cls: type, values: Mapping[str, Any], place: Place, hidden: Mapping[str, str] | None = None
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the settings with their types put right, and what is wrong with them.
+@dataclasses.dataclass(frozen=True)
+class Recommended:
+    """The settings of `recommended` in a recipe.
 
     Args:
-        cls (`type`): The dataclass.
-        values (`Mapping[str, Any]`): The settings by name.
-        place (`Place`): Where they stand.
-        hidden (`Mapping[str, str]`, *optional*): Fields that a recipe may not set here, each with the reason.
+        harmful_data (`str`, *optional*): File of harmful prompts with answers that comply. Left out, the model's own.
     """
-    hidden = hidden or {}
-    known = {name: hint for name, hint in plain_fields(cls).items() if name not in hidden}
-    checked: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for name, value in values.items():
-        if name not in known:
-            reason = hidden.get(name) or f"unknown setting of {cls.__name__}; {did_you_mean(name, known)}"
-            problems.append(Problem((*place, name), reason))
-            continue
-        try:
-            if isinstance(value, bool) and bool not in _members(known[name]):
-                raise ValueError("pydantic would take it for 0 or 1")
-            checked[name] = TypeAdapter(known[name]).validate_python(value)
-        except ValueError:  # pydantic's `ValidationError` is one
-            quoted = "; YAML takes on, off, yes and no for these: put it in quotes" if isinstance(value, bool) else ""
-            problems.append(Problem((*place, name), f"expected {shown(known[name])}, got {told(value)}{quoted}"))
-    return checked, problems
+
+    harmful_data: str | None = None
+
+
+def is_torch_loaded() -> bool:
+    """Return whether classes can be asked for their fields without waiting for torch."""
+    return "torch" in sys.modules
+
+
+def training_fields() -> Hints:
+    """Return the settings of TRL's `SFTConfig` with their annotations."""
+    if not is_torch_loaded() and (found := _from_source(SFT_CONFIG)):
+        return found
+    from trl import SFTConfig
+
+    return fields_of(SFTConfig)
+
+
+def peft_fields() -> Hints:
+    """Return the settings of PEFT's `LoraConfig` with their annotations."""
+    if not is_torch_loaded() and (found := _from_source(LORA_CONFIG)):
+        return found
+    from peft import LoraConfig
+
+    return fields_of(LoraConfig)
+
+
+def method_fields() -> dict[str, Hints]:
+    """Return the settings of each method by the name that it has in `METHODS`, and those of `recommended`."""
+    if not is_torch_loaded() and (found := _methods_from_source()):
+        return {"recommended": fields_of(Recommended), **found}
+    from ..methods import METHODS
+
+    return {name: fields_of(cls) for name, cls in {"recommended": Recommended, **METHODS}.items()}
 
 
 @cache
-def plain_fields(cls: type) -> dict[str, Any]:
+def fields_of(cls: type) -> Hints:
     """Return the annotation of each field that can be written in YAML, without the kinds of value that cannot."""
     hints = get_type_hints(cls)
-    fields = {field.name: _plain(hints[field.name]) for field in dataclasses.fields(cls) if field.init}
-    return {name: hint for name, hint in fields.items() if hint is not None}
+    return _plain_only({field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init})
 
 
-def shown(hint: Any) -> str:
-    """Return an annotation as a message shows it."""
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
-    parts = []
-    for member in _members(hint):
-        choices = get_args(member) if get_origin(member) is Literal else ()
-        parts += [repr(c) for c in choices] or [names.get(member, _collection_name(member))]
-    return " or ".join(dict.fromkeys(parts))
+@cache
+def _from_source(classes: tuple[tuple[str, str, str], ...]) -> Hints:
+    """Return the fields that classes declare in their source, the first class's before its bases'; or nothing."""
+    hints: Hints = {}
+    for package, file, name in classes:
+        spec = find_spec(package)
+        path = Path((spec.submodule_search_locations or [""])[0], file) if spec else Path()
+        declared = _declared(path, name)
+        if declared is None:
+            return {}  # another layout of the package: the class itself is asked
+        hints = {**declared, **hints}
+    return _plain_only(hints, otherwise=Any)
 
 
-def json_schema(cls: type, hidden: Collection[str] = ()) -> dict[str, Any]:
-    """Return the JSON schema of a dataclass's settings, for editors."""
+@cache
+def _methods_from_source() -> dict[str, Hints]:
+    """Return the fields of the methods that are listed in `methods/__init__.py`; or nothing if it has another form."""
+    folder = Path(__file__).parents[1] / "methods"
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    homes = {a.name: f"{n.module}.py" for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    tables = [n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "METHODS"]
+    found: dict[str, Hints] = {}
+    for table in tables:
+        for key, value in zip(table.keys, table.values, strict=True) if isinstance(table, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and isinstance(value, ast.Name) and value.id in homes:
+                found[str(key.value)] = _plain_only(_declared(folder / homes[value.id], value.id) or {}, otherwise=Any)
+    return found if all(found.values()) else {}
+
+
+def _declared(path: Path, name: str) -> Hints | None:
+    """Return the annotated fields of a class in a source file; `None` if it is not there."""
+    if not path.is_file():
+        return None
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            fields = (item for item in node.body if isinstance(item, ast.AnnAssign))
+            return {item.target.id: _evaluated(item) for item in fields if _is_setting(item)}  # type: ignore[union-attr]
+    return None
+
+
+def _is_setting(item: ast.AnnAssign) -> bool:
+    value = ast.unparse(item.value) if item.value else ""
+    return isinstance(item.target, ast.Name) and "ClassVar" not in ast.unparse(item.annotation) and (
+        "init=False" not in value
+    )  # fmt: skip
+
+
+class _Names(dict[str, Any]):
+    """Names that an annotation may use; one that would have to be imported is a type that YAML cannot hold."""
+
+    def __missing__(self, name: str) -> Any:
+        return type(name, (), {})
+
+
+def _evaluated(item: ast.AnnAssign) -> Any:
+    names = _Names({**vars(builtins), **vars(collections.abc), **vars(typing), "Path": Path})
+    try:
+        return eval(ast.unparse(item.annotation), {}, names)  # noqa: S307, source of an installed package
+    except (TypeError, AttributeError, NameError):
+        return Any
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may have: from `least` to `most`, above the least if `above`."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:  # not a number, or of any size
+            return False
+        return self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        if self.most < math.inf:
+            return f"a number from {self.least:,} to {self.most:,}"
+        return f"{'above' if self.above else 'at least'} {self.least:g}"
+
+
+def _ranges(text: str, allowed: Range) -> dict[str, Range]:
+    return dict.fromkeys(text.split(), allowed)
+
+
+# Neither TRL nor PEFT checks these before training has begun, or ever.
+RANGES = {
+    **_ranges("learning_rate weight_decay warmup_steps adam_epsilon label_smoothing_factor logging_steps save_steps "
+              "save_total_limit dataset_num_proc dataloader_num_workers", Range(0)),
+    **_ranges("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length "
+              "max_steps r", Range(1)),
+    **_ranges("warmup_ratio adam_beta1 adam_beta2 label_smoothing_factor lora_dropout", Range(0, 1)),
+    **_ranges("num_train_epochs lora_alpha", Range(0, above=True)),
+    **_ranges("seed data_seed", Range(0, 2**32 - 1)),
+}  # fmt: skip
+_UNSET = {("max_steps", -1)}  # what TRL takes for not set, where it is not null
+
+
+def check_field(name: str, value: Any, hint: Any, in_range: bool) -> tuple[Any, str | None]:
+    """Return a setting with its type put right, and what is wrong with it.
+
+    Args:
+        name (`str`): The setting.
+        value (`Any`): What the recipe says.
+        hint (`Any`): The annotation of the field.
+        in_range (`bool`): Whether `RANGES` is about it.
+    """
+    try:
+        if isinstance(value, bool) and bool not in _members(hint):
+            raise ValueError("pydantic would take it for 0 or 1")
+        checked = TypeAdapter(hint).validate_python(value)
+    except ValueError:  # pydantic's `ValidationError` is one
+        return None, f"expected {_shown(hint)}, got {short(value)}"
+    if in_range and name in RANGES and checked is not None and (name, checked) not in _UNSET:
+        if checked not in RANGES[name]:
+            return None, f"must be {RANGES[name]}, got {checked!r:.60}"
+    return checked, None
+
+
+def json_schema(hints: Hints, hidden: Collection[str] = ()) -> dict[str, Any]:
+    """Return the JSON schema of settings, for editors."""
     properties = {}
-    for name, hint in plain_fields(cls).items():
+    for name, hint in hints.items():
         if name not in hidden:
             properties[name] = TypeAdapter(hint).json_schema()
             # The order in which Python keeps a union's members depends on what else was imported.
@@ -79,25 +215,41 @@ def json_schema(cls: type, hidden: Collection[str] = ()) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
+def short(value: Any) -> str:
+    """Return a value as a message shows it: a long one cut off."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _collection_name(member: Any) -> str:
-    origin = get_origin(member) or member
-    return {list: "a list", tuple: "a list", dict: "a mapping", Mapping: "a mapping", Path: "a path"}.get(
-        origin, getattr(origin, "__name__", str(origin))
-    )
+def _shown(hint: Any) -> str:
+    """Return an annotation as a message shows it."""
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
+    names |= {list: "a list", tuple: "a list", dict: "a mapping", Path: "a path"}
+    names |= {collections.abc.Mapping: "a mapping", collections.abc.Sequence: "a list"}
+    parts = []
+    for member in _members(hint):
+        choices = get_args(member) if get_origin(member) is Literal else ()
+        origin = get_origin(member) or member
+        parts += [repr(c) for c in choices] or [names.get(origin, getattr(origin, "__name__", str(origin)))]
+    return " or ".join(dict.fromkeys(parts))
 
 
-def _plain(hint: Any) -> Any:
-    """Leave of a union what YAML can express; `None` if nothing is left."""
-    members = [m for m in _members(hint) if _is_plain(m)]
-    return Union[tuple(members)] if any(m is not types.NoneType for m in members) else None  # noqa: UP007, made of a list
+def _plain_only(hints: Hints, otherwise: Any = None) -> Hints:
+    """Leave of each annotation what YAML can express; a field of which nothing is left is `otherwise`, or left out."""
+    found = {}
+    for name, hint in hints.items():
+        members = tuple(member for member in _members(hint) if _is_plain(member))
+        if any(member is not types.NoneType for member in members):
+            found[name] = Union[members]  # noqa: UP007, made of a tuple
+        elif otherwise is not None:
+            found[name] = otherwise
+    return found
 
 
 def _is_plain(member: Any) -> bool:
     origin = get_origin(member) or member
-    if origin in (Any, Literal):
-        return True
-    return isinstance(origin, type) and issubclass(origin, _PLAIN)
+    return origin in (Any, Literal) or (isinstance(origin, type) and issubclass(origin, _PLAIN))

@@ -6,10 +6,10 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
-from .document import Place, Problem
+from .document import Place
 
 if TYPE_CHECKING:
-    from .validation import Recipe
+    from .load import Recipe
 
 
 def skeleton(recipe: Recipe) -> Any:
@@ -42,8 +42,8 @@ def adapted(recipe: Recipe, model: Any) -> Any:
         except Exception as error:  # PEFT tells in exceptions of any kind, patterns' and dictionaries' among them
             told = f"{type(error).__name__ if isinstance(error, KeyError) else ''} {error}".strip().rstrip(".")
             setting = _place(("peft",), recipe.values.get("peft"), str(error))
-            recipe.document.complain([Problem(setting, f"{told}. {_known(model)}")])
-    problems: list[Problem] = []
+            recipe.document.problem(setting, f"{told}. {_known(model)}")
+            recipe.document.raise_problems()
     listed = recipe.values.get("safety")
     for position, method in enumerate(recipe.safety):
         try:
@@ -53,8 +53,8 @@ def adapted(recipe: Recipe, model: Any) -> Any:
             entry = listed
             if isinstance(listed, list) and len(listed) == len(recipe.safety):  # none stands for several
                 place, entry = (*place, position), listed[position]
-            problems.append(Problem(_place(place, entry, str(error)), str(error)))
-    recipe.document.complain(problems)
+            recipe.document.problem(_place(place, entry, str(error)), str(error))
+    recipe.document.raise_problems()
     return model
 
 

@@ -16,7 +16,7 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -27,12 +27,10 @@ import yaml
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..data import DataReport, PromptSet, leaked_rows, load_prompts, load_rows
-from ..evaluation.general import general_prompts
+from ..data import PromptSet
 from .document import RecipeError, dotted
-from .fitting import adapted, skeleton
-from .sources import moved, reading_of, source_of
-from .validation import Recipe
+from .load import Recipe, moved
+from .sources import LoadedData, load_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -186,92 +184,6 @@ def check_output(output: str, resume: bool) -> None:
         raise ValueError(f"`{output}` holds a finished run. Choose another with --set output=FOLDER, or remove it.")
 
 
-@dataclass(frozen=True)
-class LoadedData:
-    """The data of a recipe.
-
-    Args:
-        rows (`Dataset`): What is trained on, all sources together, as often as their weights say.
-        prompt_sets (`list[PromptSet]`): What the model is examined with; empty without an evaluation.
-        reports (`list[DataReport]`): What was found in each source.
-        leaked (`dict[str, int]`): How many training rows ask what a prompt set will ask, by the set's name.
-    """
-
-    rows: Dataset
-    prompt_sets: list[PromptSet]
-    reports: list[DataReport]
-    leaked: dict[str, int]
-
-    def messages(self) -> list[str]:
-        """Return what a user should read about the data before training."""
-        leaks = [
-            f"{count:,} training rows ask a prompt of `{name}`: its rates will show memory, not behavior. Remove them "
-            "from one or the other."
-            for name, count in self.leaked.items()
-        ]
-        return [*map(str, self.reports), *leaks]
-
-
-def load_data(recipe: Recipe) -> LoadedData:
-    """Load the training rows and the prompts of a recipe.
-
-    Raises:
-        ValueError: If one of its sources cannot be read, or they do not go together.
-    """
-    _check_model(recipe)
-    reports: list[DataReport] = []
-    rows = _training_rows(recipe, reports)
-    sets = []
-    for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
-        if part.built_in is not None:
-            found = general_prompts(part.kind)
-            sets.append(replace(found, name=part.name or found.name))
-            continue
-        prompts, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
-        sets.append(prompts)
-        reports.append(report)
-    leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
-    return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
-
-
-def _check_model(recipe: Recipe) -> None:
-    """See that the model is there, and that the recipe fits it, before data is read, which may take long."""
-    from transformers import AutoConfig
-
-    model = recipe.parts.model
-    try:
-        AutoConfig.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The model `{model.path}` cannot be had: {str(error).strip()} Give a Hub id, or a folder that begins "
-            "with ./, ../ or /; for a private or gated model, log in with `hf auth login`."
-        ) from error
-    try:
-        empty = skeleton(recipe)
-    except Exception:  # says nothing of the recipe: what is wrong is told when the model itself is loaded
-        return
-    adapted(recipe, empty)
-
-
-def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
-    from datasets import concatenate_datasets
-
-    seed = recipe.training.get("seed", 42)
-    parts: list[Dataset] = []
-    for source in recipe.parts.data:
-        rows, report = load_rows(source_of(source), reading_of(source))
-        reports.append(report)
-        whole, rest = divmod(source.weight, 1)
-        parts += [rows] * int(whole)
-        if rest:
-            parts.append(rows.shuffle(seed=seed).select(range(max(1, round(rest * len(rows))))))
-    kinds = {tuple(part.column_names) for part in parts}
-    if len(kinds) > 1:
-        formats = ", ".join(f"{report.source} ({report.format})" for report in reports)
-        raise ValueError(f"Texts and conversations cannot be mixed in one run: {formats}. Bring them into one form.")
-    return concatenate_datasets(parts)
-
-
 def arguments(recipe: Recipe) -> Any:
     """Return TRL's arguments for a recipe.
 
@@ -344,10 +256,7 @@ def _train(
     recipe: Recipe, trainer: SafeSFTTrainer, asked: RunCallbacks, callbacks: RunCallbacks, resume: bool
 ) -> tuple[dict[str, float], bool]:
     """Train, and return the trainer's metrics and whether `should_stop` ended it."""
-    from .telling import Events
-
-    events = Events(asked, callbacks)
-    events.replace_printers(trainer)
+    stopped = _report_to(trainer, asked, callbacks)
     trainer.resume_command = recipe.command("--resume")
     try:
         metrics = trainer.train(resume_from_checkpoint=resume).metrics
@@ -358,7 +267,36 @@ def _train(
                 f"Stopped after step {step}. If `{output}` holds a checkpoint, --resume goes on from it."
             )
         raise
-    return metrics, events.stopped
+    return metrics, stopped()
+
+
+def _report_to(trainer: SafeSFTTrainer, asked: RunCallbacks, shown: RunCallbacks) -> Callable[[], bool]:
+    """Hand steps and log entries to `shown`, and return how to know whether `asked` has stopped training.
+
+    It takes the place of what transformers prints to standard output, which is for results.
+    """
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class Events(TrainerCallback):
+        stopped = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            shown.progress(state.global_step, state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            shown.progress(state.global_step, state.max_steps)
+            if asked.should_stop():  # in every process
+                self.stopped = control.should_training_stop = control.should_save = True
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            numbers = {name: v for name, v in (kwargs.get("logs") or {}).items() if isinstance(v, int | float)}
+            shown.log({"step": state.global_step, "max_steps": state.max_steps, **numbers})
+
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    events = Events()
+    trainer.add_callback(events)
+    return lambda: events.stopped
 
 
 def _finish(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..data import Kind
+from .fields import json_schema, method_fields, peft_fields, training_fields
 
 
 class Part(BaseModel):
@@ -124,3 +125,54 @@ class RecipePart(Part):
         if isinstance(values, dict) and "safety" in values and values["safety"] is None:
             return {**values, "safety": []}
         return values
+
+
+# What a recipe has another place for, or must not hold.
+NOT_UNDER_TRAINING = {
+    "output_dir": "is `output` in a recipe",
+    "model_init_kwargs": "is `model` in a recipe",
+    "resume_from_checkpoint": "is `safe-trainer train --resume`",
+    "trust_remote_code": "must not be in a file, since it runs code that others have written; in Python, load the "
+    "model yourself and give it to `SafeSFTTrainer`",
+    "hub_token": "must not be in a file; log in with `hf auth login`",
+}
+NOT_UNDER_PEFT = {
+    "task_type": "is always CAUSAL_LM here",
+    "base_model_name_or_path": "is `model` in a recipe",
+    "inference_mode": "is not for training",
+}
+PARTS: dict[tuple[str, ...], type[Part]] = {
+    (): RecipePart,
+    ("model",): ModelPart,
+    ("data",): DataPart,
+    ("evaluation",): EvaluationPart,
+    ("monitor",): MonitorPart,
+    ("evaluation", "prompts"): PromptsPart,
+}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes for the installed versions of TRL and PEFT and for all methods.
+
+    Editors complete keys and mark mistakes by it. Write it with `safe-trainer train --schema > recipe.schema.json`,
+    and name that file in the first line of a recipe: `# yaml-language-server: $schema=recipe.schema.json`.
+    """
+    import torch  # noqa: F401, so that fields come from the classes
+
+    from ..methods import METHODS
+
+    methods = []
+    for name, hints in method_fields().items():
+        method = json_schema(hints)
+        method["properties"] = {"method": {"const": name}, **method["properties"]}
+        title = METHODS[name].name if name in METHODS else name
+        methods.append({**method, "title": title, "required": ["method"]})
+    one = {"anyOf": methods}
+    schema = RecipePart.model_json_schema()
+    properties = schema["properties"]
+    properties["training"] |= json_schema(training_fields(), NOT_UNDER_TRAINING)
+    peft = {"anyOf": [json_schema(peft_fields(), NOT_UNDER_PEFT), {"type": "null"}]}
+    properties["peft"] = {"description": properties["peft"]["description"], **peft}
+    safety = {"anyOf": [one, {"type": "array", "items": one}, {"const": "recommended"}, {"type": "null"}]}
+    properties["safety"] = {"description": properties["safety"]["description"], **safety}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "safe_trainer recipe", **schema}

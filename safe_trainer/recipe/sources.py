@@ -1,112 +1,106 @@
-"""The files and folders that a recipe names: where they are, and whether they can be what they are for."""
+"""The data of a recipe: training rows of all sources, and the prompts that the model is asked."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from ..data import HubDataset, ReadOptions
-from ..data.files import is_file, kind_of
-from ..data.hub import PREFIX
-from .document import Place, Problem
+from ..data import DataReport, HubDataset, PromptSet, ReadOptions, leaked_rows, load_prompts, load_rows
+from .fitting import adapted, skeleton
+from .load import Recipe
 from .schema import ReadingPart, SourcePart
 
-FILES = (["data", "path"], ["evaluation", "prompts", "path"], ["monitor", "direction"], ["monitor", "basis"])
-"""Keys of a recipe under which a file stands."""
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
-    """Return a value of a recipe with the paths in it made absolute, or as they are seen from another folder.
-
-    Paths are the files of data, prompts and monitor, and elsewhere all texts that begin with `./` or `../`; but the
-    output is made where the command is given, and absolute paths stay what they are.
+@dataclass(frozen=True)
+class LoadedData:
+    """The data of a recipe.
 
     Args:
-        value (`Any`): The value, or several in lists and mappings.
-        place (`Place`): Where it stands in the recipe; `()` for the whole.
-        folder (`Path`): The folder that its paths are seen from.
-        seat (`Path`, *optional*): The folder that they are to be seen from; left out, they become absolute.
+        rows (`Dataset`): What is trained on, all sources together, as often as their weights say.
+        prompt_sets (`list[PromptSet]`): What the model is examined with; empty without an evaluation.
+        reports (`list[DataReport]`): What was found in each source.
+        leaked (`dict[str, int]`): How many training rows ask what a prompt set will ask, by the set's name.
     """
-    if isinstance(value, dict):
-        return {key: moved(inner, (*place, key), folder, seat) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [moved(inner, (*place, n), folder, seat) for n, inner in enumerate(value)]
-    keys = [key for key in place if isinstance(key, str)]
-    names_file = keys in FILES and not str(value).startswith(PREFIX)
-    is_path = isinstance(value, str) and (names_file or value.startswith(("./", "../"))) and keys != ["output"]
-    if not is_path or os.path.isabs(value):
-        return value
-    target = os.path.abspath(folder / os.path.expanduser(value))  # leaves users be that there are not
-    if seat is None:
-        return target
-    seen = Path(os.path.relpath(target, seat)).as_posix()
-    return seen if seen.startswith("../") else f"./{seen}"
+
+    rows: Dataset
+    prompt_sets: list[PromptSet]
+    reports: list[DataReport]
+    leaked: dict[str, int]
+
+    def messages(self) -> list[str]:
+        """Return what a user should read about the data before training."""
+        leaks = [
+            f"{count:,} training rows ask a prompt of `{name}`: its rates will show memory, not behavior. Remove them "
+            "from one or the other."
+            for name, count in self.leaked.items()
+        ]
+        return [*map(str, self.reports), *leaks]
 
 
-def check_sources(values: dict[str, Any], problems: list[Problem]) -> None:
-    """Check what can be known of models, data and prompts without loading them."""
-    model = values.get("model")
-    path = model.get("path") if isinstance(model, dict) else None
-    if isinstance(path, str) and path.startswith(("/", "~")) and not _is_folder(path):
-        problems.append(Problem(("model", "path"), f"there is no folder `{path}`"))
-    _check_monitor(values.get("monitor"), problems)
-    _check_safety(values.get("safety"), problems)
-    for place, source in _sources(values):
-        path = source.get("path")
-        hub = source.get("hub")
-        if isinstance(hub, str) and hub.startswith(("/", "~")) and not _is_folder(hub):
-            problems.append(Problem((*place, "hub"), f"there is no folder `{hub}`"))
-        if isinstance(path, str):
-            try:
-                if path.startswith(PREFIX):
-                    raise ValueError(f"a dataset stands under `hub`: `hub: {path.removeprefix(PREFIX)}`")
-                kind_of(path)
-                if not is_file(path):
-                    raise ValueError(f"there is no file `{path}`")
-            except ValueError as error:
-                problems.append(Problem((*place, "path"), str(error)))
-        settings: dict[str, Any] = {
-            name: source.get(name) for name in ("format", "columns") if source.get(name) is not None
-        }
-        try:
-            ReadOptions(**settings).chosen_format()
-        except (ValueError, TypeError, AttributeError) as error:
-            problems.append(Problem((*place, next(iter(settings))), str(error)))
+def load_data(recipe: Recipe) -> LoadedData:
+    """Load the training rows and the prompts of a recipe.
+
+    Raises:
+        ValueError: If one of its sources cannot be read, or they do not go together.
+    """
+    _check_model(recipe)
+    reports: list[DataReport] = []
+    rows = _training_rows(recipe, reports)
+    sets = []
+    for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
+        if part.built_in is not None:
+            from ..evaluation import general_prompts
+
+            found = general_prompts(part.kind)
+            sets.append(replace(found, name=part.name or found.name))
+            continue
+        prompts, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
+        sets.append(prompts)
+        reports.append(report)
+    leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
+    return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
 
 
-def _check_monitor(monitor: Any, problems: list[Problem]) -> None:
-    for key in ("direction", "basis"):
-        path = monitor.get(key) if isinstance(monitor, dict) else None
-        if isinstance(path, str) and not is_file(path):
-            problems.append(Problem(("monitor", key), f"there is no file `{path}`; `safe-trainer {key}` writes one"))
+def _check_model(recipe: Recipe) -> None:
+    """See that the model is there, and that the recipe fits it, before data is read, which may take long."""
+    from transformers import AutoConfig
 
-
-def _check_safety(safety: Any, problems: list[Problem]) -> None:
-    entries = enumerate(safety) if isinstance(safety, list) else [((), safety)]
-    for position, entry in entries:
-        place: Place = ("safety", position) if isinstance(position, int) else ("safety",)
-        for name, value in entry.items() if isinstance(entry, dict) else ():
-            if isinstance(value, str) and os.path.isabs(value) and not (is_file(value) or _is_folder(value)):
-                problems.append(Problem((*place, name), f"there is no file or folder `{value}`"))
-
-
-def _is_folder(path: str) -> bool:
+    model = recipe.parts.model
     try:
-        return Path(path).expanduser().is_dir()
-    except (OSError, RuntimeError):  # a name that is too long, or of a user that there is not
-        return False
+        AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model `{model.path}` could not be loaded: {str(error).strip()} Give a Hub id, or a folder that "
+            "begins with ./, ../ or /; for a private or gated model, log in with `hf auth login`."
+        ) from error
+    try:
+        empty = skeleton(recipe)
+    except Exception:  # says nothing of the recipe: what is wrong is told when the model itself is loaded
+        return
+    adapted(recipe, empty)
 
 
-def _sources(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    evaluation = values.get("evaluation")
-    prompts = evaluation.get("prompts") if isinstance(evaluation, dict) else None
-    for place, sources in ((("data",), values.get("data")), (("evaluation", "prompts"), prompts)):
-        for position, source in enumerate(sources if isinstance(sources, list) else ()):
-            if isinstance(source, dict):
-                yield (*place, position), source
+def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
+    from datasets import concatenate_datasets
+
+    seed = recipe.training.get("seed", 42)
+    parts: list[Dataset] = []
+    for source in recipe.parts.data:
+        rows, report = load_rows(source_of(source), reading_of(source))
+        reports.append(report)
+        whole, rest = divmod(source.weight, 1)
+        parts += [rows] * int(whole)
+        if rest:
+            parts.append(rows.shuffle(seed=seed).select(range(max(1, round(rest * len(rows))))))
+    kinds = {tuple(part.column_names) for part in parts}
+    if len(kinds) > 1:
+        formats = ", ".join(f"{report.source} ({report.format})" for report in reports)
+        raise ValueError(f"Texts and conversations cannot be mixed in one run: {formats}. Bring them into one form.")
+    return concatenate_datasets(parts)
 
 
 def source_of(part: SourcePart) -> str | HubDataset:
@@ -119,6 +113,6 @@ def source_of(part: SourcePart) -> str | HubDataset:
 
 def reading_of(part: ReadingPart) -> ReadOptions:
     """Return how a source of a recipe is to be read."""
-    names = [field.name for field in dataclasses.fields(ReadOptions) if hasattr(part, field.name)]
-    settings: dict[str, Any] = {name: getattr(part, name) for name in names}
+    fields = (field.name for field in dataclasses.fields(ReadOptions))
+    settings: dict[str, Any] = {name: getattr(part, name) for name in fields if hasattr(part, name)}
     return ReadOptions(**settings)
