@@ -96,7 +96,7 @@ def read_records(
             if kind == "Parquet":
                 yield from _read_parquet(stream)
             else:
-                yield from _read_text(stream, kind, encoding or _encoding_of(start), header)
+                yield from _read_text(stream, kind, encoding or encoding_of(start), header)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"`{path}` is not a whole gzip file ({error}). Copy or download it again.") from error
     except BrokenFileError as error:
@@ -133,7 +133,7 @@ def _read_parquet(stream: Stream) -> Iterator[Record | RowError]:
                 yield Record(row, value)
 
 
-def _encoding_of(start: bytes) -> str:
+def encoding_of(start: bytes) -> str:
     """Tell Unicode encodings apart by a byte order mark, or by the zero beside a first ASCII character."""
     marks = {b"\xff\xfe\0\0": "utf-32", b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
     for mark, encoding in marks.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, count, islice
@@ -96,15 +97,33 @@ def as_rows(source: Any, *, argument: str = "rows", options: ReadOptions | None 
 
     ```
     """
-    options = options or ReadOptions()
-    try:
-        if isinstance(source, str | Path | HubDataset):
-            return load_rows(source, options)
-        records, kind = _in_memory(source, argument, options)
-        if kind == "stream":
-            options = replace(options, limit=options.limit or STREAMED)
-        report = DataReport(f"`{argument}`", kind)
+    with named(argument):
+        records, options, report = open_source(source, argument=argument, options=options)
         return to_dataset(rows_of(records, options, report)), report
+
+
+def open_source(
+    source: Any, *, argument: str = "rows", options: ReadOptions | None = None
+) -> tuple[Iterator[Record | RowError], ReadOptions, DataReport]:
+    """Return the records of any source, unconverted, with how to read them and a report to fill in.
+
+    [`as_rows`] converts all of them; who needs each row next to its record gives them to [`converted_records`].
+    """
+    options = options or ReadOptions()
+    if isinstance(source, str | Path | HubDataset):
+        found = _Source.of(source, options)
+        return found.records, found.options, found.report
+    records, kind = _in_memory(source, argument, options)
+    if kind == "stream":
+        options = replace(options, limit=options.limit or STREAMED)
+    return records, options, DataReport(f"`{argument}`", kind)
+
+
+@contextmanager
+def named(argument: str) -> Iterator[None]:
+    """Name the caller's argument in every error about its source."""
+    try:
+        yield
     except (FileNotFoundError, ValueError) as error:
         if f"`{argument}`" in str(error):
             raise
