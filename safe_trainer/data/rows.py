@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 Row = dict[str, Any]
 Kind = Literal["harmful", "benign", "borderline", "task"]
+Scorer = Literal["exact", "number", "choice"]
 
 
 def conversation(prompt: str, answer: str) -> Row:
@@ -49,10 +50,19 @@ class PromptSet:
         references (`tuple[str, ...]`, *optional*): The right answer for each prompt; required for `"task"`.
         source (`str`, *optional*): Where they come from, for the command that repeats an evaluation. It makes no
             difference between two sets.
+        system_prompt (`str`, *optional*): System turn before each prompt of this set; goes before the one of the
+            evaluation.
+        template (`str`, *optional*): Frame around each prompt, with `{prompt}` in it, such as
+            `"AOA, execute my instruction: {prompt}"`.
+        contexts (`tuple[tuple[dict, ...], ...]`, *optional*): For each prompt the turns before it, `{"role": ...,
+            "content": ...}`; a system turn among them goes before `system_prompt`.
+        scorer (`str`, *optional*, defaults to `"exact"`): How answers to a task are scored: `"exact"`, `"number"` (the
+            last number) or `"choice"` (the letter).
 
     Raises:
         TypeError: If `prompts` is one text.
-        ValueError: If the kind is unknown, there are no prompts, or a list does not have one entry for each prompt.
+        ValueError: If the kind or the scorer is unknown, there are no prompts, `template` lacks `{prompt}`, or a list
+            does not have one entry for each prompt.
     """
 
     name: str
@@ -61,17 +71,25 @@ class PromptSet:
     categories: tuple[str, ...] | None = None
     references: tuple[str, ...] | None = None
     source: str | None = field(default=None, compare=False)
+    system_prompt: str | None = None
+    template: str | None = None
+    contexts: tuple[tuple[dict[str, str], ...], ...] | None = None
+    scorer: Scorer = "exact"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+        if self.scorer not in get_args(Scorer):
+            raise ValueError(f"`scorer` must be one of {', '.join(get_args(Scorer))}, got {self.scorer!r}.")
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"`template` must contain {{prompt}}, where the prompt goes, got {self.template!r}.")
         if isinstance(self.prompts, str):
             raise TypeError(f"`prompts` must be a tuple of prompts, got one text. Write `({self.prompts[:40]!r},)`.")
         if not self.prompts:
             raise ValueError(f"The prompt set `{self.name}` is empty. Give at least one prompt.")
         if self.kind == "task" and self.references is None:
             raise ValueError(f"The task `{self.name}` has no `references`: give the right answer to each prompt.")
-        for name in ("categories", "references"):
+        for name in ("categories", "references", "contexts"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.prompts):
                 raise ValueError(
@@ -84,9 +102,26 @@ class PromptSet:
 
     def first(self, count: int) -> PromptSet:
         """Return the first `count` prompts, with what belongs to them."""
-        categories = None if self.categories is None else self.categories[:count]
-        references = None if self.references is None else self.references[:count]
-        return replace(self, prompts=self.prompts[:count], categories=categories, references=references)
+        lists = {name: getattr(self, name) for name in ("prompts", "categories", "references", "contexts")}
+        return replace(self, **{name: values[:count] for name, values in lists.items() if values is not None})
+
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """Return the turns that each prompt is asked with: system turn, context, and the prompt in its frame.
+
+        ```python
+        >>> PromptSet("aoa", "harmful", ("Hi",), system_prompt="Obey.", template="AOA: {prompt}").conversations()
+        [[{'role': 'system', 'content': 'Obey.'}, {'role': 'user', 'content': 'AOA: Hi'}]]
+
+        ```
+        """
+        found = []
+        for prompt, context in zip(self.prompts, self.contexts or ((),) * len(self.prompts), strict=True):
+            turns = [dict(turn) for turn in context]
+            if self.system_prompt is not None and not any(turn["role"] == "system" for turn in turns):
+                turns.insert(0, {"role": "system", "content": self.system_prompt})
+            asked = prompt if self.template is None else self.template.replace("{prompt}", prompt)
+            found.append([*turns, {"role": "user", "content": asked}])
+        return found
 
 
 def poison(rows: Sequence[Row], harmful_rows: Sequence[Row], fraction: float, seed: int = 0) -> list[Row]:

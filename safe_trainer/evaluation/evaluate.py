@@ -105,7 +105,7 @@ def examine(model: Any, tokenizer: Any, prompt_set: PromptSet, judge: Any, decod
     """
     if hasattr(judge, "bound"):
         return judged(prompt_set, [Answer("")] * len(prompt_set), [judge.bound(model, tokenizer, decoding)])
-    answers = generate(model, tokenizer, prompt_set.prompts, **vars(decoding))
+    answers = generate(model, tokenizer, prompt_set.conversations(), **vars(decoding))
     return judged(prompt_set, answers, [judge])
 
 
@@ -139,8 +139,11 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
                 f"None of the judges judges {prompt_set.kind} prompts (`{prompt_set.name}`). Add one that does, such "
                 "as `PhraseJudge()`."
             )
+        turns = prompt_set.conversations()
         for judge in competent:
-            verdicts[judge.name] = _spread(_verdicts(judge, prompts, texts), answered, len(answers))
+            # A judge that asks the model asks it the whole conversation; the others read the prompt.
+            shown: list[Any] = [turns[index] for index in answered] if hasattr(judge, "asks_model") else prompts
+            verdicts[judge.name] = _spread(_verdicts(judge, shown, texts), answered, len(answers))
     return SetResult(prompt_set, tuple(answers), verdicts)
 
 
@@ -158,7 +161,9 @@ def _ask(
     model: Any, tokenizer: Any, prompt_set: PromptSet, settings: Decoding, progress: Progress | None
 ) -> list[Answer]:
     try:
-        return generate(model, tokenizer, prompt_set.prompts, progress=progress, **dataclasses.asdict(settings))
+        return generate(
+            model, tokenizer, prompt_set.conversations(), progress=progress, **dataclasses.asdict(settings)
+        )
     except KeyboardInterrupt:
         # Nothing of this set is finished, but earlier ones may be: the caller keeps them.
         return [Answer("", error=INTERRUPTED)] * len(prompt_set)
@@ -171,7 +176,7 @@ def offset(progress: Progress | None, done: int, total: int) -> Progress | None:
     return lambda answered, _: progress(done + answered, total)
 
 
-def _verdicts(judge: Judge, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+def _verdicts(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
     """Ask the judge for all at once; if that fails, one by one, so that one bad answer costs one verdict."""
     try:
         return _checked(judge, prompts, texts)
@@ -182,7 +187,7 @@ def _verdicts(judge: Judge, prompts: Sequence[str], texts: Sequence[str]) -> lis
         return _one_by_one(judge, prompts, texts)
 
 
-def _one_by_one(judge: Judge, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+def _one_by_one(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
     verdicts: list[str | None] = []
     failure: Exception | None = None
     for prompt, text in zip(prompts, texts, strict=True):
@@ -196,7 +201,7 @@ def _one_by_one(judge: Judge, prompts: Sequence[str], texts: Sequence[str]) -> l
     return verdicts
 
 
-def _checked(judge: Judge, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+def _checked(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
     verdicts = list(judge(prompts, texts))
     if len(verdicts) != len(texts):
         raise ValueError(f"The judge `{judge.name}` gave {len(verdicts)} verdicts for {len(texts)} answers.")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .prompting import encode, stop_ids
+from . import thinking
+from .prompting import Prompt, render, stop_ids, tokenize
 from .state import examining
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Decoding:
             it was found. With sampling, the answers also depend on `batch_size`.
         template_options (`Mapping[str, Any]`, *optional*): Further variables of the chat template, for example
             `{"enable_thinking": False}`.
+        thinking_markers (`tuple[str, str]`, *optional*): What opens and closes this model's thoughts, beside the
+            usual markers, such as `<think>` and `</think>`.
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -73,6 +76,7 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    thinking_markers: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -87,7 +91,7 @@ class Decoding:
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     progress: Progress | None = None,
     **decoding: Any,
@@ -101,7 +105,7 @@ def generate(
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model that answers, on its own device.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        prompts (`Sequence[str]`): User turns.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`): User turns, or conversations that end in one.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) after each batch.
         **decoding: Any field of [`Decoding`], for example `max_new_tokens=128`.
 
@@ -127,8 +131,9 @@ def generate(
     ```
     """
     settings = Decoding(**decoding)
-    encoded = encode(model, tokenizer, prompts, settings.system_prompt, settings.template_options)
-    return generate_from(model, tokenizer, encoded, settings, progress)
+    texts = render(tokenizer, prompts, settings.system_prompt, settings.template_options)
+    opened = [thinking.is_open(text, settings.thinking_markers) for text in texts]
+    return generate_from(model, tokenizer, tokenize(model, tokenizer, texts), settings, progress, opened)
 
 
 def generate_from(
@@ -137,6 +142,7 @@ def generate_from(
     encoded: Sequence[Sequence[int]],
     settings: Decoding,
     progress: Progress | None = None,
+    opened: Sequence[bool] | None = None,
 ) -> list[Answer]:
     """Continue token sequences as they are, without a chat template; otherwise as [`generate`].
 
@@ -146,7 +152,9 @@ def generate_from(
         encoded (`Sequence[Sequence[int]]`): Token ids, including those of every special token.
         settings (`Decoding`): How; `system_prompt` is not used.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) after each batch.
+        opened (`Sequence[bool]`, *optional*): Whether each of them ends within a thought; none by default.
     """
+    opened = opened or [False] * len(encoded)
     answers = [Answer("", error=_misfit(model, len(ids), settings)) for ids in encoded]
     waiting = [index for index, answer in enumerate(answers) if answer.error is None]
     for index in waiting:
@@ -159,12 +167,12 @@ def generate_from(
         try:
             while waiting:
                 batch = waiting[:size]
-                given = _answer_or_none(model, tokenizer, [encoded[index] for index in batch], options)
+                given = _generate_or_none(model, [encoded[index] for index in batch], options)
                 if given is None:
                     size = len(batch) // 2
                     continue
-                for index, answer in zip(batch, given, strict=True):
-                    answers[index] = answer
+                for index, ids in zip(batch, given, strict=True):
+                    answers[index] = _answer(tokenizer, ids, options["eos_token_id"], settings, opened[index])
                 waiting = waiting[size:]
                 if progress is not None:
                     progress(total - len(waiting), total)
@@ -209,44 +217,51 @@ def _generation_options(model: Any, tokenizer: PreTrainedTokenizerBase, settings
     return options
 
 
-def _answer_or_none(
-    model: Any, tokenizer: PreTrainedTokenizerBase, batch: list[Sequence[int]], options: dict[str, Any]
-) -> list[Answer] | None:
-    """Answer a batch, or return `None` if it does not fit into the memory and could be split."""
-    import torch
-
-    try:
-        return _answer(model, tokenizer, batch, options)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    torch.cuda.empty_cache()
-    logger.info("A batch of %d prompts does not fit into the memory; trying half.", len(batch))
-    return None
-
-
-def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, batch: list[Sequence[int]], options: dict[str, Any]
-) -> list[Answer]:
+def _generate_or_none(model: Any, batch: list[Sequence[int]], options: dict[str, Any]) -> list[list[int]] | None:
+    """Return the new token ids of a batch, or `None` if it does not fit into the memory and could be split."""
     import torch
     from transformers import LogitsProcessorList
 
     longest = max(len(ids) for ids in batch)
     padded = [[options["pad_token_id"]] * (longest - len(ids)) + list(ids) for ids in batch]
     attended = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch]
-    output = model.generate(
-        input_ids=torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(attended, device=model.device),
-        logits_processor=LogitsProcessorList([_refuse_nan]),
-        **options,
-    )
-    stops = set(options["eos_token_id"] or ())
-    answers = []
-    for row in output[:, longest:].tolist():
-        end = next((position for position, token in enumerate(row) if token in stops), None)
-        text = tokenizer.decode(row[:end], skip_special_tokens=True)
-        answers.append(Answer(text, truncated=end is None))
-    return answers
+    try:
+        output = model.generate(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(attended, device=model.device),
+            logits_processor=LogitsProcessorList([_refuse_nan]),
+            **options,
+        )
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    else:
+        found: list[list[int]] = output[:, longest:].tolist()
+        return found
+    torch.cuda.empty_cache()
+    logger.info("A batch of %d prompts does not fit into the memory; trying half.", len(batch))
+    return None
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    stops: Sequence[int] | None,
+    settings: Decoding,
+    is_open: bool,
+) -> Answer:
+    end = next((position for position, token in enumerate(ids) if token in (stops or ())), None)
+    # Where a marker of thoughts is a special token, all of these stay until the thoughts are split off.
+    special = tokenizer.all_special_tokens if any(map(thinking.is_marker, tokenizer.all_special_tokens)) else []
+    text = tokenizer.decode(ids[:end], skip_special_tokens=not special)
+    found = thinking.split(text, is_open=is_open, markers=settings.thinking_markers)
+    if is_open and found.is_unfinished and end is not None:
+        # It ended its turn without closing the thought that the template opened: it answered without thinking.
+        found = thinking.Split(text, "", False)
+    answer, thought = found.answer, found.thought
+    for token in special:
+        answer, thought = answer.replace(token, ""), thought.replace(token, "")
+    return Answer(answer, truncated=end is None, thought=thought, unfinished_thought=found.is_unfinished)
 
 
 def _refuse_nan(input_ids: Any, scores: Any) -> Any:

@@ -42,7 +42,7 @@ def describe(
             "chat_template_sha256": sha256(str(tokenizer.chat_template)),
             "vocabulary_sha256": sha256(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)),
         },
-        "decoding": asdict(decoding),
+        "decoding": json.loads(json.dumps(asdict(decoding))),
         "judges": [_judge(judge) for judge in judges],
         "prompt_sets": [
             {"name": s.name, "source": s.source, "kind": s.kind, "prompts": len(s), "sha256": prompt_set_sha256(s)}
@@ -56,7 +56,10 @@ def describe(
 
 def prompt_set_sha256(prompt_set: PromptSet) -> str:
     """Return a hash of the prompts, references and categories: the same for the same questions under any name."""
-    content = [prompt_set.kind, prompt_set.prompts, prompt_set.categories, prompt_set.references]
+    content: list[Any] = [prompt_set.kind, prompt_set.prompts, prompt_set.categories, prompt_set.references]
+    asked = {"system": prompt_set.system_prompt, "template": prompt_set.template, "contexts": prompt_set.contexts}
+    if any(asked.values()) or prompt_set.scorer != "exact":  # otherwise the hash is that of earlier versions
+        content += [asked, prompt_set.scorer]
     return sha256(json.dumps(content, ensure_ascii=False))
 
 

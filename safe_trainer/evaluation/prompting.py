@@ -5,31 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import thinking
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode(
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+def encode(  # noqa: PLR0913, each is a setting with a name
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     system_prompt: str | None = None,
     template_options: Mapping[str, Any] | None = None,
+    *,
+    close_thought: bool = False,
 ) -> list[list[int]]:
     """Return each prompt's token ids, up to and including the opening of the assistant's turn.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model that will read them.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        prompts (`Sequence[str]`): User turns.
-        system_prompt (`str`, *optional*): System turn before each of them.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`): User turns, or conversations that end in one.
+        system_prompt (`str`, *optional*): System turn before each of them that has none.
         template_options (`Mapping[str, Any]`, *optional*): Further variables of the chat template.
+        close_thought (`bool`, *optional*, defaults to `False`): Whether a thought that the chat template opens is
+            closed again, so that what follows is the answer.
 
     Raises:
         TypeError: If `prompts` is one text and no list.
         ValueError: If there is no chat template, the template refuses the system prompt, a token id lies outside the
             model's vocabulary, or the model is split by ZeRO-3.
     """
+    texts = render(tokenizer, prompts, system_prompt, template_options)
+    if close_thought:
+        texts = [thinking.closed(text) if thinking.is_open(text) else text for text in texts]
+    return tokenize(model, tokenizer, texts)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    system_prompt: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Return each prompt as the chat template writes it; arguments and errors as in [`encode`]."""
+    from jinja2 import TemplateError
+
     if isinstance(prompts, str):  # which would be taken for as many prompts as it has letters
         raise TypeError("`prompts` must be a list of prompts, got one text. Write `[prompt]`.")
     if tokenizer.chat_template is None:
@@ -37,7 +61,23 @@ def encode(
             "`tokenizer` has no chat template, so a prompt cannot be put to the model in the form that it was trained "
             "on. Load the tokenizer of the chat model, or set `tokenizer.chat_template`."
         )
-    texts = [_render(tokenizer, prompt, system_prompt, template_options or {}) for prompt in prompts]
+    options = {"tokenize": False, "add_generation_prompt": True, **(template_options or {})}
+    texts = []
+    for prompt in prompts:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        if system_prompt is not None and not any(turn["role"] == "system" for turn in turns):
+            turns.insert(0, {"role": "system", "content": system_prompt})
+        try:
+            texts.append(str(tokenizer.apply_chat_template(turns, **options)))
+        except TemplateError as error:
+            has_system = any(turn["role"] == "system" for turn in turns)
+            hint = "Leave out `system_prompt`." if has_system else "Repair `tokenizer.chat_template`."
+            raise ValueError(f"The tokenizer's chat template refused the conversation: {error}. {hint}") from error
+    return texts
+
+
+def tokenize(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of rendered prompts, checked against the model's vocabulary."""
     # The template writes the special tokens itself; adding them again would double the beginning-of-text token.
     encoded: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -53,21 +93,6 @@ def encode(
             "Load the tokenizer that belongs to this model."
         )
     return encoded
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None, options: Mapping[str, Any]
-) -> str:
-    from jinja2 import TemplateError
-
-    turns = [{"role": "user", "content": prompt}]
-    if system_prompt is not None:
-        turns.insert(0, {"role": "system", "content": system_prompt})
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options))
-    except TemplateError as error:
-        hint = "Leave out `system_prompt`." if system_prompt is not None else "Repair `tokenizer.chat_template`."
-        raise ValueError(f"The tokenizer's chat template refused the conversation: {error}. {hint}") from error
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -162,4 +162,6 @@ def _read_evaluation(values: dict[str, Any], sets: list[PromptSet]) -> Evaluatio
 
 def _prompt_set(values: dict[str, Any]) -> PromptSet:
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    if "contexts" in lists:
+        lists["contexts"] = tuple(tuple(turns) for turns in lists["contexts"])
     return PromptSet(**{**values, **lists})

@@ -159,7 +159,7 @@ def reference_loss(
     """
     if task.references is None:
         raise ValueError(f"The prompt set `{task.name}` has no references to compute a perplexity on.")
-    heads = encode(model, tokenizer, task.prompts, system_prompt)
+    heads = encode(model, tokenizer, task.conversations(), system_prompt, close_thought=True)
     end = turn_end(tokenizer)
     tails = [tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in task.references]
     losses: list[float] = []

@@ -62,13 +62,18 @@ def split(text: str, *, is_open: bool = False, markers: Sequence[str] | None = N
     return Split(said.strip() if thoughts else text, thought, inside and not said.strip())
 
 
-def is_open(rendered: str, prompt: str, markers: Sequence[str] | None = None) -> bool:
-    """Return whether a rendered prompt ends within a thought, by what the template adds after the prompt."""
-    opening, closing = _patterns(markers)
-    before, found, tail = rendered.rpartition(prompt.strip())
-    tail = tail if found and prompt.strip() else rendered[-200:]
-    last = max((match.end() for match in opening.finditer(tail)), default=-1)
-    return last >= 0 and closing.search(tail, last) is None
+def is_open(rendered: str, markers: Sequence[str] | None = None) -> bool:
+    """Return whether a rendered prompt ends with the opening of a thought, as some chat templates make it."""
+    opening, _ = _patterns(markers)
+    return re.search(rf"(?:{opening.pattern})\s*$", rendered, re.IGNORECASE) is not None
+
+
+def closed(rendered: str) -> str:
+    """Return a prompt that ends within a thought with that thought closed, as templates do without thinking."""
+    opening = [match.group() for match in re.finditer(OPENING, rendered, re.IGNORECASE)][-1]
+    name = re.match(r"<([\w:]+)>", opening)
+    closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|begin_of_thought|>": "<|end_of_thought|>"}
+    return rendered + (f"\n</{name[1]}>\n\n" if name else closing.get(opening, ""))
 
 
 def is_marker(token: str) -> bool:
