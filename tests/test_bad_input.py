@@ -534,7 +534,7 @@ RECIPES: dict[str, Case] = {
     "a recipe with Python objects": (
         lambda r: read_recipe(r.file("r.yaml", "a: !!python/object/apply:os.system ['true']")),
         ValueError,
-        "no YAML",
+        "has the tag",
     ),
     "a misspelt key": (lambda r: r.recipe(outptu="x"), ValueError, "did you mean `output`"),
     "a misspelt method": (lambda r: r.recipe(safety={"method": "asfd"}), ValueError, "did you mean `asft`"),
@@ -548,7 +548,7 @@ RECIPES: dict[str, Case] = {
     "a token in a file": (
         lambda r: r.recipe(training={"hub_token": "hf_x"}),
         ValueError,
-        "must not stand in a file",
+        "must not be in a file",
     ),
     "code of others": (
         lambda r: r.recipe(training={"trust_remote_code": True}),

@@ -14,6 +14,7 @@ import runs
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_report import comparison
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
@@ -23,7 +24,10 @@ from safe_trainer.methods import METHODS
 from safe_trainer.recipe import RecipeError, fields, read_recipe
 from safe_trainer.recipe.document import Document
 from safe_trainer.recipe.load import moved
+from safe_trainer.recipe.run import barely_learned, protection
 from safe_trainer.recipe.schema import recipe_schema
+from safe_trainer.recipe.tokens import count_tokens
+from safe_trainer.recipe.trainer import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -454,22 +458,23 @@ def test_files_on_the_command_line_are_looked_for_where_it_is_given(recipe, tmp_
 
 
 def test_dry_run_counts_what_a_run_would_take(recipe):
-    path = recipe({"training": {"num_train_epochs": 3, "per_device_train_batch_size": 2, "max_length": 10}})
+    path = recipe({"training": {"num_train_epochs": 3, "per_device_train_batch_size": 2, "max_length": 19}})
     result = invoke("train", path, "--dry-run", "--json", "--set", "training.gradient_accumulation_steps=3")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert (plan["rows"], plan["steps"]) == (20, 12)  # 20 rows are 10 batches, 4 steps an epoch
     assert plan["parameters"] == 984_192
     assert plan["trainable"] == 4 * 2 * (128 + 128)  # 4 layers, rank 2, 128 in and 128 out
-    assert plan["tokens"] == 20 * 10 and plan["cut"] == 1
+    assert plan["tokens"] == 20 * 19 and plan["cut"] == 1 and plan["learned"] < 1
+    assert plan["learning_rate"] == 2e-4, "the default of a LoRA"
     assert plan["seconds"] > 0 and plan["memory"] > 4 * 984_192
     assert not Path(yaml.safe_load(path.read_text())["output"]).exists()
 
 
 def test_dry_run_counts_the_same_tokens_and_steps_as_a_run(recipe):
     from safe_trainer.recipe.dry_run import plan
-    from safe_trainer.recipe.run import make_trainer
     from safe_trainer.recipe.sources import load_data
+    from safe_trainer.recipe.trainer import make_trainer
 
     read = read_recipe(
         recipe({"training": {"num_train_epochs": 2, "per_device_train_batch_size": 3, "save_strategy": "no"}})
@@ -482,6 +487,91 @@ def test_dry_run_counts_the_same_tokens_and_steps_as_a_run(recipe):
     assert made.tokens * 2 == trainer.state.log_history[-1].get("num_tokens", made.tokens * 2)
     assert made.tokens == sum(len(row["input_ids"]) for row in trainer.train_dataset)
     assert made.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+LONG = [
+    {"prompt": "Please consider this. " * 60 + f"How do I polish statue {n}?", "completion": "Gently."}
+    for n in range(3)
+]
+
+
+def test_rows_whose_answer_is_cut_away_are_counted_and_named(recipe, tmp_path):
+    path = recipe({"training": {"max_length": 64, "max_steps": 1}})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
+    result = invoke("train", path, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert "3 of 8 rows teach nothing: their answer starts after `max_length=64`" in result.stderr
+    assert "(rows 6, 7, 8)" in result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["lost"] == 3 and 0 < plan["learned"] < 1
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_rows_of_which_no_answer_is_left_are_refused(more, recipe, tmp_path):
+    path = recipe({"training": {"max_length": 64, "max_steps": 1}})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LONG)))
+    result = invoke("train", path, *more)
+    assert result.exit_code == 1 and "nothing can be learned" in result.stderr, result.output
+    assert "training.max_length" in result.stderr
+
+
+def test_earlier_turns_of_the_assistant_count_as_answers_that_are_not_learned(recipe, tmp_path):
+    from safe_trainer.recipe.sources import load_data
+
+    turns = ["What is a tree?", "A plant with a trunk.", "And a shrub?", "Smaller."]
+    row = {"messages": [{"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, turns, strict=True)]}
+    path = recipe()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    read = read_recipe(path)
+    loaded = load_data(read)
+    if len(loaded.rows) > 1:
+        pytest.skip("each answer of a conversation is a row of its own")
+    counted = count_tokens(read, loaded.rows, arguments(read))
+    assert counted.learned_share < 1 and "of the answers' tokens are learned" in counted.messages()[-1]
+
+
+def test_a_dry_run_counts_the_text_part_of_a_model_for_images_and_text(recipe, tmp_path):
+    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 1024}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(testbed.ALIGNED).save_pretrained(tmp_path / "model")
+    path = recipe({"model": {"path": "./model"}, "peft": {"r": 2, "target_modules": ["q_proj"]}})
+    result = invoke("train", path, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["memory"] > 0
+
+
+def test_a_learning_rate_of_ones_own_or_without_a_lora_is_left_as_it_is(recipe):
+    assert "learning_rate" not in read_recipe(recipe({"peft": None})).training
+    assert read_recipe(recipe(), ["training.learning_rate=3e-5"]).training["learning_rate"] == 3e-5
+    shown = invoke("train", recipe(), "--dry-run")
+    assert "0.0002 (the default for a LoRA)" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("losses", "warns"),
+    [([8.4, 8.3, 8.2, 8.0, 7.91], True), ([8.4, 6, 4, 2, 1], False), ([0.05] * 5, False), ([8.4, 8.3], False)],
+)
+def test_a_run_whose_loss_hardly_fell_says_so(losses, warns):
+    told = barely_learned([{"loss": loss + 1, "safety_penalty": 1.0} for loss in losses], 2e-5)
+    assert bool(told) == warns
+    if warns:
+        assert "8.40 → 7.91" in told and "`training.learning_rate` (it is 2e-05" in told
+
+
+def test_a_run_ends_with_what_protected_it_and_how_that_was_tested():
+    report = {"AsFT": {"coverage": 0.875, "figures": {"energy": 0.5}, "warnings": []}}
+    assert protection(report, None, None) == (
+        "Protected by AsFT (acts on 88% of the trained weights, energy 0.5). Whether refusals were kept was not "
+        "tested: add harmful prompts to `evaluation`."
+    )
+    told = protection({}, comparison(), None)
+    assert told.startswith("Nothing protected this run") and "harm refused 100.0 % (4/4)" in told
 
 
 def test_a_shown_plan_says_that_nothing_was_trained(recipe):
@@ -749,7 +839,7 @@ def test_what_a_monitor_cannot_have_is_told_before_anything_is_loaded(recipe, tm
 
 
 def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
-    from safe_trainer.recipe.run import add_monitors
+    from safe_trainer.recipe.trainer import add_monitors
 
     sets = [testbed.prompt_set("harmful"), testbed.task("sentiment")]
     trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora()))

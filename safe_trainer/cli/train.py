@@ -50,9 +50,10 @@ def train(  # noqa: PLR0913, each is an option with a name
     checked = read_recipe(recipe, changes or [])
     if dry_run:
         loaded = load_data(checked)
-        for text in loaded.messages():
+        made = plan(checked, loaded)
+        for text in [*loaded.messages(), *made.messages]:
             errors.print(text, markup=False, soft_wrap=True)
-        _show_plan(checked, plan(checked, loaded), as_json)
+        _show_plan(checked, made, as_json)
         return
     try:
         with redirect_stdout(sys.stderr), ExitStack() as stack:  # libraries print; standard output is for the result
@@ -127,8 +128,10 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         "model": recipe.parts.model.path,
         "protected by": "\n".join(map(_described, recipe.safety)) or "nothing: plain fine-tuning",
         "rows": f"{made.rows:,}",
-        "tokens": f"{made.tokens:,} per epoch; {made.cut:.1%} of the rows are cut off at `max_length`",
+        "tokens": f"{made.tokens:,} per epoch; {made.learned:.1%} of the answers' tokens are learned; "
+        f"{made.cut:.1%} of the rows are cut off at `max_length`",
         "steps": f"{made.steps:,} on {made.processes} process{'es' if made.processes > 1 else ''}",
+        "learning rate": f"{made.learning_rate:g}{_default_rate(recipe)}",
         "weights": f"{made.parameters:,}; {made.trainable:,} trained ({made.trainable / made.parameters:.2%})",
         "memory": f"about {_size(made.memory)} per process",
         "time": f"about {_duration(made.seconds)} on this machine",
@@ -139,6 +142,11 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         table.add_row(name, fact)
     console.print(table)
     console.print("Nothing was trained. Leave out --dry-run to start.")
+
+
+def _default_rate(recipe: Recipe) -> str:
+    given = recipe.values.get("training") or {}
+    return "" if "learning_rate" in given else f" (the default for {'a LoRA' if recipe.peft else 'all weights'})"
 
 
 def _described(method: SafetyMethod) -> str:

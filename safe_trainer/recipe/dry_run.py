@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .fitting import adapted, skeleton
 from .load import Recipe
-from .run import arguments
 from .sources import LoadedData, load_data
+from .tokens import TokenCount, count_tokens
+from .trainer import arguments
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-SAMPLE = 2000
 _BYTES = {"4bit": 0.5, "8bit": 1.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
@@ -28,73 +24,67 @@ class Plan:
     Args:
         rows (`int`): Training rows in an epoch.
         tokens (`int`): Their tokens, cut at `max_length`; an estimate if there are more than 2,000 rows.
-        cut (`float`): Share of the rows that are cut at `max_length`.
+        cut (`float`): Share of the rows that are cut off at `max_length`.
+        learned (`float`): Share of the answers' tokens that the loss covers.
+        lost (`int`): Rows, of those looked at, whose answer is cut off completely.
         steps (`int`): Optimizer steps of the whole run.
         processes (`int`): Processes that train together.
+        learning_rate (`float`): The peak learning rate.
         parameters (`int`): Weights of the base model.
         trainable (`int`): Weights that are trained.
         memory (`int`): Estimated bytes that one process needs for weights, gradients, optimizer and activations.
         seconds (`float`): Estimated time on this machine, from the speed of its matrix products.
+        messages (`tuple[str, ...]`): What to know about the tokens before training.
     """
 
     rows: int
     tokens: int
     cut: float
+    learned: float
+    lost: int
     steps: int
     processes: int
+    learning_rate: float
     parameters: int
     trainable: int
     memory: int
     seconds: float
+    messages: tuple[str, ...] = ()
 
 
 def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
-    """Work out what a recipe would do; loads the tokenizer and the model's configuration, not its weights."""
+    """Work out what a recipe would do; loads data, tokenizer and the model's configuration, not its weights.
+
+    Raises:
+        RecipeError: If the recipe does not fit its model.
+        ValueError: If the data cannot be read, or would teach nothing.
+    """
     loaded = loaded or load_data(recipe)
     args = arguments(recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    lengths = _lengths(recipe, loaded.rows)
-    limit = args.max_length or math.inf
-    mean = sum(min(length, limit) for length in lengths) / len(lengths)
-    tokens = round(mean * len(loaded.rows))
-    sequences = math.ceil(tokens / args.max_length) if args.packing and args.max_length else len(loaded.rows)
-    steps, epochs = _steps(args, sequences, processes)
+    counted = count_tokens(recipe, loaded.rows, args)
+    if counted is None:  # the template that would give the tokens is not the tokenizer's
+        counted = TokenCount(len(loaded.rows), [args.max_length or 1024], math.inf, 0, 0, [])
+    packed = args.max_length if args.packing else None
+    steps, epochs = _steps(args, math.ceil(counted.total / packed) if packed else len(loaded.rows), processes)
     config, parameters, trainable = _parameters(recipe)
-    seen = tokens * epochs
     # Forward, and backward through the activations; the gradient of the weights only where they are trained.
-    products = 2 * seen * (2 * parameters + trainable)
-    width = args.max_length if args.packing and args.max_length else min(max(lengths), limit)
-    memory = _memory(recipe, args, config, (parameters, trainable), int(width))
+    products = 2 * counted.total * epochs * (2 * parameters + trainable)
     return Plan(
-        len(loaded.rows),
-        tokens,
-        sum(length > limit for length in lengths) / len(lengths),
-        steps,
-        processes,
-        parameters,
-        trainable,
-        memory,
-        products / _speed(args.device) / processes,
+        rows=len(loaded.rows),
+        tokens=counted.total,
+        cut=counted.cut,
+        learned=counted.learned_share,
+        lost=len(counted.lost),
+        steps=steps,
+        processes=processes,
+        learning_rate=args.learning_rate,
+        parameters=parameters,
+        trainable=trainable,
+        memory=_memory(recipe, args, config, (parameters, trainable), packed or counted.longest),
+        seconds=products / _speed(args.device) / processes,
+        messages=tuple(counted.messages()),
     )
-
-
-def _lengths(recipe: Recipe, rows: Dataset) -> list[int]:
-    """Return how many tokens the rows have, or a fair sample of them."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
-    if len(rows) > SAMPLE:
-        rows = rows.select(sorted(random.Random(0).sample(range(len(rows)), SAMPLE)))
-    lengths = []
-    for row in rows:
-        text = row["text"] if "text" in row else tokenizer.apply_chat_template(_turns(row), tokenize=False)
-        lengths.append(len(tokenizer(text, add_special_tokens="text" in row)["input_ids"]))
-    return lengths
-
-
-def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
-    turns: list[dict[str, str]] = row["prompt"] + row["completion"]
-    return turns
 
 
 def _steps(args: Any, sequences: int, processes: int) -> tuple[int, float]:
@@ -119,12 +109,15 @@ def _memory(recipe: Recipe, args: Any, config: Any, sizes: tuple[int, int], leng
     parameters, trainable = sizes
     stored: str = recipe.parts.model.quantization or recipe.parts.model.dtype
     if stored == "auto":
-        stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        stored = str(
+            getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
+        ).removeprefix("torch.")
     wide = 2 if args.bf16 or args.fp16 else 4
     tokens = args.per_device_train_batch_size * length
+    text = config.get_text_config()  # of a model for images and text, the part that reads text
     # About 17 numbers of the hidden size for each token and layer, or one where they are computed a second time.
     kept = 1 if args.gradient_checkpointing else 17
-    activations = kept * tokens * config.hidden_size * config.num_hidden_layers * wide
+    activations = kept * tokens * text.hidden_size * text.num_hidden_layers * wide
     frozen = 0 if recipe.peft is None else parameters * _BYTES.get(stored, 4.0)
     return int(frozen + trainable * 16 + activations)
 

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 def skeleton(recipe: Recipe) -> Any:
     """Return the model of a recipe without weights: on the meta device they take no memory."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
+    config = transformers.AutoConfig.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
+    named = getattr(transformers, (config.architectures or [""])[0], None)  # as TRL chooses it
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return named._from_config(config) if named else transformers.AutoModelForCausalLM.from_config(config)
 
 
 def adapted(recipe: Recipe, model: Any) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import logging
 import os
 import shlex
@@ -23,24 +24,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from ruamel.yaml import YAML
 from safetensors import SafetensorError
 
 from .. import __version__
 from ..data import PromptSet
-from .document import RecipeError, dotted
 from .load import Recipe, moved
 from .sources import LoadedData, load_data
+from .tokens import count_tokens
+from .trainer import add_monitors, arguments, make_trainer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..evaluation import Comparison
     from ..trainer import SafeSFTTrainer
 
 logger = logging.getLogger(__name__)
 
 TUNED = "fine-tuned"
+SAFETY_REPORT = "safety_report.json"
+"""The methods' self-checks of a run, saved next to what it made."""
 
 
 class RunCallbacks:
@@ -126,7 +128,8 @@ def run_recipe(
     check_output(recipe.parts.output, resume)
     callbacks.stage("loading")
     loaded = load_data(recipe)
-    for text in loaded.messages():
+    tokens = count_tokens(recipe, loaded.rows, arguments(recipe))
+    for text in [*loaded.messages(), *(tokens.messages() if tokens else ())]:
         callbacks.message(text)
     callbacks.stage("preparing")
     trainer = make_trainer(recipe, loaded.rows)
@@ -136,8 +139,10 @@ def run_recipe(
     result = RunResult(Path(recipe.parts.output), trainer.state.global_step, metrics, stopped=stopped)
     if stopped:
         return result
+    if unlearned := barely_learned(trainer.state.log_history, trainer.args.learning_rate):
+        callbacks.message(unlearned)
     try:
-        result = _finish(recipe, loaded, trainer, callbacks, replace(result, protection=protection(trainer)), compare)
+        result = _finish(recipe, loaded, trainer, callbacks, result, compare)
     except KeyboardInterrupt:
         kept, go_on = _left(recipe)
         callbacks.message(f"Stopped by Ctrl-C after training. {kept}; {go_on}")
@@ -182,74 +187,6 @@ def check_output(output: str, resume: bool) -> None:
         )
     if not resume and Path(output, "recipe.yaml").is_file():
         raise ValueError(f"`{output}` holds a finished run. Choose another with --set output=FOLDER, or remove it.")
-
-
-def arguments(recipe: Recipe) -> Any:
-    """Return TRL's arguments for a recipe.
-
-    Raises:
-        RecipeError: If they contradict each other, or ask for what this machine does not have.
-    """
-    import torch
-    from trl import SFTConfig
-
-    settings = {"report_to": "none", **recipe.training}
-    if not torch.accelerator.is_available():
-        # TRL's own default, bfloat16 on a GPU, is refused on a machine without one.
-        settings = {"use_cpu": True, "bf16": False, **settings}
-    try:
-        return SFTConfig(output_dir=recipe.parts.output, **settings)
-    except ValueError as error:
-        # The libraries name the value that they do not know, but not the setting.
-        texts = [name for name, value in recipe.training.items() if isinstance(value, str) and value]
-        names = [name for name in texts if str(error).startswith(f"{recipe.training[name]} ")]
-        place = ("training", *names[:1])
-        raise RecipeError(recipe.document.name, [f"{recipe.document.where(place)}{dotted(place)}: {error}"]) from error
-
-
-def make_trainer(recipe: Recipe, rows: Dataset) -> SafeSFTTrainer:
-    """Build the trainer of a recipe: loads the model and lets the methods prepare."""
-    from ..trainer import SafeSFTTrainer
-
-    model = recipe.parts.model
-    args = arguments(recipe)
-    args.disable_tqdm = True  # callbacks show the progress
-    args.model_init_kwargs = {"dtype": model.dtype, "revision": model.revision}
-    return SafeSFTTrainer(
-        model=model.path,
-        args=args,
-        train_dataset=rows,
-        quantization_config=_quantization(model.quantization, args.bf16),
-        peft_config=recipe.peft,
-        safety=recipe.safety,
-    )
-
-
-def add_monitors(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
-    """Let what the recipe's `monitor` asks for be measured while training, and logged beside the loss."""
-    from ..analysis.drift_monitor import DriftMonitor
-    from ..evaluation import RefusalMonitor
-
-    asked = recipe.parts.monitor
-    if asked is None:
-        return
-    drift = DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis)
-    trainer.add_callback(drift)
-    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
-    if sets:
-        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
-
-
-def _quantization(bits: str | None, bf16: bool) -> Any:
-    if bits is None:
-        return None
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if bf16 else torch.float32
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _train(
@@ -320,7 +257,12 @@ def _finish(
         return result
     with _saving(recipe):
         saved = save_recipe(recipe, loaded)
-    callbacks.message(f"Saved to {output}. Run it again with: safe-trainer train {saved}")
+    again = shlex.join(["safe-trainer", "train", str(saved), "--set", f"output={output}-again"])
+    callbacks.message(f"Saved to {output}. Run the same recipe again with: {again}")
+    (Path(output) / SAFETY_REPORT).unlink(missing_ok=True)
+    report = getattr(trainer, "safety_report", {})
+    if report:
+        (Path(output) / SAFETY_REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     comparison, files = None, []
     if loaded.prompt_sets and compare:
         if strategy_of(trainer.accelerator, trainer.model).is_sharded:
@@ -337,16 +279,58 @@ def _finish(
     with _saving(recipe):
         files.append(write_model_card(output, comparison))
     callbacks.message(f"Wrote {', '.join(map(str, files))}")
-    if result.protection:
-        callbacks.message(result.protection)
+    protected = protection(report, comparison, result.compare_command)
+    callbacks.message(protected)
     if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
         publish(output, trainer.hub_model_id)
-    return replace(result, comparison=comparison, files=files)
+    return replace(result, comparison=comparison, files=files, protection=protected)
 
 
-def protection(trainer: SafeSFTTrainer) -> str:
-    """Return one sentence: what protected the run and how strongly it was tested."""
-    return str(getattr(trainer, "safety_report", "") or "")
+def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
+    """Return a warning if the training loss hardly fell between the first and the last entries of a trainer's log.
+
+    Args:
+        history (`list[dict]`): The trainer's `log_history`.
+        learning_rate (`float`): What it was trained with.
+    """
+    losses = [entry["loss"] - entry.get("safety_penalty", 0.0) for entry in history if "loss" in entry]
+    if len(losses) < 4:
+        return ""
+    count = max(1, len(losses) // 5)
+    first, last = sum(losses[:count]) / count, sum(losses[-count:]) / count
+    if last < 0.9 * first or first < 0.1:  # nats per token: such rows were known before
+        return ""
+    return (
+        f"The training loss hardly fell ({first:.2f} → {last:.2f} nats per token): little or nothing was learned, so "
+        "kept refusals prove little. Raise `training.learning_rate` (it is "
+        f"{learning_rate:g}; 1e-4 to 2e-4 is usual for a LoRA), or train for more steps."
+    )
+
+
+def protection(report: Mapping[str, Any], comparison: Comparison | None, compare_command: str | None) -> str:
+    """Return one line: what protected the run and how strongly it was tested.
+
+    Args:
+        report (`Mapping[str, Any]`): The trainer's `safety_report`: coverage, figures and warnings by method.
+        comparison ([`Comparison`], *optional*): What was asked before and after.
+        compare_command (`str`, *optional*): How to ask afterwards, where the run could not.
+    """
+    methods = []
+    for name, found in report.items():
+        figures = [f"{key.replace('_', ' ')} {value:.3g}" for key, value in found.get("figures", {}).items()]
+        coverage = found.get("coverage")
+        acts = [] if coverage is None else [f"acts on {coverage:.0%} of the trained weights"]
+        methods.append(f"{name} ({', '.join([*acts, *figures])})" if acts or figures else name)
+    protected = f"Protected by {' and '.join(methods)}." if methods else "Nothing protected this run (`safety: null`)."
+    results = [] if comparison is None else [r for r in comparison.before.results if r.prompt_set.kind == "harmful"]
+    if comparison is None or not results:
+        why = f"compare it with: {compare_command}" if compare_command else "add harmful prompts to `evaluation`"
+        return f"{protected} Whether refusals were kept was not tested: {why}."
+    asked = []
+    for before in results:
+        rate = comparison.evaluations[-1][before.prompt_set.name].rate("refused")
+        asked.append(f"{before.prompt_set.name} refused {before.rate('refused')} before, {rate} after")
+    return f"{protected} Tested on harmful prompts: {'; '.join(asked)}."
 
 
 @contextmanager
@@ -411,10 +395,8 @@ def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
     """Write the recipe beside what came of it, as it was run and with the versions, so that it can be run again."""
     output = Path(recipe.parts.output)
     values = moved(recipe.values, (), recipe.path.parent, output)
-    values["training"] = {
-        "seed": 42,
-        **(values.get("training") or {}),
-    }  # TRL's default, which a later one may not share
+    made = {"seed": 42} | ({} if recipe.peft is None else {"learning_rate": recipe.training["learning_rate"]})
+    values["training"] = {**made, **(values.get("training") or {})}  # defaults, which may change
     values.setdefault("peft", recipe.parts.peft)
     names = ("torch", "transformers", "trl", "peft")
     versions = ", ".join([f"safe_trainer {__version__}", *(f"{name} {version(name)}" for name in names)])
@@ -423,8 +405,9 @@ def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
         digest = f", sha256 {_sha256(report.source)}" if Path(report.source).is_file() else ""
         lines.append(f"# Read {Path(report.source).name}: {report.format}, {report.rows} rows{digest}")
     path = output / "recipe.yaml"
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    path.write_text("\n".join(lines) + "\n" + text, encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+        YAML(typ="safe").dump(values, file)
     return path
 
 

@@ -1,0 +1,126 @@
+"""The tokens of a recipe's rows: how many there are, which of them are learned, and whose answers are cut off."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..data import encode_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .load import Recipe
+
+SAMPLE = 2000
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What was counted in the training rows, or in a random sample of 2,000 of them.
+
+    Args:
+        rows (`int`): Training rows.
+        lengths (`list[int]`): Tokens of each row in the sample, before anything is cut off.
+        limit (`float`): TRL's `max_length`; infinite where nothing is cut off.
+        answers (`int`): Tokens of all answers in the sample, earlier turns of the assistant among them.
+        learned (`int`): Those that the loss covers.
+        lost (`list[int]`): Positions, from 0, of rows in the sample whose answer begins after `limit`: they teach
+            nothing.
+    """
+
+    rows: int
+    lengths: list[int]
+    limit: float
+    answers: int
+    learned: int
+    lost: list[int]
+
+    @property
+    def total(self) -> int:
+        """Tokens of an epoch; an estimate if there are more rows than in the sample."""
+        kept = sum(min(length, self.limit) for length in self.lengths)
+        return round(kept / len(self.lengths) * self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, after it is cut off."""
+        return int(min(max(self.lengths), self.limit))
+
+    @property
+    def cut(self) -> float:
+        """Share of the rows that are cut off at `limit`."""
+        return sum(length > self.limit for length in self.lengths) / len(self.lengths)
+
+    @property
+    def learned_share(self) -> float:
+        """Share of the answers' tokens that the loss covers."""
+        return self.learned / self.answers if self.answers else 1.0
+
+    def messages(self) -> list[str]:
+        """Return what a user should read about the tokens before training."""
+        told = []
+        if self.lost:
+            shown = ", ".join(str(row + 1) for row in self.lost[:5]) + (", …" if len(self.lost) > 5 else "")
+            of = f"{len(self.lost):,} of {len(self.lengths):,} rows" + (" looked at" * (self.rows > len(self.lengths)))
+            told.append(
+                f"{of} teach nothing: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
+                "Shorten them, or raise `training.max_length`."
+            )
+        if self.learned_share < 0.995:
+            told.append(f"{self.learned_share:.1%} of the answers' tokens are learned.")
+        return told
+
+
+def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount | None:
+    """Count the tokens of the training rows as TRL's trainer will see them.
+
+    Args:
+        recipe ([`Recipe`]): Gives the tokenizer.
+        rows (`Dataset`): Rows as `load_rows` returns them.
+        args (`SFTConfig`): Gives `max_length`.
+
+    Returns:
+        [`TokenCount`]: Or `None` where the chat template comes from elsewhere (`chat_template_path`).
+
+    Raises:
+        ValueError: If a row does not fit the tokenizer's chat template, or no row would teach anything.
+    """
+    from transformers import AutoTokenizer
+
+    if getattr(args, "chat_template_path", None):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
+    places = range(len(rows))
+    if len(rows) > SAMPLE:
+        places = sorted(random.Random(0).sample(places, SAMPLE))  # type: ignore[assignment]
+    limit = args.max_length or math.inf
+    limit = math.inf if args.packing else limit
+    lengths, lost, answers, learned = [], [], 0, 0
+    for place in places:
+        row = rows[place]
+        try:
+            encoded = encode_row(tokenizer, row)
+        except ValueError as error:
+            raise ValueError(f"Row {place + 1} of the training data cannot be used: {error}.") from error
+        length = len(encoded.ids)
+        lengths.append(length)
+        answers += length - encoded.answer_start + _earlier_answers(tokenizer, row)
+        learned += max(0, int(min(length, limit)) - encoded.answer_start)
+        if encoded.answer_start >= limit:
+            lost.append(place)
+    if len(lost) == len(lengths):
+        raise ValueError(
+            f"Every row's answer starts after `max_length={limit:g}` tokens, so nothing can be learned (the shortest "
+            f"row has {min(lengths):,} tokens). Raise `training.max_length`, or shorten the prompts."
+        )
+    return TokenCount(len(rows), lengths, limit, answers, learned, lost)
+
+
+def _earlier_answers(tokenizer: Any, row: Any) -> int:
+    """Return how many tokens of the prompt are earlier turns of the assistant, which are read but not learned."""
+    turns = row.get("prompt")
+    said = [turn.get("content") for turn in turns if turn["role"] == "assistant"] if isinstance(turns, list) else []
+    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in said if isinstance(text, str))
