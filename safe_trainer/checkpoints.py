@@ -1,8 +1,8 @@
-"""Checkpoints: which one is whole, and how one is saved so that it can be told.
+"""Checkpoints: which one is complete, what a resumed run must share with the one before, and stopping with one.
 
-A trainer writes a checkpoint file by file into its folder, and `trainer_state.json` last. So a checkpoint without it
-was cut short, by a kill or a full disk, and may hold weights of one step and an optimizer of none. Behind it the
-checksums of all files are written, by which every later damage is told; see `integrity`.
+A trainer writes `trainer_state.json` after everything else in a checkpoint, so a checkpoint that has it is complete.
+A run with safety methods writes its fingerprint into that file: the methods' settings, what their tensors were made
+from, the distributed strategy and the number of processes.
 """
 
 from __future__ import annotations
@@ -10,172 +10,415 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
-from .distributed import Strategy
-from .integrity import CHECKSUMS, damage, write_checksums
+from .distributed import Strategy, is_distributed, on_first_process
+from .lora.io import adapter_differences
 from .methods.base import SafetyMethod
-from .methods.settings import settings_of
+from .methods.fingerprint import differences, settings_of
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "safety_methods.json"
-"""The file that holds the methods' settings, beside the weights of a checkpoint."""
-SPREAD = "spread"
-"""What it calls the number of processes and how training was spread over them, beside the methods' names."""
+LAUNCH = "launch"
+"""Next to the methods' names: the number of processes and the distributed strategy."""
 _STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_NEW_RUN = """To train with other settings, start a new run from its weights: pass `PeftModel.from_pretrained(model, \
+checkpoint, is_trainable=True)` as `model`, or the checkpoint itself where all weights were trained."""
+_INSTEAD = f"Resume with those of the checkpoint. {_NEW_RUN}"
 
 
-@dataclass
-class Record:
-    """What a run with methods keeps of itself beside its checkpoints, to be compared where one is resumed from.
+# ---- which checkpoint is complete
 
-    Args:
-        methods (`Sequence[SafetyMethod]`): The run's methods. Without any, nothing is kept.
-        strategy ([`~strategy.Strategy`], *optional*): How training is spread over processes.
-        processes (`int`, *optional*, defaults to `1`): How many they are.
 
-    Attributes:
-        content (`dict`): The record as JSON. All rows are hashed for it, once for a run and when the methods have just
-            read them: a file may change or go while the model is trained.
-    """
+def checkpoints_of(output: str | Path) -> list[Path]:
+    """Return the checkpoints in a run's `output_dir`, from the first to the last."""
+    if not Path(output).is_dir():
+        return []
+    named = [(int(match[1]), path) for path in Path(output).iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named) if path.is_dir()]
 
-    methods: Sequence[SafetyMethod]
-    strategy: Strategy | None = None
-    processes: int = 1
-    content: dict[str, Any] = field(init=False)
 
-    def __post_init__(self) -> None:
-        spread = {SPREAD: {"processes": self.processes, "strategy": self.strategy.name}} if self.strategy else {}
-        self.content = {**spread, **settings_of(self.methods)} if self.methods else {}
+def is_complete(checkpoint: str | Path) -> bool:
+    """Return whether a checkpoint was saved to the end: its `trainer_state.json`, written last, is intact."""
+    return _state_of(Path(checkpoint)) is not None
 
 
 def last_checkpoint(output: str | Path) -> str | None:
-    """Return the last checkpoint of a run that is whole; those behind it that are not are named in a warning.
+    """Return the last complete checkpoint of a run, or `None` if there is none at all; warn about those after it.
 
     Args:
         output (`str` or `Path`): The run's `output_dir`.
 
-    Returns:
-        `str` or `None`: The checkpoint, or `None` if there is none at all.
-
     Raises:
-        ValueError: If there are checkpoints, but none is whole.
+        ValueError: If there are checkpoints, but none is complete.
     """
-    found = checkpoints_of(Path(output))
-    damaged: list[Path] = []
-    while found and not is_whole(found[-1]):
-        damaged.insert(0, found.pop())
-    if damaged and not found:
+    found = checkpoints_of(output)
+    complete = next((path for path in reversed(found) if is_complete(path)), None)
+    cut = ", ".join(f"`{path.name}`" for path in found[found.index(complete) + 1 if complete else 0 :])
+    if cut and complete is None:
         raise ValueError(
-            f"`{output}` holds no whole checkpoint: {_listing(damaged)} was cut short while it was saved, by a kill "
-            "or a full disk, or damaged since. Remove it, and start the run anew without resuming."
+            f"`{output}` holds no complete checkpoint: saving {cut} was interrupted, by a kill or a full disk. Remove "
+            "it, and start the run again without resuming."
         )
-    if damaged:
+    if cut:
         logger.warning(
-            "%s was cut short while it was saved, by a kill or a full disk, or damaged since; going on from %s, the "
-            "last whole one.",
-            _listing(damaged),
-            found[-1].name,
+            "Saving %s was interrupted, by a kill or a full disk; resuming from %s, the last complete checkpoint.",
+            cut,
+            complete.name if complete else "",
         )
-    return str(found[-1]) if found else None
+    return str(complete) if complete else None
 
 
-def is_whole(checkpoint: str | Path) -> bool:
-    """Return whether the saving of a checkpoint came to its end, and nothing of it was lost or damaged since."""
-    return fault(Path(checkpoint)) is None
-
-
-def fault(checkpoint: Path, by_content: bool = True) -> str | None:
-    """Return the file of a checkpoint that is missing or damaged; `None` if it is whole.
-
-    Args:
-        checkpoint (`Path`): Its folder.
-        by_content (`bool`, *optional*, defaults to `True`): Whether files are read to compare them with their
-            checksums; otherwise their sizes are.
-    """
+def _state_of(checkpoint: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        if not (isinstance(state, dict) and isinstance(state.get("global_step"), int)):
-            return _STATE
     except (OSError, ValueError, RecursionError):
-        return _STATE
-    return damage(checkpoint, by_content)
+        return None
+    return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
 
 
 @contextmanager
-def saving(
-    checkpoint: str | Path, record: Record, is_first_process: bool, with_checksums: bool = True
-) -> Iterator[None]:
-    """Surround the saving of a checkpoint, so that it can be told apart from a whole one until it is one, and after.
+def saving(checkpoint: str | Path, is_first_process: bool) -> Iterator[None]:
+    """Surround the saving of a checkpoint; one that cannot be saved is removed, and the error says what to do.
 
     Args:
         checkpoint (`str` or `Path`): The folder that is about to be written.
-        record ([`Record`]): What is saved with it.
-        is_first_process (`bool`): Whether this process writes what all have in common: the first of all, or of each
-            machine that has a disk of its own.
-        with_checksums (`bool`, *optional*, defaults to `True`): Whether to write checksums behind it. Where it is
-            uploaded meanwhile, those of one step could come to stand beside the weights of another.
+        is_first_process (`bool`): Whether this process writes what all share: the first of all, or of each machine.
 
     Raises:
-        OSError: If the disk is full or the folder cannot be written. What was written of it is removed.
+        OSError: If the disk is full or the folder cannot be written.
     """
     checkpoint = Path(checkpoint)
     try:
-        if is_first_process:
-            # One of this name may be left from a run that was resumed from an earlier one, and is now written over.
-            for name in (_STATE, SETTINGS, CHECKSUMS):
-                (checkpoint / name).unlink(missing_ok=True)
-            if record.content:
-                checkpoint.mkdir(parents=True, exist_ok=True)
-                settings = json.dumps(record.content, indent=1, sort_keys=True)
-                (checkpoint / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+        if is_first_process:  # one of this name may be left from a run that was resumed from an earlier one
+            (checkpoint / _STATE).unlink(missing_ok=True)
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_of_the_disk(error):
-            raise
-        if fault(checkpoint, by_content=False) is None:
-            raise  # it is whole: something behind it went wrong, such as the removal of an older one
+        if not _is_of_the_disk(error) or is_complete(checkpoint):
+            raise  # if it is complete, something after it failed, such as the removal of an older one
         if is_first_process:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # what there is of it takes the room that it lacks
+            shutil.rmtree(checkpoint, ignore_errors=True)  # it takes the room that is missing
         number = error.errno if isinstance(error, OSError) else errno.EIO
         raise OSError(
             number,
-            f"The checkpoint `{checkpoint}` could not be saved ({error}) and was removed. Those saved before are "
+            f"The checkpoint `{checkpoint}` could not be saved ({error}) and was removed. Earlier checkpoints are "
             "intact. Free some space or make the folder writable, lower `save_total_limit` or set "
-            "`save_only_model=True`, and go on with `train(resume_from_checkpoint=True)`.",
+            "`save_only_model=True`, and resume with `train(resume_from_checkpoint=True)`.",
         ) from error
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # each process has files of its own among them
-    if is_first_process and with_checksums:
-        write_checksums(checkpoint)
 
 
 def _is_of_the_disk(error: Exception) -> bool:
     """Tell failures to write from others: torch and safetensors report them in exceptions of their own."""
-    if isinstance(error, OSError):
-        return True
-    told = ("No space left", "File too large", "I/O error", "IoError", "iostream error", "inline_container")
-    return any(words in str(error) for words in told)
+    words = ("No space left", "File too large", "I/O error", "IoError", "iostream error", "inline_container")
+    return isinstance(error, OSError) or any(word in str(error) for word in words)
 
 
-def checkpoints_of(output: Path) -> list[Path]:
-    """Return the checkpoints of a run from the first to the last."""
-    if not output.is_dir():
-        return []
-    named = [(int(match[1]), path) for path in output.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named) if path.is_dir()]
+# ---- what a resumed run must share
 
 
-def _listing(folders: Sequence[Path]) -> str:
-    return ", ".join(f"`{folder.name}`" for folder in folders)
+class RunFingerprint(TrainerCallback, ExportableState):
+    """What a run with methods shares with the runs that resume it, saved in each checkpoint's `trainer_state.json`.
+
+    Args:
+        methods (`Sequence[SafetyMethod]`, *optional*): The run's methods, after `attach`. All rows are hashed here, as
+            a file may change or go while the model is trained.
+        strategy ([`~distributed.Strategy`], *optional*): The distributed strategy.
+        processes (`int`, *optional*, defaults to `1`): The number of processes.
+
+    Attributes:
+        content (`dict`): By method its settings and `made_from`, and the launch; JSON, without any data or paths.
+    """
+
+    def __init__(
+        self, methods: Sequence[SafetyMethod] = (), strategy: Strategy | None = None, processes: int = 1
+    ) -> None:
+        self.content: dict[str, Any] = settings_of(methods)
+        if strategy is not None:
+            self.content[LAUNCH] = {"processes": processes, "strategy": strategy.name}
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the methods."""
+        return [name for name in self.content if name != LAUNCH]
+
+    def state(self) -> dict[str, Any]:
+        """Return what transformers saves."""
+        return {"args": {}, "attributes": self.content}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take a place in the state of a run that was resumed from a checkpoint without one."""
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+
+def resolve_checkpoint(wanted: Any, output: str | Path, fingerprint: RunFingerprint, model: nn.Module) -> Any:
+    """Return what to resume from, the same in all processes, if the run may resume from it.
+
+    Args:
+        wanted (`bool` or `str`, *optional*): What `train(resume_from_checkpoint=...)` was given. `True` is the last
+            complete checkpoint.
+        output (`str` or `Path`): The run's `output_dir`.
+        fingerprint ([`RunFingerprint`]): The run's own. Without methods the choice is left to transformers, and only
+            a checkpoint that was made with methods is refused.
+        model (`PreTrainedModel` or `PeftModel`): The run's model, to compare its adapter.
+
+    Raises:
+        ValueError: If the checkpoint is incomplete, another process does not find it, or it was made with other
+            methods, settings, processes or another adapter; says which.
+    """
+    if not wanted:
+        return wanted
+    if not fingerprint.methods:
+        folder = get_last_checkpoint(str(output)) if wanted is True and Path(output).is_dir() else wanted
+        if isinstance(folder, (str, os.PathLike)):
+            _check_fingerprint(Path(folder), fingerprint)
+        return wanted
+    found = on_first_process(lambda: _resolve(wanted, Path(output), fingerprint, model))
+    folder = Path(output) / found if isinstance(found, Path) else found
+    _check_in_all_processes(folder, fingerprint)
+    return str(folder) if isinstance(found, Path) else folder
+
+
+def _resolve(wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.Module) -> Any:
+    """Return the checkpoint: its name if it is in `output`, which other machines may call otherwise, or as given."""
+    if wanted is True:
+        wanted = last_checkpoint(output) or wanted
+    if not isinstance(wanted, (str, os.PathLike)) or not Path(wanted).is_dir():
+        return wanted  # nothing is there, which transformers reports
+    checkpoint = Path(wanted)
+    if not is_complete(checkpoint):
+        others = reversed(checkpoints_of(checkpoint.parent))
+        complete = next((folder for folder in others if folder != checkpoint and is_complete(folder)), None)
+        instead = f"Resume from `{complete}`" if complete else "Start the run again without resuming"
+        raise ValueError(
+            f"`{checkpoint}` is incomplete: its `{_STATE}`, which is written last, is missing or damaged. Saving it "
+            f"was interrupted, by a kill or a full disk. {instead}, and remove this one."
+        )
+    _check_fingerprint(checkpoint, fingerprint)
+    _check_kind(checkpoint, model)
+    return Path(checkpoint.name) if checkpoint.parent == output else wanted
+
+
+def _check_in_all_processes(folder: Any, fingerprint: RunFingerprint) -> None:
+    """Refuse in all processes what one of them does not find on its disk, or lacks its random state for."""
+    problem = None
+    if isinstance(folder, (str, os.PathLike)):
+        rank, own = (dist.get_rank(), f"rng_state_{dist.get_rank()}.pth") if is_distributed() else (0, "rng_state.pth")
+        if rank and not Path(folder).is_dir():
+            problem = (
+                f"Process {rank} does not find the checkpoint of process 0, `{folder}`. On several machines, put "
+                "`output_dir` on a disk that they share, or copy the checkpoint to all of them."
+            )
+        elif LAUNCH in fingerprint.content and any(Path(folder).glob("rng_state*.pth")):
+            if not (Path(folder) / own).is_file():
+                problem = (
+                    f"`{folder}` holds no `{own}`, the random state of process {rank}: it was made by another number "
+                    "of processes, or the file was lost. Launch as many as it was made by; on several machines, copy "
+                    "the checkpoint of each to all of them."
+                )
+    problems = [problem]
+    if is_distributed():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if found := next((one for one in problems if one), None):
+        raise ValueError(found)
+
+
+def _check_fingerprint(checkpoint: Path, fingerprint: RunFingerprint) -> None:
+    """Compare the settings that a checkpoint was made with to those of the run that resumes it."""
+    callbacks = (_state_of(checkpoint) or {}).get("stateful_callbacks")
+    kept = callbacks.get(RunFingerprint.__name__) if isinstance(callbacks, dict) else None
+    saved, current = kept.get("attributes") if isinstance(kept, dict) else {}, dict(fingerprint.content)
+    if not isinstance(saved, dict) or not all(isinstance(settings, dict) for settings in saved.values()):
+        raise ValueError(damaged(checkpoint, f"`{_STATE}` does not hold the settings of methods by their names"))
+    if not saved:
+        if fingerprint.methods:
+            names = " and ".join(fingerprint.methods)
+            raise ValueError(f"`{checkpoint}` was made without {names}, by TRL or with `safety=None`. {_INSTEAD}")
+        return
+    before, now = saved.pop(LAUNCH, None), current.pop(LAUNCH, None)
+    if found := "; ".join(differences(saved, current)):
+        raise ValueError(f"`{checkpoint}` was made with other safety methods or settings: {found}. {_INSTEAD}")
+    if before and now and before != now:
+        raise ValueError(
+            f"`{checkpoint}` was made by {_launch(before)}, and this run has {_launch(now)}: neither the optimizer's "
+            "state nor the random numbers would continue. Launch as many processes with the same strategy. "
+            f"{_NEW_RUN}"
+        )
+
+
+def _launch(launch: Mapping[str, Any]) -> str:
+    count = launch.get("processes")
+    return "one process" if count == 1 else f"{count} processes with {launch.get('strategy')}"
+
+
+def _check_kind(checkpoint: Path, model: nn.Module) -> None:
+    """Compare what is trained: transformers does not notice another kind of it, or reports it in other terms."""
+    if not isinstance(model, PeftModel):
+        if (checkpoint / "adapter_config.json").is_file():
+            raise ValueError(f"`{checkpoint}` holds an adapter, and this run trains all weights. {_INSTEAD}")
+        return
+    name = model.active_adapters[0]
+    folder = checkpoint if name == "default" else checkpoint / name
+    config = folder / "adapter_config.json"
+    if config.is_file():
+        try:
+            saved = json.loads(config.read_text(encoding="utf-8"))
+            found = "; ".join(adapter_differences(saved, folder, model))
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(damaged(folder, error)) from error
+        if found:
+            raise ValueError(f"`{checkpoint}` was made with other settings of the adapter: {found}. {_INSTEAD}")
+    elif any(checkpoint.glob("model*.safetensors")):
+        raise ValueError(f"`{checkpoint}` holds all weights, and this run trains an adapter. {_INSTEAD}")
+
+
+def damaged(checkpoint: str | Path, error: Exception | str) -> str:
+    """Return the message for a checkpoint whose files cannot be read."""
+    return f"`{checkpoint}` is damaged ({error}). Copy the checkpoint again, or resume from an earlier one."
+
+
+# ---- graceful stop
+
+
+class GracefulStop(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once a signal has reached one of the processes.
+
+    Attributes:
+        received (`signal.Signals` or `None`): The signal that has reached this process.
+        agreed (`signal.Signals` or `None`): The signal for which all processes stop.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None
+        self._saved = -1  # the step of the last checkpoint
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop."""
+        if self._is_agreed(args.device):
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save if a signal came since the last step, or its checkpoint was not saved."""
+        if self._is_agreed(args.device) and self._saved < state.global_step:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step; a run that stops here is not at its end, so no best model is loaded and none removed."""
+        self._saved = state.global_step
+        if self.agreed is not None:
+            args.load_best_model_at_end, args.save_total_limit = False, None
+
+    def lacks_checkpoint(self, trainer: Any) -> bool:
+        """Return whether training ended and was to stop, without a checkpoint of its last step.
+
+        So it is if the signal came after the last step, or only the best checkpoints are saved. Where the best model
+        is loaded at the end, it is too late for one.
+        """
+        lacks = self._is_agreed(trainer.args.device) and self._saved < trainer.state.global_step
+        return lacks and not trainer.args.load_best_model_at_end
+
+    def message(self, trainer: Any, resume_command: str) -> str:
+        """Return which step was the last, where its checkpoint is, and how to resume."""
+        assert self.agreed is not None
+        step, output = trainer.state.global_step, trainer.args.output_dir
+        folder = os.path.join(output, f"checkpoint-{step}")
+        saved = f"saved `{folder}`" if os.path.isdir(folder) else f"the last checkpoint is in `{output}`"
+        anyway = ' (although `save_strategy="no"`)' if trainer.args.save_strategy == "no" else ""
+        by = "Ctrl-C" if self.agreed == signal.SIGINT else self.agreed.name
+        return f"Received {by}: stopped after step {step} and {saved}{anyway}. Resume with: {resume_command}"
+
+    def _is_agreed(self, device: torch.device) -> bool:
+        """Return the same in all processes: signals reach them in different steps, or only one of them."""
+        if self.agreed is None:
+            number = int(self.received or 0)
+            if is_distributed():
+                largest = torch.tensor(number, device=device)
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+                number = int(largest.item())
+            self.agreed = signal.Signals(number) if number else None
+        return self.agreed is not None
+
+
+@contextmanager
+def graceful_stop(trainer: Any, resume_command: str) -> Iterator[GracefulStop]:
+    """Let the first Ctrl-C or SIGTERM end training after the current step; a second one ends it at once.
+
+    With several processes all stop after the same step, and a second signal changes nothing: their launcher repeats
+    the first, and ends them itself if they take too long. A signal that already has a handler, such as that of
+    transformers' just-in-time checkpoint, is left to it; outside the main thread all are.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        resume_command (`str`): The command that resumes the run, for messages.
+
+    Raises:
+        KeyboardInterrupt: When all is done, if Ctrl-C has stopped training.
+        SystemExit: When all is done, if SIGTERM has: with 143, as a shell expects.
+    """
+    stop, args = GracefulStop(), trainer.args
+    trainer.add_callback(stop)
+    ending = args.load_best_model_at_end, args.save_total_limit
+    try:
+        with _signal_handlers(stop, trainer.is_world_process_zero()):
+            yield stop
+    finally:
+        trainer.remove_callback(stop)
+        args.load_best_model_at_end, args.save_total_limit = ending
+    if stop.agreed is not None:
+        message = stop.message(trainer, resume_command)
+        if trainer.is_world_process_zero():
+            logger.warning(message)
+        raise KeyboardInterrupt(message) if stop.agreed == signal.SIGINT else SystemExit(128 + stop.agreed)
+    if stop.received is not None:  # too late for training to be stopped by it
+        signal.raise_signal(stop.received)
+
+
+@contextmanager
+def _signal_handlers(stop: GracefulStop, is_first_process: bool) -> Iterator[None]:
+    """Handle the signals that have no other handler."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = {number: free for number, free in defaults.items() if is_main and signal.getsignal(number) == free}
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    process = os.getpid()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a process that this one has started, such as a data loader
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        if stop.received is None and is_first_process:
+            again = " Press Ctrl-C again to quit without saving." if is_alone else ""
+            logger.warning("Stopping after this step; a checkpoint will be saved.%s", again)
+        stop.received = signal.Signals(number)
+        for each in ours if is_alone else ():
+            signal.signal(each, signal.default_int_handler)
+
+    for number in ours:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)

@@ -7,24 +7,23 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
-from . import checkpoints, resuming
+from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
 from .distributed import strategy_of
 from .lora.modes import trainable_layout
-from .methods.base import SafetyMethod
+from .methods.base import SafetyMethod, check_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
-from .stopping import stopping
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class SafeSFTTrainer(SFTTrainer):
     """Fine-tune with TRL while the model's refusals are protected by one or several safety methods.
 
     A drop-in for [`~trl.SFTTrainer`]: every argument of TRL's trainer works as it does there, and with `safety=None`
-    losses and weights are the same to the last bit.
+    it is TRL's trainer.
 
     Args:
         *args, **kwargs:
@@ -46,20 +45,22 @@ class SafeSFTTrainer(SFTTrainer):
 
     Attributes:
         safety_methods (`list[SafetyMethod]`): The methods in order; empty without any.
-        resume_command (`str`): What is told to go on with after a run was stopped.
+        safety_report (`dict`): By method, what it measured of its own protection when it was attached: `coverage`
+            (share of the trained weights that it acts on), `figures`, `warnings`. JSON.
+        resume_command (`str`): The command that messages name to resume a run that was stopped.
+        stops_gracefully (`bool`): Whether Ctrl-C and SIGTERM finish the step and save a checkpoint. Set with methods.
 
     Raises:
         TypeError: If `safety` holds something that is not a [`SafetyMethod`].
-        ValueError: If the same method is given twice, or a method does not fit the model, its PEFT
-            configuration, or the way in which it is spread over processes.
+        ValueError: If the same method is given twice, or a method does not fit the model, its PEFT configuration or
+            the distributed strategy.
 
-    The sum of all penalties is logged as `safety_penalty`; what the methods can say about the finished run is logged
-    once more when `train()` ends. Their settings are saved with each checkpoint, and a run that goes on from it with
-    others, or on another number of processes, is refused. `train(resume_from_checkpoint=True)` goes on from the last
-    checkpoint that is whole: not cut short by a kill or a full disk, and by its checksums not damaged since.
+    The sum of all penalties is logged as `safety_penalty`; figures on the finished run are logged when `train()` ends.
+    The methods' settings are saved with each checkpoint, and a run that resumes from it with others, or on another
+    number of processes, is refused. `train(resume_from_checkpoint=True)` resumes from the last complete checkpoint.
 
-    Ctrl-C and SIGTERM, which a cluster's scheduler sends, finish the step and save a checkpoint, unless a handler of
-    your own or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once.
+    With methods, Ctrl-C and SIGTERM, which a cluster's scheduler sends, finish the step and save a checkpoint, unless
+    a handler of your own or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once.
 
     Example:
 
@@ -91,7 +92,9 @@ class SafeSFTTrainer(SFTTrainer):
             given = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
             safety = recommended_for(given["model"])
         self.safety_methods = _as_methods(safety)
-        self._record = checkpoints.Record([])
+        self.safety_report: dict[str, dict[str, Any]] = {}
+        self.stops_gracefully = bool(self.safety_methods)
+        self._fingerprint = RunFingerprint()
         if not self.safety_methods:
             super().__init__(*args, **kwargs)
             return
@@ -106,29 +109,36 @@ class SafeSFTTrainer(SFTTrainer):
         self._name = f"{SFTTrainer._name} with {' and '.join(method.name for method in self.safety_methods)}"
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
+        self._check_token_weights()
         strategy = strategy_of(self.accelerator, self.model)
         for method in self.safety_methods:
             method.check_strategy(strategy)
         for method in self.safety_methods:
             method.attach(self.model, self._tokenizer, self.train_dataset)
-        self._record = checkpoints.Record(self.safety_methods, strategy, self.accelerator.num_processes)
+            self.safety_report[method.name] = check_report(method, self.model)
+        if self.is_world_process_zero():
+            _log_report(self.safety_report)
+        self._fingerprint = RunFingerprint(self.safety_methods, strategy, self.accelerator.num_processes)
+        self.add_callback(self._fingerprint)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it.
 
         Raises:
+            ValueError: If the checkpoint to resume from is incomplete, or was made with other methods or settings.
             KeyboardInterrupt: After Ctrl-C, when the step is finished, its checkpoint saved and the methods are left.
             SystemExit: So after SIGTERM.
         """
-        resumed = resuming.agreed_checkpoint(resume_from_checkpoint, self.args.output_dir, self._record, self.model)
-        with stopping(self, self.resume_command) as stopper, ExitStack() as stack:
+        resumed = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self._fingerprint, self.model)
+        with ExitStack() as stack:
+            stop = stack.enter_context(graceful_stop(self, self.resume_command)) if self.stops_gracefully else None
             if self.safety_methods:  # without, evaluation spoils gradients of 4 bits on a CPU as it does in TRL
                 stack.enter_context(trainable_layout(self.model))
             for method in self.safety_methods:
                 stack.enter_context(method.training(self.model))
             self._is_loaded = self._load_before_sharding(resumed)
             output = super().train(resumed, *args, **kwargs)
-            if stopper.lacks_checkpoint(self):
+            if stop is not None and stop.lacks_checkpoint(self):
                 self._save_checkpoint(self.model, trial=None)
             diagnostics: dict[str, float] = {}
             for method in self.safety_methods:
@@ -138,47 +148,52 @@ class SafeSFTTrainer(SFTTrainer):
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch as [`~trl.SFTTrainer`] does, unless the run goes on from its last step.
+        """Train an epoch as [`~trl.SFTTrainer`] does, unless the run resumes after its last step.
 
-        Transformers looks for the end behind a step only, and would take one step more than it was to.
+        Transformers checks for the end after a step only, and would take one step too many.
         """
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
+        if self.stops_gracefully and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
-    def _load_before_sharding(self, checkpoint: str | bool | None) -> bool:
-        """With FSDP, load the adapter to go on from while it is whole, and return whether that was done.
+    def _load_before_sharding(self, checkpoint: Any) -> bool:
+        """With FSDP, load the adapter to resume from before weights are sharded; return whether that was done.
 
-        Once weights are split, accelerate looks for parameters by the names in the checkpoint, which a parameter that
-        is trained through a rule does not have.
+        Once they are, accelerate looks for parameters by the names in the checkpoint, which a parameter that is
+        trained through a rule does not have.
         """
         is_split = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-        if not (checkpoint and self.safety_methods and self.is_fsdp_enabled and isinstance(self.model, PeftModel)):
+        if not (self.safety_methods and self.is_fsdp_enabled and isinstance(self.model, PeftModel)) or is_split:
             return False
-        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        if is_split or folder is None or not os.path.isfile(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
+        if not isinstance(checkpoint, str) or not os.path.isfile(os.path.join(checkpoint, SAFETENSORS_WEIGHTS_NAME)):
             return False
-        weights = load_peft_weights(folder, device="cpu")
+        weights = load_peft_weights(checkpoint, device="cpu")
         set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapters[0])
         return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load as [`~trl.SFTTrainer`] does, unless it has been done; TRL has no public place for it."""
-        if not getattr(self, "_is_loaded", False):
+        if getattr(self, "_is_loaded", False):
+            return
+        try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except SafetensorError as error:
+            raise ValueError(damaged(resume_from_checkpoint, error)) from error
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """Return TRL's loss, plus the methods' penalties while training."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self.safety_methods and self.model.training):
-            return result
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        forward = self._weighted(model, inputs)
+        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         penalties = [p for method in self.safety_methods if (p := method.penalty(self.model)) is not None]
         if penalties:
-            penalty = torch.stack(penalties).sum()
+            # The layers of a model that is spread over several devices leave their penalties on these.
+            penalty = torch.stack([penalty.to(loss.device) for penalty in penalties]).sum()
             self._log_penalty(penalty)
             # As TRL does with the auxiliary loss of mixtures of experts: with `num_items_in_batch` the loss itself
             # carries the accumulation, without it `training_step` divides the whole by the number of micro-batches.
@@ -189,21 +204,80 @@ class SafeSFTTrainer(SFTTrainer):
             loss = loss + penalty / steps
         return (loss, outputs) if return_outputs else loss
 
+    def _weighted(self, model: Any, inputs: Any) -> Callable[..., Any]:
+        """Return the model, with each token's log-probability multiplied by its weight where methods give any."""
+        given = [method.token_weights(self.model, inputs) for method in self._overriding("token_weights")]
+        weights = [weight for weight in given if weight is not None]
+        if not weights:
+            return model
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs)
+            if (log_probs := getattr(outputs, "log_probs", None)) is not None:
+                for weight in weights:
+                    outputs.log_probs = outputs.log_probs * weight[:, 1:].to(log_probs.device)  # of the next token
+            return outputs
+
+        return forward
+
+    def _check_token_weights(self) -> None:
+        """Refuse losses that are not the sum of the tokens' log-probabilities."""
+        special = self.compute_loss_func is not None or self.label_smoother is not None
+        for method in self._overriding("token_weights"):
+            if special or self.args.loss_type != "nll":
+                raise ValueError(
+                    f"{method.name} weights tokens, which needs TRL's own loss. Remove `compute_loss_func` "
+                    f'and `label_smoothing_factor`, and use `loss_type="nll"` (it is {self.args.loss_type!r}).'
+                )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step as [`~trl.SFTTrainer`] does; after its last backward pass, methods see the gradients."""
+        loss = super().training_step(*args, **kwargs)
+        methods = self._overriding("after_backward")
+        if methods and self.accelerator.sync_gradients:
+            # float16 gradients are scaled, by a power of two, and are unscaled only when they are clipped.
+            scaler = self.accelerator.scaler
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None] if scale != 1.0 else []
+            for gradient in gradients:
+                gradient.div_(scale)
+            for method in methods:
+                method.after_backward(self.model)
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return loss
+
+    def _overriding(self, moment: str) -> list[SafetyMethod]:
+        return [method for method in self.safety_methods if overrides(method, moment)]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Semi-private, and TRL overrides it as well: there is no public moment before a checkpoint is written.
+        if not self.safety_methods:
+            super()._save_checkpoint(model, trial)
+            return
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        is_uploaded = self.args.push_to_hub and "checkpoint" in str(self.args.hub_strategy)
-        with checkpoints.saving(folder, self._record, self.args.should_save, with_checksums=not is_uploaded):
+        with saving(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
     def _log_penalty(self, penalty: Tensor) -> None:
         value = penalty.item()
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"The safety penalty became {value} at step {self.state.global_step}. Checkpoints saved so far in "
-                f"`{self.args.output_dir}` are intact; go on from the last one with a lower `learning_rate`."
+                f"The safety penalty became {value} at step {self.state.global_step}: training has diverged. "
+                f"Checkpoints in `{self.args.output_dir}` are intact, but resume with the same settings. "
+                "Start a new run, from the base model or from a checkpoint's weights, with a lower `learning_rate`."
             )
         self._metrics["train"]["safety_penalty"].append(value)
+
+
+def _log_report(report: dict[str, dict[str, Any]]) -> None:
+    for name, found in report.items():
+        figures = ", ".join(f"{figure} {value:.4g}" for figure, value in found["figures"].items())
+        logger.info(
+            "%s acts on %.0f %% of the trained weights%s", name, 100 * found["coverage"], figures and f": {figures}"
+        )
+        for warning in found["warnings"]:
+            logger.warning("%s: %s", name, warning)
 
 
 def _as_methods(safety: Any) -> list[SafetyMethod]:

@@ -1,9 +1,8 @@
-"""Checkpoints: which one is whole, by the checksums that are saved with it, and without them by its form."""
+"""Checkpoints: which one is complete, what is in it, and what happens when one cannot be saved or read."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,12 +14,19 @@ from runs import given, lora
 from safetensors.torch import save_file
 from trl import SFTTrainer
 
-from safe_trainer import SafeSFTTrainer, integrity
-from safe_trainer.checkpoints import Record, fault, is_whole, last_checkpoint, saving
-from safe_trainer.integrity import CHECKSUMS, write_checksums
-from safe_trainer.resuming import checkpoint_to_resume
+from safe_trainer import AsFT, SafeSFTTrainer
+from safe_trainer.checkpoints import (
+    RunFingerprint,
+    checkpoints_of,
+    is_complete,
+    last_checkpoint,
+    resolve_checkpoint,
+    saving,
+)
 
-NOTHING = Record([])
+
+def method() -> AsFT:
+    return AsFT(projector="none", weight=0.5)
 
 
 def checkpoint(output: Path, step: int, state: str = '{"global_step": 1}') -> Path:
@@ -35,35 +41,23 @@ def checkpoint(output: Path, step: int, state: str = '{"global_step": 1}') -> Pa
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Train two steps and save behind each: an adapter and a whole model with us, an adapter with TRL."""
+    """Train two steps and save after each: an adapter and a full model with a method, an adapter with TRL."""
     folder = tmp_path_factory.mktemp("runs")
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    for name, build, peft_config in (
-        ("ours", SafeSFTTrainer, lora()),
-        ("ours, full", SafeSFTTrainer, None),
-        ("TRL's", SFTTrainer, lora()),
-    ):
-        build(**given(folder / name, peft_config=peft_config, **config)).train()
+    SafeSFTTrainer(**given(folder / "ours", peft_config=lora(), **config), safety=method()).train()
+    SafeSFTTrainer(**given(folder / "ours, full", peft_config=None, **config), safety=method()).train()
+    SFTTrainer(**given(folder / "TRL's", peft_config=lora(), **config)).train()
     return {path.name: path for path in folder.iterdir()}
 
 
 @pytest.fixture
 def copied(runs, tmp_path):
-    """Return a function that copies a run, with its checksums or without them."""
+    """Return a function that copies a run."""
 
-    def copy(name: str, with_checksums: bool = True) -> Path:
-        shutil.copytree(runs[name], tmp_path / name)
-        for file in (tmp_path / name).rglob(CHECKSUMS) if not with_checksums else ():
-            file.unlink()
-        return tmp_path / name
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(runs[name], tmp_path / name))
 
     return copy
-
-
-def flip(path: Path, position: int = -5) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def halve(path: Path) -> None:
@@ -73,188 +67,99 @@ def halve(path: Path) -> None:
 # ---- which one is taken
 
 
-@pytest.mark.parametrize("state", ["", '{"global_step": 1', "[]", "{}"])
-def test_the_last_whole_checkpoint_is_taken_and_the_others_are_named(state, tmp_path, caplog):
+@pytest.mark.parametrize("state", ["", '{"global_step": 1', "[]", "{}", "[" * 100_000])
+def test_the_last_complete_checkpoint_is_taken_and_the_others_are_named(state, tmp_path, caplog):
     assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
     for step in (2, 10):
         checkpoint(tmp_path, step)
     checkpoint(tmp_path, 12, state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert "`checkpoint-12` was cut short" in caplog.text and "going on from checkpoint-10" in caplog.text
+    assert "`checkpoint-12` was interrupted" in caplog.text and "resuming from checkpoint-10" in caplog.text
 
 
-def test_a_checkpoint_cut_short_is_refused_where_it_is_asked_for(tmp_path):
-    trainer = SafeSFTTrainer(**given(tmp_path, peft_config=lora()))
+def test_an_interrupted_checkpoint_is_refused_where_it_is_asked_for(tmp_path):
+    trainer = SafeSFTTrainer(**given(tmp_path, peft_config=lora()), safety=method())
     half = checkpoint(tmp_path, 4, "")
-    with pytest.raises(ValueError, match="holds no whole checkpoint: `checkpoint-4` was cut short"):
+    with pytest.raises(ValueError, match="no complete checkpoint: saving `checkpoint-4` was interrupted"):
         trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="is missing or damaged. Start the run anew, and remove this one"):
+    with pytest.raises(ValueError, match="is missing or damaged.* Start the run again without resuming"):
         trainer.train(resume_from_checkpoint=str(half))
     checkpoint(tmp_path, 2)
-    with pytest.raises(ValueError, match="missing or damaged. Go on from `.*checkpoint-2`"):
+    with pytest.raises(ValueError, match="missing or damaged.* Resume from `.*checkpoint-2`"):
         trainer.train(resume_from_checkpoint=str(half))
 
 
-@pytest.mark.parametrize("with_checksums", [True, False], ids=["checksums", "form"])
+@pytest.mark.parametrize("name", ["ours", "ours, full", "TRL's"])
 @pytest.mark.parametrize("damage", [Path.unlink, halve], ids=["missing", "cut short"])
-@pytest.mark.parametrize(
-    "file", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-)
-def test_a_checkpoint_without_all_of_its_state_is_refused_and_the_one_before_is_taken(
-    file, damage, with_checksums, copied, tmp_path
-):
-    run = copied("ours", with_checksums)
-    first, second = run / "checkpoint-1", run / "checkpoint-2"
-    assert is_whole(first) and is_whole(second)
-    damage(second / file)
-    assert not is_whole(second)
-    assert last_checkpoint(run) == str(first)
-    with pytest.raises(ValueError, match=f"its `{file}` is missing or damaged. Go on from `.*checkpoint-1`"):
-        checkpoint_to_resume(str(second), run, NOTHING)
+def test_a_checkpoint_without_its_last_file_is_passed_over(name, damage, copied):
+    run = copied(name)
+    assert [is_complete(path) for path in checkpoints_of(run)] == [True, True]
+    damage(run / "checkpoint-2" / "trainer_state.json")
+    assert last_checkpoint(run) == str(run / "checkpoint-1")
 
 
-@pytest.mark.parametrize("run", ["ours", "ours, full"])
-def test_a_flipped_bit_in_any_file_is_told_by_the_checksums(run, copied):
-    folder = copied(run) / "checkpoint-2"
-    files = json.loads((folder / CHECKSUMS).read_text())["files"]
-    weights = "model.safetensors" if run == "ours, full" else "adapter_model.safetensors"
-    assert {weights, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= files.keys()
-    for name in files:
-        flip(folder / name)
-        assert fault(folder) == name
-        flip(folder / name)
-    assert is_whole(folder)
-
-
-def test_what_is_written_for_readers_may_be_changed_and_files_may_be_added(copied):
-    folder = copied("ours") / "checkpoint-2"
-    (folder / "README.md").write_text("My own words.")
-    (folder / "comparison.json").write_text("{}")
-    assert is_whole(folder)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"files": {"a": 1}}', '{"files": {"a": {"size": "1"}}}', "[" * 100_000]
-)
-def test_damaged_checksums_are_named(content, copied):
-    folder = copied("ours") / "checkpoint-2"
-    (folder / CHECKSUMS).write_text(content)
-    assert fault(folder) == CHECKSUMS
-
-
-def test_damaged_weights_are_told_before_anything_is_loaded(copied):
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_weights_are_explained_before_anything_is_trained(file, copied):
     run = copied("ours")
-    halve(run / "checkpoint-2" / "adapter_model.safetensors")
-    trainer = SafeSFTTrainer(**given(run, peft_config=lora(), max_steps=2))
-    with pytest.raises(ValueError, match="its `adapter_model.safetensors` is missing or damaged"):
+    halve(run / "checkpoint-2" / file)
+    trainer = SafeSFTTrainer(**given(run, peft_config=lora(), max_steps=2), safety=method())
+    with pytest.raises(ValueError, match="checkpoint-2` is damaged .* resume from an earlier one"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     assert trainer.state.global_step == 2
 
 
-# ---- without checksums
-
-
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt"])
-def test_a_checkpoint_of_trl_is_judged_by_its_form(file, copied):
-    folder = copied("TRL's") / "checkpoint-2"
-    assert not (folder / CHECKSUMS).exists() and is_whole(folder)
-    halve(folder / file)
-    assert fault(folder) == file
-
-
-def test_every_part_of_a_model_in_parts_must_be_there(copied):
-    folder = copied("ours, full", with_checksums=False) / "checkpoint-2"
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    save_file({"head": torch.ones(2)}, folder / "model-00002-of-00002.safetensors")
-    parts = {"a": "model-00001-of-00002.safetensors", "head": "model-00002-of-00002.safetensors"}
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": parts}))
-    assert is_whole(folder)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    assert fault(folder) == "model-00002-of-00002.safetensors"
-    index.write_text("{")
-    assert fault(folder) == index.name
-
-
-def test_the_random_states_of_all_processes_must_be_there(copied):
-    folder = copied("TRL's") / "checkpoint-2"
-    for rank in range(3):
-        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{rank}.pth")
-    (folder / "rng_state.pth").unlink()
-    assert is_whole(folder)
-    (folder / "rng_state_1.pth").unlink()
-    assert fault(folder) == "rng_state_1.pth"
-
-
-def test_a_folder_of_deepspeed_stands_for_the_optimizer_only_if_it_holds_one(copied):
-    folder = copied("TRL's") / "checkpoint-2"
-    kept = folder / "global_step2"
-    kept.mkdir()
-    (folder / "optimizer.pt").rename(kept / "optimizer.pt")
-    assert fault(folder) == "latest"
-    (folder / "latest").write_text("global_step2")
-    assert fault(folder) == "global_step2"
-    (kept / "optimizer.pt").rename(kept / "mp_rank_00_model_states.pt")
-    assert is_whole(folder)
-    halve(kept / "mp_rank_00_model_states.pt")
-    assert fault(folder) == "global_step2/mp_rank_00_model_states.pt"
+def test_damaged_weights_of_a_full_model_are_explained(copied):
+    run = copied("ours, full")
+    halve(run / "checkpoint-2" / "model.safetensors")
+    trainer = SafeSFTTrainer(**given(run, peft_config=None, max_steps=2), safety=method())
+    with pytest.raises(ValueError, match="checkpoint-2` is damaged"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
 
 
 # ---- how one is written
 
 
-def test_a_checkpoint_that_is_written_over_is_not_whole_until_the_end(tmp_path):
+def test_a_checkpoint_has_the_files_of_trl_and_the_fingerprint_in_its_state(runs):
+    names = {run: {path.name for path in (runs[run] / "checkpoint-2").iterdir()} for run in ("ours", "TRL's")}
+    assert names["ours"] == names["TRL's"]
+    state = json.loads((runs["ours"] / "checkpoint-2" / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]["RunFingerprint"]["attributes"]
+    assert kept["AsFT"]["weight"] == 0.5 and kept["launch"] == {"processes": 1, "strategy": "one process"}
+
+
+def test_a_checkpoint_that_is_written_over_is_incomplete_until_the_end(tmp_path):
     old = checkpoint(tmp_path, 2)
-    write_checksums(old)
-    with pytest.raises(KeyboardInterrupt), saving(old, NOTHING, is_first_process=True):
-        assert not is_whole(old) and not (old / CHECKSUMS).exists()
+    with pytest.raises(KeyboardInterrupt), saving(old, is_first_process=True):
+        assert not is_complete(old)
         raise KeyboardInterrupt
-    assert not is_whole(old) and (old / "adapter_model.safetensors").exists()
+    assert not is_complete(old) and (old / "adapter_model.safetensors").exists()
 
 
-def test_checksums_that_cannot_be_written_leave_the_checkpoint_as_it_is(tmp_path, caplog):
-    """The ones before it may have been removed by then."""
-    caplog.set_level(logging.WARNING)
-    with saving(tmp_path / "checkpoint-2", NOTHING, is_first_process=True):
-        folder = checkpoint(tmp_path, 2)
-        (folder / CHECKSUMS).mkdir()
-    assert "checksums of `checkpoint-2` could not be written" in caplog.text
-    (folder / CHECKSUMS).rmdir()
-    assert is_whole(folder) and not list(folder.glob(".*"))
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("inline_container: 1")])
+def test_a_checkpoint_that_finds_no_room_is_removed_and_earlier_ones_stay(error, tmp_path):
+    first = checkpoint(tmp_path, 2)
+    with pytest.raises(OSError, match="checkpoint-4` could not be saved .* Earlier checkpoints are intact"):
+        with saving(tmp_path / "checkpoint-4", is_first_process=True):
+            checkpoint(tmp_path, 4, "")
+            raise error
+    assert checkpoints_of(tmp_path) == [first]
 
 
-def test_checksums_tell_size_and_hash_of_every_file_below_the_folder(tmp_path):
-    folder = checkpoint(tmp_path, 2)
-    (folder / "other").mkdir()
-    (folder / "other" / "adapter_config.json").write_text("{}")
-    write_checksums(folder)
-    files = json.loads((folder / CHECKSUMS).read_text())["files"]
-    assert files.keys() == {"adapter_model.safetensors", "other/adapter_config.json", "trainer_state.json"}
-    assert files["other/adapter_config.json"] == {"size": 2, "xxh3": "dc7048f8f8747f561349cde127705c16"}
-
-
-def test_only_who_reads_contents_pays_for_it(tmp_path):
-    folder = checkpoint(tmp_path, 2)
-    write_checksums(folder)
-    flip(folder / "adapter_model.safetensors")
-    assert fault(folder, by_content=False) is None and fault(folder) == "adapter_model.safetensors"
-    halve(folder / "adapter_model.safetensors")
-    assert fault(folder, by_content=False) == "adapter_model.safetensors"
-
-
-def test_a_resume_reads_each_file_of_one_checkpoint_once(copied, monkeypatch):
-    run, read, hashed = copied("ours"), [], integrity._hash
-    monkeypatch.setattr(integrity, "_hash", lambda path: read.append(path) or hashed(path))
-    assert checkpoint_to_resume(True, run, NOTHING) == str(run / "checkpoint-2")
-    assert {path.parent.name for path in read} == {"checkpoint-2"} and len(read) == len(set(read)) > 5
+def test_what_fails_after_a_complete_checkpoint_leaves_it(tmp_path):
+    with pytest.raises(OSError, match="^.Errno 13. an older one$"):
+        with saving(tmp_path / "checkpoint-4", is_first_process=True):
+            checkpoint(tmp_path, 4)
+            raise PermissionError(13, "an older one")
+    assert is_complete(tmp_path / "checkpoint-4")
 
 
 def test_other_failures_while_saving_keep_their_own_words(tmp_path):
-    with pytest.raises(RuntimeError, match="^a bug$"), saving(tmp_path / "checkpoint-1", NOTHING, True):
+    with pytest.raises(RuntimeError, match="^a bug$"), saving(tmp_path / "checkpoint-1", True):
         raise RuntimeError("a bug")
 
 
-def test_a_model_in_memory_without_checkpoints_is_not_asked_for_any(tmp_path):
-    assert checkpoint_to_resume(None, tmp_path, NOTHING) is None
-    assert checkpoint_to_resume(True, tmp_path, NOTHING, tiny.model()) is True
+def test_without_checkpoints_the_choice_is_left_to_transformers(tmp_path):
+    for fingerprint in (RunFingerprint(), RunFingerprint([method()])):
+        assert resolve_checkpoint(None, tmp_path, fingerprint, tiny.model()) is None
+        assert resolve_checkpoint(True, tmp_path, fingerprint, tiny.model()) is True

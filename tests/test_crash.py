@@ -26,9 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, checkpoints, conversation
-from safe_trainer.checkpoints import is_whole, last_checkpoint
-from safe_trainer.integrity import CHECKSUMS
+from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
+from safe_trainer.checkpoints import is_complete, last_checkpoint
 from safe_trainer.testbed import ALIGNED
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
@@ -37,10 +36,9 @@ STEPS = 7
 
 
 def made(name: str, pair: tuple[str, str]) -> Any:
-    """Return the method of a case; `"plain"` has none, and is to be as safe from crashes as the others."""
+    """Return the method of a case."""
     fitting = {"rank": 2, "max_steps": 3, "learning_rate": 0.05}
     return {
-        "plain": lambda: None,
         "asft": lambda: AsFT(unaligned_model=pair[1], weight=0.5),
         "salora": lambda: SaLoRA(safety_data=REFUSED, rank=4, task_rank=4),
         "security_vectors": lambda: SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
@@ -52,7 +50,7 @@ def made(name: str, pair: tuple[str, str]) -> Any:
     }[name]()
 
 
-CASES = ("plain", "asft", "salora", "security_vectors", "drift_penalty", "recommended")
+CASES = ("asft", "salora", "security_vectors", "drift_penalty", "recommended")
 
 
 def trainer_of(name: str, folder: Path, pair: tuple[str, str], **changes: Any) -> SafeSFTTrainer:
@@ -88,9 +86,7 @@ class KillWhileSaving(TrainerCallback):
         self.trainer, self.step, self.stage = trainer, step, stage
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step and self.stage == BEHIND:
-            checkpoints.write_checksums = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
-        elif state.global_step + 1 == self.step:
+        if state.global_step + 1 == self.step:
             owner = state if hasattr(state, self.stage) else self.trainer
             setattr(owner, self.stage, partial(self.die_in, getattr(owner, self.stage)))
 
@@ -114,7 +110,6 @@ class Steps(TrainerCallback):
 
 SINCE_RESUMED = {"num_tokens", "eval_num_tokens", "train_loss"}  # what TRL and transformers count from there on
 STAGES = ("save_model", "_save_optimizer_and_scheduler", "save_to_json")
-BEHIND = "checksums"  # when all is saved and older checkpoints are removed
 
 
 def train(name: str, folder: Path, pair: tuple[str, str], kill: tuple[int, str | None] | None) -> None:
@@ -160,12 +155,10 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair,
     chance = random.Random(f"seed 7 {name}")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert in_a_process(train, name, whole, pair, None) == 0
-    saves = STAGES if name == "plain" else chance.sample(STAGES, 1)
-    kills = [*((4, stage) for stage in saves), (4, BEHIND), (chance.randint(4, 6), None)]
+    saves = STAGES if name == "asft" else chance.sample(STAGES, 1)
+    kills = [*((4, stage) for stage in saves), (chance.randint(4, 6), None)]
     for kill in kills:
         assert in_a_process(train, name, broken, pair, kill) == -signal.SIGKILL, kill
-        if kill == (4, BEHIND):
-            assert not (broken / "checkpoint-4" / CHECKSUMS).exists() and is_whole(broken / "checkpoint-4")
     last = last_checkpoint(broken)
     assert in_a_process(train, name, broken, pair, None) == 0
     taken = json.loads((broken / "end" / "steps.json").read_text())
@@ -178,7 +171,7 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair,
     for kept, entry in zip(log, resumed_log, strict=True):
         assert entry == pytest.approx(kept, rel=1e-5, abs=1e-6)
     kept = sorted(path.name for path in broken.glob("checkpoint-*"))
-    assert kept == ["checkpoint-6", "checkpoint-7"] and all(is_whole(broken / one) for one in kept)
+    assert kept == ["checkpoint-6", "checkpoint-7"] and all(is_complete(broken / one) for one in kept)
 
 
 # ---- no room, no place, and being asked to stop
@@ -208,13 +201,13 @@ def fill(folder: Path, pair: tuple[str, str], limit: int) -> None:
 def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_to_go_on_from(limit, pair, tmp_path):
     assert in_a_process(fill, tmp_path, pair, limit) == 0
     told = (tmp_path / "told").read_text()
-    assert "checkpoint-4` could not be saved (" in told and "Those saved before are intact" in told
+    assert "checkpoint-4` could not be saved (" in told and "Earlier checkpoints are intact" in told
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert in_a_process(train, "asft", tmp_path, pair, None) == 0
 
 
 def test_a_checkpoint_that_has_no_place_is_told(pair, tmp_path):
-    trainer = trainer_of("plain", tmp_path, pair, max_steps=2, eval_strategy="no")
+    trainer = trainer_of("asft", tmp_path, pair, max_steps=2, eval_strategy="no")
     (tmp_path / "checkpoint-2").write_text("a file stands where the folder should")
     with pytest.raises(OSError, match="checkpoint-2` could not be saved .* make the folder writable"):
         trainer.train()
@@ -246,7 +239,7 @@ def test_sigterm_saves_a_checkpoint_says_how_to_go_on_and_exits_as_a_shell_expec
     process.terminate()
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM, told.read_text()
-    assert "Stopped by SIGTERM behind step" in told.read_text() and "--resume" in told.read_text()
+    assert "Received SIGTERM: stopped after step" in told.read_text() and "--resume" in told.read_text()
     assert "Traceback" not in told.read_text()
     (last,) = output.glob("checkpoint-*")
-    assert is_whole(last)
+    assert is_complete(last)

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ from transformers import (
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+import safe_trainer.methods.fingerprint
+import safe_trainer.trainer
 from safe_trainer import SafeSFTTrainer, SafetyMethod
 
 
@@ -404,6 +407,42 @@ def test_plain_training_arguments_are_completed_as_trl_does(tmp_path):
 
 
 # ---- files and settings
+
+
+class Surroundings(TrainerCallback):
+    """Keeps what surrounds each step: signal handlers, callbacks and hooks."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+        self.seen.append([signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), hooks])
+
+
+def test_without_methods_nothing_is_added_to_trl_s_trainer(tmp_path, monkeypatch):
+    """No hashing, no signal handler, no context, no file."""
+
+    def unused(*args, **kwargs):
+        raise AssertionError("this is for runs with methods")
+
+    for name in ("graceful_stop", "saving", "trainable_layout", "load_peft_weights"):
+        monkeypatch.setattr(safe_trainer.trainer, name, unused)
+    monkeypatch.setattr(safe_trainer.methods.fingerprint, "_digest", unused)
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "peft_config": lora()}
+    found = []
+    for build in (SFTTrainer, OURS["no safety"]):
+        with fresh(tmp_path / "run") as folder:
+            around = Surroundings()
+            trainer = build(**given(folder, **config, callbacks=[around]))
+            trainer.train()
+            kinds = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+            files = {path.relative_to(folder) for path in folder.rglob("*")}
+            states = [
+                json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in (1, 2)
+            ]
+            found.append((around.seen, kinds, files, [state["stateful_callbacks"] for state in states]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "LoRA"])

@@ -30,11 +30,9 @@ from safe_trainer import (
     conversation,
     train_security_vectors,
 )
-from safe_trainer.checkpoints import SETTINGS, SPREAD, Record
-from safe_trainer.distributed import Strategy
+from safe_trainer.checkpoints import LAUNCH, RunFingerprint, resolve_checkpoint
 from safe_trainer.methods.base import SafetyMethod
-from safe_trainer.methods.settings import MADE_FROM, settings_of
-from safe_trainer.resuming import checkpoint_to_resume
+from safe_trainer.methods.fingerprint import MADE_FROM, settings_of
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
@@ -71,12 +69,25 @@ def resumable(folder: Path, pair: tuple[str, str], methods: Any, **changes: Any)
     return SafeSFTTrainer(**arguments, safety=methods)
 
 
-def test_the_settings_beside_a_checkpoint_tell_neither_data_nor_places(protected_run):
+def kept(checkpoint: Path) -> dict[str, Any]:
+    """Return the fingerprint in a checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["RunFingerprint"]["attributes"]
+
+
+def keep(checkpoint: Path, content: Any) -> None:
+    """Replace the fingerprint in a checkpoint."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["RunFingerprint"] = {"args": {}, "attributes": content}
+    path.write_text(json.dumps(state))
+
+
+def test_the_fingerprint_in_a_checkpoint_tells_neither_data_nor_places(protected_run):
     checkpoint, file = protected_run
-    text = (checkpoint / SETTINGS).read_text()
-    assert json.loads(text)["AsFT"]["weight"] == 0.5
+    text = json.dumps(kept(checkpoint))
+    assert kept(checkpoint)["AsFT"]["weight"] == 0.5
     assert "private-place" not in text and "bad thing" not in text
-    assert [path.suffix for path in checkpoint.glob("safety*")] == [".json"]
 
 
 @pytest.mark.parametrize(
@@ -129,13 +140,12 @@ def test_a_checkpoint_that_was_made_without_methods_does_not_go_on_with_one(pair
         resumable(tmp_path, pair, method).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("content", ['{"AsFT": ', "3", "[]", '{"AsFT": 3}', '{"AsFT": null}'])
-def test_damaged_settings_are_named(content, protected_run, pair, tmp_path):
+@pytest.mark.parametrize("content", [3, [], {"AsFT": 3}, {"AsFT": None}], ids=str)
+def test_a_damaged_fingerprint_is_named(content, protected_run, pair, tmp_path):
     damaged = tmp_path / "checkpoint-1"
     shutil.copytree(protected_run[0], damaged)
-    (damaged / "checksums.json").unlink()
-    (damaged / SETTINGS).write_text(content)
-    with pytest.raises(ValueError, match="safety_methods.json` is damaged"):
+    keep(damaged, content)
+    with pytest.raises(ValueError, match="checkpoint-1` is damaged"):
         resumable(tmp_path, pair, methods_of(protected_run[1])).train(resume_from_checkpoint=True)
 
 
@@ -238,13 +248,11 @@ def test_a_stream_of_other_rows_is_told_by_what_was_measured(pair, tmp_path):
 
 
 def test_checkpoints_that_do_not_tell_what_was_made_from_what_are_still_resumed(pair, tmp_path):
-    """Those of versions before."""
     resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train()
     folder = tmp_path / "checkpoint-1"
-    saved = json.loads((folder / SETTINGS).read_text())
-    assert saved.pop(SPREAD) == {"processes": 1, "strategy": "one process"} and saved["DriftPenalty"].pop(MADE_FROM)
-    (folder / SETTINGS).write_text(json.dumps(saved))
-    (folder / "checksums.json").unlink()
+    saved = kept(folder)
+    assert saved.pop(LAUNCH) == {"processes": 1, "strategy": "one process"} and saved["DriftPenalty"].pop(MADE_FROM)
+    keep(folder, saved)
     resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train(resume_from_checkpoint=True)
 
 
@@ -327,30 +335,26 @@ def test_the_same_layers_in_other_words_are_the_same_adapter(current, pair, tmp_
 )
 def test_other_layers_than_the_checkpoint_s_are_refused_by_name(current, message, pair, tmp_path):
     before = {"target_modules": ["q_proj", "v_proj"]}
-    plain = DriftPenalty(weight=0.0, rank=4, safety_data=REFUSED), Record([])
     resumable(tmp_path, pair, None, peft_config=lora(**before)).train()
     model = resumable(tmp_path, pair, None, peft_config=lora(**{**before, **current})).model
     folder = tmp_path / "checkpoint-1"
-    assert checkpoint_to_resume(str(folder), tmp_path, plain[1], model) == str(folder)  # TRL would not ask
-    record = Record([plain[0]])
-    (folder / SETTINGS).write_text(json.dumps(record.content))
+    assert resolve_checkpoint(str(folder), tmp_path, RunFingerprint(), model) == str(folder)  # TRL would not ask
+    fingerprint = RunFingerprint([DriftPenalty(weight=0.0, rank=4, safety_data=REFUSED)])
+    keep(folder, fingerprint.content)
     with pytest.raises(ValueError, match=f"other settings of the adapter: .*{message}"):
-        checkpoint_to_resume(str(folder), tmp_path, record, model)
+        resolve_checkpoint(str(folder), tmp_path, fingerprint, model)
 
 
 def test_weights_of_another_model_are_refused_by_their_shapes(pair, tmp_path):
     resumable(tmp_path, pair, None).train()
-    folder, record = tmp_path / "checkpoint-1", Record([DriftPenalty(safety_data=REFUSED)])
-    (folder / SETTINGS).write_text(json.dumps(record.content))
+    folder, fingerprint = tmp_path / "checkpoint-1", RunFingerprint([DriftPenalty(safety_data=REFUSED)])
+    keep(folder, fingerprint.content)
     model = resumable(tmp_path, pair, None).model
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(iter(weights))
     save_file(weights | {name: weights[name][:, :-1].clone()}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="its `adapter_model.safetensors` is missing or damaged"):
-        checkpoint_to_resume(str(folder), tmp_path, record, model)
-    (folder / "checksums.json").unlink()
     with pytest.raises(ValueError, match=r"`model.layers.0.\S+` was \[\d+, \d+\] and is \[\d+, \d+\]"):
-        checkpoint_to_resume(str(folder), tmp_path, record, model)
+        resolve_checkpoint(str(folder), tmp_path, fingerprint, model)
 
 
 # ---- processes and strategies
@@ -368,31 +372,22 @@ def test_weights_of_another_model_are_refused_by_their_shapes(pair, tmp_path):
     ],
     ids=str,
 )
-def test_another_number_of_processes_or_another_strategy_is_refused(change, message, protected_run, tmp_path):
-    folder = tmp_path / "checkpoint-1"
+def test_another_number_of_processes_or_another_strategy_is_refused(change, message, protected_run, pair, tmp_path):
+    folder, methods = tmp_path / "checkpoint-1", methods_of(protected_run[1])
     shutil.copytree(protected_run[0], folder)
-    (folder / "checksums.json").unlink()
-    saved = json.loads((folder / SETTINGS).read_text())
-    (folder / SETTINGS).write_text(json.dumps(saved | {SPREAD: change}))
-    record = Record(methods_of(protected_run[1]), Strategy("one process"), 1)
+    keep(folder, kept(folder) | {LAUNCH: change})
+    trainer = resumable(tmp_path, pair, methods)
     with pytest.raises(ValueError, match=message) as raised:
-        checkpoint_to_resume(str(folder), tmp_path, record)
+        trainer.train(resume_from_checkpoint=str(folder))
     assert "start a new run from its weights" in str(raised.value)
-    assert checkpoint_to_resume(str(folder), tmp_path, Record(record.methods)) == str(folder)
 
 
-def test_the_random_numbers_of_this_process_must_be_there(protected_run, tmp_path):
+def test_the_random_state_of_this_process_must_be_there(protected_run, pair, tmp_path):
     folder = tmp_path / "checkpoint-1"
     shutil.copytree(protected_run[0], folder)
-    (folder / "checksums.json").unlink()
-    saved = json.loads((folder / SETTINGS).read_text())
-    del saved[SPREAD]
-    (folder / SETTINGS).write_text(json.dumps(saved))
-    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
     (folder / "rng_state.pth").rename(folder / "rng_state_1.pth")
-    record = Record(methods_of(protected_run[1]), Strategy("one process"), 1)
     with pytest.raises(ValueError, match="holds no `rng_state.pth`, .*another number of processes"):
-        checkpoint_to_resume(str(folder), tmp_path, record)
+        resumable(tmp_path, pair, methods_of(protected_run[1])).train(resume_from_checkpoint=str(folder))
 
 
 # ---- what is the same after all, and what is another kind of run

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from safe_trainer import AsFT, SafeSFTTrainer
-from safe_trainer.checkpoints import is_whole
+from safe_trainer.checkpoints import is_complete
 from safe_trainer.testbed import ALIGNED
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -60,7 +60,9 @@ def trainer_of(folder: Path, methods: Any = None, **changes: Any) -> SafeSFTTrai
     config = {"max_steps": STEPS, "save_strategy": "no", "learning_rate": 0.1, "optim": "adamw_torch", **changes}
     given_names = {name: config.pop(name) for name in ("model", "eval_dataset") if name in config}
     arguments = given(folder, peft_config=lora(lora_dropout=0.1), **given_names)
-    return SafeSFTTrainer(**{**arguments, "args": exact_settings(folder, **config)}, safety=methods)
+    trainer = SafeSFTTrainer(**{**arguments, "args": exact_settings(folder, **config)}, safety=methods)
+    trainer.stops_gracefully = True
+    return trainer
 
 
 def handlers() -> list[Any]:
@@ -137,10 +139,10 @@ def test_the_first_signal_saves_a_checkpoint_that_goes_on_to_the_same_end(number
     if number == signal.SIGTERM:
         assert ended.told == str(128 + signal.SIGTERM)
     by = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
-    assert f"Stopped by {by} behind step {saved}; the checkpoint is `{broken / f'checkpoint-{saved}'}`" in ended.log
+    assert f"Received {by}: stopped after step {saved} and saved `{broken / f'checkpoint-{saved}'}`" in ended.log
     assert "train(resume_from_checkpoint=True)" in ended.log and 'save_strategy="no"' in ended.log
     assert [path.name for path in broken.glob("checkpoint-*")] == [f"checkpoint-{saved}"]
-    assert is_whole(broken / f"checkpoint-{saved}")
+    assert is_complete(broken / f"checkpoint-{saved}")
     resumed = in_a_process(run, broken, resume=True)
     assert (resumed.end, resumed.steps) == ("NoneType", list(range(saved + 1, STEPS + 1)))
     assert_same(broken, whole)
@@ -164,7 +166,7 @@ def test_a_checkpoint_is_saved_whatever_the_strategy(strategy, tmp_path):
     changes = {"save_strategy": strategy, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
     ended = in_a_process(watched, tmp_path, **changes)
     assert (ended.end, ended.steps) == ("SystemExit", [1, 2])
-    assert is_whole(tmp_path / "checkpoint-2") and "save_strategy" not in ended.log
+    assert is_complete(tmp_path / "checkpoint-2") and "save_strategy" not in ended.log
 
 
 @pytest.mark.slow
@@ -177,7 +179,7 @@ def test_stopping_removes_no_checkpoint_and_loads_no_best_model(tmp_path):
         run, folder, (1, "on_step_begin", [signal.SIGTERM]), eval_dataset=tiny.rows(4), **changes, **best
     )
     assert (ended.end, ended.steps) == ("SystemExit", [1, 2])
-    assert is_whole(folder / "checkpoint-2") and "checkpoint is `" in ended.log
+    assert is_complete(folder / "checkpoint-2") and "saved `" in ended.log
     saved = load_file(folder / "checkpoint-2" / "adapter_model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in weights(folder).items())
 
@@ -240,10 +242,10 @@ def threaded(folder: Path) -> None:
 def test_checkpoints_of_transformers_at_sigterm_still_work_and_ctrl_c_beside_them(tmp_path):
     ended = in_a_process(just_in_time, tmp_path / "sigterm", signal.SIGTERM)
     assert (ended.end, ended.steps) == ("NoneType", [1, 2]), ended.told  # as transformers has it
-    assert is_whole(tmp_path / "sigterm" / "checkpoint-1")
+    assert is_complete(tmp_path / "sigterm" / "checkpoint-1")
     ended = in_a_process(just_in_time, tmp_path / "ctrl-c", signal.SIGINT)
     assert (ended.end, ended.steps) == ("KeyboardInterrupt", [1, 2])
-    assert is_whole(tmp_path / "ctrl-c" / "checkpoint-2")
+    assert is_complete(tmp_path / "ctrl-c" / "checkpoint-2")
 
 
 def just_in_time(folder: Path, number: int) -> None:
@@ -373,8 +375,8 @@ def test_a_command_that_is_stopped_in_its_last_step_saves_and_compares_when_it_g
     found, told = command(broken, (Ask, 1, "on_optimizer_step", [number]))
     assert found == code, told
     assert "Traceback" not in told and "train(" not in told
-    again = f"Go on with: safe-trainer train {broken} --resume"
-    assert "behind step 2; the checkpoint is `" in told and again in told
+    again = f"Resume with: safe-trainer train {broken} --resume"
+    assert "stopped after step 2 and saved `" in told and again in told
     assert not (broken.parent / "end" / "adapter_model.safetensors").exists()
     found, told = command(broken, NEVER, "--resume")
     assert found == 0, told
@@ -386,7 +388,7 @@ def test_a_command_that_is_stopped_in_its_last_step_saves_and_compares_when_it_g
 def test_a_second_ctrl_c_in_a_command_says_where_it_was(tmp_path):
     recipe = recipe_of(tmp_path / "run")
     found, told = command(recipe, (Ask, 1, "on_step_begin", [signal.SIGINT, signal.SIGINT]))
-    assert found == 130 and "Stopped behind step 1." in told and "Traceback" not in told, told
+    assert found == 130 and "Stopped after step 1." in told and "Traceback" not in told, told
 
 
 class NoRoom(TrainerCallback):
@@ -405,7 +407,7 @@ def test_a_full_disk_behind_training_is_told_and_gone_on_from(tmp_path):
     output = recipe.parent / "end"
     assert f"What was trained could not be saved in `{output}` (" in told
     assert f"The last checkpoint, `{output / 'checkpoint-2'}`, is intact. Free some space" in told
-    assert f"go on with: safe-trainer train {recipe} --resume" in told
+    assert f"resume with: safe-trainer train {recipe} --resume" in told
     found, told = command(recipe, NEVER, "--resume")
     assert found == 0 and (output / "comparison.json").exists(), told
 

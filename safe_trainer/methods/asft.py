@@ -166,6 +166,10 @@ class AsFT(PenaltyMethod):
         """Return `‖(I − C) ΔW‖_F²` of each layer."""
         return {name: self._norm_outside(name) for name in self._updates}
 
+    def covered_layers(self, model: nn.Module) -> list[str]:
+        """Return the layers whose update is penalized."""
+        return list(self._updates)
+
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return for each layer the share of `‖ΔW‖_F²` outside the span of the direction's leading `rank` vectors.
 

@@ -10,11 +10,14 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, get_args
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from ..distributed import SPLIT_AT_LOADING, Strategy
 from ..lora.updates import check_peft_config
+
+LOW_COVERAGE = 0.9
+"""A method that acts on a smaller share of the trained weights is warned about."""
 
 
 @dataclass(frozen=True)
@@ -363,6 +366,35 @@ class PenaltyMethod(SafetyMethod):
 def overrides(method: SafetyMethod, moment: str) -> bool:
     """Return whether a method does something at a moment, by its name."""
     return getattr(type(method), moment) is not getattr(SafetyMethod, moment)
+
+
+def check_report(method: SafetyMethod, model: nn.Module) -> dict[str, Any]:
+    """Return a method's self-check and its coverage as JSON: `coverage`, `figures` and `warnings`."""
+    check, share = method.self_check(model), coverage(method, model)
+    warnings = list(check.warnings)
+    if share < LOW_COVERAGE:
+        warnings.append(
+            f"it acts on {share:.0%} of the trained weights only; what is trained besides (experts, embeddings, "
+            "`modules_to_save`) is not protected. Train linear layers only, or judge the model by a comparison."
+        )
+    return {"coverage": share, "figures": dict(check.figures), "warnings": warnings}
+
+
+def coverage(method: SafetyMethod, model: nn.Module) -> float:
+    """Return the share of the trained weights whose update a method acts on."""
+    layers = method.covered_layers(model)
+    if layers is None:
+        return 1.0
+    within = tuple(f"{layer}." for layer in layers)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # DeepSpeed's ZeRO-3 leaves an empty tensor in place of a weight that it has split.
+    sizes = {
+        name: getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in base.named_parameters()
+        if parameter.requires_grad
+    }
+    covered = sum(size for name, size in sizes.items() if name.startswith(within))
+    return covered / max(1, sum(sizes.values()))
 
 
 def moved(tensors: dict[str, tuple[Tensor, ...]], name: str, device: Any) -> tuple[Tensor, ...]:

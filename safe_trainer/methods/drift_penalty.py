@@ -127,6 +127,10 @@ class DriftPenalty(PenaltyMethod):
         """Return each layer's part of the mean share of the outputs' energy that the update changes."""
         return {name: self._drift(name) / len(self._updates) for name in self._updates}
 
+    def covered_layers(self, model: nn.Module) -> list[str]:
+        """Return the layers whose update is penalized."""
+        return list(self._updates)
+
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return for each layer the share of its outputs' energy on harmful prompts that the update changes."""
         with torch.no_grad():

@@ -200,6 +200,10 @@ class SaLoRA(SafetyMethod):
         with factors.trained_through(self._updates, self._rules):
             yield
 
+    def covered_layers(self, model: nn.Module) -> list[str]:
+        """Return the layers whose update is projected."""
+        return list(self._updates)
+
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return the largest share of a layer's `‖ΔW‖_F` in protected directions, which is of the size of rounding."""
         shares = []

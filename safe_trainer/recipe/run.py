@@ -194,7 +194,7 @@ def _train(
 ) -> tuple[dict[str, float], bool]:
     """Train, and return the trainer's metrics and whether `should_stop` ended it."""
     stopped = _report_to(trainer, asked, callbacks)
-    trainer.resume_command = recipe.command("--resume")
+    trainer.resume_command, trainer.stops_gracefully = recipe.command("--resume"), True
     try:
         metrics = trainer.train(resume_from_checkpoint=resume).metrics
     except KeyboardInterrupt as error:
@@ -348,10 +348,10 @@ def _saving(recipe: Recipe) -> Iterator[None]:
 
 def _left(recipe: Recipe) -> tuple[str, str]:
     """Return what is left of a training whose end was not saved, and how to have it."""
-    from ..checkpoints import checkpoints_of, is_whole
+    from ..checkpoints import checkpoints_of, is_complete
 
     output = recipe.parts.output
-    whole = next(filter(is_whole, reversed(checkpoints_of(Path(output)))), None)
+    whole = next(filter(is_complete, reversed(checkpoints_of(Path(output)))), None)
     if whole is not None:
         return f"The last checkpoint, `{whole}`, is intact", f"resume with: {recipe.command('--resume')}"
     return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
