@@ -19,7 +19,8 @@ import planted
 import pytest
 import tiny
 import torch
-from runs import given, lora
+from peft import get_peft_model
+from runs import lora
 from safetensors.torch import load_file, save_file
 
 from safe_trainer import (
@@ -27,21 +28,17 @@ from safe_trainer import (
     Comparison,
     Evaluation,
     PromptSet,
-    SafeSFTTrainer,
     SafetyBasis,
     TrainedVectors,
     conversation,
     from_json,
 )
 from safe_trainer.analysis.drift import adapter_factors
-from safe_trainer.checkpoints import Record
 from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.compare import active_adapter as wearing
 from safe_trainer.evaluation.generate import Answer
 from safe_trainer.evaluation.results import SetResult
-from safe_trainer.integrity import CHECKSUMS
 from safe_trainer.lora.reparametrize import compact_adapter
-from safe_trainer.resuming import checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(4)]
@@ -72,12 +69,7 @@ def saved(tmp_path_factory) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     vectors = planted.vectors(model).save(folder / "vectors") / "adapter_model.safetensors"
     comparison = folder / "comparison.json"
     comparison.write_text(to_json(compared()))
-    # Its rank is none of the model's sizes.
-    config = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    SafeSFTTrainer(**given(folder / "run", model=tiny.model(), peft_config=lora(r=3), **config)).train()
-    checkpoint = folder / "run" / "checkpoint-1"
     return {
-        **{f"checkpoint: {name}": (checkpoint / file, resumed) for name, file in PARTS.items()},
         "direction": (direction.save(folder / "d.safetensors"), AlignmentDirection.load),
         "basis": (basis.save(folder / "b.safetensors"), SafetyBasis.load),
         "vectors": (vectors, lambda path: TrainedVectors.load(path.parent)),
@@ -85,24 +77,8 @@ def saved(tmp_path_factory) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     }
 
 
-PARTS = {
-    "weights": "adapter_model.safetensors",
-    "adapter": "adapter_config.json",
-    "optimizer": "optimizer.pt",
-    "scheduler": "scheduler.pt",
-    "random numbers": "rng_state.pth",
-    "state": "trainer_state.json",
-    "checksums": CHECKSUMS,
-}
-TENSORS = ("direction", "basis", "vectors", "checkpoint: weights")
-KINDS = (*TENSORS, *(f"checkpoint: {name}" for name in PARTS if name != "weights"), "comparison")
-IN_FOLDERS = ("vectors", *(kind for kind in KINDS if kind.startswith("checkpoint")))
-
-
-def resumed(file: Path) -> Any:
-    """Return what a run would go on from, as it is on the disk, once nothing was found to be wrong with it."""
-    folder = Path(checkpoint_to_resume(str(file.parent), file.parent.parent, Record([])))
-    return {name: (folder / name).read_bytes() for name in PARTS.values() if name != CHECKSUMS}
+TENSORS = ("direction", "basis", "vectors")
+KINDS = (*TENSORS, "comparison")
 
 
 @pytest.fixture
@@ -112,7 +88,7 @@ def damaged(saved, tmp_path) -> Callable[[str], tuple[Path, Callable[[], Any], A
     def copy(kind: str) -> tuple[Path, Callable[[], Any], Any]:
         original, load = saved[kind]
         folder = tmp_path / kind
-        if kind in IN_FOLDERS:
+        if kind == "vectors":
             shutil.copytree(original.parent, folder, dirs_exist_ok=True)
         folder.mkdir(exist_ok=True)
         path = Path(shutil.copy(original, folder))
@@ -172,17 +148,11 @@ def test_a_file_cut_short_anywhere_is_refused(kind, damaged):
         assert refused_or_unharmed(load, path, expected), length
 
 
-@pytest.mark.parametrize("kind", IN_FOLDERS)
-def test_a_file_that_is_missing_is_refused(kind, damaged):
-    path, load, expected = damaged(kind)
+def test_vectors_without_their_weights_are_refused(damaged):
+    path, load, _ = damaged("vectors")
     path.unlink()
-    if kind == "checkpoint: checksums":  # without them, all is there
-        assert not refused_or_unharmed(load, path, expected)
-    elif kind == "vectors":
-        with pytest.raises(FileNotFoundError, match="vectors"):
-            load()
-    else:
-        assert refused_or_unharmed(load, path, expected)
+    with pytest.raises(FileNotFoundError, match="vectors"):
+        load()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -344,12 +314,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.fixture
-def adapter(saved, tmp_path) -> Path:
+def adapter(tmp_path) -> Path:
     """Return a folder that holds an adapter and nothing else."""
     folder = tmp_path / "an-adapter"
-    folder.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copy(saved["checkpoint: weights"][0].parent / name, folder)
+    get_peft_model(tiny.model(), lora(r=3)).save_pretrained(folder)  # a rank that is none of the model's sizes
     rewritten(lambda tensors, A, B: [tensor.normal_() for tensor in tensors.values()])(folder)
     return folder
 
