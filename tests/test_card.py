@@ -65,7 +65,7 @@ def test_the_hub_reads_what_was_measured(folder):
     assert {"safe-trainer", "trl", "lora", AsFT.tag} <= set(card.data.tags)
     found = {(r.dataset_name, r.metric_type): r for r in card.data.eval_results}
     assert set(found) == {
-        ("harm (harmful)", "refusal_rate"), ("harm (harmful)", "attack_success_rate"),
+        ("harm (harmful)", "refusal_rate"), ("harm (harmful)", "compliance_rate"),
         ("edge (borderline)", "over_refusal_rate"), ("sums (task)", "accuracy"),
     }  # fmt: skip
     measured = found["harm (harmful)", "refusal_rate"]
@@ -112,6 +112,9 @@ def hub(monkeypatch):
         def upload_folder(self, **options):
             calls.append(options)
 
+        def upload_file(self, **options):
+            calls.append(options)
+
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return calls
 
@@ -124,10 +127,69 @@ def test_weights_and_card_are_published_and_no_report(folder, hub):
     assert hub[0] == ("me/model", {"private": True, "exist_ok": True})
     assert hub[1]["allow_patterns"] == [
         "README.md",
-        "adapter_config.json",
         "adapter_model.safetensors",
         "tokenizer.json",
     ]
+
+
+def test_no_path_of_this_machine_is_in_what_is_published(folder, hub):
+    """Neither in the card nor in the adapter's settings; a local base can be given its Hub id."""
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": "/home/me/secret-project/aligned"}))
+    assert invoke("card", folder, "--push", "me/model").exit_code == 0
+    text = (folder / "README.md").read_text()
+    assert "base_model" not in ModelCard.load(folder / "README.md").data.to_dict()
+    assert 'PeftModel.from_pretrained(model, "me/model")' in text and "secret-project" not in text
+    assert json.loads(hub[2]["path_or_fileobj"])["base_model_name_or_path"] == "aligned"
+    hub.clear()
+    assert invoke("card", folder, "--push", "me/model", "--base-model", "org/base-it").exit_code == 0
+    assert json.loads(hub[2]["path_or_fileobj"])["base_model_name_or_path"] == "org/base-it"
+    assert 'AutoModelForCausalLM.from_pretrained("org/base-it")' in (folder / "README.md").read_text()
+    assert json.loads(config.read_text())["base_model_name_or_path"].startswith("/home"), "the local one still loads"
+    assert invoke("card", folder, "--base-model", "/home/me").exit_code == 1
+
+
+def test_rates_and_a_warning_come_first(folder):
+    text = write_model_card(folder).read_text()
+    assert text.index("> [!WARNING]") < text.index("harm: complied") < text.index("## Use")
+    (folder / "comparison.json").unlink()
+    (folder / "README.md").unlink()
+    assert "refusals was not measured" in write_model_card(folder).read_text()
+
+
+def test_a_card_that_trl_has_written_is_replaced(folder):
+    made = "---\nbase_model: None\nlicence: license\ntags:\n- generated_from_trainer\n---\n# Model Card for None\n\n"
+    made += "This model is a fine-tuned version of [None](https://huggingface.co/None).\n"
+    (folder / "README.md").write_text(made + "It has been trained using [TRL](https://github.com/huggingface/trl).\n")
+    text = write_model_card(folder).read_text()
+    assert "None" not in text and "licence" not in text and "generated_from_trainer" not in text
+    assert text.count("# my-adapter") == 1
+
+
+def test_the_code_of_a_card_loads_the_adapter(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(testbed.ALIGNED)
+    tokenizer = AutoTokenizer.from_pretrained(testbed.ALIGNED)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|note|>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "my-adapter")
+    tokenizer.save_pretrained(tmp_path / "my-adapter")
+    text = write_model_card(tmp_path / "my-adapter").read_text()
+    (tmp_path / "aligned").symlink_to(testbed.ALIGNED)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], found)
+    assert found["model"].get_input_embeddings().weight.shape[0] == len(tokenizer) == len(found["tokenizer"])
+
+
+def test_a_card_shows_what_the_methods_measured_of_themselves(folder):
+    report = {"AsFT": {"coverage": 0.875, "figures": {"energy": 0.25}, "warnings": ["Little to protect."]}}
+    (folder / "safety_report.json").write_text(json.dumps(report))
+    text = write_model_card(folder).read_text()
+    assert "- AsFT: acts on 88% of the trained weights, energy 0.25, Little to protect." in text
 
 
 def test_vectors_are_never_published(tmp_path, hub):

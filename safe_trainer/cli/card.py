@@ -10,7 +10,7 @@ import typer
 from .shell import Json, console, print_json, quiet_libraries
 
 
-def card(
+def card(  # noqa: PLR0913, each is an option with a name
     folder: Annotated[Path, typer.Argument(help="Folder of a fine-tuned adapter or model.", exists=True)],
     comparison: Annotated[
         Path | None,
@@ -22,6 +22,9 @@ def card(
     push: Annotated[
         str | None, typer.Option(help="Upload weights, tokenizer and card to this repository, such as me/my-model.")
     ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, where it was trained on a local copy.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -31,7 +34,7 @@ def card(
     from ..recipe.model_card import publish, write_model_card
 
     compared = from_json(comparison.read_text(encoding="utf-8")) if comparison is not None else None
-    written = write_model_card(folder, compared, name=name)
+    written = write_model_card(folder, compared, name=name, base_model=base_model, repository=push)
     address = publish(folder, push, private=private) if push is not None else None
     if as_json:
         print_json({"card": str(written), "uploaded": address})

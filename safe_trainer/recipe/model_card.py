@@ -1,7 +1,7 @@
-"""The model card of something fine-tuned: what it is, what became of its refusals, how it was made, whom to cite.
+"""The model card of a fine-tune: what became of its refusals, how to use it, how it was made, what to cite.
 
-A card is written beside the adapter or model. What a person has written into it stays: the part that is made here
-stands between two marks, and only that is written anew.
+There is one writer of cards: recipes, `safe-trainer card` and the app use it. What a person has written into a card
+stays: the part that is made here is between two marks, and only that is written anew.
 """
 
 from __future__ import annotations
@@ -10,44 +10,60 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation import Comparison, Evaluation, from_json, to_markdown
-from ..evaluation.manifest import shown_id
 from ..evaluation.report import write_atomically
-from ..methods import METHODS, SafetyMethod
-from ..methods.recommended import RECOMMENDED, recommended
+
+if TYPE_CHECKING:
+    from ..methods import SafetyMethod
 
 BEGIN = "<!-- safe-trainer: this part is written anew by `safe-trainer card`; write above or below -->"
 END = "<!-- safe-trainer: end -->"
+SAFETY_REPORT = "safety_report.json"
+"""The methods' self-checks of a run, saved next to what it made."""
+HARMFUL_KIND = "security vectors"
 
 # What may leave this machine: weights and what is needed to use them. Reports hold harmful prompts and answers.
-PUBLISHED = ("README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json",
-             "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt",
-             "chat_template.jinja", "added_tokens.json")  # fmt: skip
+PUBLISHED = ("README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+             "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template.jinja",
+             "added_tokens.json", "preprocessor_config.json", "processor_config.json")  # fmt: skip
 _METRICS = {
-    "harmful": (("refused", "refusal_rate", "Refusal rate"), ("complied", "attack_success_rate", "Harmful answered")),
+    "harmful": (("refused", "refusal_rate", "Refusal rate"), ("complied", "compliance_rate", "Compliance rate")),
     "benign": (("refused", "over_refusal_rate", "Over-refusal rate"),),
     "borderline": (("refused", "over_refusal_rate", "Over-refusal rate"),),
     "task": (("correct", "accuracy", "Accuracy"),),
 }
+_GENERATED = ("[More Information Needed]", "It has been trained using [TRL]")  # cards that no person has written
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write_model_card(folder: str | Path, comparison: Comparison | None = None, *, name: str | None = None) -> Path:
-    """Write the model card of a fine-tuned adapter or model beside it, as `README.md`.
+def write_model_card(
+    folder: str | Path,
+    comparison: Comparison | None = None,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    repository: str | None = None,
+) -> Path:
+    """Write the model card of a fine-tuned adapter or model into its folder, as `README.md`.
 
     Args:
         folder (`str` or `Path`): Where it was saved, with the recipe if `safe-trainer train` made it.
-        comparison (`Comparison`, *optional*): What it was found to do; left out, `comparison.json` in the folder, if
-            there is one.
+        comparison (`Comparison`, *optional*): What was measured; left out, `comparison.json` in the folder, if there
+            is one.
         name (`str`, *optional*): The evaluation that is about it; left out, the comparison's last.
+        base_model (`str`, *optional*): Hub id of the base model, where it was trained on a local copy.
+        repository (`str`, *optional*): Hub id that it will have, for the code in the card.
 
     Returns:
-        `Path`: The card. Text of one's own in an earlier card stays as it is, metadata too.
+        `Path`: The card. What a person has written in an earlier card stays, metadata too.
 
     Raises:
-        ValueError: If the folder holds neither an adapter nor a model, or security vectors.
+        ValueError: If the folder holds neither an adapter nor a model, or security vectors, or `base_model` is not a
+            Hub id.
 
     Example:
 
@@ -56,29 +72,43 @@ def write_model_card(folder: str | Path, comparison: Comparison | None = None, *
     ```
     """
     from huggingface_hub import ModelCard
+    from ruamel.yaml import YAML
 
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
+    if base_model is not None and not _HUB_ID.fullmatch(base_model):
+        raise ValueError(f"`base_model` must be a Hub id such as `Qwen/Qwen2.5-0.5B-Instruct`, got {base_model!r}.")
     if comparison is None and (folder / "comparison.json").is_file():
         comparison = from_json((folder / "comparison.json").read_bytes())
-    tuned = None
     if comparison is not None:
         tuned = comparison[name] if name else comparison.evaluations[-1]
         comparison = Comparison((comparison.before, tuned), comparison.notes, comparison.seed)
-    recipe = _recipe(folder)
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    card = ModelCard(text or "---\n{}\n---\n", ignore_metadata_errors=True)
-    metadata = _merged(card.data.to_dict(), _metadata(folder, recipe, comparison, tuned))
-    body = _placed(card.text, _part(folder, recipe, comparison), folder.resolve().name)
-    import yaml
+    card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\n{}\n---\n",
+                     ignore_metadata_errors=True)  # fmt: skip
+    is_generated = any(sign in card.text for sign in _GENERATED)
+    written = {key: v for key, v in card.data.to_dict().items() if v not in (None, [], "") and not is_generated}
+    known = written.get("base_model")
+    about = _About(folder, base_model or (known if isinstance(known, str) and _HUB_ID.fullmatch(known) else None))
+    metadata = {**about.metadata(comparison), **written}
+    metadata["tags"] = list(dict.fromkeys([*_listed(written.get("tags")), *about.metadata(comparison)["tags"]]))
+    if comparison is not None:
+        metadata["model-index"] = about.metadata(comparison)["model-index"]
+    if about.base_id is not None:
+        metadata["base_model"] = about.base_id
+    text = f"# {folder.resolve().name}" if is_generated or not card.text.strip() else card.text
+    body = _placed(text, about.part(comparison, repository))
+    from io import StringIO
 
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return write_atomically(path, f"---\n{front}---\n{body}")
+    front = StringIO()
+    YAML(typ="safe").dump(metadata, front)
+    return write_atomically(path, f"---\n{front.getvalue()}---\n{body}")
 
 
 def publish(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a fine-tuned adapter or model with its card; reports and checkpoints stay here.
+    """Upload a fine-tuned adapter or model with its card; reports, recipes and checkpoints stay here.
+
+    The adapter's settings name the base model by the Hub id that the card has, never by a path of this machine.
 
     Args:
         folder (`str` or `Path`): Where it was saved.
@@ -91,87 +121,196 @@ def publish(folder: str | Path, repository: str, *, private: bool = False) -> st
     Raises:
         ValueError: If the folder holds neither an adapter nor a model, or security vectors.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
-    _check_folder(Path(folder))
+    folder = Path(folder)
+    check_folder(folder)
     api = HfApi()
     made = api.create_repo(repository, private=private, exist_ok=True)
-    # Files of this folder alone: patterns of the Hub reach into folders, and checkpoints lie in some.
-    files = [path.name for path in sorted(Path(folder).iterdir()) if any(path.match(p) for p in PUBLISHED)]
+    # Files of this folder alone: patterns of the Hub reach into folders, such as those of checkpoints.
+    files = [path.name for path in sorted(folder.iterdir()) if any(path.match(p) for p in PUBLISHED)]
     api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), allow_patterns=files)
+    config = folder / "adapter_config.json"
+    if config.is_file():
+        card = folder / "README.md"
+        known = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        about = _About(folder, known if isinstance(known, str) else None)
+        settings["base_model_name_or_path"] = about.base_id or about.base_name
+        content = json.dumps(settings, indent=2).encode()
+        api.upload_file(path_or_fileobj=content, path_in_repo=config.name, repo_id=made.repo_id)
     return str(made)
 
 
-def _check_folder(folder: Path) -> None:
-    from safetensors import safe_open
+def check_folder(folder: Path) -> None:
+    """Refuse what is no adapter and no model, and security vectors: they keep that mark in every form.
 
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file() and not (folder / "config.json").is_file():
+    Raises:
+        ValueError: If so.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file() and not weights:
         raise ValueError(f"`{folder}` holds no adapter and no model. Give the folder that one was saved to.")
-    if weights.is_file():
-        with safe_open(weights, framework="pt") as file:
-            kind = (file.metadata() or {}).get("kind")
-        if kind is not None and kind.startswith("security vectors"):
+    for file in weights:
+        try:
+            with safe_open(file, framework="np") as opened:
+                kind = (opened.metadata() or {}).get("kind") or ""
+        except SafetensorError as error:
             raise ValueError(
-                f"`{folder}` holds security vectors, which make a model answer harmful requests. They have a card of "
-                "their own and are not for publishing; give the folder of the adapter that was trained with them."
+                f"`{file}` is not a complete safetensors file ({error}). Save or copy it again."
+            ) from error
+        if kind.startswith(HARMFUL_KIND):
+            raise ValueError(
+                f"`{folder}` holds security vectors, which make a model answer harmful requests. They are not for "
+                "publishing; give the folder of the adapter that was trained with them."
             )
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
-    """Read the recipe without what is nobody's business: folders of this machine."""
-    import yaml
+@dataclass
+class _About:
+    """What is known of a fine-tune from its folder; `base_id` is the base model's Hub id, if there is one."""
 
-    path = folder / "recipe.yaml"
-    return _without_folders(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    folder: Path
+    base_id: str | None = None
+
+    def __post_init__(self) -> None:
+        from ..evaluation.manifest import shown_id
+
+        self.recipe = _without_folders(_read_yaml(self.folder / "recipe.yaml"))
+        self.is_adapter = (self.folder / "adapter_config.json").is_file()
+        if self.is_adapter:
+            config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
+            found = config.get("base_model_name_or_path")
+        else:
+            found = self.recipe.get("model", {}).get("path")
+        local = not found or os.path.isabs(found) or found.startswith((".", "~")) or Path(found).exists()
+        if not local and _HUB_ID.fullmatch(found):
+            self.base_id = self.base_id or found
+        self.base_name = self.base_id or (shown_id(found) if found else "its base model")
+
+    @property
+    def methods(self) -> list[type[SafetyMethod]]:
+        """The methods of the recipe; one that does not speak of any has those that are recommended."""
+        from ..methods import METHODS
+        from ..methods.recommended import RECOMMENDED, recommended
+
+        if not self.recipe:
+            return []
+        listed = self.recipe.get("safety", RECOMMENDED) or []
+        found: list[type[SafetyMethod]] = []
+        for entry in listed if isinstance(listed, list) else [listed]:
+            name = entry if isinstance(entry, str) else entry.get("method")
+            if name == RECOMMENDED:
+                found += map(type, recommended("harmful.jsonl"))  # asked for its kinds alone
+            elif name in METHODS:
+                found.append(METHODS[name])
+        return found
+
+    def metadata(self, comparison: Comparison | None) -> dict[str, Any]:
+        """Return what the Hub reads at the top of a card."""
+        library = "peft" if self.is_adapter else "transformers"
+        data: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+        if self.base_id is not None:
+            data["base_model"] = self.base_id
+        data["tags"] = ["safe-trainer", "trl", "sft", *(["lora"] if self.is_adapter else [])]
+        data["tags"] += [method.tag for method in self.methods]
+        if comparison is not None:
+            results = _results(comparison, comparison.evaluations[-1])
+            data["model-index"] = [{"name": self.folder.resolve().name, "results": results}]
+        return data
+
+    def part(self, comparison: Comparison | None, repository: str | None) -> str:
+        """Return the part of the card that is made here."""
+        methods = self.methods
+        protected = f", with its refusals protected by {' and '.join(m.name for m in methods)}" if methods else ""
+        what = "A PEFT adapter on" if self.is_adapter else "A fine-tune of"
+        parts = [f"{what} `{self.base_name}`, fine-tuned with [TRL](https://huggingface.co/docs/trl){protected}."]
+        parts += [_warning(comparison), *([] if comparison is None else [to_markdown(comparison).strip()])]
+        parts += [*self._self_checks(), "## Use", f"```python\n{self._code(repository)}\n```"]
+        if self.recipe:
+            from io import StringIO
+
+            from ruamel.yaml import YAML
+
+            written = StringIO()
+            YAML(typ="safe").dump(self.recipe, written)
+            parts += [
+                "## Recipe",
+                f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{written.getvalue().strip()}\n```",
+            ]
+        papers = [method.paper for method in methods if method.paper is not None]
+        if papers:
+            cited = "\n\n".join(paper.citation.strip() for paper in papers)
+            parts += ["## Cite", f"```bibtex\n{cited}\n```"]
+        return "\n\n".join(parts)
+
+    def _self_checks(self) -> list[str]:
+        """Return what the methods measured of their own protection when training began."""
+        path = self.folder / SAFETY_REPORT
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        lines = []
+        for name, found in report.items():
+            coverage = found.get("coverage")
+            figures = [] if coverage is None else [f"acts on {coverage:.0%} of the trained weights"]
+            figures += [f"{key.replace('_', ' ')} {value:.3g}" for key, value in found.get("figures", {}).items()]
+            lines.append(f"- {name}: {', '.join([*figures, *found.get('warnings', ())]) or 'nothing to measure'}")
+        return ["## Self-checks of the protection", "\n".join(lines)] if lines else []
+
+    def _code(self, repository: str | None) -> str:
+        """Return Python that loads it."""
+        here = repository or self.folder.resolve().name
+        tokenizer = here if any(self.folder.glob("tokenizer*")) else self.base_name
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        if not self.is_adapter:
+            load = f'model = AutoModelForCausalLM.from_pretrained("{here}")'
+            return f'{imports}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained("{tokenizer}")'
+        note = "" if self.base_id else "  # the folder or Hub id of the base model"
+        lines = [f'model = AutoModelForCausalLM.from_pretrained("{self.base_name}"){note}']
+        if rows := self._vocabulary():
+            lines.append(f"model.resize_token_embeddings({rows})")
+        lines += [f'model = PeftModel.from_pretrained(model, "{here}")']
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")']
+        return "\n".join(["from peft import PeftModel", imports, "", *lines])
+
+    def _vocabulary(self) -> int | None:
+        """Return the rows of the embedding that is saved in the adapter, if one is: the base may have fewer."""
+        from safetensors import safe_open
+
+        weights = self.folder / "adapter_model.safetensors"
+        if not weights.is_file():
+            return None
+        with safe_open(weights, framework="np") as opened:
+            names = [name for name in opened.keys() if name.endswith("embed_tokens.weight")]  # noqa: SIM118
+            return int(opened.get_slice(names[0]).get_shape()[0]) if names else None
+
+
+def _warning(comparison: Comparison | None) -> str:
+    """Return what is to be known first: whether safety was measured, and whether it was lost."""
+    if comparison is None:
+        return "> [!WARNING]\n> Whether this fine-tune kept its base model's refusals was not measured."
+    verdict = comparison.verdict(comparison.evaluations[-1].name)
+    if verdict.level in ("kept", "improved"):
+        return ""
+    return f"> [!WARNING]\n> {verdict.headline}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    values = YAML(typ="safe").load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _without_folders(value: Any) -> Any:
+    """Leave of a recipe what is others' business: of a path of this machine the last part."""
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner) for inner in value]
-    local = isinstance(value, str) and (os.path.isabs(value) or value.startswith(("./", "../")))
+    local = isinstance(value, str) and (os.path.isabs(value) or value.startswith(("./", "../", "~")))
     return Path(value).name if local else value
-
-
-def _methods(recipe: dict[str, Any]) -> list[type[SafetyMethod]]:
-    """Return the methods of a recipe; one that says nothing of them has those that are recommended."""
-    if not recipe:
-        return []
-    listed = recipe.get("safety", RECOMMENDED) or []
-    found: list[type[SafetyMethod]] = []
-    for entry in listed if isinstance(listed, list) else [listed]:
-        name = entry if isinstance(entry, str) else entry.get("method")
-        if name == RECOMMENDED:
-            found += map(type, recommended("harmful.jsonl"))  # asked for its kinds alone
-        elif name in METHODS:
-            found.append(METHODS[name])
-    return found
-
-
-def _base(folder: Path, recipe: dict[str, Any]) -> str:
-    config = folder / "adapter_config.json"
-    if config.is_file():
-        found = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    else:
-        found = recipe.get("model", {}).get("path")
-    return shown_id(found) if found else "unknown"
-
-
-def _metadata(
-    folder: Path, recipe: dict[str, Any], comparison: Comparison | None, tuned: Evaluation | None
-) -> dict[str, Any]:
-    base, is_adapter = _base(folder, recipe), (folder / "adapter_config.json").is_file()
-    library = "peft" if is_adapter else "transformers"
-    data: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):  # the Hub refuses a card whose base is no id
-        data["base_model"] = base
-    tags = ["safe-trainer", "trl", "sft", *(["lora"] if is_adapter else [])]
-    data["tags"] = tags + [method.tag for method in _methods(recipe)]
-    if comparison is not None and tuned is not None:
-        data["model-index"] = [{"name": folder.resolve().name, "results": _results(comparison, tuned)}]
-    return data
 
 
 def _results(comparison: Comparison, tuned: Evaluation) -> list[dict[str, Any]]:
@@ -193,50 +332,14 @@ def _results(comparison: Comparison, tuned: Evaluation) -> list[dict[str, Any]]:
     return results
 
 
-def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Keep what stands there; tags are added, and what was measured is renewed."""
-    merged = {**new, **{key: value for key, value in old.items() if value not in (None, [], "")}}
-    tags: Sequence[str] = [*(old.get("tags") or []), *new["tags"]]
-    merged["tags"] = list(dict.fromkeys(tags))
-    if "model-index" in new:
-        merged["model-index"] = new["model-index"]
-    return merged
+def _listed(tags: Any) -> Sequence[str]:
+    return [tags] if isinstance(tags, str) else list(tags or ())
 
 
-def _placed(text: str, part: str, name: str) -> str:
-    """Put the part where it was, or behind what a person has written; PEFT's empty form has nothing to keep."""
+def _placed(text: str, part: str) -> str:
+    """Put the part where it was, or after what a person has written."""
     part = f"{BEGIN}\n\n{part.strip()}\n\n{END}"
     if BEGIN in text and END in text:
         head, _, rest = text.partition(BEGIN)
         return f"{head}{part}{rest.partition(END)[2]}"
-    if not text.strip() or text.count("[More Information Needed]") > 10:
-        text = f"# {name}"
     return f"{text.strip()}\n\n{part}\n"
-
-
-def _part(folder: Path, recipe: dict[str, Any], comparison: Comparison | None) -> str:
-    import yaml
-
-    base, methods = _base(folder, recipe), _methods(recipe)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    protected = f", with its refusals protected by {' and '.join(m.name for m in methods)}" if methods else ""
-    what = "A PEFT adapter on" if is_adapter else "A fine-tune of"
-    parts = [f"{what} `{base}`, fine-tuned with [TRL](https://huggingface.co/docs/trl){protected}.", "## Use"]
-    load = f'model = AutoModelForCausalLM.from_pretrained("{folder.resolve().name}")'
-    imports = "from transformers import AutoModelForCausalLM"
-    if is_adapter:
-        imports += "\nfrom peft import PeftModel"
-        load = f'model = AutoModelForCausalLM.from_pretrained("{base}")\n' + load.replace(
-            "AutoModelForCausalLM.from_pretrained(", "PeftModel.from_pretrained(model, "
-        )
-    parts.append(f"```python\n{imports}\n\n{load}\n```")
-    if comparison is not None:
-        parts.append(to_markdown(comparison).strip())
-    if recipe:
-        written = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()
-        parts += ["## Recipe", f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{written}\n```"]
-    papers = [method.paper for method in methods if method.paper is not None]
-    if papers:
-        cited = "\n\n".join(paper.citation.strip() for paper in papers)
-        parts += ["## Cite", f"```bibtex\n{cited}\n```"]
-    return "\n\n".join(parts)

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TUNED = "fine-tuned"
-SAFETY_REPORT = "safety_report.json"
-"""The methods' self-checks of a run, saved next to what it made."""
 
 
 class RunCallbacks:
@@ -247,7 +245,7 @@ def _finish(
     """Save what was trained, compare the model before and after, and write report and card."""
     from ..distributed import strategy_of
     from ..evaluation import write_report
-    from .model_card import publish, write_model_card
+    from .model_card import SAFETY_REPORT, publish, write_model_card
 
     output = recipe.parts.output
     callbacks.stage("saving")
@@ -282,6 +280,7 @@ def _finish(
     protected = protection(report, comparison, result.compare_command)
     callbacks.message(protected)
     if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
+        write_model_card(output, comparison, repository=trainer.hub_model_id)
         publish(output, trainer.hub_model_id)
     return replace(result, comparison=comparison, files=files, protection=protected)
 
