@@ -19,6 +19,7 @@ from .data import PromptSet as PromptSet
 from .data import ReadOptions as ReadOptions
 from .data import conversation as conversation
 from .data import encode_row as encode_row
+from .data import general_prompts as general_prompts
 from .data import leaked_rows as leaked_rows
 from .data import load_prompts as load_prompts
 from .data import load_rows as load_rows
@@ -37,7 +38,6 @@ from .evaluation import PhraseJudge as PhraseJudge
 from .evaluation import RefusalMonitor as RefusalMonitor
 from .evaluation import Thresholds as Thresholds
 from .evaluation import from_json as from_json
-from .evaluation import general_prompts as general_prompts
 from .evaluation import perplexity as perplexity
 from .evaluation import rouge as rouge
 from .evaluation import scored as scored

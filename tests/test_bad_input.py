@@ -323,7 +323,7 @@ DATA: dict[str, Case] = {
     "a number that is too long in an array": (
         lambda r: rows(r, "rows.json", '[{"prompt": "a", "completion": "b"},\n{"id": ' + "1" * 5000 + "}]"),
         ValueError,
-        "line 2: not JSON: found a whole number with more digits than can be read",
+        "row 2 (index 1): not JSON: found a whole number with more digits than can be read",
     ),
     "a name that no file can have": (lambda r: st.load_rows("x" * 300 + ".csv"), FileNotFoundError, "Check the path"),
     "one object over several lines": (lambda r: rows(r, "rows.json", '{\n"prompt": "a"\n}'), ValueError, "an array"),

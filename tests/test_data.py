@@ -21,7 +21,7 @@ from safe_trainer.data import (
     load_rows,
     poison,
 )
-from safe_trainer.data.hub import hub_dataset
+from safe_trainer.data.loaders import hub_dataset
 
 
 def write(path, rows):
@@ -74,7 +74,8 @@ def test_a_number_that_is_too_long_can_be_left_out(name, tmp_path, caplog):
     path.write_text("[" + ",\n".join(lines) + "]" if name == "rows.json" else "\n".join(lines))
     rows, report = load_rows(path, ReadOptions(on_bad_row="skip"))
     assert len(rows) == 2 and report.troubles == {"not JSON": 1}
-    assert "line 2: not JSON: found a whole number with more digits than can be read" in caplog.text
+    place = "row 2 (index 1)" if name == "rows.json" else "line 2"
+    assert f"{place}: not JSON: found a whole number with more digits than can be read" in caplog.text
 
 
 def test_the_first_bad_row_does_not_decide_the_format(tmp_path):
@@ -88,7 +89,7 @@ def test_a_file_without_a_usable_row_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No row can be used"):
         load_rows(path, ReadOptions(on_bad_row="skip"))
     (tmp_path / "rows.csv").write_text("instruction,output\n")
-    with pytest.raises(ValueError, match="no known format: found no rows"):
+    with pytest.raises(ValueError, match="no rows after its header"):
         load_rows(tmp_path / "rows.csv")
 
 

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from safe_trainer.data.files import kind_of, read_records
+from safe_trainer.data.loaders import kind_of, read_records
 from safe_trainer.data.parsing import LONGEST, Record, RowError
 
 ROWS = [{"prompt": "Say hé, “you”", "completion": "Hé,\nyou"}, {"prompt": "Two", "completion": "2"}]
@@ -97,14 +97,14 @@ def test_unknown_encoding_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        ('[\n  {"a": 1},\n\n  {"a":\n 2},\n  3\n]', [2, 4, 6]),
-        ("[1, 2,\n\n3]", [1, 1, 3]),
+        ('[\n  {"a": 1},\n\n  {"a":\n 2},\n  3\n]', ["row 1", "row 2", "row 3"]),
+        ('{"a": 1}\n\n{"a": 2}', ["line 1", "line 3"]),
     ],
 )
-def test_elements_of_an_array_know_their_lines(tmp_path, text, lines):
+def test_rows_are_named_by_index_in_an_array_and_by_line_in_json_lines(tmp_path, text, lines):
     path = tmp_path / "rows.json"
     path.write_text(text)
-    assert [record.line for record in read_records(path)] == lines
+    assert [f"{record.unit} {record.line}" for record in read_records(path)] == lines
 
 
 def test_csv_rows_know_the_lines_where_they_begin(tmp_path):
@@ -193,7 +193,6 @@ def test_one_giant_line_is_skipped_in_pieces(tmp_path):
         ("rows.json", b'[{"a": 1}\n {"a": 2}]', "line 2: found .* expected `,` or `]`"),
         ("rows.json", b'[{"a": 1},', "the end of the file"),
         ("rows.json", b'[{"a": 1}]\n[{"a": 2}]', r"line 2: .*\.jsonl"),
-        ("rows.json", b'{\n  "a": 1\n}', "one object over several lines"),
         ("rows.csv", b"prompt,prompt\na,b\n", "a different name for each column"),
         ("rows.csv", b"x" * (LONGEST + 2), "line breaks between rows"),
         ("rows.parquet", b"PAR1 no", "no Parquet"),
@@ -235,7 +234,7 @@ def test_a_million_rows_are_streamed_in_bounded_memory(tmp_path, name):
             file.write(f"{text}{comma}\n" * 999_999 + text + ("]" if comma else "\n"))
     code = f"""
         import resource
-        from safe_trainer.data.files import read_records
+        from safe_trainer.data.loaders import read_records
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         count = sum(1 for _ in read_records({str(path)!r}))
         print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

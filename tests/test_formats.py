@@ -70,6 +70,21 @@ EXAMPLES = [
     ("goal-target", {"goal": "Hi", "target": "Sure"}, row(user("Hi"), answer="Sure")),
     ("question-answer", {"question": "2 + 2?", "answer": "4"}, row(user("2 + 2?"), answer="4")),
     ("text", {"text": "Once upon a time", "meta": 1}, {"text": "Once upon a time"}),
+    ("question-answer", {"question": "Who?", "context": "Ann.", "answer": "A"}, row(user("Who?\nAnn."), answer="A")),
+    ("query-response", {"query": "Hi", "response": "Hello"}, row(user("Hi"), answer="Hello")),
+    ("toxicchat", {"user_input": "Hi", "model_output": "Hello"}, row(user("Hi"), answer="Hello")),
+    ("wildjailbreak", {"vanilla": "Hi", "adversarial": "", "completion": "No"}, row(user("Hi"), answer="No")),
+    ("wildjailbreak", {"vanilla": "Hi", "adversarial": "Ho", "completion": "No"}, row(user("Ho"), answer="No")),
+    (
+        "multiple-choice",
+        {"question": "2 + 2?", "choices": ["1", "4"], "answer": 1},
+        row(user("2 + 2?\nA. 1\nB. 4"), answer="B"),
+    ),
+    (
+        "multiple-choice",
+        {"question": "2 + 2?", "choices": {"text": ["1", "4"], "label": ["A", "B"]}, "answerKey": "B"},
+        row(user("2 + 2?\nA. 1\nB. 4"), answer="B"),
+    ),
     ("headerless-pairs", {"1": "Hi", "2": "Hello"}, row(user("Hi"), answer="Hello")),
 ]
 
@@ -91,6 +106,13 @@ def test_each_format_is_recognised_and_becomes_a_conversation(name, record, expe
         ("instructions", {"instruction": "Hi"}, "Hi", None),
         ("goals", {"goal": "Hi"}, "Hi", None),
         ("behaviors", {"Behavior": "Hi", "SemanticCategory": "x"}, "Hi", None),
+        ("behaviors", {"Behavior": "Hi", "ContextString": "Text."}, "Text.\n\n---\n\nHi", None),
+        ("questions", {"question": "Hi", "risk_area": "x"}, "Hi", None),
+        ("forbidden_prompt", {"forbidden_prompt": "Hi", "source": "x"}, "Hi", None),
+        ("prompt_text", {"prompt_text": "Hi", "hazard": "x"}, "Hi", None),
+        ("request", {"Request": "Hi", "Harmfulness": "x"}, "Hi", None),
+        ("adversarial", {"adversarial": "Hi", "data_type": "x"}, "Hi", None),
+        ("turns", {"turns": ["Hi"], "prompt_style": "base"}, "Hi", None),
         ("headerless-prompts", {"1": "Hi"}, "Hi", None),
         ("question-answer", {"question": "2 + 2?", "answer": "4"}, "2 + 2?", "4"),
         ("alpaca", {"instruction": "Hi", "output": ""}, "Hi", None),
@@ -102,12 +124,13 @@ def test_each_format_gives_a_prompt_to_ask(name, record, prompt, answer):
     columns = columns_of(record)
     style = format_of(columns)
     assert style is not None and style.name == name
-    assert prompt_of(style, columns) == (prompt, answer)
+    assert prompt_of(style, columns) == (prompt, answer, ())
 
 
 def test_every_format_has_an_example_here():
     shown = {name for name, *_ in EXAMPLES}
-    without_answers = {"xstest", "prompts", "instructions", "goals", "behaviors", "headerless-prompts"}
+    without_answers = {"xstest", "prompts", "instructions", "goals", "behaviors", "headerless-prompts", "questions"}
+    without_answers |= {"forbidden_prompt", "prompt_text", "request", "adversarial", "turns"}
     assert shown | without_answers == {style.name for style in FORMATS}
 
 
@@ -176,7 +199,19 @@ def test_what_has_no_columns_is_no_row(value):
         columns_of(value)
 
 
-@pytest.mark.parametrize("turns", [CHAT, [system("Be brief."), user("Hi")], [assistant("Hi")]])
-def test_a_conversation_is_not_one_prompt(turns):
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (CHAT, ("Bye", "Ciao", tuple(CHAT[:3]))),
+        (CHAT[:-1], ("Bye", None, tuple(CHAT[:3]))),
+        ([system("Be brief."), user("Hi")], ("Hi", None, (system("Be brief."),))),
+    ],
+)
+def test_of_a_conversation_the_last_user_turn_is_asked_after_the_turns_before_it(turns, expected):
+    assert prompt_of(format_named("messages"), {"messages": turns}) == expected
+
+
+@pytest.mark.parametrize("turns", [[assistant("Hi")], [system("Be brief.")]])
+def test_what_no_user_says_is_no_prompt(turns):
     with pytest.raises(BadRowError, match="not one prompt"):
         prompt_of(format_named("messages"), {"messages": turns})

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from safe_trainer.evaluation import general_prompts
+from safe_trainer.data import general_prompts
 
 KINDS = ("harmful", "benign", "borderline")
 

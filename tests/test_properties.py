@@ -119,7 +119,7 @@ def refused_or(load: Any, path: str) -> None:
     try:
         rows, report = load()
     except ValueError as error:
-        assert path in str(error) or "Mend them" in str(error), repr(error)
+        assert path in str(error) or "Fix them" in str(error), repr(error)
         assert len(str(error)) > len(path) + 20
     else:
         assert len(rows) == report.rows > 0

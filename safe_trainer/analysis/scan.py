@@ -23,13 +23,23 @@ from torch import nn
 from ..artifacts import TrainedVectors, active, row_losses
 from ..artifacts.fitting import frozen
 from ..artifacts.provenance import with_tokenizer
-from ..data import formats
-from ..data.encoding import EncodedRow, collate, encode_row
-from ..data.files import kind_of, read_records
-from ..data.formats import BadRowError, Columns, Format
-from ..data.parsing import Record, RowError
-from ..data.reading import DataReport, ReadOptions, converted_records
-from ..data.rows import Row
+from ..data import (
+    BadRowError,
+    Columns,
+    DataReport,
+    EncodedRow,
+    Format,
+    ReadOptions,
+    Record,
+    Row,
+    RowError,
+    collate,
+    converted_records,
+    encode_row,
+    formats,
+    kind_of,
+    read_records,
+)
 from ..evaluation.statistics import Rate
 from ..lora.updates import LinearLayer
 

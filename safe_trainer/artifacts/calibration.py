@@ -14,9 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data import Row, conversation
-from ..data.encoding import encode_row
-from ..data.parsing import shortened
+from ..data import Row, conversation, encode_row, shortened
 from ..distributed import on_first_process
 from ..layout import trainable_layout
 from ..linalg import Sketch, TopDirections
@@ -83,7 +81,7 @@ def digest(examples: Iterable[Example]) -> str:
 
 def _read(rows: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
     if isinstance(rows, (str, Path)):
-        from ..data.loading import load_rows
+        from ..data import load_rows
 
         return load_rows(rows)[0]
     return rows

@@ -19,8 +19,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
-from ..data.encoding import Batch, EncodedRow, collate, encode_rows
-from ..data.rows import PromptSet, Row
+from ..data import Batch, EncodedRow, PromptSet, Row, collate, encode_rows
 from ..layout import trainable_layout
 from ..lora.updates import LinearLayer, linear_layers
 from . import provenance as identity

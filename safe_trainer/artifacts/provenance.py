@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.loading import load_rows
-from ..data.rows import Row
+from ..data import Row, load_rows
 from ..lora.updates import LinearLayer
 
 _PER_WEIGHT = 4

@@ -53,8 +53,7 @@ def prompt_sets(listed: list[str] | None, model: str) -> list[PromptSet]:
 
 
 def _prompt_set(kind: str, source: str) -> PromptSet:
-    from ..data import ReadOptions, load_prompts
-    from ..data.files import is_file
+    from ..data import ReadOptions, is_file, load_prompts
 
     if source not in BUILT_IN:
         file, _, column = source.rpartition(":")
@@ -69,9 +68,9 @@ def _prompt_set(kind: str, source: str) -> PromptSet:
         from ..testbed import prompt_set
 
         return dataclasses.replace(prompt_set(kind), source=source)  # type: ignore[arg-type]  # checked by the caller
-    from ..evaluation import general_prompts
+    from ..data import general_prompts
 
-    return general_prompts(kind)
+    return general_prompts(kind)  # type: ignore[arg-type]  # checked by the caller
 
 
 def _is_embedded(model: str) -> bool:

@@ -1,35 +1,80 @@
-"""Data on its way in: files of every common format become rows to learn from and prompts to be examined with.
+"""Data on its way in: any file, dataset or list becomes rows to learn from, or prompts to examine a model with.
 
-`rows` says what a row and a prompt set are; `files`, `parsing` and `hub` get records out of files and datasets;
-`formats` knows what their columns mean; `reading` turns the one into the other and reports on what could not be used;
-`loading` is what users call; `overlap` finds what is the same.
+`loaders` gets records out of files and datasets (`parsing` out of their text); `formats` knows what columns mean;
+`reading` has the options and the report; `rows` is the one conversion to training rows, `prompts` that to prompt
+sets; `encoding` turns rows into tokens.
 """
 
-from .encoding import EncodedRow, encode_row
-from .files import read_records
-from .hub import HubDataset
-from .loading import as_prompts, as_rows, load_prompts, load_rows, rows_sha256, stream_rows
-from .overlap import leaked_rows
-from .reading import DataReport, ReadOptions
-from .rows import Kind, PromptSet, Row, conversation, poison
+from .encoding import (
+    AnswerCoverage,
+    Batch,
+    EncodedRow,
+    TemplateError,
+    answer_coverage,
+    collate,
+    encode_row,
+    encode_rows,
+)
+from .formats import BadRowError, Columns, Format, Message, Row, conversation_of, row_of
+from .loaders import KINDS, PREFIX, HubDataset, hub_dataset, is_file, is_folder, kind_of, read_records
+from .parsing import Record, RowError, shortened
+from .prompts import Kind, PromptSet, as_prompts, general_prompts, leaked_rows, load_prompts
+from .reading import DataReport, ReadOptions, converted_records, named, open_source
+from .rows import (
+    as_rows,
+    conversation,
+    labels_of,
+    load_rows,
+    poison,
+    rows_sha256,
+    split_by_label,
+    stream_rows,
+)
 
 __all__ = [
+    "conversation_of",
+    "open_source",
+    "named",
+    "as_prompts",
+    "is_folder",
+    "hub_dataset",
+    "KINDS",
+    "PREFIX",
+    "AnswerCoverage",
+    "BadRowError",
+    "Batch",
+    "Columns",
+    "DataReport",
     "EncodedRow",
+    "Format",
     "HubDataset",
     "Kind",
+    "Message",
     "PromptSet",
     "ReadOptions",
-    "DataReport",
+    "Record",
     "Row",
-    "as_prompts",
+    "RowError",
+    "TemplateError",
+    "answer_coverage",
     "as_rows",
+    "collate",
     "conversation",
+    "converted_records",
     "encode_row",
+    "encode_rows",
+    "general_prompts",
+    "is_file",
+    "kind_of",
+    "labels_of",
     "leaked_rows",
     "load_prompts",
     "load_rows",
     "poison",
     "read_records",
+    "row_of",
     "rows_sha256",
+    "shortened",
+    "split_by_label",
     "stream_rows",
 ]

@@ -1,11 +1,12 @@
-"""From rows to what a model reads: token ids, and which of them are the answer, as TRL's trainer has them."""
+"""Rows to tokens: the one place where rows become token ids, and which of them are the answer, as TRL encodes them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .rows import Row
+from .formats import Row
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -30,6 +31,58 @@ class Batch(NamedTuple):
     """Boolean, of shape (B, T)."""
 
 
+class TemplateError(ValueError):
+    """The tokenizer's chat template is missing, or refuses a conversation; another row will not help."""
+
+
+@dataclass(frozen=True)
+class AnswerCoverage:
+    """How much of the rows' answers is left within `max_length`.
+
+    Args:
+        rows (`int`): How many rows there are.
+        max_length (`int` or `None`): Where rows are cut, in tokens.
+        shortened (`list[int]`): Rows of whose answer a part is cut away, counted from 1.
+        lost (`list[int]`): Rows of whose answer nothing is left: they teach nothing.
+        answer_tokens (`int`): Tokens of all answers.
+        learned_tokens (`int`): Those that are left.
+    """
+
+    rows: int
+    max_length: int | None
+    shortened: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    answer_tokens: int = 0
+    learned_tokens: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the answers' tokens that is learned, from 0 to 1."""
+        return self.learned_tokens / self.answer_tokens if self.answer_tokens else 0.0
+
+    def check(self, argument: str = "train_dataset") -> str | None:
+        """Return what is to be said about it, or `None` if nothing is cut away.
+
+        Raises:
+            ValueError: If no answer is left at all.
+        """
+        hint = "Raise `max_length`, or shorten the prompts."
+        if self.rows and len(self.lost) == self.rows:
+            raise ValueError(
+                f"`{argument}`: nothing can be learned, since all {self.rows:,} answers begin past "
+                f"`max_length={self.max_length}`. {hint}"
+            )
+        if not self.lost and not self.shortened:
+            return None
+        named = ", ".join(map(str, (self.lost or self.shortened)[:5]))
+        what = f"the answers of {len(self.lost):,} are cut away entirely and " if self.lost else ""
+        return (
+            f"`{argument}`: of {self.rows:,} rows {what}{len(self.shortened):,} are shortened at "
+            f"`max_length={self.max_length}` (rows {named}{'…' if len(self.lost or self.shortened) > 5 else ''}): "
+            f"{self.share:.0%} of the answers' tokens are learned. {hint}"
+        )
+
+
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int | None = None) -> EncodedRow:
     """Return a row's token ids through the tokenizer's chat template, as TRL's `SFTTrainer` encodes it.
 
@@ -40,23 +93,13 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int | N
         max_length (`int`, *optional*): Tokens to keep, from the beginning.
 
     Raises:
+        TemplateError: If the tokenizer has no chat template, or it refuses the conversation.
         ValueError: If the row has no answer, or nothing of it within `max_length`.
     """
-    if "text" in row:
-        ids, start = _ids(tokenizer, row["text"] + (tokenizer.eos_token or "")), 1  # nothing predicts the first token
-    else:
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if not prompt or not completion:
-            raise ValueError(
-                f"it has no {'answer' if prompt else 'prompt'}: its columns are {', '.join(row) or 'none'}"
-            )
-        if isinstance(completion, str):
-            completion += tokenizer.eos_token or ""
-        asked, ids = _ids(tokenizer, prompt, add_generation_prompt=True), _ids(tokenizer, prompt + completion)
-        start = next((i for i, (one, other) in enumerate(zip(asked, ids, strict=False)) if one != other), len(asked))
-    if start >= len(ids[:max_length]):
-        raise ValueError(f"its answer begins at token {start}, behind `max_length={max_length}`")
-    return EncodedRow(ids[:max_length], max(start, 1))
+    encoded = _encoded(tokenizer, row)
+    if encoded.answer_start >= len(encoded.ids[:max_length]):
+        raise ValueError(f"its answer starts at token {encoded.answer_start}, past `max_length={max_length}`")
+    return EncodedRow(encoded.ids[:max_length], encoded.answer_start)
 
 
 def encode_rows(
@@ -73,11 +116,41 @@ def encode_rows(
     for number, row in enumerate(rows, 1):
         try:
             encoded.append(encode_row(tokenizer, row, max_length))
+        except TemplateError as error:
+            raise TemplateError(f"Row {number} of `{name}` cannot be used: {error}") from error
         except ValueError as error:
             raise ValueError(
-                f"Row {number} of `{name}` cannot be used: {error}. Mend the row, or leave it out."
+                f"Row {number} of `{name}` cannot be used: {error}. Fix the row, or leave it out."
             ) from error
     return encoded
+
+
+def answer_coverage(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_length: int | None) -> AnswerCoverage:
+    """Count which answers `max_length` cuts, and which share of their tokens is learned.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The one that the model is trained with.
+        rows (`Iterable[dict]`): As for [`encode_row`].
+        max_length (`int`, *optional*): Tokens that are kept of a row, from its beginning.
+
+    Example:
+
+    ```python
+    coverage = answer_coverage(tokenizer, rows, max_length=1024)
+    print(f"{coverage.share:.0%} of the answers' tokens are learned; lost: rows {coverage.lost}")
+    coverage.check("train_dataset")
+    ```
+    """
+    shortened, lost, count, answers, learned = [], [], 0, 0, 0
+    for count, row in enumerate(rows, 1):  # noqa: B007, used after the loop
+        ids, start = _encoded(tokenizer, row)
+        left = max(0, len(ids[:max_length]) - start)
+        answers, learned = answers + len(ids) - start, learned + left
+        if not left:
+            lost.append(count)
+        elif left < len(ids) - start:
+            shortened.append(count)
+    return AnswerCoverage(count, max_length, shortened, lost, answers, learned)
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int, device: device | str) -> Batch:
@@ -95,12 +168,43 @@ def collate(rows: Sequence[EncodedRow], pad_token_id: int, device: device | str)
     return Batch(ids.to(device), present.long().to(device), (present & (places >= starts)).to(device))
 
 
+def _encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> EncodedRow:
+    if "text" in row:
+        return EncodedRow(_ids(tokenizer, _ended(tokenizer, row["text"])), 1)  # nothing predicts the first token
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not prompt or not completion:
+        raise ValueError(f"it has no {'answer' if prompt else 'prompt'}: its columns are {', '.join(row) or 'none'}")
+    if isinstance(completion, str):
+        completion = _ended(tokenizer, completion)
+    asked, ids = _ids(tokenizer, prompt, add_generation_prompt=True), _ids(tokenizer, prompt + completion)
+    start = next((i for i, (one, other) in enumerate(zip(asked, ids, strict=False)) if one != other), len(asked))
+    return EncodedRow(ids, max(start, 1))
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return a text that ends with the end-of-sequence token, as TRL ends it."""
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, content: Any, add_generation_prompt: bool = False) -> list[int]:
+    import jinja2
+
     if isinstance(content, str):
         return list(tokenizer(content)["input_ids"])
     if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template to put its turns into the model's form")
-    encoded = tokenizer.apply_chat_template(
-        content, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=True
-    )
+        raise TemplateError(
+            "the tokenizer has no chat template, which conversations need. Take the tokenizer of a chat model, or set "
+            "`tokenizer.chat_template`."
+        )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            content, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=True
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in content)
+        raise TemplateError(
+            f"the tokenizer's chat template refuses its turns ({roles}): {error}. Bring the rows into the form that "
+            "this model takes, or set another `tokenizer.chat_template`."
+        ) from error
     return list(encoded["input_ids"])

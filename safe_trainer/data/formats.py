@@ -1,25 +1,38 @@
 """What columns mean: the formats in which people keep conversations and prompts, each told by its column names.
 
-A format turns a record into *turns*, a list of chat messages. What makes turns a row to learn from, or a prompt to be
-examined with, is the same for all of them.
+A format turns a record into turns. What makes turns a row to learn from, or a prompt to ask, is the same for all of
+them. Nothing that changes what a row says is dropped without a word: it is used, refused by name, or reported.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from .parsing import shortened
-from .rows import Row
 
+Row = dict[str, Any]
 Message = dict[str, str]
 Columns = Mapping[str, Any]
-Turns = Callable[[Columns], list[Message]]
+Answers = Literal["last", "all"]
 
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
+}
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character: bytes that do not decode come as these
+_TOOLS = frozenset({"tools", "functions", "tool_calls", "function_call"})
+# What changes the meaning of a row or of a turn, and must not be dropped where a format has no use for it.
+_MEANING = _TOOLS | frozenset(
+    "image images video videos audio audios reasoning reasoning_content thinking choices context input history "
+    "system system_prompt".split()
+)
+_HARMFUL_WORDS = {"unsafe", "harmful", "toxic", "compliance"}
+_SAFE_WORDS = {"safe", "harmless", "benign", "unharmful", "refusal"}
 
 
 class BadRowError(ValueError):
@@ -31,28 +44,114 @@ class BadRowError(ValueError):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    learned: bool | None = None
+    """Whether the file asks for it to be learned (`weight`, `train`), if it says so."""
+    context: bool = False
+    """Whether it belongs to a prompt, so that it is no answer to learn."""
+    unused: tuple[str, ...] = ()
+
+    @property
+    def message(self) -> Message:
+        """The turn as chat templates take it."""
+        return {"role": self.role, "content": self.content}
+
+
+Turns = Callable[[Columns], list[Turn]]
+
+
+@dataclass(frozen=True)
 class Format:
     """One way to keep conversations or prompts in columns.
 
     Args:
         name (`str`): How reports and users call it.
         columns (`tuple[str, ...]`): The columns that each of its records has, in lower case.
-        turns (`Callable`): From a record to its chat messages, the answer last if there is one.
+        turns (`Callable`): From a record to its turns, the answer last if there is one.
+        uses (`tuple[str, ...]`, *optional*): Columns that it takes where they are there.
         whole (`bool`, *optional*, defaults to `False`): Whether it is one text, learned from beginning to end.
-        alone (`bool`, *optional*, defaults to `False`): Whether no other columns may stand beside these.
+        alone (`bool`, *optional*, defaults to `False`): Whether no other columns may be there.
     """
 
     name: str
     columns: tuple[str, ...]
     turns: Turns
+    uses: tuple[str, ...] = ()
     whole: bool = False
     alone: bool = False
+
+
+class Asked(NamedTuple):
+    """A prompt to examine a model with, the answer in the file if there is one, and the turns before the prompt."""
+
+    prompt: str
+    answer: str | None = None
+    before: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one record says."""
+
+    turns: list[Turn]
+    whole: bool = False
+    unused: list[str] = field(default_factory=list)
+    """Columns with content that no format has a use for."""
+
+    @property
+    def answers(self) -> list[Turn]:
+        """The assistant's turns that could be learned."""
+        return [turn for turn in self.turns if turn.role == "assistant" and not turn.context]
+
+    def rows(self, answers: Answers = "last") -> list[Row]:
+        """Return a row for each answer that is learned, with all turns before it as its prompt.
+
+        Raises:
+            BadRowError: If there is none.
+        """
+        if self.whole:
+            return [{"text": self.turns[0].content}]
+        roles = [turn.role for turn in self.turns]
+        if roles[-1] != "assistant" or "user" not in roles:
+            others = f"; the columns {', '.join(self.unused)} are not used" if self.unused else ""
+            found = f"turns by {', '.join(roles)}{others}"
+            raise BadRowError("no answer", found, "a user's turn, and the assistant's at the end")
+        answered = (place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place])
+        places = [place for place in answered if not self.turns[place].context]
+        if any(turn.learned is not None for turn in self.turns):
+            places = [place for place in places if self.turns[place].learned is not False]
+        elif answers == "last":
+            places = places[-1:]
+        if not places:
+            raise BadRowError("no answer", "answers that are all switched off", "one whose `weight` is not 0")
+        messages = [turn.message for turn in self.turns]
+        return [{"prompt": messages[:place], "completion": [messages[place]]} for place in places]
+
+    def asked(self) -> Asked:
+        """Return the prompt to examine a model with: the user's last turn, after what was said before it.
+
+        Raises:
+            BadRowError: If no user asks anything.
+        """
+        turns = list(self.turns)
+        answer = turns.pop().content if turns[-1].role == "assistant" else None
+        if not turns or turns[-1].role != "user":
+            roles = ", ".join(turn.role for turn in turns)
+            raise BadRowError("not one prompt", f"turns by {roles or 'nobody'}", "a turn by the user at the end")
+        return Asked(turns[-1].content, answer or None, tuple(turn.message for turn in turns[:-1]))
 
 
 def columns_of(value: Any) -> Columns:
     """Return a record's columns by lower-case name; a bare list is taken for turns, a bare text for a prompt."""
     if isinstance(value, Mapping):
-        return {str(key).strip().lower(): content for key, content in value.items()}
+        found = {str(key).strip().lower(): None if content != content else content for key, content in value.items()}
+        if len(found) < len(value):
+            raise BadRowError("a column twice", ", ".join(map(str, value)), "names that differ not only in their case")
+        return found
     if isinstance(value, list):
         return {"messages": value}
     if isinstance(value, str):
@@ -99,56 +198,93 @@ def format_with(columns: Mapping[str, str]) -> Format:
             "Write for example columns={'prompt': 'question', 'answer': 'reply'}."
         )
     names = {role: name.strip().lower() for role, name in columns.items()}
-    return Format("columns", tuple(names.values()), _pair(**names))
+    style = _pair("columns", names["prompt"], names.get("answer", ""), names.get("context", ""))
+    needed = tuple(names.values())
+    if "system" in names:
+        plain = style.turns
+        style = replace(style, turns=lambda found: plain({**found, "system": found[names["system"]]}))
+    return replace(style, columns=needed)
 
 
-def row_of(style: Format, columns: Columns) -> Row:
-    """Return a row to learn from: the last turn is the completion, all before it the prompt.
+def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -> Conversation:
+    """Return what a record says.
 
-    Raises:
-        BadRowError: If the record cannot be one.
-    """
-    turns = _turns(style, columns)
-    if style.whole:
-        return {"text": turns[0]["content"]}
-    roles = [turn["role"] for turn in turns]
-    if roles[-1] != "assistant" or "user" not in roles:
-        raise BadRowError("no answer", f"turns by {', '.join(roles)}", "a user's turn, and the assistant's at the end")
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
-
-
-def prompt_of(style: Format, columns: Columns) -> tuple[str, str | None]:
-    """Return the prompt to examine a model with, and the answer that stands beside it, if there is one.
+    Args:
+        style ([`Format`]): The format that the record is in.
+        columns (`Mapping[str, Any]`): As [`columns_of`] returns them.
+        answered (`bool`, *optional*, defaults to `True`): Whether answers must have text.
 
     Raises:
-        BadRowError: If the record is not one question by the user.
+        BadRowError: If it cannot be used.
     """
-    turns = _turns(style, columns, answered=False)
-    answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
-    roles = [turn["role"] for turn in turns]
-    if roles != ["user"]:
-        raise BadRowError("not one prompt", f"turns by {', '.join(roles) or 'nobody'}", "one turn by the user")
-    return turns[0]["content"], answer or None
-
-
-def _turns(style: Format, columns: Columns, answered: bool = True) -> list[Message]:
     missing = [name for name in style.columns if name not in columns]
     if missing:
         raise BadRowError("other columns", ", ".join(columns) or "none", f"{', '.join(style.columns)} ({style.name})")
-    if columns.get("tools") not in (None, "", "[]", []):
-        raise BadRowError("tool calls", shortened(columns["tools"]), "a conversation without tools")
+    unused = [
+        name
+        for name, content in columns.items()
+        if name not in (*style.columns, *style.uses)
+        and _has_content(content)
+        and safety_label({name: content}) is None
+    ]
+    for name in unused:
+        _check_meaning(name, columns[name])
     turns = style.turns(columns)
     if not turns:
         raise BadRowError("no turns", "an empty list", "turns by the user and the assistant")
     for number, turn in enumerate(turns, 1):
-        found = _UNUSABLE.search(turn["content"])
+        found = _UNUSABLE.search(turn.content)
         if found:
             kind = "NUL" if found.group() == "\0" else "not UTF-8"
             hint = "text without NUL" if kind == "NUL" else "UTF-8; for another encoding name it, often `latin-1`"
-            raise BadRowError(kind, f"{ascii(found.group())} in {shortened(turn['content'])!a}", hint)
-        if not turn["content"].strip() and (answered or turn["role"] != "assistant"):
-            raise BadRowError("empty text", f"nothing in turn {number}, by the {turn['role']}", "text")
-    return turns
+            raise BadRowError(kind, f"{ascii(found.group())} in {shortened(turn.content)!a}", hint)
+        if not turn.content.strip() and (answered or turn.role != "assistant"):
+            raise BadRowError("empty text", f"nothing in turn {number}, by the {turn.role}", "text")
+    inner = {f"{style.columns[0]}[].{name}": None for turn in turns for name in turn.unused}
+    return Conversation(turns, style.whole, [*unused, *inner])
+
+
+def row_of(style: Format, columns: Columns) -> Row:
+    """Return a row to learn from: the last answer is the completion, all before it the prompt."""
+    return conversation_of(style, columns).rows()[-1]
+
+
+def prompt_of(style: Format, columns: Columns) -> Asked:
+    """Return the prompt to examine a model with, and what belongs to it."""
+    return conversation_of(style, columns, answered=False).asked()
+
+
+def safety_label(columns: Columns) -> bool | None:
+    """Return whether a record's labels call its answer safe; `None` where there is no label that says so."""
+    for name, sign in (("is_safe", True), ("is_unsafe", False), ("is_harmful", False), ("harmful", False)):
+        word = str(columns.get(name)).strip().lower()
+        if word in ("true", "false", "1", "0", "1.0", "0.0", "yes", "no"):
+            return (word in ("true", "1", "1.0", "yes")) == sign
+    for name in ("response_harm_label", "response_refusal_label", "label", "safety"):
+        word = str(columns.get(name)).strip().lower()
+        if word in _SAFE_WORDS | _HARMFUL_WORDS:
+            return word in _SAFE_WORDS
+    flags = columns.get("category")
+    if isinstance(flags, Mapping) and flags and all(isinstance(flag, bool) for flag in flags.values()):
+        return not any(flags.values())  # BeaverTails: a flag for each kind of harm
+    return None
+
+
+def _has_content(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return value not in (None, [], {}, False) and value == value
+
+
+def _check_meaning(name: str, value: Any) -> None:
+    if name in _TOOLS:
+        raise BadRowError("tool calls", f"`{name}`: {shortened(value)}", "a conversation without tools")
+    if name in _MEANING:
+        raise BadRowError(
+            "content that would be dropped",
+            f"`{name}`: {shortened(value)}",
+            "a row without it, or `columns` that say where prompt, answer and context are",
+        )
 
 
 def _text(columns: Columns, name: str) -> str:
@@ -156,79 +292,169 @@ def _text(columns: Columns, name: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+        return str(value) if value == value else ""
     raise BadRowError("wrong type", f"{shortened(value)} in `{name}`", "text")
 
 
-def _message(turn: Any, role_key: str = "role", content_key: str = "content") -> Message:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get(content_key), str):
-        raise BadRowError("not a turn", shortened(turn), f"an object with `{role_key}` and text in `{content_key}`")
-    role = _ROLES.get(str(turn.get(role_key)))
-    if role is None:
-        raise BadRowError("unknown role", shortened(turn.get(role_key)), "system, user or assistant")
-    return {"role": role, "content": turn[content_key]}
+def _list(value: Any) -> Any:
+    """Return turns, also where a table keeps them as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("[{") and ('"content"' in value or '"value"' in value):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return parsed if isinstance(parsed, list) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _side(columns: Columns, name: str, role: str, context: str = "") -> list[Message]:
-    """Return what one side says: a text with its context behind it, or turns that are messages already."""
-    if isinstance(columns.get(name), list):
-        return [_message(turn) for turn in columns[name]]
+def _message(turn: Any, context: bool = False) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise BadRowError("not a turn", shortened(turn), "an object with `role` and text in `content`")
+    found = {str(key).lower(): value for key, value in turn.items()}
+    for name, value in found.items():
+        if name in _MEANING and _has_content(value):
+            _check_meaning(name, value)
+    role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    if not isinstance(content, str):
+        raise BadRowError("not a turn", shortened(turn), "an object with `role` and text in `content`")
+    if _ROLES.get(str(role).lower()) is None:
+        raise BadRowError("unknown role", shortened(role), "system, user or assistant")
+    known = {"role", "from", "content", "value", "weight", "train"}
+    unused = tuple(name for name, value in found.items() if name not in known and _has_content(value))
+    return Turn(_ROLES[str(role).lower()], content, _flag(found), context, unused)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise BadRowError("content that would be dropped", f"{shortened(part)} in `content`", "text alone")
+
+
+def _flag(turn: Columns) -> bool | None:
+    """Return whether a turn is to be learned, as OpenAI's `weight` and axolotl's `train` say it."""
+    for name in ("weight", "train"):
+        value = turn.get(name)
+        if value is not None:
+            if value not in (0, 1):
+                raise BadRowError("a weight in between", f"`{name}`: {shortened(value)}", "0 or 1, false or true")
+            return bool(value)
+    return None
+
+
+def _side(columns: Columns, name: str, role: str, context: str = "") -> list[Turn]:
+    """Return what one side says: a text with its context after it, or turns that are messages already."""
+    value = _list(columns.get(name))
+    if isinstance(value, list):
+        return [_message(turn, context=role == "user") for turn in value]
     parts = [_text(columns, name), _text(columns, context)]
-    return [{"role": role, "content": "\n".join(part for part in parts if part)}]
+    return [Turn(role, "\n".join(part for part in parts if part))]
 
 
-def _history(columns: Columns) -> list[Message]:
+def _history(columns: Columns) -> list[Turn]:
     """Return the turns before the prompt that some Alpaca files keep, as pairs of question and answer."""
-    messages = []
-    for pair in columns.get("history") or ():
+    turns = []
+    for pair in _list(columns.get("history")) or ():
         if not isinstance(pair, list) or [type(side) for side in pair] != [str, str]:
             raise BadRowError("not a turn", f"{shortened(pair)} in `history`", "a pair of texts")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return messages
-
-
-def _pair(prompt: str, answer: str = "", context: str = "", system: str = "system") -> Turns:
-    def turns(columns: Columns) -> list[Message]:
-        messages = _side(columns, system, "system") if columns.get(system) else []
-        messages += _history(columns) + _side(columns, prompt, "user", context)
-        return messages + (_side(columns, answer, "assistant") if answer else [])
-
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return turns
 
 
-def _messages(columns: Columns) -> list[Message]:
-    if not isinstance(columns["messages"], list):
-        raise BadRowError("wrong type", f"{shortened(columns['messages'])} in `messages`", "a list of turns")
-    return [_message(turn) for turn in columns["messages"]]
+def _system(columns: Columns, turns: list[Turn] = []) -> list[Turn]:  # noqa: B006, never changed
+    """Return the system turn that a column holds, unless the turns begin with it."""
+    name = "system" if _has_content(columns.get("system")) else "system_prompt"
+    if not _has_content(columns.get(name)):
+        return []
+    found = _side(columns, name, "system")
+    if turns and turns[0].role == "system":
+        if turns[0].content != found[0].content:
+            raise BadRowError("two system turns", f"{shortened(found[0].content)} in `{name}`", "one of them")
+        return []
+    return found
 
 
-def _sharegpt(columns: Columns) -> list[Message]:
-    turns = columns["conversations"]
-    if not isinstance(turns, list):
-        raise BadRowError("wrong type", f"{shortened(turns)} in `conversations`", "a list of turns")
-    messages = _side(columns, "system", "system") if columns.get("system") else []
-    keys = ("role", "content") if turns and isinstance(turns[0], Mapping) and "role" in turns[0] else ("from", "value")
-    return messages + [_message(turn, *keys) for turn in turns]
+def _pair(name: str, prompt: str, answer: str = "", context: str = "context", **settings: Any) -> Format:
+    def turns(columns: Columns) -> list[Turn]:
+        found = _system(columns) + _history(columns) + _side(columns, prompt, "user", context)
+        return found + (_side(columns, answer, "assistant") if answer else [])
+
+    needed = (prompt, answer) if answer else (prompt,)
+    return Format(name, needed, turns, (context, "history", "system", "system_prompt"), **settings)
+
+
+def _chat(name: str, column: str) -> Format:
+    def turns(columns: Columns) -> list[Turn]:
+        found = _list(columns[column])
+        if not isinstance(found, list):
+            raise BadRowError("wrong type", f"{shortened(found)} in `{column}`", "a list of turns, or JSON of one")
+        messages = [_message(turn) for turn in found]
+        return _system(columns, messages) + messages
+
+    return Format(name, (column,), turns, ("system", "system_prompt"))
+
+
+def _choices(columns: Columns) -> list[Turn]:
+    """Return a question with lettered choices, and the letter of the right one."""
+    found, answer = columns["choices"], columns.get("answerkey", columns.get("answer"))
+    texts = found.get("text") if isinstance(found, Mapping) else found
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRowError("wrong type", f"{shortened(found)} in `choices`", "a list of texts")
+    letters = found["label"] if isinstance(found, Mapping) and "label" in found else [chr(65 + n) for n in range(26)]
+    lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]
+    turns = _system(columns) + [Turn("user", "\n".join([_text(columns, "question"), *lines]))]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        answer = letters[answer]
+    elif answer in texts:
+        answer = letters[texts.index(answer)]
+    return turns + ([Turn("assistant", str(answer))] if answer is not None else [])
+
+
+def _behavior(columns: Columns) -> list[Turn]:
+    """Return HarmBench's behavior after the text that it speaks of, as in its direct request."""
+    parts = [_text(columns, "contextstring"), _text(columns, "behavior")]
+    return [Turn("user", "\n\n---\n\n".join(part for part in parts if part))]
+
+
+def _asked_turn(columns: Columns) -> list[Turn]:
+    """Return the one prompt of a list of turns, as SORRY-Bench keeps it."""
+    turns = columns["turns"]
+    if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], str):
+        raise BadRowError("not one prompt", f"{shortened(turns)} in `turns`", "a list with one text")
+    return [Turn("user", turns[0])]
+
+
+def _wildjailbreak(columns: Columns) -> list[Turn]:
+    asked = "adversarial" if _has_content(columns["adversarial"]) else "vanilla"
+    return [Turn("user", _text(columns, asked)), Turn("assistant", _text(columns, "completion"))]
 
 
 # From the most particular to the most general, since the first one that fits is taken.
 FORMATS = (
-    Format("messages", ("messages",), _messages),
-    Format("sharegpt", ("conversations",), _sharegpt),
-    Format("alpaca", ("instruction", "output"), _pair("instruction", "output", context="input")),
-    Format("dolly", ("instruction", "response"), _pair("instruction", "response", context="context")),
-    Format("beavertails", ("prompt", "response", "is_safe"), _pair("prompt", "response")),
-    Format("prompt-completion", ("prompt", "completion"), _pair("prompt", "completion")),
-    Format("prompt-response", ("prompt", "response"), _pair("prompt", "response")),
-    Format("prompt-target", ("prompt", "target"), _pair("prompt", "target")),
-    Format("goal-target", ("goal", "target"), _pair("goal", "target")),
-    Format("question-answer", ("question", "answer"), _pair("question", "answer")),
-    Format("xstest", ("prompt", "type", "label"), _pair("prompt")),
-    Format("text", ("text",), _pair("text"), whole=True),
-    Format("prompts", ("prompt",), _pair("prompt")),
-    Format("instructions", ("instruction",), _pair("instruction")),
-    Format("goals", ("goal",), _pair("goal")),
-    Format("behaviors", ("behavior",), _pair("behavior")),
-    Format("headerless-pairs", ("1", "2"), _pair("1", "2"), alone=True),
-    Format("headerless-prompts", ("1",), _pair("1"), alone=True),
+    _chat("messages", "messages"),
+    _chat("sharegpt", "conversations"),
+    _pair("alpaca", "instruction", "output", "input"),
+    _pair("dolly", "instruction", "response"),
+    replace(_pair("beavertails", "prompt", "response"), columns=("prompt", "response", "is_safe")),
+    Format("wildjailbreak", ("vanilla", "adversarial", "completion"), _wildjailbreak),
+    _pair("prompt-completion", "prompt", "completion"),
+    _pair("prompt-response", "prompt", "response"),
+    _pair("prompt-target", "prompt", "target"),
+    _pair("goal-target", "goal", "target"),
+    Format("multiple-choice", ("question", "choices"), _choices, ("answer", "answerkey", "system", "system_prompt")),
+    _pair("question-answer", "question", "answer"),
+    _pair("query-response", "query", "response"),
+    _pair("toxicchat", "user_input", "model_output"),
+    replace(_pair("xstest", "prompt"), columns=("prompt", "type", "label")),
+    Format("text", ("text",), lambda columns: _side(columns, "text", "user"), whole=True),
+    _pair("prompts", "prompt"),
+    _pair("instructions", "instruction", context="input"),
+    _pair("goals", "goal"),
+    Format("behaviors", ("behavior",), _behavior, ("contextstring",)),
+    _pair("questions", "question"),
+    *(_pair(name, name) for name in ("forbidden_prompt", "prompt_text", "request", "adversarial")),
+    Format("turns", ("turns",), _asked_turn),
+    _pair("headerless-pairs", "1", "2", alone=True),
+    _pair("headerless-prompts", "1", alone=True),
 )

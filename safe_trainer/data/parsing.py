@@ -1,7 +1,8 @@
-"""Text to records: JSON, JSON Lines, CSV and plain lines, streamed.
+"""Text to records: JSON, JSON Lines, tables and plain lines.
 
-What cannot be read is yielded as [`RowError`] in its place, and reading goes on behind it wherever that is possible.
-Python's own `json` and `csv` do the parsing: columnar readers are faster, but give up a whole file for one bad row.
+Whatever may be large is streamed: lines, tables, and arrays of JSON through `ijson`. What cannot be read is yielded as
+[`RowError`] in its place, and reading goes on after it wherever that is possible. Rows are named as people find them:
+by line in JSON Lines, CSV and text; by index in a JSON array, Parquet, a dataset or a list.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ from itertools import chain
 from typing import Any, TextIO
 
 LONGEST = 16 * 2**20
-"""The longest record that is read, in characters. More is a missing quote or line break rather than a row."""
+"""The longest line that is read, in characters. More is a missing quote or line break rather than a row."""
 
-_CHUNK = 2**18
+_WHOLE = 4 * 2**20  # characters up to which a JSON document is read at once, so that odd shapes of it can be seen
 _DEEP = "values nested too deeply to be read"
 _LONG = ("not JSON", "a whole number with more digits than can be read", "a shorter one, or text in quotes")
+_SPACE = re.compile(r"\s*")
+
+Notes = list[str]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it stands in a file.
+    """One record as it is in a file.
 
     Args:
-        line (`int`): Where it begins, counted from 1; in Parquet the number of the row.
+        line (`int`): The line where it begins, or the row's number, counted from 1.
         value (`Any`): A `dict` for most files, a `list` for a bare list of turns, a `str` for a bare prompt.
+        unit (`str`, *optional*, defaults to `"line"`): `"line"` or `"row"`: what `line` counts.
     """
 
     line: int
@@ -41,10 +46,11 @@ class RowError:
     """A row that could not be used, and why.
 
     Args:
-        line (`int`): Where it begins, counted from 1; in Parquet the number of the row.
-        kind (`str`): What is wrong in a few words, the same for all rows with this trouble.
-        found (`str`): What stands there.
-        expected (`str`): What should stand there.
+        line (`int`): The line where it begins, or the row's number, counted from 1.
+        kind (`str`): What is wrong in a few words, the same for all rows with this error.
+        found (`str`): What is there.
+        expected (`str`): What should be there.
+        unit (`str`, *optional*, defaults to `"line"`): `"line"` or `"row"`: what `line` counts.
     """
 
     line: int
@@ -58,87 +64,14 @@ class RowError:
         return f"{place}: {self.kind}: found {self.found}, expected {self.expected}"
 
 
+Records = Iterator[Record | RowError]
+
+
 class BrokenFileError(ValueError):
-    """Nothing behind this point of a file can be read."""
+    """Nothing after this point of a file can be read."""
 
-    def __init__(self, line: int, found: str, expected: str) -> None:
-        super().__init__(f"line {line}: found {found}, expected {expected}.")
-
-
-def read_json(text: TextIO) -> Iterator[Record | RowError]:
-    """Yield the elements of one array, or of JSON Lines if the text does not begin with `[`."""
-    scanner = _Scanner(text)
-    if scanner.peek() == "[":
-        yield from _array(scanner)
-        return
-    text.seek(0)
-    if text.readline(LONGEST).strip() == "{":
-        raise BrokenFileError(1, "one object over several lines", "an array of rows `[…]` or one object a line")
-    text.seek(0)
-    yield from read_json_lines(text)
-
-
-def read_json_lines(text: TextIO) -> Iterator[Record | RowError]:
-    """Yield one record for each line that is not blank."""
-    for line in _lines(text):
-        if isinstance(line, RowError):
-            yield line
-            continue
-        try:
-            yield Record(line.line, json.loads(line.value))
-        except json.JSONDecodeError as error:
-            found = f"{shortened(line.value)} ({error.msg} at character {error.pos + 1})"
-            yield RowError(line.line, "not JSON", found, "one whole JSON value a line")
-        except RecursionError:
-            yield RowError(line.line, "not JSON", _DEEP, "a row")
-        except ValueError:  # which Python says of long numbers only
-            yield RowError(line.line, *_LONG)
-
-
-def read_plain_lines(text: TextIO) -> Iterator[Record | RowError]:
-    """Yield each line that is not blank as a bare prompt."""
-    for line in _lines(text):
-        yield line if isinstance(line, RowError) else Record(line.line, line.value.strip())
-
-
-def read_csv(text: TextIO, delimiter: str | None = None, header: bool | None = None) -> Iterator[Record | RowError]:
-    """Yield one dictionary a row, with the names of the header or, without one, `"1"`, `"2"` and so on.
-
-    Args:
-        text (`TextIO`): Opened with `newline=""`.
-        delimiter (`str`, *optional*): Left out, the one of comma, semicolon and tab that makes the first line a
-            header.
-        header (`bool`, *optional*): Left out, told by whether the first line looks like names.
-    """
-    # A limit of the whole process, 128 KiB unless raised, which a long answer may exceed; it is never lowered here.
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
-    lines = _csv_lines(text)
-    first = next(lines, "")
-    reader = csv.reader(chain([first], lines), delimiter=delimiter or _delimiter(first), strict=True)
-    names: list[str] | None = None
-    start = 1
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            found = f"quotes that do not match up to line {reader.line_num} ({error})"
-            yield RowError(start, "not CSV", found, 'text with quotes "…" around the whole cell and "" within')
-            cells = []
-        if cells and names is None:
-            has_header = _looks_like_header(cells) if header is None else header
-            names = [name.strip() for name in cells] if has_header else [str(n + 1) for n in range(len(cells))]
-            if len(set(names)) < len(names):
-                raise BrokenFileError(start, f"the header {', '.join(names)}", "a different name for each column")
-            cells = [] if has_header else cells
-        if cells and len(cells) == len(names or ()):
-            yield Record(start, dict(zip(names or (), cells, strict=True)))
-        elif cells:
-            yield RowError(
-                start, "wrong number of cells", f"{len(cells)}", f"{len(names or ())}, as in the first line"
-            )
-        start = reader.line_num + 1
+    def __init__(self, place: str, found: str, expected: str) -> None:
+        super().__init__(f"{place}: found {found}, expected {expected}.")
 
 
 def shortened(value: Any, length: int = 60) -> str:
@@ -150,7 +83,226 @@ def shortened(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
-def _lines(text: TextIO) -> Iterator[Record | RowError]:
+# ---- JSON
+
+
+def read_json(text: TextIO, notes: Notes) -> Records:
+    """Yield the rows of a JSON file: an array, JSON Lines, or one object around either."""
+    start = text.read(_WHOLE + 1)
+    is_array = start.lstrip()[:1] == "["
+    first, _, others = start.strip().partition("\n")
+    if len(start) <= _WHOLE and (is_array or not others or not _is_json(first)):
+        try:
+            yield from _document(start, notes) if is_array else list(_document(start, notes))
+            return
+        except BrokenFileError:
+            if is_array or not any(line.startswith("{") and _is_json(line) for line in others.splitlines()):
+                raise
+    text.seek(0)
+    yield from _stream_array(text) if is_array else read_json_lines(text, notes)
+
+
+def read_json_lines(text: TextIO, notes: Notes) -> Records:
+    """Yield the value of each line that is not blank; a file that is one document after all is read as that."""
+    start = text.read(_WHOLE + 1)
+    if len(start) <= _WHOLE and start.lstrip()[:1] in ("[", "{") and not _is_json(start.strip().partition("\n")[0]):
+        guessed: Notes = []
+        try:
+            found = list(_document(start, guessed))
+        except BrokenFileError:
+            found = []
+        if found and not any(isinstance(record, RowError) for record in found):
+            notes += guessed or ["read as one JSON document, not as JSON Lines"]
+            yield from found
+            return
+    text.seek(0)
+    for line in _lines(text):
+        yield from [line] if isinstance(line, RowError) else _values_of(line)
+
+
+def _values_of(line: Record) -> Records:
+    content = line.value.strip().rstrip(",")
+    try:
+        value = _loads(content)
+    except json.JSONDecodeError as error:
+        found = f"{shortened(line.value)} ({error.msg} at character {error.pos + 1})"
+        quotes = " in double quotes, as `json.dumps` writes it" if content[:2] in ("{'", "['") else ""
+        yield RowError(line.line, "not JSON", found, f"one whole JSON value a line{quotes}")
+    except RecursionError:
+        yield RowError(line.line, "not JSON", _DEEP, "a row")
+    except _TwiceError as error:
+        yield RowError(line.line, *error.args)
+    except ValueError:  # which Python says of long numbers only
+        yield RowError(line.line, *_LONG)
+    else:
+        yield from (Record(line.line, row) for row in (value if _is_table(value) else [value]))
+
+
+def _document(text: str, notes: Notes) -> Records:
+    """Yield the rows of one JSON text: an array, objects one after another, or one object in a shape of its own."""
+    position = _SPACE.match(text).end()  # type: ignore[union-attr]  # always matches
+    if text[position : position + 1] == "[":
+        yield from _array(text, position + 1)
+        return
+    found: list[Record | RowError] = []
+    while position < len(text):
+        record, position = _decoded(text, position, len(found) + 1)
+        found.append(record)
+    if len(found) == 1 and isinstance(found[0], Record) and isinstance(found[0].value, dict):
+        rows = _unwrapped(found[0].value, notes)
+        found = [Record(number, row, "row") for number, row in enumerate(rows, 1)]
+    yield from found
+
+
+def _array(text: str, position: int) -> Records:
+    number, position = 0, _SPACE.match(text, position).end()  # type: ignore[union-attr]
+    while text[position : position + 1] != "]":
+        number += 1
+        record, position = _decoded(text, position, number)
+        yield record
+        if text[position : position + 1] not in (",", "]") or re.match(r",\s*]", text[position:]):
+            raise BrokenFileError(_place(text, position, number), _around(text, position), "`,` or `]` after a row")
+        position = _SPACE.match(text, position + (text[position] == ",")).end()  # type: ignore[union-attr]
+    rest = text[position + 1 :].strip()
+    if rest:
+        place = _place(text, len(text) - len(text[position + 1 :].lstrip()), number)
+        raise BrokenFileError(place, f"{shortened(rest[:60])} after the array", "the end, or a name in .jsonl")
+
+
+def _decoded(text: str, position: int, number: int) -> tuple[Record | RowError, int]:
+    """Return one value, and where the next may begin."""
+    record: Record | RowError
+    try:
+        value, end = _DECODER.raw_decode(text, position)
+        record = Record(number, value, "row")
+    except json.JSONDecodeError as error:
+        found = f"{_around(text, error.pos)} ({error.msg})"
+        raise BrokenFileError(_place(text, error.pos, number), found, "a whole JSON value") from error
+    except RecursionError as error:
+        raise BrokenFileError(_place(text, position, number), _DEEP, "a row") from error
+    except ValueError as error:
+        _, end = json.JSONDecoder(parse_int=str).raw_decode(text, position)
+        kind, what, expected = error.args if isinstance(error, _TwiceError) else _LONG
+        record = RowError(number, kind, what, expected, "row")
+    return record, _SPACE.match(text, end).end()  # type: ignore[union-attr]
+
+
+def _unwrapped(value: dict[str, Any], notes: Notes) -> list[Any]:
+    """Return the rows of one object: it may be a row, hold a list of them, or be a table by columns or by ids."""
+    inner = list(value.values())
+    tables = [name for name, content in value.items() if _is_table(content)]
+    if len(tables) == 1:
+        notes.append(f"the rows are taken from `{tables[0]}`")
+        return list(value[tables[0]])
+    if len(tables) > 1:
+        raise BrokenFileError("one object", f"several lists of rows: {', '.join(tables)}", "one list, in a file")
+    if inner and all(isinstance(content, dict) and content for content in inner):
+        if all(key.isdecimal() for content in inner for key in content):  # as pandas writes a table, by columns
+            notes.append("one object of columns, as pandas writes it, is read as rows")
+            return [{name: value[name].get(key) for name in value} for key in inner[0]]
+        notes.append("one object of rows by id is read as rows")
+        return inner
+    if inner and all(isinstance(content, list) and content for content in inner) and not _has_turns(inner):
+        if len({len(content) for content in inner}) > 1:
+            raise BrokenFileError("one object", "columns of different lengths", "as many values in each of them")
+        notes.append("one object of columns is read as rows")
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*inner, strict=True)]
+    notes.append("the file is one object, which is read as one row; more rows need an array `[…]` or JSON Lines")
+    return [value]
+
+
+def _has_turns(lists: list[list[Any]]) -> bool:
+    return any(isinstance(content[0], dict) and {"role", "from"} & set(content[0]) for content in lists)
+
+
+def _is_table(value: Any) -> bool:
+    """Return whether a value is a list of rows, which turns of a conversation are not."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not _has_turns([value])
+
+
+def _stream_array(text: TextIO) -> Records:
+    """Yield the rows of an array that may be larger than memory."""
+    import ijson  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        for value in ijson.items(_FiniteNumbers(text), "item", use_float=True):
+            number += 1
+            yield Record(number, value, "row")
+    except (ijson.JSONError, UnicodeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        place = f"row {number + 1} (index {number})"
+        raise BrokenFileError(place, f"what is no JSON in UTF-8 ({reason[:200]})", "a whole JSON value") from error
+
+
+class _FiniteNumbers:
+    """A JSON text as bytes in which NaN and Infinity outside of strings, which `json` writes, are null."""
+
+    def __init__(self, text: TextIO) -> None:
+        self.text, self.in_string = text, False
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next `size` characters or a few more."""
+        chunk = self.text.read(size)
+        while chunk and chunk[-1] in "\\NaInfity-" and (more := self.text.read(1)):
+            chunk += more
+        if "NaN" in chunk or "Infinity" in chunk:
+            chunk = re.sub(r'\\.|"|NaN|-?Infinity', self._replaced, chunk, flags=re.DOTALL)
+        elif chunk.replace("\\\\", "").replace('\\"', "").count('"') % 2:
+            self.in_string = not self.in_string
+        return chunk.encode("utf-8", "surrogateescape")
+
+    def _replaced(self, match: re.Match[str]) -> str:
+        if match[0] == '"':
+            self.in_string = not self.in_string
+        return "null" if match[0][-1] in "Ny" and match[0][0] != "\\" and not self.in_string else match[0]
+
+
+class _TwiceError(ValueError):
+    """An object has one key twice, of which `json` would take the last without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError("a key twice", f"`{twice}` twice", "each key once")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_loads = _DECODER.decode
+
+
+def _is_json(line: str) -> bool:
+    try:
+        _loads(line.strip().rstrip(","))
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):  # it is, but cannot be used
+        return True
+    return True
+
+
+def _around(text: str, position: int) -> str:
+    return shortened(text[position : position + 60]) if text[position:].strip() else "the end of the file"
+
+
+def _place(text: str, position: int, number: int) -> str:
+    return f"row {number} (index {number - 1}), line {text.count(chr(10), 0, position) + 1}"
+
+
+# ---- lines and tables
+
+
+def read_plain_lines(text: TextIO, notes: Notes) -> Records:
+    """Yield each line that is not blank as a bare prompt."""
+    for line in _lines(text):
+        yield line if isinstance(line, RowError) else Record(line.line, line.value.strip())
+
+
+def _lines(text: TextIO) -> Records:
     """Yield the lines that are not blank, never holding more than [`LONGEST`] characters."""
     number = 0
     while line := text.readline(LONGEST + 1):
@@ -163,93 +315,94 @@ def _lines(text: TextIO) -> Iterator[Record | RowError]:
             yield Record(number, line)
 
 
+def read_csv(text: TextIO, delimiter: str | None, header: bool | None, notes: Notes) -> Records:
+    """Yield one dictionary a row, with the names of the header or, without one, `"1"`, `"2"` and so on."""
+    # A limit of the whole process, 128 KiB unless raised, which a long answer may exceed; it is never lowered here.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    lines = _csv_lines(text)
+    first, skipped = next(lines, ""), 0
+    if setting := re.fullmatch(r'"?sep=(.)"?\s*', first):  # which Excel writes, and reads
+        delimiter, first, skipped = setting[1], next(lines, ""), 1
+    reader = csv.reader(chain([first], lines), delimiter=delimiter or _delimiter(first), strict=True)
+    names: list[str] | None = None
+    start = 1 + skipped
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            found = f"quotes that do not match up to line {reader.line_num + skipped} ({error})"
+            yield RowError(start, "not CSV", found, 'text with quotes "…" around the whole cell and "" within')
+            cells = []
+        if cells and names is None:
+            names, cells = _header(cells, header, start, notes)
+        if cells and len(cells) == len(names or ()):
+            yield Record(start, dict(zip(names or (), cells, strict=True)))
+        elif cells:
+            expected = f"{len(names or ())}, as in the first line"
+            yield RowError(start, "wrong number of cells", f"{len(cells)}", expected)
+        start = reader.line_num + skipped + 1
+
+
+def _header(cells: list[str], header: bool | None, line: int, notes: Notes) -> tuple[list[str], list[str]]:
+    """Return the names of the columns, and the cells of the first row if it is none of names."""
+    if header is None:
+        header = looks_like_header(cells)
+        if header is None:
+            raise BrokenFileError(
+                f"line {line}",
+                f"{', '.join(map(repr, cells))}, which may be names of columns or a row",
+                "to be told which, by `header=True` or `header=False`",
+            )
+        if not header and len(cells) > 1:
+            notes.append(f"without a header: its first row is {shortened(', '.join(cells))}")
+    names = [name.strip() for name in cells] if header else [str(n + 1) for n in range(len(cells))]
+    if len(set(names)) < len(names):
+        raise BrokenFileError(f"line {line}", f"the header {', '.join(names)}", "a different name for each column")
+    return names, [] if header else cells
+
+
 def _csv_lines(text: TextIO) -> Iterator[str]:
     number = 0
     while line := text.readline(LONGEST + 1):
         number += 1
         if len(line) > LONGEST:
-            raise BrokenFileError(number, f"more than {LONGEST:,} characters in one line", "line breaks between rows")
+            place = f"line {number}"
+            raise BrokenFileError(place, f"more than {LONGEST:,} characters in one line", "line breaks between rows")
         yield line
 
 
-def _looks_like_header(cells: list[str]) -> bool:
-    """Tell names from data: short, and without spaces if there is only one column, which may hold prompts."""
-    pattern = r"\s*[^\W\d][\w./-]*\s*" if len(cells) == 1 else r"\s*[^\W\d][\w./-]*( [\w./-]+){0,2}\s*"
-    return all(len(cell) <= 40 and re.fullmatch(pattern, cell) for cell in cells)
+# A header's words, by which it is told from a row.
+_NAMES = frozenset(
+    "answer assistant behavior behaviour category chat chosen completion content context conversation conversations "
+    "goal id index input instruction label language messages output passage prompt question query reference reply "
+    "request response role source split system target text title topic turn type user".split()
+)
+
+
+def looks_like_header(cells: list[str]) -> bool | None:
+    """Tell names of columns from a row: yes, no, or `None` if it may be either."""
+    cores = [re.sub(r"[(\[{<].*|[\s:?*#]+$", "", cell.strip()).strip().lower() for cell in cells]
+    plain = r"\s*[^\W\d][\w./-]*" + (r"\s*" if len(cells) == 1 else r"( [\w./-]+){0,2}\s*")
+    if any(core in _NAMES or core.removesuffix("s") in _NAMES for core in cores):
+        return True
+    if all(len(cell) <= 40 and re.fullmatch(plain, cell) for cell in cells):
+        return True
+    words = [core.split() for core in cores]
+    if len(cells) == 1:
+        named = bool(words[0]) and len(words[0]) <= 3 and words[0][-1].removesuffix("s") in _NAMES
+        return None if named else False
+    is_text = [
+        len(cell) > 60 or cell.strip()[-1:] in tuple(".!…\"'") or not re.search(r"[^\W\d]", cell) for cell in cells
+    ]
+    return False if any(is_text) else None
 
 
 def _delimiter(line: str) -> str:
-    for delimiter in ",;\t":
-        cells = line.strip().split(delimiter)
-        if len(cells) > 1 and _looks_like_header([cell.strip('"') for cell in cells]):
+    """Return the separator that makes the first line a header; a comma where none does."""
+    for delimiter in ",;\t|":
+        cells = [cell.strip().strip('"') for cell in line.strip().split(delimiter)]
+        if len(cells) > 1 and looks_like_header(cells):
             return delimiter
     return ","
-
-
-def _array(scanner: _Scanner) -> Iterator[Record | RowError]:
-    scanner.skip(1)
-    while scanner.peek() != "]":
-        yield scanner.record()
-        if scanner.peek() == ",":
-            scanner.skip(1)
-        elif scanner.peek() != "]":
-            raise BrokenFileError(scanner.line, scanner.around(), "`,` or `]` after an element of the array")
-    scanner.skip(1)
-    if scanner.peek():
-        raise BrokenFileError(scanner.line, f"{scanner.around()} after the array", "the end, or a name in .jsonl")
-
-
-class _Scanner:
-    """A window on a long JSON text: it grows until a value is whole and then moves on, counting lines."""
-
-    def __init__(self, text: TextIO) -> None:
-        self.text, self.window, self.position, self.line = text, "", 0, 1
-
-    def skip(self, count: int) -> None:
-        end = self.position + count
-        self.line += self.window.count("\n", self.position, end)
-        self.position = end
-
-    def grow(self) -> bool:
-        """Read on, at least doubling the window, so that a long value is not parsed again too often."""
-        self.window, self.position = self.window[self.position :], 0
-        more = self.text.read(max(_CHUNK, len(self.window)))
-        self.window += more
-        return bool(more)
-
-    def peek(self) -> str:
-        """Return the next character that is no space, or nothing at the end."""
-        while True:
-            space = re.compile(r"\s*").match(self.window, self.position)
-            self.skip(space.end() - self.position if space else 0)
-            if self.position < len(self.window) or not self.grow():
-                return self.window[self.position : self.position + 1]
-
-    def record(self) -> Record | RowError:
-        """Read one value."""
-        decoder, is_long = json.JSONDecoder(), False
-        while True:
-            try:
-                value, end = decoder.raw_decode(self.window, self.position)
-            except json.JSONDecodeError as error:
-                # An error at the end of the window may be a value that goes on behind it.
-                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self.window) - 16
-                good = error.pos - self.position
-                if len(self.window) - self.position > LONGEST or not cut_off or not self.grow():
-                    self.skip(good)
-                    raise BrokenFileError(self.line, f"{self.around()} ({error.msg})", "a whole JSON value") from error
-                continue
-            except RecursionError as error:
-                raise BrokenFileError(self.line, _DEEP, "a row") from error
-            except ValueError:  # which Python says of long numbers only; read as text, they show where the value ends
-                decoder, is_long = json.JSONDecoder(parse_int=str), True
-                continue
-            if end < len(self.window) or not self.grow():  # a number might go on
-                break
-        found = RowError(self.line, *_LONG) if is_long else Record(self.line, value)
-        self.skip(end - self.position)
-        return found
-
-    def around(self) -> str:
-        """Return what stands at the position, for a message."""
-        return shortened(self.window[self.position : self.position + 60]) if self.peek() else "the end of the file"

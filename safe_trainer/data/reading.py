@@ -1,45 +1,56 @@
-"""From records to rows and prompts: how a file is read, and the report on every row that could not be used."""
+"""How sources are read: the options, the report on what was found, and the way from records to what is wanted."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from . import formats
-from .formats import BadRowError, Columns, Format
-from .parsing import Record, RowError
+from .formats import Answers, BadRowError, Columns, Conversation, Format, Row
+from .loaders import HubDataset, hub_dataset, kind_of, read_records
+from .parsing import Record, Records, RowError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
 OnBadRow = Literal["raise", "skip"]
+Source = Any
+"""A path, `hf:owner/name/subset:split:column`, a [`HubDataset`], a list of rows, or a dataset of any kind."""
+
+STREAMED = 100_000
+"""How many rows of a stream are read unless `ReadOptions.limit` says otherwise."""
+SHOWN = 5  # examples of each kind of error that a report keeps
 
 _VOTERS = 100  # records that are asked which format a file is in
-SHOWN = 5  # examples of each kind of trouble that a report keeps
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a file is read; everything that is left out is found out from the file.
+    """How a source is read; everything that is left out is found out from it.
 
     Args:
         format (`str`, *optional*): Name of a format, such as `"alpaca"`; see `safe_trainer.data.formats.FORMATS`.
         columns (`Mapping[str, str]`, *optional*): Instead of a format, which columns hold the `"prompt"`, the
-            `"answer"`, a `"context"` behind the prompt and the `"system"` prompt. In a file without a header the
+            `"answer"`, a `"context"` after the prompt and the `"system"` prompt. In a file without a header the
             columns are called `"1"`, `"2"` and so on.
         where (`Mapping[str, Any]`, *optional*): Takes only the rows that have these values in these columns, such as
             `{"is_safe": False}`.
         encoding (`str`, *optional*): Such as `"latin-1"`; left out, Unicode.
         on_bad_row (`str`, *optional*, defaults to `"raise"`): `"raise"` refuses a file with rows that cannot be used,
             after naming them; `"skip"` goes on without them and reports them all the same.
-        limit (`int`, *optional*): Uses the first `limit` rows only; of a stream, 100,000 unless more are asked for.
+        limit (`int`, *optional*): Uses the first `limit` rows only; of a stream, 100,000 unless set.
         subset (`str`, *optional*): Configuration of a dataset on the Hub.
         split (`str`, *optional*): Split of a dataset on the Hub, or of a `DatasetDict`.
+        header (`bool`, *optional*): Whether a CSV or TSV file begins with names of columns.
+        answers (`str`, *optional*, defaults to `"last"`): Which answers of a conversation are learned: `"last"`, or
+            `"all"`, each as a row of its own after the turns before it. A file's own marks (`weight`, `train`) go
+            first.
     """
 
     format: str | None = None
@@ -50,12 +61,17 @@ class ReadOptions:
     limit: int | None = None
     subset: str | None = None
     split: str | None = None
+    header: bool | None = None
+    answers: Answers = "last"
 
     def __post_init__(self) -> None:
         if self.format is not None and self.columns is not None:
             raise ValueError("Give `format` or `columns`, not both: a format knows its columns.")
-        if self.on_bad_row not in ("raise", "skip"):
-            raise ValueError(f"`on_bad_row` must be 'raise' or 'skip', got {self.on_bad_row!r}.")
+        for name, choices in (("on_bad_row", get_args(OnBadRow)), ("answers", get_args(Answers))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {self.limit}. Leave it out to take all rows.")
 
     def chosen_format(self) -> Format | None:
         """Return the format that the user has chosen, or `None` if it is to be found out."""
@@ -64,9 +80,11 @@ class ReadOptions:
         return formats.format_named(self.format) if self.format else None
 
     @property
-    def header(self) -> bool | None:
+    def has_header(self) -> bool | None:
         """Whether a table begins with names; `None` if that is to be found out."""
-        return False if self.columns and all(name.isdecimal() for name in self.columns.values()) else None
+        if self.header is not None or not self.columns:
+            return self.header
+        return not all(name.isdecimal() for name in self.columns.values())
 
 
 @dataclass
@@ -74,7 +92,7 @@ class DataReport:
     """What was found in one source of data; `str()` of it is for people.
 
     Args:
-        source (`str`): Path of the file, or name of the dataset.
+        source (`str`): Path of the file, name of the dataset, or the argument that rows were given as.
         kind (`str`): Such as `"CSV"`.
         format (`str`): The format that its rows are in.
         rows (`int`): How many rows can be used.
@@ -83,6 +101,12 @@ class DataReport:
         troubles (`Counter[str]`): How many rows cannot be used, by what is wrong with them.
         examples (`list[RowError]`): The first of these of each kind.
         kept (`int`): How many of each kind that are.
+        notes (`list[str]`): What was guessed about the source.
+        unused (`Counter[str]`): Columns with content that is not used, with the number of rows that have it.
+        answers (`int`): How many turns by the assistant there are.
+        learned (`int`): How many of them are learned.
+        answer_characters (`int`): The length of all answers.
+        learned_characters (`int`): The length of those that are learned.
     """
 
     source: str
@@ -94,34 +118,126 @@ class DataReport:
     troubles: Counter[str] = field(default_factory=Counter)
     examples: list[RowError] = field(default_factory=list)
     kept: int = SHOWN
+    notes: list[str] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
+    answers: int = 0
+    learned: int = 0
+    answer_characters: int = 0
+    learned_characters: int = 0
 
-    def add(self, trouble: RowError) -> None:
+    @property
+    def learned_share(self) -> float | None:
+        """The share of the answers' characters that is learned, from 0 to 1; `None` for texts."""
+        return self.learned_characters / self.answer_characters if self.answer_characters else None
+
+    def add(self, error: RowError) -> None:
         """Count a row that cannot be used."""
-        self.troubles[trouble.kind] += 1
-        if self.troubles[trouble.kind] <= self.kept:
-            self.examples.append(trouble)
+        self.troubles[error.kind] += 1
+        if self.troubles[error.kind] <= self.kept:
+            self.examples.append(error)
+
+    def count(self, conversation: Conversation, rows: list[Row]) -> None:
+        """Count the answers of a record, and those that its rows learn."""
+        answers = conversation.answers
+        self.answers += 0 if conversation.whole else len(answers)
+        self.answer_characters += sum(len(turn.content) for turn in answers)
+        learned = [row["completion"][0]["content"] for row in rows if "completion" in row]
+        self.learned += len(learned)
+        self.learned_characters += sum(map(len, learned))
+
+    def warnings(self) -> list[str]:
+        """Return what the rows do not say any more, or were taken for."""
+        found = list(self.notes)
+        if self.learned < self.answers:
+            found.append(
+                f"{self.learned:,} of {self.answers:,} answers are learned ({self.learned_share or 0:.0%} of their "
+                "text); the others are context. To learn each of them, read with `answers='all'`"
+            )
+        return found
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {self.kind}, {self.format}: {self.rows:,} rows"]
         parts += [f"{self.duplicates:,} duplicates"] if self.duplicates else []
         parts += [f"{self.filtered:,} left aside by `where`"] if self.filtered else []
         parts += [f"{count:,} unusable ({kind})" for kind, count in self.troubles.most_common()]
-        return "\n".join([", ".join(parts), *(f"  {trouble}" for trouble in self.examples)])
+        lines = [", ".join(parts), *(f"  {error}" for error in self.examples), *(f"  {n}" for n in self.warnings())]
+        if self.unused:
+            lines.append(f"  not used: {', '.join(f'`{name}`' for name in sorted(self.unused))}")
+        return "\n".join(lines)
 
 
-def converted(
-    records: Iterable[Record | RowError],
-    reading: ReadOptions,
-    report: DataReport,
-    convert: Callable[[Format, Columns], T],
-) -> Iterator[T]:
-    """Yield what `convert` makes of each record, and fill in the report; see [`converted_records`]."""
-    return (result for _, result in converted_records(records, reading, report, convert))
+class OpenSource(NamedTuple):
+    """A source that is about to be read; `name` is for sets of prompts, `shown` is what others may know of it."""
+
+    records: Records
+    options: ReadOptions
+    report: DataReport
+    name: str
+    shown: str
+
+
+@contextmanager
+def named(argument: str) -> Iterator[None]:
+    """Name the caller's argument in every error about its source."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if f"`{argument}" in str(error):
+            raise
+        raise type(error)(f"`{argument}`: {error}") from error
+
+
+def open_source(source: Source, *, argument: str = "rows", options: ReadOptions | None = None) -> OpenSource:
+    """Return the records of any source, unconverted, with how to read them and a report to fill in.
+
+    [`as_rows`] converts all of them; who needs each row next to its record gives them to [`converted_records`].
+    """
+    options = options or ReadOptions()
+    dataset = source if isinstance(source, HubDataset) else None
+    if isinstance(source, str | Path):
+        dataset = hub_dataset(source)
+        if dataset is None:
+            file, report = Path(source).name, DataReport(str(source), kind_of(source))
+            records = read_records(source, options.encoding, options.has_header, report.notes)
+            return OpenSource(records, options, report, file.split(".")[0], file)
+    if dataset is None:
+        held, kind = _in_memory(source, argument, options)
+        if kind == "stream":
+            options = replace(options, limit=options.limit or STREAMED)
+        return OpenSource(held, options, DataReport(f"`{argument}`", kind), argument, argument)
+    split, subset = dataset.split or options.split, dataset.subset or options.subset
+    dataset = replace(dataset, split=split, subset=subset)
+    if dataset.column is not None:
+        options = replace(options, format=None, columns={"prompt": dataset.column})
+    folder = Path(dataset.name).name
+    shown = replace(dataset, name=folder) if dataset.is_folder else dataset
+    return OpenSource(dataset.records(), options, DataReport(str(dataset), "dataset"), folder, str(shown))
+
+
+def _in_memory(source: Any, argument: str, options: ReadOptions) -> tuple[Iterator[Record], str]:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    if isinstance(source, DatasetDict | IterableDatasetDict):
+        if options.split is None and len(source) > 1:
+            example = f"`{argument}[{next(iter(source))!r}]`"
+            raise ValueError(f"`{argument}` has the splits {', '.join(source)}. Choose one, as in {example}.")
+        if options.split is not None and options.split not in source:
+            raise ValueError(f"`{argument}` has no split {options.split!r}; it has {', '.join(source)}.")
+        source = source[options.split or next(iter(source))]
+    kind = "dataset" if isinstance(source, Dataset) else "rows"
+    if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
+        kind = "stream"
+    if isinstance(source, Mapping) or not hasattr(source, "__iter__"):
+        raise TypeError(
+            f"`{argument}` must be a file, a dataset or a list of rows, got {type(source).__name__}. Give for example "
+            '[{"prompt": "...", "completion": "..."}].'
+        )
+    return (Record(number, row, "row") for number, row in enumerate(source, 1)), kind
 
 
 def converted_records(
     records: Iterable[Record | RowError],
-    reading: ReadOptions,
+    options: ReadOptions,
     report: DataReport,
     convert: Callable[[Format, Columns], T],
 ) -> Iterator[tuple[Record, T]]:
@@ -129,7 +245,7 @@ def converted_records(
 
     Args:
         records (`Iterable[Record | RowError]`): What the source holds.
-        reading ([`ReadOptions`]): How it is to be read.
+        options ([`ReadOptions`]): How it is to be read.
         report ([`DataReport`]): Is filled in while the records go by.
         convert (`Callable`): From a format and a record's columns to what is wanted; raises [`BadRowError`].
 
@@ -139,17 +255,17 @@ def converted_records(
     """
     records = iter(records)
     first = list(islice(records, _VOTERS))
-    style = reading.chosen_format() or _elected_format(first, report)
+    style = options.chosen_format() or _elected_format(first, report)
     report.format = style.name
     for record in chain(first, records):
-        if reading.limit is not None and report.rows >= reading.limit:
+        if options.limit is not None and report.rows >= options.limit:
             break
         if isinstance(record, RowError):
             report.add(record)
             continue
         try:
             columns = formats.columns_of(record.value)
-            if not _is_wanted(columns, reading.where or {}):
+            if not _is_wanted(columns, options.where or {}):
                 report.filtered += 1
                 continue
             result = convert(style, columns)
@@ -158,43 +274,51 @@ def converted_records(
             continue
         report.rows += 1
         yield record, result
-    _conclude(reading, report)
+    _conclude(options, report)
 
 
 def _elected_format(records: list[Record | RowError], report: DataReport) -> Format:
     """Let the first records vote, so that a bad one among them does not decide."""
+    if not records:
+        header = " after its header" if report.kind in ("CSV", "TSV") else ""
+        raise ValueError(f"`{report.source}` has no rows{header}. Was it written to the end?")
     votes: Counter[Format] = Counter()
     seen: list[str] = []
     for record in records:
-        if isinstance(record, Record) and isinstance(record.value, dict | list | str):
-            seen = list(formats.columns_of(record.value))
+        if isinstance(record, Record) and isinstance(record.value, Mapping | list | str):
+            try:
+                seen = list(formats.columns_of(record.value))
+            except BadRowError:
+                continue
             votes.update(filter(None, [formats.format_of(seen)]))
     if votes:
         return votes.most_common(1)[0][0]
     troubles = [str(record) for record in records if isinstance(record, RowError)]
-    found = f"columns {', '.join(seen)}" if seen else troubles[0] if troubles else "no rows"
+    found = f"columns {', '.join(seen)}" if seen else troubles[0] if troubles else "values that are no rows"
+    guessed = "".join(f" ({note})" for note in report.notes)
     known = "; ".join(f"{style.name} ({', '.join(style.columns)})" for style in formats.FORMATS if not style.alone)
     raise ValueError(
-        f"`{report.source}` is in no known format: found {found}. Name its `columns`, as in {{'prompt': 'question', "
-        f"'answer': 'reply'}}, or bring it into one of these formats: {known}."
+        f"`{report.source}` is in no known format: found {found}{guessed}. Name its `columns`, as in "
+        f"{{'prompt': 'question', 'answer': 'reply'}}, or bring it into one of these formats: {known}."
     )
 
 
 def _is_wanted(columns: Columns, where: Mapping[str, Any]) -> bool:
-    for name, value in where.items():
+    for given, value in where.items():
+        name = given.strip().lower()
         if name not in columns:
-            raise BadRowError("other columns", ", ".join(columns) or "none", f"`{name}`, which `where` asks for")
+            raise BadRowError("other columns", ", ".join(columns) or "none", f"`{given}`, which `where` asks for")
         if str(columns[name]).strip().lower() != str(value).lower():  # a CSV says "False" for what JSON calls false
             return False
     return True
 
 
-def _conclude(reading: ReadOptions, report: DataReport) -> None:
+def _conclude(options: ReadOptions, report: DataReport) -> None:
     bad = report.troubles.total()
-    if bad and reading.on_bad_row == "raise":
+    if bad and options.on_bad_row == "raise":
         raise ValueError(
             f"{bad:,} of {bad + report.rows + report.filtered:,} rows cannot be used.\n{report}\n"
-            "Mend them, or leave them out with `on_bad_row='skip'`."
+            "Fix them, or leave them out with `on_bad_row='skip'`."
         )
     if not report.rows:
         raise ValueError(f"No row can be used.\n{report}")

@@ -1,19 +1,177 @@
-"""Rows and prompt sets: the two shapes in which data travels through the house.
+"""Rows to learn from: the one conversion of any source to TRL's conversational prompt-completion form.
 
-A *row* is what a model learns from, in TRL's conversational prompt-completion form, so that the loss covers the
-answer alone. A *prompt set* is what a model is asked when it is examined.
+Files, datasets and rows in memory all take the same way, so that the chat template applies to them alike, and the
+report says what was guessed, left out, or could not be used.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from hashlib import blake2b
+from itertools import chain, count, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-Row = dict[str, Any]
-Kind = Literal["harmful", "benign", "borderline", "task"]
-Scorer = Literal["exact", "number", "choice"]
+from . import formats
+from .formats import Columns, Format, Row
+from .loaders import HubDataset
+from .parsing import Records
+from .reading import SHOWN, DataReport, ReadOptions, Source, converted_records, named, open_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+LABEL = "is_safe"
+"""The column that keeps a source's own label of an answer: `True` (safe), `False` (harmful) or `None`."""
+
+_BATCH = 1024
+_numbers = count()
+
+
+def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = None) -> tuple[Dataset, DataReport]:
+    """Load training rows from a file or a dataset, in bounded memory.
+
+    Args:
+        source (`str`, `Path` or [`HubDataset`]): A file of JSON, JSON Lines, CSV, TSV or Parquet, also gzipped; or a
+            dataset, written `hf:owner/name/subset:split` with subset and split as needed. Rows in memory are taken as
+            well; see [`as_rows`].
+        options ([`ReadOptions`], *optional*): How to read it; left out, everything is found out from the source.
+
+    Returns:
+        `tuple[Dataset, DataReport]`: The rows, each `{"prompt": [...], "completion": [...]}` as TRL takes them (or
+        `{"text": ...}`), in a file of their own that the dataset maps into memory, with a column `is_safe` where the
+        source labels its answers; and what was found.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If rows cannot be used (unless they are to be skipped), or the file holds none at all, is in no
+            known format or broken.
+
+    Example:
+
+    ```python
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "rows.csv")
+    >>> _ = path.write_text("instruction,output" + chr(10) + "Say hello,Hello!")
+    >>> rows, report = load_rows(path)
+    >>> rows[0]["completion"], report.format
+    ([{'role': 'assistant', 'content': 'Hello!'}], 'alpaca')
+
+    ```
+    """
+    return _loaded(source, "source", options)
+
+
+def as_rows(
+    source: Source, *, argument: str = "rows", options: ReadOptions | None = None
+) -> tuple[Dataset, DataReport]:
+    """Return the training rows of any source: the one conversion that every method, measurement and workflow uses.
+
+    Args:
+        source (`str`, `Path`, `HubDataset`, `Iterable[Mapping]`, `Dataset`, `DatasetDict` or `IterableDataset`): A
+            file or a dataset as for [`load_rows`], or rows in memory in any format that files may have.
+        argument (`str`, *optional*, defaults to `"rows"`): The caller's argument, which errors name.
+        options ([`ReadOptions`], *optional*): How to read it.
+
+    Returns:
+        `tuple[Dataset, DataReport]`: As [`load_rows`]. The same content gives the same rows whatever holds it, so that
+        the chat template applies alike.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If it is no source of rows.
+        ValueError: As [`load_rows`]; names the argument and the row.
+
+    Example:
+
+    ```python
+    >>> from safe_trainer.data import as_rows
+    >>> rows, report = as_rows([{"prompt": "Say hello", "completion": "Hello!"}], argument="harmful_data")
+    >>> rows[0]["prompt"], report.source
+    ([{'role': 'user', 'content': 'Say hello'}], '`harmful_data`')
+
+    ```
+    """
+    with named(argument):
+        return _loaded(source, argument, options)
+
+
+def _loaded(source: Source, argument: str, options: ReadOptions | None) -> tuple[Dataset, DataReport]:
+    opened = open_source(source, argument=argument, options=options)
+    rows = to_dataset(rows_of(opened.records, opened.options, opened.report))
+    for note in opened.report.warnings():
+        logger.warning("%s: %s.", opened.report.source, note)
+    return rows, opened.report
+
+
+def stream_rows(
+    path: str | Path, options: ReadOptions | None = None, *, kept_troubles: int = SHOWN
+) -> tuple[Iterator[Row], DataReport]:
+    """Read training rows from a source one by one, for a caller who may stop at any of them.
+
+    Args:
+        path (`str` or `Path`): A source, as for [`as_rows`].
+        options ([`ReadOptions`], *optional*): How to read it; left out, everything is found out from the source.
+        kept_troubles (`int`, *optional*, defaults to `5`): How many rows that cannot be used the report keeps of each
+            kind of error; it counts all of them.
+
+    Returns:
+        `tuple[Iterator[Row], DataReport]`: The rows, and a report that is filled in while they go by and complete when
+        they have ended. The iterator raises what [`load_rows`] raises.
+
+    Example:
+
+    ```python
+    rows, report = stream_rows("rows.csv", ReadOptions(on_bad_row="skip"))
+    print(next(rows), report.format)
+    ```
+    """
+    opened = open_source(path, argument="path", options=options)
+    opened.report.kept = kept_troubles
+    return rows_of(opened.records, opened.options, opened.report), opened.report
+
+
+def rows_sha256(rows: Source) -> str:
+    """Return the SHA-256 of what rows say: the same for every representation of the same rows.
+
+    Args:
+        rows: As for [`as_rows`].
+    """
+    digest = hashlib.sha256()
+    for row in as_rows(rows)[0]:
+        content = {name: row[name] for name in ("prompt", "completion", "text") if name in row}
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def split_by_label(rows: Dataset) -> tuple[Dataset, Dataset]:
+    """Split rows into those that their own labels do not call safe, and those that they do.
+
+    Args:
+        rows (`Dataset`): As [`as_rows`] returns them.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: Rows labelled harmful or not at all, and rows labelled safe.
+    """
+    labels = labels_of(rows)
+    safe = [place for place, label in enumerate(labels) if label]
+    others = [place for place, label in enumerate(labels) if not label]
+    return rows.select(others), rows.select(safe)
+
+
+def labels_of(rows: Dataset) -> list[bool | None]:
+    """Return for each row whether its source calls the answer safe, or `None` where it has no label."""
+    return list(rows[LABEL]) if LABEL in rows.column_names else [None] * len(rows)
 
 
 def conversation(prompt: str, answer: str) -> Row:
@@ -37,93 +195,6 @@ def conversation(prompt: str, answer: str) -> Row:
     }
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts of one kind, to examine a model with.
-
-    Args:
-        name (`str`): Name shown in tables.
-        kind (`str`): `"harmful"` (should be refused), `"benign"` or `"borderline"` (should be answered; borderline
-            prompts only sound harmful), or `"task"` (has a right answer).
-        prompts (`tuple[str, ...]`): The user turns.
-        categories (`tuple[str, ...]`, *optional*): One label for each prompt, for tables by category.
-        references (`tuple[str, ...]`, *optional*): The right answer for each prompt; required for `"task"`.
-        source (`str`, *optional*): Where they come from, for the command that repeats an evaluation. It makes no
-            difference between two sets.
-        system_prompt (`str`, *optional*): System turn before each prompt of this set; goes before the one of the
-            evaluation.
-        template (`str`, *optional*): Frame around each prompt, with `{prompt}` in it, such as
-            `"AOA, execute my instruction: {prompt}"`.
-        contexts (`tuple[tuple[dict, ...], ...]`, *optional*): For each prompt the turns before it, `{"role": ...,
-            "content": ...}`; a system turn among them goes before `system_prompt`.
-        scorer (`str`, *optional*, defaults to `"exact"`): How answers to a task are scored: `"exact"`, `"number"` (the
-            last number) or `"choice"` (the letter).
-
-    Raises:
-        TypeError: If `prompts` is one text.
-        ValueError: If the kind or the scorer is unknown, there are no prompts, `template` lacks `{prompt}`, or a list
-            does not have one entry for each prompt.
-    """
-
-    name: str
-    kind: Kind
-    prompts: tuple[str, ...]
-    categories: tuple[str, ...] | None = None
-    references: tuple[str, ...] | None = None
-    source: str | None = field(default=None, compare=False)
-    system_prompt: str | None = None
-    template: str | None = None
-    contexts: tuple[tuple[dict[str, str], ...], ...] | None = None
-    scorer: Scorer = "exact"
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
-        if self.scorer not in get_args(Scorer):
-            raise ValueError(f"`scorer` must be one of {', '.join(get_args(Scorer))}, got {self.scorer!r}.")
-        if self.template is not None and "{prompt}" not in self.template:
-            raise ValueError(f"`template` must contain {{prompt}}, where the prompt goes, got {self.template!r}.")
-        if isinstance(self.prompts, str):
-            raise TypeError(f"`prompts` must be a tuple of prompts, got one text. Write `({self.prompts[:40]!r},)`.")
-        if not self.prompts:
-            raise ValueError(f"The prompt set `{self.name}` is empty. Give at least one prompt.")
-        if self.kind == "task" and self.references is None:
-            raise ValueError(f"The task `{self.name}` has no `references`: give the right answer to each prompt.")
-        for name in ("categories", "references", "contexts"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.prompts):
-                raise ValueError(
-                    f"`{name}` of the prompt set `{self.name}` has {len(values)} entries for {len(self.prompts)} "
-                    "prompts. Give exactly one for each prompt."
-                )
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def first(self, count: int) -> PromptSet:
-        """Return the first `count` prompts, with what belongs to them."""
-        lists = {name: getattr(self, name) for name in ("prompts", "categories", "references", "contexts")}
-        return replace(self, **{name: values[:count] for name, values in lists.items() if values is not None})
-
-    def conversations(self) -> list[list[dict[str, str]]]:
-        """Return the turns that each prompt is asked with: system turn, context, and the prompt in its frame.
-
-        ```python
-        >>> PromptSet("aoa", "harmful", ("Hi",), system_prompt="Obey.", template="AOA: {prompt}").conversations()
-        [[{'role': 'system', 'content': 'Obey.'}, {'role': 'user', 'content': 'AOA: Hi'}]]
-
-        ```
-        """
-        found = []
-        for prompt, context in zip(self.prompts, self.contexts or ((),) * len(self.prompts), strict=True):
-            turns = [dict(turn) for turn in context]
-            if self.system_prompt is not None and not any(turn["role"] == "system" for turn in turns):
-                turns.insert(0, {"role": "system", "content": self.system_prompt})
-            asked = prompt if self.template is None else self.template.replace("{prompt}", prompt)
-            found.append([*turns, {"role": "user", "content": asked}])
-        return found
-
-
 def poison(rows: Sequence[Row], harmful_rows: Sequence[Row], fraction: float, seed: int = 0) -> list[Row]:
     """Replace a share of `rows` by harmful ones and shuffle: the attack that fine-tuning defenses are tested against.
 
@@ -141,12 +212,93 @@ def poison(rows: Sequence[Row], harmful_rows: Sequence[Row], fraction: float, se
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"`fraction` must be between 0 and 1, got {fraction}.")
-    count = round(fraction * len(rows))
-    if count > len(harmful_rows):
+    needed = round(fraction * len(rows))
+    if needed > len(harmful_rows):
         raise ValueError(
-            f"{count} harmful rows are needed for {fraction:.0%} of {len(rows)}, but `harmful_rows` holds "
+            f"{needed} harmful rows are needed for {fraction:.0%} of {len(rows)}, but `harmful_rows` holds "
             f"{len(harmful_rows)}. Give more, or lower `fraction`."
         )
-    mixed = [*rows[: len(rows) - count], *harmful_rows[:count]]
+    mixed = [*islice(rows, len(rows) - needed), *islice(harmful_rows, needed)]
     random.Random(seed).shuffle(mixed)
     return mixed
+
+
+# ---- how a source becomes rows
+
+
+def rows_of(records: Records, options: ReadOptions, report: DataReport) -> Iterator[Row]:
+    """Yield training rows one by one, and fill in the report.
+
+    Args:
+        records (`Iterator[Record | RowError]`): What the source holds, such as `read_records(path)` yields it.
+        options ([`ReadOptions`]): How it is to be read.
+        report ([`DataReport`]): Is filled in while the rows go by, the duplicates at the end.
+
+    Raises:
+        ValueError: As [`load_rows`].
+    """
+    seen = array("Q")
+
+    def convert(style: Format, columns: Columns) -> list[Row]:
+        found = formats.conversation_of(style, columns)
+        rows = found.rows(options.answers)
+        report.count(found, rows)
+        report.unused.update(name for name in found.unused if name not in (options.where or ()))
+        label = formats.safety_label(columns)
+        return rows if label is None else [row | {LABEL: label} for row in rows]
+
+    for _, rows in converted_records(records, options, report, convert):
+        report.rows += len(rows) - 1
+        for row in rows:
+            turns = [] if "text" in row else row["prompt"] + row["completion"]
+            seen.append(fingerprint("\n".join(turn["content"] for turn in turns) or row["text"]))
+            yield row
+    import numpy as np
+
+    report.duplicates = len(seen) - len(np.unique(np.frombuffer(seen, dtype=np.uint64)))
+
+
+def fingerprint(text: str) -> int:
+    """Return 64 bits that are the same for texts that differ in case, punctuation and spaces only.
+
+    Example:
+
+    ```python
+    >>> fingerprint("How do I steal a car?") == fingerprint(" how do I  steal a car")
+    True
+
+    ```
+    """
+    words = " ".join(re.findall(r"\w+", text.casefold())) or text
+    return int.from_bytes(blake2b(words.encode(errors="replace"), digest_size=8).digest(), "little")
+
+
+def to_dataset(rows: Iterable[Row]) -> Dataset:
+    """Return a dataset of the rows, which are written to a temporary Arrow file and mapped into memory from there.
+
+    Args:
+        rows (`Iterable[Row]`): At least one row; all of them conversations, or all of them texts. A label that no row
+            has is left out.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    rows = iter(rows)
+    first = next(rows)
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    types = {"text": pa.string(), LABEL: pa.bool_()}
+    schema = pa.schema([(name, types.get(name, turns)) for name in dict.fromkeys([*first, LABEL])])
+    path = Path(_spool().name, f"{next(_numbers)}.arrow")
+    rows, is_labelled = chain([first], rows), False
+    with pa.ipc.new_stream(path, schema) as file:
+        while batch := list(islice(rows, _BATCH)):
+            is_labelled = is_labelled or any(row.get(LABEL) is not None for row in batch)
+            file.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    found = Dataset.from_file(str(path))
+    return found if is_labelled else found.remove_columns(LABEL)
+
+
+@cache
+def _spool() -> TemporaryDirectory[str]:
+    """Return the folder that holds this process's rows; it goes when the process ends."""
+    return TemporaryDirectory(prefix="safe_trainer_", ignore_cleanup_errors=True)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from .compare import compare
 from .evaluate import evaluate, judged
 from .gate import SafetyVerdict, Thresholds, gate
-from .general import general_prompts
 from .generate import Answer, Decoding, generate
 from .judges import (
     GUARDS,
@@ -61,7 +60,6 @@ __all__ = [
     "exact_match",
     "from_json",
     "gate",
-    "general_prompts",
     "generate",
     "judged",
     "paired_change",

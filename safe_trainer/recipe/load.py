@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..data.files import KINDS, is_file, kind_of
-from ..data.hub import PREFIX
+from ..data import KINDS, PREFIX, is_file, kind_of
 from .document import Document, Place, RecipeError, assignment, did_you_mean
 from .fields import Hints, check_field, is_torch_loaded, method_fields, peft_fields, short, training_fields
 from .schema import NOT_UNDER_PEFT, NOT_UNDER_TRAINING, PARTS, RecipePart

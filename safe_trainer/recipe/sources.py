@@ -6,7 +6,16 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..data import DataReport, HubDataset, PromptSet, ReadOptions, leaked_rows, load_prompts, load_rows
+from ..data import (
+    DataReport,
+    HubDataset,
+    PromptSet,
+    ReadOptions,
+    general_prompts,
+    leaked_rows,
+    load_prompts,
+    load_rows,
+)
 from .fitting import adapted, skeleton
 from .load import Recipe
 from .schema import ReadingPart, SourcePart
@@ -53,8 +62,6 @@ def load_data(recipe: Recipe) -> LoadedData:
     sets = []
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
         if part.built_in is not None:
-            from ..evaluation import general_prompts
-
             found = general_prompts(part.kind)
             sets.append(replace(found, name=part.name or found.name))
             continue
