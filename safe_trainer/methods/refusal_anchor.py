@@ -20,7 +20,8 @@ from ..data.protection import protection_prompts
 from ..distributed import on_first_process
 from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
-from ..evaluation.prompting import encode
+from ..evaluation.prompting import render, tokenize
+from ..evaluation.thinking import is_open
 from ..lora.modes import evaluation_mode
 from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_number, check_whole
 
@@ -174,7 +175,9 @@ class RefusalAnchor(PenaltyMethod):
         """Report how much the start refuses: there is nothing to hold where it does not."""
         figures = {"anchored_prompts": float(sum(map(len, self._pools.values())))}
         if self._refused is None:
-            return SelfCheck(figures, ("Whether the start refuses does not show in its answers: it is still thinking.",))
+            return SelfCheck(
+                figures, ("Whether the start refuses does not show in its answers: it is still thinking.",)
+            )
         figures["harmful_prompts_refused_at_start"] = self._refused
         if self._refused >= _FEW_REFUSALS:
             return SelfCheck(figures)
@@ -243,29 +246,32 @@ class RefusalAnchor(PenaltyMethod):
     def _measured(
         self, model: Any, tokenizer: Any, sets: Mapping[str, PromptSet]
     ) -> tuple[dict[str, list[Anchor]], float | None]:
-        """Return the anchors of each kind, and which share of the harmful prompts the start refuses (if that shows)"""
+        """Return the anchors of each kind, and the share of harmful prompts that the start refuses, if that shows."""
         decoding = Decoding(max_new_tokens=max(self.answer_tokens, _CHECK_TOKENS), batch_size=self.batch_size)
         pools: dict[str, list[Anchor]] = {}
         with self._start(model), torch.no_grad():
             for kind, found in sets.items():
-                prompts = self._fitting(model, encode(model, tokenizer, found.prompts, self.system_prompt), kind)
-                answers = generate_from(model, tokenizer, prompts, decoding)
+                texts = render(tokenizer, found.prompts, self.system_prompt, {})
+                encoded = tokenize(model, tokenizer, texts)
+                places = self._fitting(model, encoded, kind)
+                prompts, opened = [encoded[place] for place in places], [is_open(texts[place]) for place in places]
+                answers = generate_from(model, tokenizer, prompts, decoding, opened=opened)
                 if kind == "harmful":
-                    texts = [answer.text for answer in answers if not answer.unfinished_thought]
-                    refused = PhraseJudge()([""] * len(texts), texts).count("refused") / max(1, len(texts))
+                    judged = [answer.text for answer in answers if not answer.unfinished_thought]
+                    refused = PhraseJudge()([""] * len(judged), judged).count("refused") / max(1, len(judged))
                 held = [
                     Anchor((*ids, *(own := answer.tokens[: self.answer_tokens])), 1 + len(own))
                     for ids, answer in zip(prompts, answers, strict=True)
                 ]
                 batches = [held[start : start + self.batch_size] for start in range(0, len(held), self.batch_size)]
                 pools[kind] = [anchor for batch in batches for anchor in self._with_reference(model, batch)]
-        return pools, refused if texts else None
+        return pools, refused if judged else None
 
-    def _fitting(self, model: Any, encoded: Sequence[list[int]], kind: str) -> list[list[int]]:
-        """Return at most `max_anchors` prompts that are not too long, spread evenly over all of them."""
+    def _fitting(self, model: Any, encoded: Sequence[list[int]], kind: str) -> list[int]:
+        """Return the places of at most `max_anchors` prompts that are not too long, spread evenly over all of them."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
         longest = min(self.max_length, context - max(self.answer_tokens, _CHECK_TOKENS))
-        fitting = [ids for ids in encoded if len(ids) <= longest]
+        fitting = [place for place, ids in enumerate(encoded) if len(ids) <= longest]
         argument = "prompts" if kind == "harmful" else "benign_prompts"
         if not fitting:
             raise ValueError(
