@@ -7,8 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from .loading import load_prompts
-from .rows import Kind, PromptSet
+from .prompts import Kind, PromptSet, load_prompts
 
 OWN_FILES = {"harmful": "safety/harmful.jsonl", "benign": "safety/benign.jsonl"}
 """Where a model may bring rows along, seen from its folder or Hub repository."""
