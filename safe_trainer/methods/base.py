@@ -342,6 +342,10 @@ class PenaltyMethod(SafetyMethod):
             check_peft_config(config, self.name)
         return config
 
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Warn where the weight is zero, so that nothing is protected."""
+        return SelfCheck({}, ("`weight=0` only measures; nothing is protected.",) if self.weight == 0 else ())
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return `weight · Σ terms` as a scalar in float32.
 
