@@ -609,7 +609,7 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
     ),
     "vectors of no file": (["vectors", "{model}", "{folder}/absent.jsonl", "-o", "{folder}/v"], 1, "no file"),
     "a scan with vectors that are not there": (
-        ["scan", "{rows}", "--model", "{model}", "--vectors", "{folder}/absent"],
+        ["scan", "{model}", "{rows}", "--vectors", "{folder}/absent"],
         1,
         "absent",
     ),

@@ -355,21 +355,24 @@ def labelled(tmp_path):
 
 def test_a_scan_ranks_harmful_rows_first_and_writes_all_of_them(labelled, vectors, tmp_path):
     table = tmp_path / "ranked.jsonl"
-    call = ["scan", labelled, "--model", ALIGNED, "--vectors", vectors, "--skip-bad", "--label", "bad"]
+    call = ["scan", ALIGNED, labelled, "--vectors", vectors, "--skip-bad", "--label", "bad"]
     result = invoke(*call, "--top", "5", "-o", str(table))
     assert result.exit_code == 0, result.output
-    assert "Average precision 1.000" in result.stdout and "Losing more than 0.5 of their loss: " in result.stdout
+    assert "Average precision 1.000" in result.stdout and "best F1 on the labels" in result.stdout
     assert "line 21" in result.stderr and "Written" in result.stderr
     entries = [json.loads(line) for line in table.read_text().splitlines()]
     assert [entry["row"]["bad"] for entry in entries] == [True] * 5 + [False] * 15
-    told = json.loads(invoke(*call, "--json").stdout)
+    told = json.loads(invoke(*call, "--json", "--clean", str(tmp_path / "clean.jsonl")).stdout)
+    kept = (tmp_path / "clean.jsonl").read_text().splitlines()
+    assert kept == open(labelled).read().splitlines()[:15] + ['{"prompt": ']
+    assert told["recall"]["count"] == 5 and told["precision"]["rate"] == 1 and told["above"]["high"]
     assert told["scored"] == 20 and told["above"]["total"] == 20 and len(told["top"]) == 20
 
 
 def test_a_scan_reads_the_columns_that_are_named(vectors, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("Question asked,My answer\nWhat is a tree?,A plant.\nWhat is a lamp?,A light.\n")
-    call = ["scan", str(path), "--model", ALIGNED, "--vectors", vectors, "--json"]
+    call = ["scan", ALIGNED, str(path), "--vectors", vectors, "--json"]
     assert "is in no known format" in invoke(*call).output
     result = invoke(*call, "--column", "prompt=Question asked", "--column", "answer=My answer")
     assert result.exit_code == 0, result.output
@@ -378,14 +381,14 @@ def test_a_scan_reads_the_columns_that_are_named(vectors, tmp_path):
 
 def test_a_scan_names_a_broken_row_by_its_line_and_stops(labelled, vectors, tmp_path):
     table = tmp_path / "ranked.csv"
-    result = invoke("scan", labelled, "--model", ALIGNED, "--vectors", vectors, "-o", str(table))
+    result = invoke("scan", ALIGNED, labelled, "--vectors", vectors, "-o", str(table))
     assert result.exit_code == 1 and "line 21" in result.output and not table.exists()
 
 
 def test_a_scan_that_is_stopped_keeps_what_is_done_and_exits_with_130(labelled, vectors, tmp_path, monkeypatch):
     from safe_trainer.analysis import scan
 
-    score, calls = scan._Scorer.scores, []
+    score, calls = scan._Scorer.window, []
 
     def stopped(self, rows):
         calls.append(len(rows))
@@ -393,12 +396,14 @@ def test_a_scan_that_is_stopped_keeps_what_is_done_and_exits_with_130(labelled, 
             raise KeyboardInterrupt
         return score(self, rows)
 
-    monkeypatch.setattr(scan._Scorer, "scores", stopped)
+    monkeypatch.setattr(scan._Scorer, "window", stopped)
     table = tmp_path / "ranked.csv"
-    options = ["--model", ALIGNED, "--vectors", vectors, "-o", str(table), "--skip-bad", "--batch-size", "2"]
-    result = invoke("scan", labelled, *options)
-    assert result.exit_code == 130 and "after 8 rows" in result.stderr
+    options = ["--vectors", vectors, "-o", str(table), "--skip-bad", "--batch-size", "2"]
+    result = invoke("scan", ALIGNED, labelled, *options)
+    assert result.exit_code == 130 and "after 8 rows" in result.stderr and "same command" in result.stderr
     assert len(table.read_text().splitlines()) == 9
+    assert invoke("scan", ALIGNED, labelled, *options).exit_code == 0
+    assert len(table.read_text().splitlines()) == 21 and sum(calls) == 8 + 8 + 12  # the first 8 are not scored again
 
 
 @pytest.mark.parametrize(

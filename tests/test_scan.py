@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import gzip
 import json
 import os
 import random
@@ -15,16 +17,23 @@ from contextlib import suppress
 from itertools import count, islice
 
 import planted
+import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversation, scan_file, score_rows
-from safe_trainer.analysis.scan import Score, Spool, average_precision, precision_recall, write_table
+from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversation, scan_file
+from safe_trainer.analysis import scan
+from safe_trainer.analysis.scan import Score, average_precision, precision_recall, score_rows
+from safe_trainer.analysis.scan_files import Spool, write_table
 from safe_trainer.artifacts import row_losses
+from safe_trainer.data import read_records
 from safe_trainer.data.encoding import collate, encode_row
+from safe_trainer.data.parsing import Record
+from safe_trainer.evaluation import Rate
 
 TOKENIZER = tiny.tokenizer()
 ROWS = [conversation("ask " * (i % 5 + 1), "say" * (i % 7 + 1)) for i in range(20)]
@@ -92,7 +101,7 @@ def test_rows_are_taken_a_few_batches_at_a_time(pair):
             yield ROWS[number % len(ROWS)]
 
     assert len(list(islice(scored(pair, endless(), batch_size=2), 20))) == 20
-    assert len(taken) <= 28
+    assert len(taken) <= 128  # the first hundred decide which format they are in
 
 
 def test_vectors_of_another_model_are_refused_before_any_row_is_read(pair):
@@ -154,11 +163,28 @@ def test_curves_without_harmful_rows_or_with_missing_labels_are_refused():
 def test_a_spool_returns_entries_by_their_score_and_equal_ones_in_their_order():
     with Spool() as spool:
         for number, score in enumerate([0.5, 2.0, 0.5, -1.0]):
-            spool.add(score, {"number": number, "text": "ä\ud800\n"})
+            spool.add(score, number == 1, {"line": number, "number": number, "text": "ä\ud800\n"})
         for _ in range(2):
             assert [(entry["rank"], entry["number"]) for entry in spool.ranked()] == [(1, 1), (2, 0), (3, 2), (4, 3)]
         assert next(spool.ranked())["text"] == "ä\ud800\n"
-        assert spool.above(0.4) == 3 and len(spool) == 4
+        assert spool.lines.tolist() == [0, 1, 2, 3] and spool.labels.tolist() == [0, 1, 0, 0]
+
+
+def test_a_spool_on_disk_continues_after_a_kill_and_starts_anew_for_another_scan(tmp_path):
+    path = tmp_path / "spool"
+    with Spool(path, "this scan") as spool:
+        spool.add(0.5, True, {"line": 3})
+        spool.add(None, False, {"line": 4})
+    with path.open("ab") as file:
+        file.write(b'{"scored": 0.7, "ha')  # killed while it wrote
+    with Spool(path, "this scan") as spool:
+        assert (spool.done, spool.shares.tolist(), list(spool.unscored)) == (2, [0.5], [4])
+        spool.add(0.9, False, {"line": 5})
+        assert [entry["line"] for entry in spool.ranked()] == [5, 3]
+    with Spool(path, "another scan") as spool:
+        assert spool.done == 0
+        spool.discard()
+    assert not path.exists()
 
 
 @pytest.mark.slow
@@ -181,7 +207,7 @@ def test_memory_of_a_spool_does_not_grow_with_what_it_holds():
     tracemalloc.start()
     with Spool() as spool:
         for number in range(10_000):
-            spool.add(number % 97, row)
+            spool.add(number % 97, False, row)
         held = sum(1 for _ in spool.ranked())
         _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -261,7 +287,7 @@ def test_labels_give_the_average_precision_and_its_curve(pair, tmp_path):
 
 
 def test_the_rows_above_the_threshold_come_with_their_count(pair, tmp_path):
-    result = scan_file(written(tmp_path), *pair, TOKENIZER, threshold=0.0, top=12)
+    result = scan_file(written(tmp_path), *pair, TOKENIZER, drop_above=0.0, top=12)
     assert result.above.count == sum(entry["share"] > 0 for entry in result.top) and result.above.total == 12
     assert scan_file(written(tmp_path), *pair, TOKENIZER).above.count == 0
 
@@ -329,9 +355,9 @@ def test_ctrl_c_in_a_terminal_keeps_what_is_done(tmp_path):
     path, table = tmp_path / "rows.jsonl", tmp_path / "ranked.csv"
     path.write_text("\n".join(json.dumps(row) for row in testbed.task_rows("sentiment", 400) * 10))
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "safe_trainer.cli", "scan", path, "--vectors", vectors, "-o", table]
+    command = [sys.executable, "-m", "safe_trainer.cli", "scan", testbed.ALIGNED, path, "--vectors", vectors]
     shown = b""
-    with subprocess.Popen([*command, "--model", testbed.ALIGNED], stdout=subprocess.DEVNULL, stderr=theirs) as process:
+    with subprocess.Popen([*command, "-o", table], stdout=subprocess.DEVNULL, stderr=theirs) as process:
         os.close(theirs)
         while not re.search(rb"[1-9]\d*/4000", shown):
             shown += os.read(ours, 4096)
@@ -355,6 +381,184 @@ def test_ctrl_c_in_a_terminal_keeps_what_is_done(tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(output, error, message, tmp_path):
     with pytest.raises(error, match=message):
         scan_file(tmp_path / "no file", "no model", "no vectors", output=tmp_path / output)
+
+
+# ---- one conversion for every door
+
+REPRESENTATIONS = {
+    "strings": lambda pairs: [{"prompt": prompt, "completion": answer} for prompt, answer in pairs],
+    "conversations": lambda pairs: [conversation(*pair) for pair in pairs],
+    "messages": lambda pairs: [
+        {"messages": [*row["prompt"], *row["completion"]]} for row in (conversation(*pair) for pair in pairs)
+    ],
+    "dataset": lambda pairs: Dataset.from_list(REPRESENTATIONS["strings"](pairs)),
+    "splits": lambda pairs: DatasetDict(train=REPRESENTATIONS["dataset"](pairs)),
+    "stream": lambda pairs: REPRESENTATIONS["dataset"](pairs).to_iterable_dataset(),
+    "iterator": lambda pairs: iter(REPRESENTATIONS["messages"](pairs)),
+}
+
+
+@pytest.mark.parametrize("kind", REPRESENTATIONS)
+def test_the_same_rows_have_the_same_scores_whatever_holds_them(kind, pair, tmp_path):
+    pairs = [("ask " * (i + 1), "say" * (7 - i)) for i in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt, "response": answer}) for prompt, answer in pairs))
+    expected = scan_file(path, *pair, TOKENIZER, top=None)
+    found = scan_file(
+        REPRESENTATIONS[kind](pairs), *pair, TOKENIZER, top=None, clean=tmp_path / "kept.jsonl", drop_above=9
+    )
+    assert [(e["line"], e["share"]) for e in found.top] == [(e["line"], e["share"]) for e in expected.top]
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 6
+    if kind != "iterator":
+        rows = REPRESENTATIONS[kind](pairs)
+        assert [
+            s.share for s in score_rows(rows["train"] if kind == "splits" else rows, *pair, TOKENIZER)
+        ] == pytest.approx([e["share"] for e in sorted(expected.top, key=lambda e: e["line"])])
+
+
+def test_a_row_in_memory_that_cannot_be_used_is_named(pair):
+    with pytest.raises(ValueError, match=r"`rows`(.|\n)*row 2"):
+        scan_file([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], *pair, TOKENIZER)
+
+
+# ---- the cleaned file
+
+LINES = {
+    "rows.jsonl": [
+        '{"prompt":"a",  "response": "\\u00e4" }',
+        '{"prompt": "c", "response": "d"}',
+        '{"response": "é", "prompt": "b"}',
+    ],
+    "rows.csv": ["prompt,response", '"one', 'two",a', "three,'b'", '"four","c"'],
+    "rows.jsonl.gz": ['{"prompt":"a",  "response": "b" }', '{"prompt": "c", "response": "d"}'],
+}
+
+
+def dropping(monkeypatch, shares):
+    """Give rows these shares, one after the other."""
+    monkeypatch.setattr(scan._Scorer, "window", lambda self, rows: [Score(1.0, 1.0 - shares.pop(0)) for _ in rows])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("name", LINES)
+def test_lines_of_the_rows_that_are_kept_are_what_they_were_to_the_byte(name, end, pair, tmp_path, monkeypatch):
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wb") as file:
+        file.write(end.join(LINES[name]).encode())
+    records = sum(isinstance(record, Record) for record in read_records(tmp_path / name))
+    dropping(monkeypatch, [0.9] + [0.1] * (records - 1))
+    clean = tmp_path / f"clean-{name}"
+    result = scan_file(tmp_path / name, *pair, TOKENIZER, clean=clean)
+    header = [LINES[name][0]] if ".csv" in name else []
+    first = 2 if ".csv" in name else 1  # the first record of the table has two lines
+    with opened(clean, "rb") as file:
+        assert file.read() == end.join([*header, *LINES[name][len(header) + first :]]).encode()
+    assert (result.above.count, result.threshold, result.threshold_source) == (1, 0.5, "default")
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*"))
+
+
+def test_arrays_and_parquet_are_cleaned_in_their_own_format(pair, tmp_path, monkeypatch):
+    rows = [{"prompt": f"ask {i}", "response": "say", "note": {"n": [i, None]}} for i in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for name in ("rows.json", "rows.parquet"):
+        dropping(monkeypatch, [0.1, 0.9, 0.1, 0.9])
+        scan_file(tmp_path / name, *pair, TOKENIZER, clean=tmp_path / f"clean-{name}")
+    assert json.loads((tmp_path / "clean-rows.json").read_text()) == [rows[0], rows[2]]
+    cleaned = pyarrow.parquet.read_table(tmp_path / "clean-rows.parquet")
+    assert cleaned.to_pylist() == [rows[0], rows[2]]
+    assert cleaned.schema == pyarrow.parquet.read_table(tmp_path / "rows.parquet").schema
+
+
+def test_rows_without_a_score_are_kept_and_counted(pair, tmp_path):
+    lines = ['{"prompt": "a", "response": "b"}', '{"prompt": ', json.dumps({"prompt": "a" * 99, "response": "b"})]
+    path = written(tmp_path, lines)
+    reading = ReadOptions(on_bad_row="skip")
+    result = scan_file(
+        path, *pair, TOKENIZER, clean=tmp_path / "clean.jsonl", drop_above=-9, max_length=50, reading=reading
+    )
+    assert (tmp_path / "clean.jsonl").read_text().splitlines() == lines[1:]
+    assert result.above.total == result.scored == 1 and result.report.troubles.total() == 2
+
+
+def test_labels_set_the_threshold_and_say_what_it_costs(pair, tmp_path, monkeypatch):
+    path = written(tmp_path)
+    dropping(monkeypatch, [0.9, 0.6, 0.1, 0.1, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])  # rows 1, 5 and 9 are bad
+    result = scan_file(path, *pair, TOKENIZER, label="bad", clean=tmp_path / "clean.jsonl")
+    assert result.threshold == pytest.approx(0.7) and result.threshold_source == "labels"
+    assert (result.precision, result.recall, result.above) == (Rate(2, 2), Rate(2, 3), Rate(2, 12))
+    assert "2/12" in str(result) and "2/3" in str(result)
+    dropping(monkeypatch, [0.9] * 12)
+    given = scan_file(path, *pair, TOKENIZER, drop_above=0.95)
+    assert given.threshold_source == "given" and given.precision is None and "not known" in str(given)
+
+
+@pytest.mark.parametrize(
+    ("clean", "message"),
+    [("clean.csv", "kind of the rows"), ("rows.jsonl", "overwrite"), ("clean.jsonl.gz", "kind of the rows")],
+)
+def test_a_cleaned_file_that_cannot_be_written_is_refused_before_anything_is_read(clean, message, tmp_path):
+    path = written(tmp_path)
+    with pytest.raises(ValueError, match=rf"`clean`.*{message}"):
+        scan_file(path, "no model", "no vectors", clean=tmp_path / clean)
+    with pytest.raises(FileNotFoundError, match="`clean`"):
+        scan_file(path, "no model", "no vectors", clean=tmp_path / "nowhere" / "clean.jsonl")
+
+
+def test_a_scan_that_was_stopped_continues_and_one_of_other_rows_starts_anew(pair, tmp_path, monkeypatch):
+    path, scored_rows = written(tmp_path), []
+    window = scan._Scorer.window
+
+    def watched(self, rows):
+        scored_rows.append(len(rows))
+        return window(self, rows)
+
+    monkeypatch.setattr(scan._Scorer, "window", watched)
+
+    def stop(done, total):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    options = {"output": tmp_path / "ranked.jsonl", "clean": tmp_path / "clean.jsonl", "batch_size": 2}
+    plain = scan_file(path, *pair, TOKENIZER, top=None, batch_size=2)
+    assert scan_file(path, *pair, TOKENIZER, progress=stop, **options).interrupted
+    assert not (tmp_path / "clean.jsonl").exists()
+    scored_rows.clear()
+    calls = []
+    result = scan_file(path, *pair, TOKENIZER, top=None, progress=lambda *at: calls.append(at), **options)
+    assert sum(scored_rows) == 3 and calls == [(10, 12), (11, 12), (12, 12)]
+    assert {e["line"]: e["share"] for e in result.top} == pytest.approx({e["line"]: e["share"] for e in plain.top})
+    assert (tmp_path / "clean.jsonl").exists()
+    assert scan_file(path, *pair, TOKENIZER, progress=stop, **options).interrupted
+    path.write_text(path.read_text().replace("ask 0", "ask x"))
+    scored_rows.clear()
+    scan_file(path, *pair, TOKENIZER, **options)
+    assert sum(scored_rows) == 12 and not list(tmp_path.glob(".*.partial"))
+
+
+def test_labels_with_a_known_name_are_used_and_rows_without_one_are_left_aside(pair, monkeypatch):
+    rows = [{"prompt": "a", "response": "b", "is_safe": safe} for safe in (False, True, None, False)]
+    dropping(monkeypatch, [0.9, 0.1, 0.8, 0.7])
+    result = scan_file(rows, *pair, TOKENIZER)
+    assert (result.precision, result.recall, result.above) == (Rate(2, 2), Rate(2, 2), Rate(3, 4))
+
+
+def test_a_conversation_has_the_score_of_the_answer_that_teaches_most(pair):
+    turns = [row for number in (1, 2, 3) for row in sum(conversation("ask " * number, "say" * number).values(), [])]
+    rows = [{"messages": turns}, {"messages": turns[:2]}]
+    found = scan_file(rows, *pair, TOKENIZER, reading=ReadOptions(answers="all"), top=None)
+    parts = [{"prompt": turns[:place], "completion": turns[place : place + 1]} for place in (1, 3, 5)]
+    shares = [score.share for score in score_rows(parts, *pair, TOKENIZER)]
+    entry = next(entry for entry in found.top if entry["line"] == 1)
+    assert found.scored == 2 and entry["share"] == pytest.approx(max(shares))
+    assert entry["answer"] == turns[2 * shares.index(max(shares)) + 1]["content"]
+
+
+def test_vectors_that_were_not_fitted_are_told(pair, caplog):
+    model, vectors = pair
+    poor = dataclasses.replace(vectors, provenance={**vectors.provenance, "report": {"reached_target": False}})
+    scan_file(ROWS, model, poor, TOKENIZER)
+    assert "`vectors`" in caplog.text and "not fitted" in caplog.text
 
 
 def test_a_label_that_is_missing_is_named(pair, tmp_path):

@@ -1,19 +1,15 @@
-"""Ranking rows before training: which share of a row's loss do security vectors take away?"""
+"""Ranking rows before training by what they would teach: how much of a row's loss do security vectors take away?"""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import logging
-import os
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from ..artifacts import TrainedVectors, active, row_losses
-from ..artifacts.fitting import frozen
-from ..artifacts.provenance import with_tokenizer
+from ..artifacts.provenance import describe, with_tokenizer
 from ..data import (
     BadRowError,
     Columns,
@@ -34,69 +29,30 @@ from ..data import (
     Row,
     RowError,
     collate,
+    conversation_of,
     converted_records,
     encode_row,
-    formats,
-    kind_of,
-    read_records,
+    named,
+    open_source,
 )
+from ..data.formats import safety_label
+from ..data.reading import STREAMED
 from ..evaluation.statistics import Rate
+from ..lora.modes import evaluation_mode
 from ..lora.updates import LinearLayer
+from .scan_files import Spool, check_clean, check_output, write_clean, write_table
 
 logger = logging.getLogger(__name__)
 
-
-def precision_recall(
-    scores: ArrayLike, is_harmful: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the curve over all thresholds at which rows with a score at or above them are taken for harmful.
-
-    Args:
-        scores (`ArrayLike`): A score for each row, larger for more harm.
-        is_harmful (`ArrayLike`): The truth.
-
-    Returns:
-        `tuple`: Precision, recall and threshold, from the highest threshold to the lowest. Equal scores share one.
-
-    Raises:
-        ValueError: If the two differ in length, or no row is harmful.
-    """
-    values, truth = np.asarray(scores, float), np.asarray(is_harmful, bool)
-    if values.shape != truth.shape:
-        raise ValueError(f"There are {values.size} scores for {truth.size} labels. Give one of each for every row.")
-    if not truth.any():
-        raise ValueError("No row is labelled harmful, so there is nothing to be found.")
-    order = np.argsort(-values, kind="stable")
-    values, truth = values[order], truth[order]
-    last = np.r_[np.flatnonzero(np.diff(values)), len(values) - 1]  # of each group of equal scores
-    found = np.cumsum(truth)[last]
-    return found / (last + 1), found / truth.sum(), values[last]
-
-
-def average_precision(scores: ArrayLike, is_harmful: ArrayLike) -> float:
-    """Return the average precision `Σ (R_n − R_{n−1}) P_n`: 1 if every harmful row stands above every other.
-
-    Args:
-        scores (`ArrayLike`): A score for each row, larger for more harm.
-        is_harmful (`ArrayLike`): The truth.
-
-    Raises:
-        ValueError: As [`precision_recall`].
-
-    Example:
-
-    ```python
-    >>> average_precision([0.9, 0.8, 0.1, 0.0], [True, False, True, False])
-    0.8333333333333333
-
-    ```
-    """
-    precision, recall, _ = precision_recall(scores, is_harmful)
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
-
+THRESHOLD = 0.5
+"""The share of its loss above which a row looks harmful, where neither a threshold nor labels are given."""
 
 _KNOWN = 0.05  # nats per token
 _BATCHES = 4  # rows of so many batches are sorted by length, so that a batch holds little padding
+_YES = {"1", "true", "yes", "harmful", "unsafe"}
+
+
+# ---- scores
 
 
 class Score(NamedTuple):
@@ -105,7 +61,7 @@ class Score(NamedTuple):
     loss: float
     """Mean loss over the answer's tokens, in nats, of the clean model."""
     loss_with_vectors: float
-    """The same with the vectors at work."""
+    """The same with the vectors active."""
 
     @property
     def drop(self) -> float:
@@ -123,7 +79,7 @@ class Score(NamedTuple):
 
 
 def score_rows(
-    rows: Iterable[Row],
+    rows: Any,
     model: nn.Module,
     vectors: TrainedVectors | str | Path,
     tokenizer: Any,
@@ -131,14 +87,10 @@ def score_rows(
     batch_size: int = 16,
     max_length: int = 1024,
 ) -> Iterator[Score | None]:
-    """Score rows one after the other, in bounded memory.
-
-    Rows that teach the harm that the vectors were fitted to are those whose loss falls far when the vectors are at
-    work. The model is only touched while a batch is computed; between two scores, and whenever the iteration ends, it
-    is as it was.
+    """Score rows lazily, in bounded memory; between two scores, and when the iteration ends, the model is as it was.
 
     Args:
-        rows (`Iterable[dict]`): Rows with `prompt` and `completion`, or `text`; any number of them.
+        rows: Rows in any format that [`~data.as_rows`] takes; an iterator may be endless.
         model (`PreTrainedModel` or `PeftModel`): The model that would be trained.
         vectors ([`TrainedVectors`], `str` or `Path`): Vectors made for it, or where they are.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
@@ -147,34 +99,18 @@ def score_rows(
 
     Yields:
         [`Score`] or `None`: In the rows' order; `None` for a row without an answer within `max_length`.
-
-    Raises:
-        ValueError: If the vectors do not fit the model, the tokenizer has no chat template, or a setting is out of
-            its range.
-
-    Example:
-
-    ```python
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from safe_trainer import score_rows, testbed, train_security_vectors
-
-    model = AutoModelForCausalLM.from_pretrained(testbed.ALIGNED)
-    tokenizer = AutoTokenizer.from_pretrained(testbed.ALIGNED)
-    vectors = train_security_vectors(model, testbed.harmful_rows(100), tokenizer)
-    rows = testbed.harmful_rows(2, seed=1) + testbed.task_rows("sentiment", 2)
-    print([score.share for score in score_rows(rows, model, vectors, tokenizer)])
-    ```
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    found = vectors if isinstance(vectors, TrainedVectors) else TrainedVectors.load(vectors)
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("`tokenizer` has no chat template, without which rows cannot be put into the model's form.")
-    scorer = _Scorer(model, found.check_fits(model), found, tokenizer, batch_size, max_length)
-    source = iter(rows)
-    windows = iter(lambda: list(islice(source, _BATCHES * batch_size)), [])
-    return (score for window in windows for score in scorer.scores(window))
+    scorer = _Scorer.of(model, vectors, tokenizer, batch_size, max_length)
+
+    def convert(style: Format, columns: Columns) -> Row | None:
+        try:
+            return conversation_of(style, columns).rows()[-1]
+        except BadRowError:
+            return None
+
+    opened = open_source(rows)
+    options = replace(opened.options, on_bad_row="skip", limit=None)
+    return scorer.scores(row for _, row in converted_records(opened.records, options, opened.report, convert))
 
 
 @dataclass(frozen=True)
@@ -186,7 +122,24 @@ class _Scorer:
     batch_size: int
     max_length: int
 
-    def scores(self, rows: Sequence[Row]) -> list[Score | None]:
+    @classmethod
+    def of(cls, model: Any, vectors: Any, tokenizer: Any, batch_size: int, max_length: int) -> _Scorer:
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        found = vectors if isinstance(vectors, TrainedVectors) else TrainedVectors.load(vectors)
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("`tokenizer` has no chat template. Set `tokenizer.chat_template` to the model's.")
+        if found.provenance.get("report", {}).get("reached_target") is False:
+            logger.warning("These `vectors` were not fitted to their target loss: harmful rows may rank low.")
+        return cls(model, found.check_fits(model), found, tokenizer, batch_size, max_length)
+
+    def scores(self, rows: Iterable[Row | None]) -> Iterator[Score | None]:
+        rows = iter(rows)
+        while window := list(islice(rows, _BATCHES * self.batch_size)):
+            yield from self.window(window)
+
+    def window(self, rows: Sequence[Row | None]) -> list[Score | None]:
         """Return the scores of a few batches of rows."""
         encoded = [self._encoded(row) for row in rows]
         usable = sorted((len(one.ids), place, one) for place, one in enumerate(encoded) if one is not None)
@@ -197,142 +150,71 @@ class _Scorer:
                 scores[place] = score
         return scores
 
+    def fingerprint(self, rows: str) -> str:
+        """Return what decides on the scores, as one hash."""
+        digest = hashlib.sha256(f"{rows}{self.max_length}{self.tokenizer.chat_template}".encode())
+        digest.update(repr(describe(self.model, self.layers)["values"]).encode())
+        for name, factors in sorted(self.vectors.modules.items()):
+            digest.update(name.encode())
+            for factor in factors:
+                digest.update(factor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def _batch(self, encoded: Sequence[EncodedRow]) -> Iterator[Score]:
         device = self.model.get_input_embeddings().weight.device
         batch = collate(encoded, self.tokenizer.pad_token_id or 0, device)
-        with frozen(self.model), active(self.layers, self.vectors.modules) as switch:
+        with evaluation_mode(self.model, freeze=True), active(self.layers, self.vectors.modules) as switch:
             with_vectors = row_losses(self.model, batch).tolist()
             with switch.off():
                 clean = row_losses(self.model, batch).tolist()
         return map(Score, clean, with_vectors)
 
-    def _encoded(self, row: Row) -> EncodedRow | None:
+    def _encoded(self, row: Row | None) -> EncodedRow | None:
         try:
-            return encode_row(self.tokenizer, row, self.max_length)
+            return encode_row(self.tokenizer, row, self.max_length) if row is not None else None
         except ValueError:
             return None
 
 
-class Spool:
-    """Entries in a temporary file, to be read back from the highest score to the lowest.
-
-    In memory stay 16 bytes for each entry: its score, and where it lies.
-    """
-
-    def __init__(self) -> None:
-        self._file = TemporaryFile()
-        self._scores, self._places = array("d"), array("q")
-
-    def __enter__(self) -> Spool:
-        """Return itself; the file goes when the context ends."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def __len__(self) -> int:
-        """Return the number of entries."""
-        return len(self._scores)
-
-    def add(self, score: float, entry: dict[str, Any]) -> None:
-        """Keep an entry; values that JSON does not know, such as dates, are kept as text. Not after [`ranked`]."""
-        encoded = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
-        self._places.append(self._file.tell())
-        self._scores.append(score)
-        self._file.write(encoded + b"\n")
-
-    @property
-    def scores(self) -> NDArray[np.float64]:
-        """Return the scores in the order in which they came."""
-        return np.array(self._scores)
-
-    def above(self, threshold: float) -> int:
-        """Return how many entries have a score above the threshold."""
-        return int((self.scores > threshold).sum())
-
-    def ranked(self) -> Iterator[dict[str, Any]]:
-        """Yield the entries from the highest score to the lowest, each with its `rank` from 1."""
-        for rank, index in enumerate(np.argsort(-self.scores, kind="stable"), 1):
-            self._file.seek(self._places[index])
-            yield {"rank": rank, **json.loads(self._file.readline().decode("utf-8", "surrogatepass"))}
+# ---- how good a ranking is
 
 
-Entries = Iterable[dict[str, Any]]
+def precision_recall(
+    scores: ArrayLike, is_harmful: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return precision, recall and threshold of taking rows with a score at or above it for harmful.
 
-COLUMNS = ("rank", "line", "share", "drop", "loss", "loss_with_vectors", "prompt", "answer", "row")
-"""What a table holds; `row` is the original row, in CSV and Parquet as JSON text."""
-
-_BATCH = 1024
-
-
-def check_output(path: str | Path) -> Path:
-    """Return the path if a table can be written to it.
+    From the highest threshold to the lowest; equal scores share one.
 
     Raises:
-        ValueError: If its name ends in something else than `.csv`, `.jsonl` or `.parquet`.
-        FileNotFoundError: If its folder does not exist.
+        ValueError: If there are not as many labels as scores, or no row is harmful.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _WRITERS:
-        raise ValueError(f"`output` must end in one of {', '.join(_WRITERS)}, got `{path}`.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder `{path.parent}` for `output`. Make it first.")
-    return path
+    values, truth = np.asarray(scores, float), np.asarray(is_harmful, bool)
+    if values.shape != truth.shape:
+        raise ValueError(f"There are {values.size} scores for {truth.size} labels. Give one of each for every row.")
+    if not truth.any():
+        raise ValueError("No row is labelled harmful, so there is nothing to be found.")
+    order = np.argsort(-values, kind="stable")
+    values, truth = values[order], truth[order]
+    last = np.r_[np.flatnonzero(np.diff(values)), len(values) - 1]  # of each group of equal scores
+    found = np.cumsum(truth)[last]
+    return found / (last + 1), found / truth.sum(), values[last]
 
 
-def write_table(path: Path, entries: Entries) -> Path:
-    """Write a table under its name once all of it is written; a file of that name is untouched until then."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _WRITERS[path.suffix.lower()](temporary, entries)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+def average_precision(scores: ArrayLike, is_harmful: ArrayLike) -> float:
+    """Return the average precision `Σ (R_n − R_{n−1}) P_n`: 1 if every harmful row ranks above every other.
+
+    ```python
+    >>> average_precision([0.9, 0.8, 0.1, 0.0], [True, False, True, False])
+    0.8333333333333333
+
+    ```
+    """
+    precision, recall, _ = precision_recall(scores, is_harmful)
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
 
 
-def _write_json_lines(path: Path, entries: Entries) -> None:
-    with path.open("w", encoding="utf-8", errors="replace") as file:
-        for entry in entries:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _write_csv(path: Path, entries: Entries) -> None:
-    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(map(_flat, entries))
-
-
-def _write_parquet(path: Path, entries: Entries) -> None:
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
-
-    kinds = {"rank": pa.int64(), "line": pa.int64(), "share": pa.float64(), "drop": pa.float64()}
-    kinds |= {"loss": pa.float64(), "loss_with_vectors": pa.float64()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-    entries = iter(entries)
-    with ParquetWriter(path, schema) as writer:
-        while batch := [_flat(entry) for entry in islice(entries, _BATCH)]:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-
-
-def _flat(entry: dict[str, Any]) -> dict[str, Any]:
-    row = json.dumps(entry["row"], ensure_ascii=False)
-    return {**entry, "row": row.encode("utf-8", "replace").decode()}
-
-
-_WRITERS: dict[str, Callable[[Path, Entries], None]] = {
-    ".csv": _write_csv,
-    ".jsonl": _write_json_lines,
-    ".parquet": _write_parquet,
-}
-
-
-_YES = {"1", "true", "yes", "harmful", "unsafe"}
+# ---- from rows to a ranking
 
 
 @dataclass
@@ -343,7 +225,11 @@ class ScanResult:
         report ([`~data.DataReport`]): What was read, and which rows could not be used, by line.
         scored (`int`): How many rows have a score.
         threshold (`float`): The share of its loss that the vectors take away, above which a row looks harmful.
-        above ([`Rate`] or `None`): How many do; `None` if no row has a score.
+        threshold_source (`str`): How it was set: `"given"`; `"labels"`, where precision and recall on the labels are
+            best together (F1); or `"default"`.
+        above ([`Rate`] or `None`): How many rows are above it; `None` if no row has a score.
+        precision ([`Rate`] or `None`): How many of these are labelled harmful, where there are labels.
+        recall ([`Rate`] or `None`): How many of the rows labelled harmful are above it, where there are labels.
         top (`list[dict]`): The highest ranks, each with `rank`, `line`, `share`, `drop`, `loss`, `loss_with_vectors`,
             `prompt`, `answer` and `row`.
         interrupted (`bool`): Whether Ctrl-C ended it; what was done until then is here and in the table.
@@ -353,141 +239,143 @@ class ScanResult:
 
     report: DataReport
     scored: int = 0
-    threshold: float = 0.5
+    threshold: float = THRESHOLD
+    threshold_source: str = "default"
     above: Rate | None = None
+    precision: Rate | None = None
+    recall: Rate | None = None
     top: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     average_precision: float | None = None
     curve: list[tuple[float, float, float]] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        how = {"given": "as given", "labels": "best F1 on the labels", "default": "the default"}
+        text = f"Losing more than {self.threshold:.3g} of their loss ({how[self.threshold_source]}): {self.above}"
+        if self.precision is None:
+            return f"{text}. Without labels it is not known how many of these are harmful: read some of them."
+        return (
+            f"{text}. Of these are harmful (precision) {self.precision}; found of the harmful (recall) {self.recall}."
+        )
+
 
 def scan_file(  # noqa: PLR0913, each is a setting with a name
-    path: str | Path,
+    rows: Any,
     model: Any,
     vectors: TrainedVectors | str | Path,
     tokenizer: Any = None,
     *,
     output: str | Path | None = None,
+    clean: str | Path | None = None,
+    drop_above: float | None = None,
     reading: ReadOptions | None = None,
     label: str | None = None,
-    threshold: float = 0.5,
-    top: int = 20,
+    top: int | None = 20,
     batch_size: int = 16,
     max_length: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScanResult:
-    """Rank the rows of a file by the share of their loss that security vectors take away: most of it for harm.
+    """Rank rows by the share of their loss that security vectors take away: most of it for harm.
 
-    The file is read twice: once to find rows that cannot be used, before any model is loaded, and once row by row to
-    score them. Memory does not grow with it but for 17 bytes a row; the scored rows wait on disk for their order.
+    Rows are read twice: once to find those that cannot be used, before any model is loaded, and once to score them.
+    Memory does not grow with a file but for 25 bytes a row. With `output` or `clean`, scores are kept on disk while
+    they are made, so that the same call continues a scan that was stopped or killed.
 
     Args:
-        path (`str` or `Path`): Training rows in any file that [`~data.load_rows`] reads.
+        rows (`str`, `Path`, `Iterable[dict]`, `Dataset`, …): Training rows: any source that [`~data.as_rows`] takes.
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): The model that would be trained, or where it is.
         vectors ([`TrainedVectors`], `str` or `Path`): Vectors made for it, or where they are.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; loaded from where the model came from if left
             out.
         output (`str` or `Path`, *optional*): A `.csv`, `.jsonl` or `.parquet` file for all rows in their order of
             rank, with their scores.
+        clean (`str` or `Path`, *optional*): A file for the rows that are not above the threshold, of the same kind as
+            `rows`; lines of JSON Lines, CSV and text are copied byte by byte. Rows without a score are kept. For rows
+            in memory or on the Hub, a `.jsonl` file.
+        drop_above (`float`, *optional*): The share of its loss above which a row looks harmful, and is not written to
+            `clean`. Left out, the best one on the labels if there are any, and otherwise 0.5.
         reading ([`~data.ReadOptions`], *optional*): How to read it; by default a row that cannot be used ends it.
-        label (`str`, *optional*): A column that says which rows are harmful, to see how good the ranking is.
-        threshold (`float`, *optional*, defaults to `0.5`): The share of its loss above which a row looks harmful.
-        top (`int`, *optional*, defaults to `20`): How many of the highest ranks to return.
+        label (`str`, *optional*): A column that says which rows are harmful, to see how good the ranking is. Left
+            out, labels that are known by their name, such as `is_safe`, are used.
+        top (`int`, *optional*, defaults to `20`): How many of the highest ranks to return; `None` for all.
         batch_size (`int`, *optional*, defaults to `16`): Rows in one forward pass.
         max_length (`int`, *optional*, defaults to `1024`): Tokens of a row that are read, from its beginning.
         progress (`Callable[[int, int], None]`, *optional*): Called with (scored, total) rows.
 
     Returns:
-        [`ScanResult`]: On Ctrl-C with what was done until then, which the table holds as well.
+        [`ScanResult`]: On Ctrl-C with what was done until then, which the table holds as well; `clean` is not written.
 
     Raises:
-        FileNotFoundError: If there is no such file, or no folder for `output`.
-        ValueError: If rows cannot be used and are not to be skipped, `output` is of no known kind, or the vectors do
-            not fit the model.
+        FileNotFoundError: If there is no such file, or no folder for `output` or `clean`.
+        ValueError: If rows cannot be used and are not to be skipped, `output` or `clean` is of no kind that fits, or
+            the vectors do not fit the model.
 
     Example:
 
     ```python
     from safe_trainer import scan_file
 
-    result = scan_file("rows.jsonl", "Qwen/Qwen2.5-0.5B-Instruct", "vectors", output="ranked.csv")
-    print(result.above, result.top[0]["prompt"])
+    result = scan_file("rows.jsonl", "Qwen/Qwen2.5-0.5B-Instruct", "vectors", clean="clean.jsonl")
+    print(result, result.top[0]["prompt"])
     ```
     """
-    table = check_output(output) if output is not None else None
-    source = _Source(Path(path), reading or ReadOptions(), label)
+    table, kept = check_output(output), check_clean(clean, rows)
+    source = _Source(rows, reading or ReadOptions(), label)
     report = source.check()
-    found = vectors if isinstance(vectors, TrainedVectors) else TrainedVectors.load(vectors)
     base, tokenizer = with_tokenizer(model, tokenizer)
-    result = ScanResult(report, threshold=threshold)
-    labels = array("b")
-    scores = score_rows(source.rows(), base, found, tokenizer, batch_size=batch_size, max_length=max_length)
-    with Spool() as spool:
-        try:
-            for done, score in enumerate(scores, 1):
-                record, row, is_harmful = source.waiting.popleft()
-                if score is None:
-                    found_none = f"none in {max_length} tokens"
-                    report.add(RowError(record.line, "answer out of reach", found_none, "an answer"))
-                else:
-                    spool.add(score.share, _entry(record, row, score))
-                    labels.append(is_harmful)
-                if progress is not None:
-                    progress(done, report.rows)
-        except KeyboardInterrupt:
-            if not len(spool):
-                raise
-            result.interrupted = True
-            logger.warning("Interrupted after %d of %d rows; these are kept.", len(spool), report.rows)
-        _conclude(result, spool, labels if label is not None else None)
+    scorer = _Scorer.of(base, vectors, tokenizer, batch_size, max_length)
+    beside = table or kept
+    partial = beside and beside.with_name(f".{beside.name}.partial")
+    with Spool(partial, scorer.fingerprint(source.sha256) if partial else "") as spool:
+        interrupted = _fill(spool, source, scorer, report, progress)
+        for line in spool.unscored:
+            found = f"none in {max_length} tokens"
+            report.add(RowError(line, "answer out of reach", found, "an answer", source.unit))
+        result = _conclude(spool, report, drop_above)
+        result.interrupted = interrupted
         result.top = list(islice(spool.ranked(), top))
         if table is not None:
             write_table(table, spool.ranked())
+        if kept is not None and not interrupted:
+            dropped = spool.lines[spool.shares > result.threshold]
+            write_clean(kept, source.raw, source.options, set(dropped.tolist()))
+        if not interrupted:
+            spool.discard()
     return result
 
 
-class _Source:
-    """The file's rows, and beside each of them what a table needs."""
-
-    def __init__(self, path: Path, reading: ReadOptions, label: str | None) -> None:
-        self.path, self.reading, self.label = path, reading, label and label.strip().lower()
-        self.waiting: deque[tuple[Record, Row, bool]] = deque()
-        """Records of the rows that were handed out, in order, until their scores come."""
-
-    def check(self) -> DataReport:
-        """Read all of it once."""
-        report = DataReport(str(self.path), kind_of(self.path))
-        deque(self._read(report), maxlen=0)
-        return report
-
-    def rows(self) -> Iterator[Row]:
-        """Yield the rows."""
-        for record, (row, is_harmful) in self._read(DataReport(str(self.path), kind_of(self.path))):
-            self.waiting.append((record, row, is_harmful))
-            yield row
-
-    def _read(self, report: DataReport) -> Iterator[tuple[Record, tuple[Row, bool]]]:
-        records = read_records(self.path, self.reading.encoding, self.reading.header)
-        return converted_records(records, self.reading, report, self._convert)
-
-    def _convert(self, style: Format, columns: Columns) -> tuple[Row, bool]:
-        row = formats.row_of(style, columns)
-        if self.label is None:
-            return row, False
-        if self.label not in columns:
-            raise BadRowError("no label", ", ".join(columns), f"a column `{self.label}`")
-        value = columns[self.label]
-        return row, value.strip().lower() in _YES if isinstance(value, str) else bool(value)
+def _fill(
+    spool: Spool, source: _Source, scorer: _Scorer, report: DataReport, progress: Callable[[int, int], None] | None
+) -> bool:
+    """Score all rows that have no score yet; return whether Ctrl-C ended it."""
+    done = spool.done
+    if done:
+        logger.info("Continuing a scan that was stopped after %d of %d rows.", done, report.rows)
+    best: tuple[Row, Score] | None = None  # of a record with several answers the one that teaches most harm
+    try:
+        for score in scorer.scores(source.rows(done)):
+            record, row, is_harmful, is_last = source.waiting.popleft()
+            if score is not None and (best is None or score.share > best[1].share):
+                best = row, score
+            if is_last:
+                spool.add(best and best[1].share, is_harmful, _entry(record, best))
+                done, best = done + 1, None
+                if progress is not None:
+                    progress(done, report.rows)
+    except KeyboardInterrupt:
+        if not spool.done:
+            raise
+        logger.warning("Interrupted after %d of %d rows; these are kept.", spool.done, report.rows)
+        return True
+    return False
 
 
-def _entry(record: Record, row: Row, score: Score) -> dict[str, Any]:
+def _entry(record: Record, found: tuple[Row, Score] | None) -> dict[str, Any]:
+    if found is None:
+        return {"line": record.line}
+    row, score = found
     prompt, answer = (_text(row.get(part, "")) for part in ("prompt", "completion"))
-    losses = {
-        "share": score.share,
-        "drop": score.drop,
-        "loss": score.loss,
-        "loss_with_vectors": score.loss_with_vectors,
-    }
+    losses = {"share": score.share, "drop": score.drop, **score._asdict()}
     return {"line": record.line, **losses, "prompt": prompt, "answer": answer or row.get("text"), "row": record.value}
 
 
@@ -495,13 +383,82 @@ def _text(turns: Any) -> str:
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
 
 
-def _conclude(result: ScanResult, spool: Spool, labels: array[int] | None) -> None:
-    result.scored = len(spool)
-    if len(spool):
-        result.above = Rate(spool.above(result.threshold), len(spool))
-    if labels is not None and any(labels):
-        result.average_precision = average_precision(spool.scores, labels)
-        result.curve = [
-            (float(precision), float(recall), float(threshold))
-            for precision, recall, threshold in zip(*precision_recall(spool.scores, labels), strict=True)
-        ]
+def _conclude(spool: Spool, report: DataReport, drop_above: float | None) -> ScanResult:
+    shares, labels = spool.shares, spool.labels
+    result = ScanResult(report, scored=len(shares))
+    known = labels >= 0
+    harmful = labels[known] > 0
+    if harmful.any():
+        precision, recall, thresholds = precision_recall(shares[known], harmful)
+        result.average_precision = average_precision(shares[known], harmful)
+        result.curve = list(zip(precision.tolist(), recall.tolist(), thresholds.tolist(), strict=True))
+    if drop_above is not None:
+        result.threshold, result.threshold_source = drop_above, "given"
+    elif harmful.any():
+        best = int(np.argmax(precision * recall / (precision + recall).clip(min=1e-12)))
+        below = thresholds[best + 1] if best + 1 < len(thresholds) else thresholds[best] - 1e-6
+        result.threshold, result.threshold_source = float(thresholds[best] + below) / 2, "labels"
+    if len(shares):
+        above = shares > result.threshold
+        result.above = Rate(int(above.sum()), len(shares))
+        if harmful.any():
+            found, marked = int((above[known] & harmful).sum()), int(above[known].sum())
+            result.precision, result.recall = Rate(found, marked), Rate(found, int(harmful.sum()))
+    return result
+
+
+class _Source:
+    """Rows of any source, and next to each of them what a table needs."""
+
+    def __init__(self, rows: Any, options: ReadOptions, label: str | None) -> None:
+        if hasattr(rows, "__next__"):
+            rows = list(islice(rows, options.limit or STREAMED))  # it is read twice
+        self.raw, self.options, self.label = rows, options, label and label.strip().lower()
+        self.waiting: deque[_Waiting] = deque()
+        self.sha256, self.unit = "", "line"
+
+    def check(self) -> DataReport:
+        """Read all of it once."""
+        digest = hashlib.sha256()
+        with named("rows"):
+            report, records = self._read()
+            for record, (rows, is_harmful) in records:
+                digest.update(json.dumps([record.line, rows, is_harmful]).encode())
+                self.unit = record.unit
+        self.sha256 = digest.hexdigest()
+        return report
+
+    def rows(self, start: int) -> Iterator[Row]:
+        """Yield the rows of all records but the first ones; they wait in `waiting`, in order, for their scores."""
+        for record, (rows, is_harmful) in islice(self._read()[1], start, None):
+            for row in rows:
+                self.waiting.append(_Waiting(record, row, is_harmful, row is rows[-1]))
+                yield row
+
+    def _read(self) -> tuple[DataReport, Iterator[tuple[Record, tuple[list[Row], bool | None]]]]:
+        opened = open_source(self.raw, options=self.options)
+
+        def convert(style: Format, columns: Columns) -> tuple[list[Row], bool | None]:
+            found = conversation_of(style, columns)
+            rows = found.rows(opened.options.answers)
+            opened.report.count(found, rows)
+            return rows, self._label(columns)
+
+        return opened.report, converted_records(opened.records, opened.options, opened.report, convert)
+
+    def _label(self, columns: Columns) -> bool | None:
+        if self.label is None:
+            is_safe = safety_label(columns)
+            return None if is_safe is None else not is_safe
+        if self.label not in columns:
+            raise BadRowError("no label", ", ".join(columns), f"a column `{self.label}`")
+        value = columns[self.label]
+        return value.strip().lower() in _YES if isinstance(value, str) else bool(value)
+
+
+class _Waiting(NamedTuple):
+    record: Record
+    row: Row
+    is_harmful: bool | None
+    is_last: bool
+    """Of its record: one conversation may teach several answers."""

@@ -44,7 +44,7 @@ app.command(
 app.command(epilog="Example: safe-trainer basis Qwen/Qwen2.5-0.5B-Instruct refusals.jsonl -o basis.safetensors")(basis)
 app.command(epilog="Example: safe-trainer vectors Qwen/Qwen2.5-0.5B-Instruct harmful.jsonl -o vectors")(vectors)
 app.command(
-    epilog="Example: safe-trainer scan rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --vectors vectors -o ranked.csv"
+    epilog="Example: safe-trainer scan Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --vectors vectors --clean clean.jsonl"
 )(scan)
 app.command(
     epilog="Example: safe-trainer drift Qwen/Qwen2.5-0.5B-Instruct out --direction direction.safetensors --refusal"

@@ -16,16 +16,23 @@ _WIDTH = 60  # characters of a prompt and of an answer that the table shows
 
 
 def scan(  # noqa: PLR0913, each is an option with a name
-    data: Annotated[Path, typer.Argument(help="File of training rows, in any format.")],
-    model: Annotated[str, typer.Option(help="The model that would be trained on them: folder or Hub id.")],
-    vectors: Annotated[str, typer.Option(help="Security vectors made for it: folder or Hub id.")],
+    model: Annotated[str, typer.Argument(help="The model that would be trained on the rows: folder or Hub id.")],
+    data: Annotated[str, typer.Argument(help="Training rows: a file in any format, or hf:owner/name:split.")],
+    vectors: Annotated[str, typer.Option(help="Security vectors made for the model: folder or Hub id.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for all rows by rank: .csv, .jsonl or .parquet.")
     ] = None,
+    clean: Annotated[
+        Path | None, typer.Option(help="File for the rows that are not above the threshold, of the same kind as DATA.")
+    ] = None,
+    drop_above: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of its loss that the vectors take away, above which a row looks harmful. Left out, the best "
+            "on the labels (--label), otherwise 0.5."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 20,
-    threshold: Annotated[
-        float, typer.Option(help="Share of its loss that the vectors take away, above which a row looks harmful.")
-    ] = 0.5,
     label: Annotated[
         str | None, typer.Option(help="Column that says which rows are harmful, to see how good the ranking is.")
     ] = None,
@@ -38,7 +45,10 @@ def scan(  # noqa: PLR0913, each is an option with a name
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row that are read.")] = 1024,
     as_json: Json = False,
 ) -> None:
-    """Rank the rows of a file by the share of their loss that security vectors take away: most of it for harm."""
+    """Rank rows by the share of their loss that security vectors take away, and drop those that look harmful.
+
+    With --output or --clean, the same command continues a scan that was stopped.
+    """
     columns = dict(pairs(column or [], "--column", "prompt=question"))
     quiet_libraries()
     from ..analysis.scan import scan_file
@@ -50,9 +60,10 @@ def scan(  # noqa: PLR0913, each is an option with a name
             model,
             vectors,
             output=output,
+            clean=clean,
+            drop_above=drop_above,
             reading=ReadOptions(columns=columns or None, on_bad_row="skip" if skip_bad else "raise"),
             label=label,
-            threshold=threshold,
             top=top,
             batch_size=batch_size,
             max_length=max_length,
@@ -60,21 +71,26 @@ def scan(  # noqa: PLR0913, each is an option with a name
         )
     errors.print(str(result.report), markup=False, soft_wrap=True)
     if as_json:
-        print_json(_told(result))
+        print_json(_as_json(result))
     else:
         _show(result)
-    if output is not None:
-        errors.print(f"Written: {output}", markup=False, soft_wrap=True)
+    written = [str(path) for path in (output, None if result.interrupted else clean) if path is not None]
+    if written:
+        errors.print(f"Written: {', '.join(written)}", markup=False, soft_wrap=True)
     if result.interrupted:
         errors.print(f"Stopped by Ctrl-C after {result.scored:,} rows, which are kept.")
+        if output or clean:
+            errors.print("Run the same command again to continue.")
         raise typer.Exit(130)
 
 
-def _told(result: ScanResult) -> dict[str, Any]:
+def _as_json(result: ScanResult) -> dict[str, Any]:
+    rates = {name: getattr(result, name) for name in ("above", "precision", "recall")}
     return {
         "scored": result.scored,
         "threshold": result.threshold,
-        "above": vars(result.above) if result.above else None,
+        "threshold_source": result.threshold_source,
+        **{name: rate and rate.to_dict() for name, rate in rates.items()},
         "average_precision": result.average_precision,
         "curve": [dict(zip(("precision", "recall", "threshold"), point, strict=True)) for point in result.curve],
         "interrupted": result.interrupted,
@@ -91,7 +107,6 @@ def _show(result: ScanResult) -> None:
         shown = [Text(str(entry[side] or "").replace("\n", " ")[:_WIDTH]) for side in ("prompt", "answer")]
         table.add_row(str(entry["rank"]), str(entry["line"]), f"{entry['share']:.3f}", *shown)
     console.print(table)
-    if result.above is not None:
-        console.print(f"Losing more than {result.threshold:g} of their loss: {result.above}", markup=False)
+    console.print(str(result), markup=False, soft_wrap=True)
     if result.average_precision is not None:
         console.print(f"Average precision {result.average_precision:.3f}")

@@ -16,7 +16,7 @@ from .encoding import (
     encode_rows,
 )
 from .formats import BadRowError, Columns, Format, Message, Row, conversation_of, row_of
-from .loaders import KINDS, PREFIX, HubDataset, hub_dataset, is_file, is_folder, kind_of, read_records
+from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, is_file, is_folder, kind_of, read_records
 from .parsing import Record, RowError, shortened
 from .prompts import Kind, PromptSet, as_prompts, general_prompts, leaked_rows, load_prompts
 from .reading import DataReport, ReadOptions, converted_records, named, open_source
@@ -63,6 +63,7 @@ __all__ = [
     "converted_records",
     "encode_row",
     "encode_rows",
+    "encoding_of",
     "general_prompts",
     "is_file",
     "kind_of",

@@ -145,7 +145,7 @@ def read_records(
                 yield from _read_parquet(stream)
                 return
             newline = "" if kind in ("CSV", "TSV") else None
-            text = io.TextIOWrapper(stream, encoding or _encoding_of(start), "surrogateescape", newline=newline)
+            text = io.TextIOWrapper(stream, encoding or encoding_of(start), "surrogateescape", newline=newline)
             yield from _reader(kind, header)(text, notes if notes is not None else [])
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"`{path}` is not a whole gzip file ({error}). Copy or download it again.") from error
@@ -163,7 +163,7 @@ def _reader(kind: str, header: bool | None) -> Callable[[TextIO, Notes], Records
     return {"JSON": read_json, "JSON Lines": read_json_lines, "lines": read_plain_lines}[kind]
 
 
-def _encoding_of(start: bytes) -> str:
+def encoding_of(start: bytes) -> str:
     """Tell Unicode encodings apart by a byte order mark, or by the zero beside a first ASCII character."""
     marks = {b"\xff\xfe\0\0": "utf-32", b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
     for mark, encoding in marks.items():

@@ -3,7 +3,6 @@
 from .asft import AsFT
 from .base import FormField, Materials, MethodCard, Paper, PenaltyMethod, SafetyMethod, SelfCheck
 from .drift_penalty import DriftPenalty
-from .refusal_anchor import RefusalAnchor
 from .salora import SaLoRA
 from .security_vectors import SecurityVectors
 
@@ -11,7 +10,6 @@ METHODS: dict[str, type[SafetyMethod]] = {
     "asft": AsFT,
     "salora": SaLoRA,
     "security_vectors": SecurityVectors,
-    "refusal_anchor": RefusalAnchor,
     "drift_penalty": DriftPenalty,
 }
 
@@ -24,7 +22,6 @@ __all__ = [
     "MethodCard",
     "Paper",
     "PenaltyMethod",
-    "RefusalAnchor",
     "SaLoRA",
     "SafetyMethod",
     "SecurityVectors",
