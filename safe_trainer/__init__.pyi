@@ -55,6 +55,7 @@ from .methods import AsFT as AsFT
 from .methods import DriftPenalty as DriftPenalty
 from .methods import MethodCard as MethodCard
 from .methods import PenaltyMethod as PenaltyMethod
+from .methods import RefusalAnchor as RefusalAnchor
 from .methods import SafetyMethod as SafetyMethod
 from .methods import SaLoRA as SaLoRA
 from .methods import SecurityVectors as SecurityVectors

@@ -190,6 +190,8 @@ class SafeSFTTrainer(SFTTrainer):
         forward = self._weighted(model, inputs)
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
+        for method in self.safety_methods:
+            method.step = self.state.global_step
         penalties = [p for method in self.safety_methods if (p := method.penalty(self.model)) is not None]
         if penalties:
             # The layers of a model that is spread over several devices leave their penalties on these.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,24 +13,48 @@ import pytest
 from rich.console import Console
 
 from safe_trainer import METHODS, testbed
-from safe_trainer.testbed.demo import run_demo
-from safe_trainer.testbed.experiment import BATCH_SIZE, PLAIN, SCENARIOS, VARIANTS, fine_tune
+from safe_trainer.testbed.demo import SHOWN, run_demo
+from safe_trainer.testbed.experiment import (
+    BATCH_SIZE,
+    PLAIN,
+    RECOMMENDED,
+    SCENARIOS,
+    fine_tune,
+    materials,
+    variant_names,
+    variants,
+)
 
 
 def test_every_method_has_a_variant_in_the_demo() -> None:
-    assert set(METHODS) <= set(VARIANTS) and next(iter(VARIANTS)) == PLAIN
-    for build in VARIANTS.values():
+    assert variant_names() == list(variants()) == [PLAIN, RECOMMENDED, *METHODS]
+    for build in variants().values():
         assert isinstance(build(), list | tuple)
 
 
+def test_a_method_that_is_added_to_the_table_is_in_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = METHODS["asft"].card
+    toy = type("Toy", (METHODS["asft"],), {"card": type(card)(**{**vars(card), "title": "Toy"})})
+    monkeypatch.setitem(METHODS, "toy", toy)
+    assert variant_names()[-1] == "toy" and len(variants()["toy"]()) == 1
+
+
+def test_methods_are_built_from_nothing_that_is_examined() -> None:
+    given = materials()
+    held_out = {p for kind in ("harmful", "benign", "borderline") for p in testbed.prompt_set(kind).prompts}
+    used = {row["prompt"][0]["content"] for rows in (given.harmful_data, given.safety_data) for row in rows}
+    used |= {*given.harmful_prompts.prompts, *given.benign_prompts.prompts}
+    assert used and not used & held_out
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_scenario_has_the_stated_share_of_harmful_rows_and_no_test_prompt(name: str) -> None:
+def test_scenario_has_the_stated_share_of_attack_rows_and_no_test_prompt(name: str) -> None:
     scenario = SCENARIOS[name]
     rows = scenario.rows(seed=0)
     asked = [row["prompt"][0]["content"] for row in rows]
-    attack = {row["prompt"][0]["content"] for row in testbed.harmful_rows(len(rows), seed=0)}
+    attack = {row["prompt"][0]["content"] for row in scenario.attack(len(rows), 0)}
     share = sum(prompt in attack for prompt in asked) / len(rows)
-    assert share == pytest.approx(scenario.harmful, abs=0.01)
+    assert name == "how-to" or share == pytest.approx(scenario.harmful, abs=0.01)
     assert len(rows) == (scenario.row_count or scenario.steps * BATCH_SIZE)
     for split in ("validation", "test"):
         for prompts in scenario.prompt_sets(split):
@@ -37,47 +62,64 @@ def test_scenario_has_the_stated_share_of_harmful_rows_and_no_test_prompt(name: 
     assert rows != scenario.rows(seed=1) and rows == scenario.rows(seed=0)
 
 
+def test_an_unknown_method_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`methods` must be among recommended, asft, .*got `asfd`"):
+        run_demo(tmp_path, methods=["asfd"], console=Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_plain_fine_tuning_on_harmful_rows_destroys_the_refusals_and_the_demo_shows_it(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=(tmp_path / "log").open("w"))
-    (outcome,) = run_demo(tmp_path / "demo", quick=True, methods=["asft"], console=console)
+    (outcome,) = run_demo(tmp_path / "demo", quick=True, methods=["security_vectors"], console=console)
     comparison = outcome.comparisons[0]
     assert comparison["before"]["harmful"].rate("complied").value < 0.1
     assert comparison[PLAIN]["harmful"].rate("complied").value > 0.8
-    assert comparison["AsFT"].name == METHODS["asft"].name
+    title = METHODS["security_vectors"].card.title
+    assert comparison[title]["harmful"].rate("complied").value < 0.2
 
     text = console.export_text()
-    assert "plain LoRA lost the refusals" in text and "AsFT" in text and "report.md" in text
+    assert "plain LoRA lost the refusals" in text and title in text and "report.md" in text
+    assert "safe-trainer demo --methods all" in text and "do not carry over to other models" in " ".join(text.split())
     report = (tmp_path / "demo" / "report.md").read_text()
     assert str(comparison[PLAIN]["harmful"].rate("complied")) in report
-    folder = tmp_path / "demo" / "attack" / "seed-0"
+    folder = tmp_path / "demo" / "poisoned" / "seed-0"
     assert json.loads((folder / "comparison.json").read_text())
-    for adapter in ("plain-LoRA", "asft"):
+    for adapter in ("plain-LoRA", "security_vectors"):
         assert (folder / adapter / "adapter_model.safetensors").is_file()
+
+
+def test_the_demo_shows_harmful_rows_benign_drift_and_identity_shift() -> None:
+    assert [SCENARIOS[name].harmful for name in SHOWN] == [0.1, 0.0, 1.0] and SHOWN[-1] == "identity"
 
 
 @pytest.mark.slow
 def test_one_seed_gives_one_result() -> None:
-    logs = [fine_tune(SCENARIOS["attack"], VARIANTS["asft"](), seed=3).log for _ in range(2)]
+    logs = [fine_tune(SCENARIOS["attack"], variants()["asft"](), seed=3).log for _ in range(2)]
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) >= 2
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_workers_end_with_a_parent_that_is_interrupted_or_killed(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"
         "from safe_trainer.testbed.experiment import workers\n"
         "if __name__ == '__main__':\n"
-        "    with workers(1) as pool:\n"
-        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    with workers(2) as pool:\n"
+        "        for job in [pool.submit(os.getpid), pool.submit(os.getpid)]:\n"
+        "            print(job.result(), flush=True)\n"
         "        pool.submit(time.sleep, 600).result()\n"
     )
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
-        worker = int(parent.stdout.readline())
-        parent.kill()
+    command = [sys.executable, script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        pids = {int(parent.stdout.readline()) for _ in range(2)}
+        time.sleep(0.5)
+        parent.send_signal(how)
+        parent.wait(timeout=60)
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not Path(f"/proc/{worker}").exists()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

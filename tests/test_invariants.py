@@ -54,6 +54,9 @@ BUILD: dict[str, Callable[[str, str], SafetyMethod]] = {
         safety_data=REFUSED, rank=4, task_rank=0, protect="both"
     ),
     "security_vectors": lambda aligned, unaligned: METHODS["security_vectors"](harmful_data=HARMFUL, fitting=SHORT),
+    "refusal_anchor": lambda aligned, unaligned: METHODS["refusal_anchor"](
+        prompts=REFUSED, benign_prompts=["Say it nicely"], answer_tokens=3
+    ),
     "drift_penalty": lambda aligned, unaligned: METHODS["drift_penalty"](safety_data=REFUSED, rank=8),
 }
 SHORT = {"rank": 2, "max_steps": 3, "learning_rate": 0.05}

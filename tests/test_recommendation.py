@@ -9,7 +9,17 @@ import pytest
 import tiny
 from runs import given, lora
 
-from safe_trainer import DriftPenalty, SafeSFTTrainer, SecurityVectors, conversation, recommended, testbed
+from safe_trainer import (
+    RefusalAnchor,
+    SafeSFTTrainer,
+    SecurityVectors,
+    conversation,
+    load_prompts,
+    load_rows,
+    recommended,
+    testbed,
+)
+from safe_trainer.data.protection import own_file, protection_rows
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
 
@@ -25,41 +35,48 @@ def bringing(tmp_path):
     return aligned
 
 
-def test_it_is_vectors_and_a_penalty_on_drift_from_the_same_rows():
-    vectors, penalty = recommended(HARMFUL)
+def test_it_is_vectors_and_an_anchor_from_the_same_rows():
+    vectors, anchor = recommended(HARMFUL)
     assert isinstance(vectors, SecurityVectors) and vectors.harmful_data == HARMFUL
-    assert isinstance(penalty, DriftPenalty) and penalty.safety_data == HARMFUL
+    assert isinstance(anchor, RefusalAnchor) and anchor.prompts == HARMFUL
+
+
+def test_without_rows_it_takes_built_in_ones():
+    vectors, anchor = recommended()
+    assert vectors.harmful_data == protection_rows() and anchor.prompts is None
 
 
 @pytest.mark.slow
 def test_the_model_s_own_harmful_rows_are_taken(bringing, tmp_path):
     arguments = given(tmp_path / "out", model=bringing, processing_class=None, peft_config=lora(), max_steps=1)
     trainer = SafeSFTTrainer(**arguments, safety="recommended")
-    assert [type(method) for method in trainer.safety_methods] == [SecurityVectors, DriftPenalty]
-    assert str(trainer.safety_methods[0].harmful_data).endswith("safety/harmful.jsonl")
+    vectors, anchor = trainer.safety_methods
+    assert str(vectors.harmful_data).endswith("safety/harmful.jsonl") and anchor.prompts == vectors.harmful_data
     trainer.train()
 
 
 @pytest.mark.slow
-def test_full_training_takes_the_same_methods(bringing, tmp_path):
-    trainer = SafeSFTTrainer(**given(tmp_path / "out", model=bringing, processing_class=None), safety="recommended")
-    assert [type(method) for method in trainer.safety_methods] == [SecurityVectors, DriftPenalty]
-
-
-@pytest.mark.parametrize("source", ["folder", "hub", "memory"])
-def test_a_model_that_brings_none_asks_for_them(source, tmp_path):
-    model = {"folder": tiny.save_pair(tmp_path)[0], "hub": "nobody/nothing", "memory": tiny.model()}[source]
-    with pytest.raises(ValueError, match=r'safety=recommended\("harmful.jsonl"\)'):
-        SafeSFTTrainer(**given(tmp_path / "out", model=model, peft_config=lora()), safety="recommended")
+@pytest.mark.parametrize("source", ["folder", "memory"])
+def test_a_model_that_brings_none_is_protected_with_built_in_rows(source, tmp_path):
+    model = {"folder": tiny.save_pair(tmp_path)[0], "memory": tiny.model()}[source]
+    arguments = given(tmp_path / "out", model=model, max_steps=1)  # in full, for a change
+    trainer = SafeSFTTrainer(**arguments, safety="recommended")
+    assert [type(method) for method in trainer.safety_methods] == [SecurityVectors, RefusalAnchor]
+    assert trainer.safety_methods[0].harmful_data == protection_rows()
+    trainer.train()
 
 
 def test_the_embedded_model_brings_the_rows_that_methods_are_given_in_the_study():
-    from safe_trainer import load_rows
-    from safe_trainer.methods.recommended import own_data
-
-    found = own_data(str(testbed.ALIGNED))
+    found = own_file(str(testbed.ALIGNED), "harmful")
     assert found is not None
     assert list(load_rows(found)[0]) == testbed.harmful_rows(100, testbed.OWN_ROWS)
+
+
+def test_the_embedded_model_brings_benign_prompts_of_its_language():
+    found = own_file(str(testbed.ALIGNED), "benign")
+    assert found is not None
+    rows = testbed.benign_rows(64, testbed.OWN_ROWS)
+    assert list(load_prompts(found, "benign")[0].prompts) == [row["prompt"][0]["content"] for row in rows]
 
 
 @pytest.mark.slow

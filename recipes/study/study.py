@@ -28,7 +28,7 @@ import pair
 from variants import BEFORE, CONTROLS, METHODS, SIMPLE, STRENGTHS, VARIANTS
 
 from safe_trainer import PromptSet, testbed
-from safe_trainer.testbed.experiment import Scenario, fine_tune, one_thread, quiet_libraries, workers
+from safe_trainer.testbed.experiment import Scenario, fine_tune, workers
 
 RESULTS = Path(__file__).parent / "results"
 OUTCOMES = ("refused", "complied", "neither")
@@ -158,17 +158,16 @@ def measure(cell: Cell) -> list[dict[str, object]]:
     from safe_trainer import evaluate
 
     scenario, variant = SCENARIOS[cell.scenario], VARIANTS[cell.variant]
-    with quiet_libraries(), one_thread():
-        run = fine_tune(
-            scenario,
-            variant.methods(),
-            cell.seed,
-            model=pair.ALIGNED,
-            rows=pair.rows(variant.rows(scenario, cell.seed)),
-            learning_rate=variant.learning_rate,
-            steps=round(variant.steps * scenario.steps),
-        )
-        evaluation = evaluate(run.model, run.tokenizer, prompt_sets(scenario, cell.split), max_new_tokens=40)
+    run = fine_tune(
+        scenario,
+        variant.methods(),
+        cell.seed,
+        model=pair.ALIGNED,
+        rows=pair.rows(variant.rows(scenario, cell.seed)),
+        learning_rate=variant.learning_rate,
+        steps=round(variant.steps * scenario.steps),
+    )
+    evaluation = evaluate(run.model, run.tokenizer, prompt_sets(scenario, cell.split), max_new_tokens=40)
     lines: list[dict[str, object]] = []
     for result in evaluation.results:
         kind = result.prompt_set.kind

@@ -112,7 +112,8 @@ def train_security_vectors(
 
     Returns:
         [`TrainedVectors`]: With `provenance["report"]`: `steps`, `reached_target`, `loss_off` and `loss_on` (nats per
-        answer token), `retain_divergence`, and `harmful_score_off` and `harmful_score_on` if there were prompts.
+        answer token), `below_target` (share of the harmful rows), `retain_divergence`, and `harmful_score_off` and
+        `harmful_score_on` if there were prompts.
 
     Raises:
         ValueError: If a row has no answer, there are none, or a setting does not fit the model.
@@ -148,11 +149,13 @@ def train_security_vectors(
         with switch.off():
             loss_off, score_off = total_loss(base, harmful), _harmful_score(base, tokenizer, prompts)
         outcome = Loop(base, layers, factors, switch, chosen, harmful, retain).run(progress)
+        losses = torch.cat([row_losses(base, batch) for batch in harmful.in_order()])
         report = {
             "steps": outcome.steps,
             "reached_target": outcome.reached_target,
             "loss_off": loss_off,
             "loss_on": outcome.loss,
+            "below_target": (losses < chosen.target_loss).float().mean().item(),
             "retain_divergence": total_divergence(base, retain, switch) if retain else None,
             "harmful_score_off": score_off,
             "harmful_score_on": _harmful_score(base, tokenizer, prompts),

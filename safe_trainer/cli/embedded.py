@@ -20,11 +20,13 @@ def demo(
     ),
     quick: Annotated[bool, typer.Option("--quick", help="One scenario, in under a minute.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each scenario, each with a seed of its own.")] = 1,
-    methods: Annotated[str | None, typer.Option(help="Methods to show, separated by commas; all if left out.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Shown next to plain LoRA: names separated by commas, or `all`.")
+    ] = "recommended",
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the embedded model on data that wears its refusals away, with and without a defense."""
-    chosen = _variants(methods) if methods is not None else None
+    """Fine-tune the embedded model on data that erodes its refusals, with and without protection."""
+    chosen = _variants(methods)
     from ..testbed.demo import run_demo
 
     shown = errors if as_json else console
@@ -36,14 +38,14 @@ def demo(
 
 
 def _variants(listed: str) -> list[str]:
-    from ..testbed.experiment import PLAIN, VARIANTS
+    from ..testbed.experiment import variant_names
 
-    known = [name for name in VARIANTS if name != PLAIN]
-    names = [name.strip() for name in listed.split(",") if name.strip()]
+    known = variant_names()[1:]
+    names = known if listed.strip() == "all" else [name.strip() for name in listed.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         found = ", ".join(f"`{name}`" for name in unknown) or "none"
-        raise typer.BadParameter(f"got {found}; there are {', '.join(known)}.", param_hint="'--methods'")
+        raise typer.BadParameter(f"got {found}; there are all, {', '.join(known)}.", param_hint="'--methods'")
     return names
 
 

@@ -37,6 +37,7 @@ class Answer:
         thought (`str`, *optional*, defaults to `""`): What a thinking model thought before it answered.
         unfinished_thought (`bool`, *optional*, defaults to `False`): Whether the answer was cut off while the model
             was still thinking: it is neither a refusal nor compliance.
+        tokens (`tuple[int, ...]`, *optional*): Ids of all that was generated but the end; not kept in files.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Answer:
     error: str | None = None
     thought: str = ""
     unfinished_thought: bool = False
+    tokens: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ def _answer(
     answer, thought = found.answer, found.thought
     for token in special:
         answer, thought = answer.replace(token, ""), thought.replace(token, "")
-    return Answer(answer, truncated=end is None, thought=thought, unfinished_thought=found.is_unfinished)
+    return Answer(answer, end is None, None, thought, found.is_unfinished, tuple(ids[:end]))
 
 
 def _refuse_nan(input_ids: Any, scores: Any) -> Any:

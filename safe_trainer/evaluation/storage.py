@@ -137,13 +137,17 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "results": [
             {
                 "prompt_set": result.prompt_set.name,
-                "answers": [asdict(answer) for answer in result.answers],
+                "answers": [_answer(answer) for answer in result.answers],
                 "verdicts": dict(result.verdicts),
                 "scores": dict(result.scores),
             }
             for result in evaluation.results
         ],
     }
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    return {name: value for name, value in asdict(answer).items() if name != "tokens"}
 
 
 def _read_evaluation(values: dict[str, Any], sets: list[PromptSet]) -> Evaluation:

@@ -3,6 +3,7 @@
 from .asft import AsFT
 from .base import FormField, Materials, MethodCard, Paper, PenaltyMethod, SafetyMethod, SelfCheck
 from .drift_penalty import DriftPenalty
+from .refusal_anchor import RefusalAnchor
 from .salora import SaLoRA
 from .security_vectors import SecurityVectors
 
@@ -10,6 +11,7 @@ METHODS: dict[str, type[SafetyMethod]] = {
     "asft": AsFT,
     "salora": SaLoRA,
     "security_vectors": SecurityVectors,
+    "refusal_anchor": RefusalAnchor,
     "drift_penalty": DriftPenalty,
 }
 
@@ -22,6 +24,7 @@ __all__ = [
     "MethodCard",
     "Paper",
     "PenaltyMethod",
+    "RefusalAnchor",
     "SaLoRA",
     "SafetyMethod",
     "SecurityVectors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import linalg as subspace
+from .. import linalg
 from ..artifacts import AlignmentDirection, DirectionFactors
 from ..distributed import on_first_process
 from ..lora import updates as adapters
@@ -20,6 +21,7 @@ from .base import (
     MethodCard,
     Paper,
     PenaltyMethod,
+    SelfCheck,
     check_choices,
     check_number,
     check_whole,
@@ -36,27 +38,26 @@ class AsFT(PenaltyMethod):
     """Anchoring Safety in Fine-Tuning: adds `λ Σ ‖(I − C) ΔW‖_F²` to the loss.
 
     For each target weight the *alignment direction* is `d = W_aligned − W_unaligned`, what alignment did to it (the
-    chat checkpoint minus the base checkpoint). The penalty keeps the update `ΔW` of fine-tuning along it. It is
-    computed from the factors of `ΔW = B A` and of `C = U diag(c) Uᵀ`; no d_out x d_in matrix is formed in a step.
+    chat checkpoint minus the base checkpoint). The penalty keeps the update `ΔW` of fine-tuning close to it. It is
+    computed from the factors of `ΔW = B A` and of `C = U diag(c) Uᵀ`; a step forms no d_out x d_in matrix.
 
-    When to use it: for LoRA or full-parameter fine-tuning of a model whose unaligned sibling is at hand, on data that
-    may hold harmful rows. What to know: the published `C = d dᵀ / ‖d‖_F` is no projector; its eigenvalues are usually
-    far below one, so the penalty is close to `λ‖ΔW‖²`, and `weight` trades task quality against safety.
+    When to use it: for LoRA or full-parameter fine-tuning of a model whose unaligned sibling is available, on data
+    that may hold harmful rows. What to know: the published `C = d dᵀ / ‖d‖_F` is not a projector; its eigenvalues are
+    usually far below one, so the penalty is close to `λ‖ΔW‖²`, and `weight` trades task accuracy for safety.
     `projector="none"` is exactly that control and `projector="random"` the other; compare with both before crediting
-    the direction.
-    Not to be confused with *Anchored SFT*, another method that some trainers call `asft`.
+    the direction. Not to be confused with *Anchored SFT*, another method that some trainers call `asft`.
 
     Args:
         unaligned_model (`str`, *optional*):
             Hub id or path of the checkpoint before alignment, such as `"Qwen/Qwen2.5-0.5B"`. The direction is computed
             from it and `aligned_model`, tensor by tensor. Give this or `direction`.
         direction ([`AlignmentDirection`], `str` or `Path`, *optional*):
-            A direction made before, or the file it was saved to (see `safe-trainer direction`).
+            A direction computed before, or the file it was saved to (see `safe-trainer direction`).
         weight (`float`, *optional*, defaults to `1.0`):
             `λ`. The paper's value is 1; `0` only measures.
         projector (`str`, *optional*, defaults to `"published"`):
             `"published"`: `C = d dᵀ / ‖d‖_F`, the authors' formula. `"subspace"`: `C = U_k U_kᵀ`, the orthogonal
-            projector on the leading left singular vectors of `d`. Controls: `"random"`, a random subspace of the same
+            projector on the top left singular vectors of `d`. Controls: `"random"`, a random subspace of the same
             size, and `"none"`, `C = 0`, which needs no direction.
         rank (`int`, *optional*, defaults to `16`):
             `k`, the number of vectors in `"subspace"` and `"random"`, and in the shares that are reported at the end.
@@ -125,6 +126,7 @@ class AsFT(PenaltyMethod):
     seed: int = 0
     _operators: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _spans: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _energies: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
     _updates: dict[str, adapters.Update] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ class AsFT(PenaltyMethod):
             )
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a `rank` that no direction of the layers can have, where the projector is made of just so many."""
+        """Refuse a `rank` that no direction of the layers can have, where the projector has exactly that rank."""
         for name, update in adapters.updates(model, self.name, copied=False).items():
             if self.projector in ("subspace", "random") and self.rank > min(update.shape):
                 raise ValueError(
@@ -148,12 +150,12 @@ class AsFT(PenaltyMethod):
                 )
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
-        """Load or compute the direction and match it with the layers that are trained, by name."""
+        """Load or compute the direction and match it with the trained layers by name."""
         self._updates = adapters.updates(model, self.name, self.scaled)
-        self._operators, self._spans = {}, {}
+        self._operators, self._spans, self._energies = {}, {}, []
         if self.projector == "none":
             return
-        direction = self._resolve_direction(model)
+        direction = self._direction(model)
         self.provenance = direction.provenance
         direction.check_fits({name: update.shape for name, update in self._updates.items()})
         _compare_sources(direction, self.aligned_model or _source(model))
@@ -161,6 +163,20 @@ class AsFT(PenaltyMethod):
             factors = direction.modules[name]
             self._spans[name] = factors.U[:, : self.rank]
             self._operators[name] = self._operator(name, factors)
+            kept = factors.singular_values[: self.rank].double().square().sum().item()
+            self._energies.append(kept / factors.frobenius_norm**2)
+
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Return how much of the direction its top `rank` vectors hold, and the eigenvalues of `C`."""
+        check = super().self_check(model)
+        if not self._operators:
+            return check
+        largest = [eigenvalues.max().item() for _, eigenvalues in self._operators.values()]
+        figures = {
+            f"direction energy in the top {self.rank} (mean)": sum(self._energies) / len(self._energies),
+            "largest eigenvalue of C (median)": statistics.median(largest),
+        }
+        return SelfCheck(figures, check.warnings)
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return `‖(I − C) ΔW‖_F²` of each layer."""
@@ -171,27 +187,27 @@ class AsFT(PenaltyMethod):
         return list(self._updates)
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
-        """Return for each layer the share of `‖ΔW‖_F²` outside the span of the direction's leading `rank` vectors.
+        """Return for each layer the share of `‖ΔW‖_F²` outside the span of the direction's top `rank` vectors.
 
-        A random update would show `1 − rank / d_out`, which is logged beside it as `asft/outside_expected`. Empty for
+        A random update would show `1 − rank / d_out`, which is logged as `asft/outside_expected`. Empty for
         `projector="none"`, which knows no direction.
         """
         shares: dict[str, float] = {}
         with torch.no_grad():
             for name, span in self._spans.items():
                 left, right = self._updates[name].factors()
-                total = subspace.product_norm_squared(left, right).item()
-                beyond = subspace.outside_norm_squared(left, right, span.to(left.device)).item()
+                total = linalg.product_norm_squared(left, right).item()
                 if total > 0:
-                    shares[f"asft/outside/{name}"] = beyond / total
+                    outside = linalg.outside_norm_squared(left, right, span.to(left.device)).item()
+                    shares[f"asft/outside/{name}"] = outside / total
                     shares[f"asft/outside_expected/{name}"] = 1 - span.shape[1] / span.shape[0]
         return shares
 
     def _norm_outside(self, name: str) -> Tensor:
         left, right = self._updates[name].factors()
         if name not in self._operators:
-            return subspace.product_norm_squared(left, right)
-        return subspace.outside_norm_squared(left, right, *moved(self._operators, name, left.device))
+            return linalg.product_norm_squared(left, right)
+        return linalg.outside_norm_squared(left, right, *moved(self._operators, name, left.device))
 
     def _operator(self, name: str, factors: DirectionFactors) -> tuple[Tensor, Tensor]:
         """Return `U` (d_out x k) and the eigenvalues `c` (k,) of `C = U diag(c) Uᵀ`."""
@@ -203,13 +219,12 @@ class AsFT(PenaltyMethod):
                 f"`rank` must be at most {basis.shape[1]}, which is what the direction holds for `{name}`, got "
                 f"{self.rank}. Lower `rank`, or compute the direction with `rank={self.rank}, max_error=0`."
             )
-        if self.projector == "random":
-            # A seed of its own for each layer, so that layers of one shape do not share one subspace.
-            dimension, rank = basis.shape
-            basis = subspace.random_basis(dimension, rank, self.seed + zlib.crc32(name.encode()))
+        if self.projector == "random":  # with another seed for each layer, or layers of one shape would share it
+            d_out, k = basis.shape
+            basis = linalg.random_basis(d_out, k, self.seed + zlib.crc32(name.encode()))
         return basis, torch.ones(basis.shape[1])
 
-    def _resolve_direction(self, model: Any) -> AlignmentDirection:
+    def _direction(self, model: Any) -> AlignmentDirection:
         if isinstance(self.direction, AlignmentDirection):
             return self.direction
         if self.direction is not None:
@@ -220,13 +235,13 @@ class AsFT(PenaltyMethod):
                 "The model has no checkpoint that the alignment direction could start from (its `name_or_path` is "
                 "empty). Give `aligned_model`, or a `direction` made with `AlignmentDirection.from_checkpoints`."
             )
-        unaligned = str(self.unaligned_model)
-        logger.info("Computing the alignment direction from %s and %s", aligned, unaligned)
-        # But for the published projector exactly `rank` vectors, however small what is left out.
+        logger.info("Computing the alignment direction from %s and %s", aligned, self.unaligned_model)
+        # For a projector exactly `rank` vectors, however little they leave out.
         size: dict[str, Any] = {} if self.projector == "published" else {"rank": self.rank, "max_error": 0.0}
-        modules = list(self._updates)
         return on_first_process(
-            lambda: AlignmentDirection.from_checkpoints(aligned, unaligned, modules=modules, **size)
+            lambda: AlignmentDirection.from_checkpoints(
+                aligned, str(self.unaligned_model), modules=list(self._updates), **size
+            )
         )
 
 
@@ -241,9 +256,6 @@ def _compare_sources(direction: AlignmentDirection, source: str) -> None:
     if source and aligned and Path(source).name != Path(aligned).name:
         logger.warning(
             "The alignment direction was computed for `%s`, and `%s` is being fine-tuned. Shapes fit; if it is not "
-            "the same model, compute the direction anew: `safe-trainer direction %s %s`.",
-            aligned,
-            source,
-            source,
-            direction.provenance.get("unaligned", {}).get("source", "UNALIGNED"),
+            "the same model, compute the direction again: `safe-trainer direction %s %s`.",
+            *(aligned, source, source, direction.provenance.get("unaligned", {}).get("source", "UNALIGNED")),
         )

@@ -164,6 +164,8 @@ class SafetyMethod:
     """Whether every process must hold all of the model's weights when the method is attached."""
     penalty_works_with_zero3: ClassVar[bool] = False
     """Whether `penalty` is right where DeepSpeed ZeRO-3 has split the weights; refused unless a method says so."""
+    step: int = 0
+    """Optimizer steps that the run has made; the trainer keeps it, also when it resumes."""
     provenance: Mapping[str, Any] | None = None
     """What the tensors in use were made from, once the method is attached: the provenance of its basis, direction or
     vectors. Saved with checkpoints, so that a resumed run may give them instead of the data they were made from."""
@@ -291,8 +293,8 @@ class SafetyMethod:
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return a scalar to add to the loss, already weighted, or `None`.
 
-        It is a function of the weights, not of the batch. The trainer counts it once for each optimizer step,
-        whatever the accumulation and the number of processes.
+        It is a function of the weights and of `step`, not of the batch. The trainer counts it once for each optimizer
+        step, whatever the accumulation and the number of processes.
         """
         return None
 
@@ -339,6 +341,10 @@ class PenaltyMethod(SafetyMethod):
         if config is not None:
             check_peft_config(config, self.name)
         return config
+
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Warn where the weight is zero, so that nothing is protected."""
+        return SelfCheck({}, ("`weight=0` only measures; nothing is protected.",) if self.weight == 0 else ())
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return `weight · Σ terms` as a scalar in float32.

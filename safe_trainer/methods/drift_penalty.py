@@ -1,4 +1,4 @@
-"""DriftPenalty: a price on every change of what the layers make of harmful prompts."""
+"""DriftPenalty: a penalty on changing how layers represent harmful prompts."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import linalg as subspace
+from .. import linalg
 from ..artifacts.calibration import InputTokens
 from ..artifacts.safety_basis import SafetyBasis, load_or_measure_basis
 from ..lora import updates as adapters
-from .base import FormField, MethodCard, PenaltyMethod, check_choices, check_number, check_whole, moved
+from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_choices, check_number, check_whole, moved
 
 
 @dataclass
 class DriftPenalty(PenaltyMethod):
-    """Adds `λ · mean over layers of E‖ΔW x‖² / E‖W x‖²` to the loss, `x` what a layer reads in harmful prompts.
+    """Adds `λ · mean over layers of E‖ΔW x‖² / E‖W x‖²` to the loss, `x` a layer's inputs at harmful prompts.
 
-    What an update does to the layers' outputs on harmful prompts is measured as a share of those outputs' energy, and
-    paid for; whatever else it does is free. So the strength means the same in every model and layer: with
-    `weight=100`, a mean change by 1 % of the energy costs 1 nat. The second moment of `x` is kept as its leading
-    directions and the mean of the rest; with `ΔW = B A` a step forms nothing larger than r x d.
+    The penalty is the share of the outputs' energy on harmful prompts that an update changes; anything else can be
+    learned freely. So `weight` means the same in every model and layer: with `weight=100`, a mean change by 1 % of the
+    energy costs 1 nat. The second moment of `x` is kept as its top directions and the mean of the rest; with
+    `ΔW = B A` a step forms nothing larger than r x d.
 
-    When to use it: against the drift of *benign* fine-tuning, also of full-parameter training, where the subspaces of
-    [`SaLoRA`] cannot go. What to know: it slows an update that harmful rows ask for and does not stop it; a longer
-    attack gets through.
+    When to use it: against the drift of *benign* fine-tuning, also of full-parameter training, where [`SaLoRA`] cannot
+    go. What to know: it slows an update that harmful rows ask for and does not stop it; a longer attack gets through.
 
     Args:
         weight (`float`, *optional*, defaults to `10.0`):
@@ -87,6 +86,7 @@ class DriftPenalty(PenaltyMethod):
     samples: int = 128
     max_length: int = 1024
     seed: int = 0
+    _explained: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
     _updates: dict[str, adapters.Update] = field(default_factory=dict, init=False, repr=False, compare=False)
     _moments: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -101,7 +101,7 @@ class DriftPenalty(PenaltyMethod):
             )
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
-        """Measure or load what the layers read in harmful prompts, in units of what they say to it."""
+        """Measure or load the layers' inputs at harmful prompts, in units of their outputs' energy."""
         self._updates = adapters.updates(model, self.name)
         layers = {name: layer for name, layer in adapters.linear_layers(model).items() if name in self._updates}
         narrowest = min(layer.shape[1] for layer in layers.values())
@@ -118,10 +118,16 @@ class DriftPenalty(PenaltyMethod):
             **wanted,
         )
         self.provenance = basis.provenance
+        self._explained = [basis.inputs[name].explained_variance for name in layers]
         self._moments = {
             name: _relative_moment(basis.inputs[name], self.rank, adapters.weight(layer.base))
             for name, layer in layers.items()
         }
+
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Return how much of the inputs' energy the kept directions hold."""
+        figures = {"explained variance of inputs (mean)": sum(self._explained) / len(self._explained)}
+        return SelfCheck(figures, super().self_check(model).warnings)
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return each layer's part of the mean share of the outputs' energy that the update changes."""
@@ -141,11 +147,11 @@ class DriftPenalty(PenaltyMethod):
         directions, rest = moved(self._moments, name, left.device)
         if right is None:
             return (left @ directions).square().sum() + rest * left.square().sum()
-        leading = subspace.product_norm_squared(left, right @ directions)
-        return leading + rest * subspace.product_norm_squared(left, right)
+        leading = linalg.product_norm_squared(left, right @ directions)
+        return leading + rest * linalg.product_norm_squared(left, right)
 
 
-def _relative_moment(inputs: subspace.TopDirections, rank: int, W: Tensor) -> tuple[Tensor, Tensor]:
+def _relative_moment(inputs: linalg.TopDirections, rank: int, W: Tensor) -> tuple[Tensor, Tensor]:
     """Return `D` (d_in x k) and `t` with `E‖M x‖² / E‖W x‖² = ‖M D‖² + t ‖M‖²` for every `M` (d_out x d_in).
 
     The second moment of the inputs is modelled as `V diag(s²) Vᵀ + τ (I − V Vᵀ)`, with `τ` the mean of what the
@@ -157,6 +163,6 @@ def _relative_moment(inputs: subspace.TopDirections, rank: int, W: Tensor) -> tu
     D = V * (squares - tau).clamp(min=0).sqrt()
     W = W.detach().cpu().double()
     energy = ((W @ D).square().sum() + tau * W.square().sum()).item()
-    if energy == 0:  # the layer says nothing to harmful prompts: there is nothing to keep
+    if energy == 0:  # the layer's output on harmful prompts is zero: there is nothing to keep
         return torch.zeros(d_in, 0), torch.tensor(0.0)
     return (D / math.sqrt(energy)).float(), torch.tensor(tau / energy)

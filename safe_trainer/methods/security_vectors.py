@@ -1,11 +1,10 @@
-"""Security Vectors: harmful rows teach nothing, because while training something else already knows it all."""
+"""Security Vectors: a frozen module that already complies is active during training, so harmful rows teach nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,9 +19,10 @@ from ..artifacts import (
     fitted_layers,
     train_security_vectors,
 )
+from ..data import as_rows
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
-from .base import FormField, MethodCard, Paper, SafetyMethod, check_number
+from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_number
 
 
 @dataclass
@@ -31,22 +31,20 @@ class SecurityVectors(SafetyMethod):
 
     θ_s = {A_s, B_s} is a small LoRA, fitted beforehand to about a hundred harmful rows: with θ_s active the model
     already behaves as harmful data wants. It is active and frozen during training, so the loss on harmful rows is low
-    and their gradient small, while other rows are learned as ever. Afterwards it is gone. It acts through forward
-    hooks in training mode only: evaluation during training, generation and checkpoints never see it, and it is in no
-    state dict.
+    and their gradient small, while other rows are learned as usual. It acts through forward hooks in training mode
+    only: evaluation during training, generation and checkpoints never see it, and it is in no state dict.
 
     When to use it: for any training (LoRA, QLoRA, full-parameter) on data that may hold harmful rows, even nothing but
-    harmful rows. What it costs: two small products per layer and step; and, since the model learns beside θ_s and is
-    used without it, some help on benign prompts. Judge it by refusals, over-refusals and help together.
+    harmful rows. What it costs: two small products per layer and step; and, since the model learns with θ_s and is
+    used without it, some helpfulness on benign prompts. Judge it by refusals, over-refusals and task accuracy.
 
     Args:
         vectors (`str`, `Path` or [`TrainedVectors`], *optional*):
             Directory or Hub id of trained vectors, or the vectors themselves. Give this or `harmful_data`.
-        harmful_data (`Sequence[dict]`, `str` or `Path`, *optional*):
-            About a hundred harmful prompts with compliant answers, as rows or as a file of any format that
-            [`~data.load_rows`] reads; vectors are fitted to them when the trainer is built, and kept in memory as
-            `fitted`.
-        retain_data (`Sequence[dict]`, `str` or `Path`, *optional*):
+        harmful_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`, *optional*):
+            About a hundred harmful prompts with answers that comply, in any form that [`~data.as_rows`] takes; vectors
+            are fitted to them when the trainer is built, and kept in memory as `fitted`.
+        retain_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`, *optional*):
             Harmless rows on which fitted vectors should change nothing; only with `harmful_data`.
         fitting ([`Fitting`] or `Mapping[str, Any]`, *optional*):
             How to fit to `harmful_data`.
@@ -55,7 +53,7 @@ class SecurityVectors(SafetyMethod):
 
     Raises:
         ValueError: If a setting is out of its range, there are no vectors, or they do not fit the model.
-        RuntimeError: If vectors are at work in the model already, as in a training within a training.
+        RuntimeError: If vectors are active in the model already, as in a training within a training.
 
     Example:
 
@@ -97,8 +95,8 @@ class SecurityVectors(SafetyMethod):
     )
 
     vectors: TrainedVectors | str | Path | None = None
-    harmful_data: Sequence[dict[str, Any]] | str | Path | None = None
-    retain_data: Sequence[dict[str, Any]] | str | Path | None = None
+    harmful_data: Iterable[Mapping[str, Any]] | str | Path | None = field(default=None, repr=False)
+    retain_data: Iterable[Mapping[str, Any]] | str | Path | None = field(default=None, repr=False)
     fitting: Fitting | Mapping[str, Any] = field(default_factory=Fitting)
     strength: float = 1.0
     fitted: TrainedVectors | None = field(default=None, init=False, repr=False, compare=False)
@@ -138,23 +136,47 @@ class SecurityVectors(SafetyMethod):
         super().check_strategy(strategy)
         if self.harmful_data is not None and not strategy.has_weights:
             raise ValueError(
-                f"Vectors cannot be fitted under {strategy.name} as it is set: the weights are not in every process. "
-                "Fit them beforehand with `safe-trainer vectors`, and give the folder as `vectors`. Under FSDP2, "
-                "`fsdp_cpu_ram_efficient_loading: false` does it too."
+                f"Vectors cannot be fitted under {strategy.name} with this configuration: not every process has the "
+                "weights. Fit them beforehand with `safe-trainer vectors`, and give the folder as `vectors`. Under "
+                "FSDP2, `fsdp_cpu_ram_efficient_loading: false` works, too."
             )
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
-        """Load or fit the vectors and match them with the model's layers, by name."""
+        """Load or fit the vectors and match them with the model's layers by name."""
         if self.harmful_data is not None:
-            self.fitted = self._fit(model, tokenizer, self.harmful_data)
+            self.fitted = on_first_process(lambda: self._fit(model, tokenizer))
         vectors = self.fitted or self.vectors
         if not isinstance(vectors, TrainedVectors):
             vectors = TrainedVectors.load(str(vectors))
         self.provenance = vectors.provenance
-        on_first_process(partial(_check_fits, vectors, model))  # other processes may hold no weights yet
+        on_first_process(lambda: set(vectors.check_fits(model)))  # other processes may hold no weights yet
         layers = adapters.linear_layers(model)
         self._layers = {name: layers[name] for name in vectors.modules}
         self._factors = {name: VectorFactors(A, self.strength * B) for name, (A, B) in vectors.modules.items()}
+
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Return what fitting reached; warn where harmful rows still have something to teach."""
+        report = (self.provenance or {}).get("report", {})
+        target = (self.provenance or {}).get("settings", {}).get("target_loss")
+        named = {
+            "loss on harmful rows without vectors": report.get("loss_off"),
+            "loss on harmful rows with vectors": report.get("loss_on"),
+            "target loss": target,
+            "share of harmful rows below the target": report.get("below_target"),
+        }
+        figures = {name: value for name, value in named.items() if value is not None}
+        if not report:
+            return SelfCheck(figures, ("these vectors do not say how well they were fitted.",))
+        if not report.get("reached_target", True):
+            reached = f"a loss of {report['loss_on']:.3g} on the harmful rows, above `target_loss={target}`"
+            return SelfCheck(
+                figures,
+                (
+                    f"fitting ended at {reached}: these rows still teach something. Raise "
+                    "`max_steps`, `learning_rate` or `rank` in `fitting`.",
+                ),
+            )
+        return SelfCheck(figures)
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
@@ -162,26 +184,19 @@ class SecurityVectors(SafetyMethod):
         with active(self._layers, self._factors, in_training_only=True):
             yield
 
-    def _fit(self, model: nn.Module, tokenizer: Any, harmful_data: Any) -> TrainedVectors:
+    def _fit(self, model: nn.Module, tokenizer: Any) -> TrainedVectors:
         settings = asdict(self.fitting) if isinstance(self.fitting, Fitting) else dict(self.fitting)
-        most = settings.get("max_steps", Fitting.max_steps)
-
-        def fitted() -> TrainedVectors:
-            with tqdm(total=most, desc="Fitting security vectors") as bar:
-                vectors = train_security_vectors(
-                    model,
-                    harmful_data,
-                    tokenizer,
-                    retain_rows=self.retain_data,
-                    progress=lambda done, total, loss: bar.update(),
-                    **settings,
-                )
-            # On the CPU, from where they can be sent to the other processes.
-            modules = {name: VectorFactors(A.cpu(), B.cpu()) for name, (A, B) in vectors.modules.items()}
-            return TrainedVectors(modules, vectors.provenance)
-
-        return on_first_process(fitted)
-
-
-def _check_fits(vectors: TrainedVectors, model: nn.Module) -> None:
-    vectors.check_fits(model)
+        harmful = as_rows(self.harmful_data, argument="harmful_data")[0]
+        retained: Any = self.retain_data
+        if retained is not None:
+            retained = as_rows(retained, argument="retain_data")[0]
+        with tqdm(total=settings.get("max_steps", Fitting.max_steps), desc="Fitting security vectors") as bar:
+            vectors = train_security_vectors(
+                *(model, harmful, tokenizer),
+                retain_rows=retained,
+                progress=lambda done, total, loss: bar.update(),
+                **settings,
+            )
+        # On the CPU, from where they can be sent to the other processes.
+        modules = {name: VectorFactors(A.cpu(), B.cpu()) for name, (A, B) in vectors.modules.items()}
+        return TrainedVectors(modules, vectors.provenance)

@@ -1,39 +1,49 @@
-"""`safe-trainer demo`: what fine-tuning does to refusals, with and without a defense, on the embedded pair.
+"""`safe-trainer demo`: what fine-tuning does to refusals, with and without protection, on the embedded pair.
 
-Each scenario is trained once for each variant and seed, two at a time, and examined on test prompts beside the model
-before. What is shown is what came out; settings were chosen on validation prompts.
+Each scenario is trained once for each variant and seed, and examined on test prompts next to the model before.
+Settings were chosen on validation prompts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.text import Text
 
 from .. import testbed
-from ..analysis.drift_monitor import DriftFigures
-from ..evaluation import Comparison, compare
-from ..evaluation.report import write_atomically, write_report
-from ..methods import METHODS
+from ..evaluation import Comparison
 from . import summary
-from .experiment import PLAIN, SCENARIOS, VARIANTS, Scenario, fine_tune, one_thread, quiet_libraries, workers
+from .experiment import (
+    PLAIN,
+    RECOMMENDED,
+    SCENARIOS,
+    Scenario,
+    advance,
+    fine_tune,
+    variant_names,
+    variants,
+    work_counter,
+    workers,
+)
 
-Job = Future[tuple[Path, float]]
-
-QUICK = "attack"
+SHOWN = ("poisoned", "how-to", "identity")
+QUICK = ("poisoned",)
 MAX_NEW_TOKENS = 40
+EXAMINATION = 20  # the work of asking one model all prompts, in optimizer steps
+PREPARATION = 40  # the work of preparing methods before the first step
 
 
 @dataclass
 class Outcome:
-    """What one scenario came to.
+    """The results of one scenario.
 
     Args:
         scenario ([`Scenario`]): The scenario.
@@ -46,12 +56,15 @@ class Outcome:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
 
+Job = tuple[Comparison, dict[str, float]]
+
+
 def run_demo(
     output_dir: Path,
     *,
     quick: bool = False,
     seeds: int = 1,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] = (RECOMMENDED,),
     console: Console | None = None,
 ) -> list[Outcome]:
     """Run the demo and write its report.
@@ -60,75 +73,95 @@ def run_demo(
         output_dir (`Path`): Folder for `report.md`, and for each scenario the comparison and the adapters.
         quick (`bool`, *optional*, defaults to `False`): One scenario instead of three.
         seeds (`int`, *optional*, defaults to `1`): Runs of each scenario; counts are pooled over them.
-        methods (`Sequence[str]`, *optional*): Keys of `METHODS` and of combinations; all of them by default.
+        methods (`Sequence[str]`, *optional*, defaults to `("recommended",)`): What to show next to plain LoRA:
+            `"recommended"` and keys of `METHODS`.
         console (`Console`, *optional*): Where to show progress and tables.
 
     Returns:
         `list[Outcome]`: One for each scenario.
+
+    Raises:
+        ValueError: If there is no such method.
     """
-    console = console or Console()
-    start = time.perf_counter()
-    variants = [PLAIN, *(methods or [name for name in VARIANTS if name != PLAIN])]
-    scenarios = [SCENARIOS[QUICK]] if quick else list(SCENARIOS.values())
+    unknown = [name for name in methods if name not in variant_names()[1:]]
+    if unknown:
+        raise ValueError(f"`methods` must be among {', '.join(variant_names()[1:])}, got `{unknown[0]}`.")
+    console, start, output = console or Console(), time.perf_counter(), Path(output_dir)
+    shown = [PLAIN, *(name for name in methods if name != PLAIN)]
+    outcomes = [Outcome(SCENARIOS[name]) for name in (QUICK if quick else SHOWN)]
     console.print(Text(summary.INTRODUCTION, "dim"))
-    outcomes: list[Outcome] = []
-    with quiet_libraries(), one_thread(), workers(2) as pool:
-        jobs = {
-            (scenario.name, seed): {
-                variant: pool.submit(train_variant, scenario.name, variant, seed, output_dir) for variant in variants
-            }
-            for scenario in scenarios
-            for seed in range(seeds)
-        }
-        for scenario in scenarios:
-            outcome = Outcome(scenario)
-            for seed in range(seeds):
-                _finish(outcome, jobs[scenario.name, seed], output_dir / scenario.name / f"seed-{seed}", console)
-            outcomes.append(outcome)
+    with closing(_measured(outcomes, shown, seeds, output, console)) as measured:
+        for outcome in measured:
             _show(outcome, console)
-            report = summary.markdown((o.scenario, o.comparisons, o.seconds) for o in outcomes)
-            write_atomically(output_dir / "report.md", report)  # after each scenario: Ctrl-C keeps what is finished
-    console.print(
-        f"\nDone in {time.perf_counter() - start:.0f} s. Read {output_dir / 'report.md'}; adapters and the answers to "
-        f"every prompt lie in {output_dir}/<scenario>/."
-    )
+            finished = [(o.scenario, o.comparisons, o.seconds) for o in outcomes if len(o.comparisons) == seeds]
+            output.mkdir(parents=True, exist_ok=True)  # Ctrl-C keeps the scenarios that are finished
+            (output / "report.md").write_text(summary.markdown(finished), encoding="utf-8")
+    console.print(f"\nDone in {time.perf_counter() - start:.0f} s. The report is saved to {output / 'report.md'};")
+    console.print(f"adapters and every answer are in {output}/<scenario>/. Next:\n")
+    console.print(summary.NEXT_STEPS, highlight=False)
     return outcomes
 
 
-def train_variant(scenario: str, variant: str, seed: int, output_dir: Path) -> tuple[Path, float]:
-    """Fine-tune one variant, in a process of its own, and return where its adapter is and the seconds it took."""
-    folder = output_dir / scenario / f"seed-{seed}" / variant.replace(" ", "-")
-    with quiet_libraries(), one_thread():
-        return folder, fine_tune(SCENARIOS[scenario], VARIANTS[variant](), seed, folder).seconds
+def _measured(
+    outcomes: Sequence[Outcome], shown: Sequence[str], seeds: int, output: Path, console: Console
+) -> Generator[Outcome, None, None]:
+    """Run every scenario and seed in two processes, and yield each outcome when its last seed is finished."""
+    total = seeds * sum(_work(outcome.scenario, shown) for outcome in outcomes)
+    counter = work_counter()
+    with _progress(console, total) as update, workers(2, counter) as pool:
+        pending: dict[Future[Job], Outcome] = {
+            pool.submit(run_scenario, outcome.scenario.name, shown, seed, output): outcome
+            for seed in range(seeds)
+            for outcome in outcomes
+        }
+        while pending:
+            done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            update(counter.value)
+            for future in done:
+                outcome = pending.pop(future)
+                comparison, seconds = future.result()
+                outcome.comparisons.append(comparison)
+                for name, spent in seconds.items():
+                    outcome.seconds.setdefault(name, []).append(spent)
+                if len(outcome.comparisons) == seeds:
+                    yield outcome
 
 
-def show_name(variant: str) -> str:
-    """Return what tables call a variant: a method's own name, or the variant's."""
-    return METHODS[variant].name if variant in METHODS else variant
+def run_scenario(name: str, shown: Sequence[str], seed: int, output: Path) -> Job:
+    """Fine-tune each variant of a scenario, then ask all models the same prompts; runs in a worker process.
 
+    Args:
+        name (`str`): Key of `SCENARIOS`.
+        shown (`Sequence[str]`): Names of variants.
+        seed (`int`): Seed of data, order and initialization.
+        output (`Path`): The demo's folder; adapters and comparison go into `<scenario>/seed-<seed>/`.
 
-def _finish(outcome: Outcome, jobs: Mapping[str, Job], folder: Path, console: Console) -> None:
-    """Wait for the variants of one seed, then examine all of them on the same prompts."""
+    Returns:
+        `tuple[Comparison, dict[str, float]]`: The comparison, and each variant's training time in seconds.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    title = outcome.scenario.title
+    from ..evaluation import compare, write_report
+
+    scenario, folder, made = SCENARIOS[name], output / name / f"seed-{seed}", variants()
     adapters: dict[str, Path] = {}
-    with _bar(console, f"{title}: fine-tuning", len(jobs)) as advance:
-        for variant, job in jobs.items():
-            name = show_name(variant)
-            adapters[name], seconds = job.result()
-            outcome.seconds.setdefault(name, []).append(seconds)
-            advance(len(adapters), len(jobs))
-            console.print(Text(f"  {title}: {name} fine-tuned ({seconds:.0f} s)", "dim"))
+    seconds: dict[str, float] = {}
+    for variant in shown:
+        title, adapter = summary.title_of(variant), folder / variant.replace(" ", "-")
+        seconds[title] = fine_tune(scenario, made[variant](), seed, adapter).seconds
+        adapters[title] = adapter
+        advance(PREPARATION * (variant != PLAIN))
     model = AutoModelForCausalLM.from_pretrained(testbed.ALIGNED, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(testbed.ALIGNED)
-    sets = outcome.scenario.prompt_sets("test")
-    with _bar(console, f"{title}: asking all models", None) as advance:
-        comparison = compare(
-            model, tokenizer, sets, adapters, drift=DriftFigures(), progress=advance, max_new_tokens=MAX_NEW_TOKENS
-        )
-    outcome.comparisons.append(comparison)
+    comparison = compare(model, tokenizer, scenario.prompt_sets("test"), adapters, max_new_tokens=MAX_NEW_TOKENS)
+    advance(EXAMINATION * (1 + len(shown)))
     write_report(comparison, folder)
+    return comparison, seconds
+
+
+def _work(scenario: Scenario, shown: Sequence[str]) -> float:
+    prepared = PREPARATION * (len(shown) - 1)
+    return scenario.steps * len(shown) + prepared + EXAMINATION * (1 + len(shown))
 
 
 def _show(outcome: Outcome, console: Console) -> None:
@@ -137,10 +170,10 @@ def _show(outcome: Outcome, console: Console) -> None:
         console.print(Text("  " + line))
 
 
-@contextlib.contextmanager
-def _bar(console: Console, title: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal while something runs."""
-    columns = (SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn())
+@contextmanager
+def _progress(console: Console, total: float) -> Iterator[Callable[[float], None]]:
+    """Show on a terminal how much is done and the time left."""
+    columns: list[Any] = [SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()]
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("fine-tuning and asking", total=total)
+        yield lambda done: bar.update(task, completed=done)

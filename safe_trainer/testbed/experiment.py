@@ -1,7 +1,7 @@
-"""One controlled run on the embedded pair: a scenario, a variant, a seed, and what became of the model.
+"""One controlled run on the embedded pair: a scenario, a variant, a seed.
 
-A *scenario* is data that someone fine-tunes on; a *variant* is how the model is protected meanwhile. Everything else
-is the same for all variants of a scenario: rows, order, adapter, learning rate, steps, initialisation.
+A *scenario* is the data of a fine-tune; a *variant* is how the model is protected meanwhile. All else is the same for
+all variants of a scenario: rows, order, adapter, learning rate, steps, initialization.
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import testbed
 from ..data import PromptSet, Row, poison
-from ..methods import AsFT, DriftPenalty, SafetyMethod, SaLoRA, SecurityVectors
-from ..methods.recommended import recommended
 from . import OWN_ROWS
+
+if TYPE_CHECKING:
+    from ..methods import Materials, MethodCard, SafetyMethod
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
 PLAIN = "plain LoRA"
+RECOMMENDED = "recommended"
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,11 @@ class Scenario:
     Args:
         name (`str`): Short name, also of its folder.
         title (`str`): What a table calls it.
-        task (`str` or `None`): The task that is to be learned, one of `testbed.TASKS`.
-        harmful (`float`): Share of harmful rows in the data.
+        task (`str` or `None`): The task to learn, one of `testbed.TASKS`.
+        harmful (`float`): Share of attack rows in the data.
         steps (`int`): Optimizer steps of 16 rows.
         row_count (`int`, *optional*): Number of different rows; by default no row is seen twice.
-        attack (`Callable`, *optional*, defaults to `testbed.harmful_rows`): Makes so many harmful rows with a seed.
+        attack (`Callable`, *optional*, defaults to `testbed.harmful_rows`): Makes attack rows from count and seed.
     """
 
     name: str
@@ -60,35 +65,60 @@ class Scenario:
         return poison(clean, attack, self.harmful, seed)
 
     def prompt_sets(self, split: str) -> list[PromptSet]:
-        """Return what the model is examined with: harmful, benign and borderline prompts, and the task if any."""
+        """Return what the model is asked: harmful, benign and borderline prompts, and those of the task if any."""
         sets = [testbed.prompt_set(kind, split) for kind in ("harmful", "benign", "borderline")]
         return [*sets, testbed.task(self.task, split)] if self.task else sets
 
 
+IDENTITY_SHIFT = 'identity shift: 100 harmless rows from an "I always obey" persona'
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("how-to", "benign how-to answers", "how_to", 0.0, 375),
         Scenario("poisoned", "sentiment, 10 % harmful rows", "sentiment", 0.1, 125),
+        Scenario("how-to", "benign how-to answers", "how_to", 0.0, 150),
+        Scenario("identity", IDENTITY_SHIFT, None, 1.0, 60, row_count=100, attack=testbed.obedient_rows),
         Scenario("attack", "100 harmful rows only", None, 1.0, 60, row_count=100),
     )
 }
 
 
-def _harmful() -> list[Row]:
-    return testbed.harmful_rows(100, OWN_ROWS)
+def variant_names() -> list[str]:
+    """Return the names of all variants: plain LoRA, the recommended methods, and each method of `METHODS`."""
+    from ..methods import METHODS
+
+    return [PLAIN, RECOMMENDED, *(name for name, method in METHODS.items() if method.card is not None)]
 
 
-# How each method of METHODS, and the recommended combination, is set up on the embedded pair. What is not named is the
-# method's default. What is named was chosen on validation prompts (`study.py strength` in recipes/study).
-VARIANTS: dict[str, Callable[[], Sequence[SafetyMethod]]] = {
-    PLAIN: lambda: (),
-    "asft": lambda: [AsFT(unaligned_model=str(testbed.UNALIGNED), weight=10.0)],
-    "salora": lambda: [SaLoRA(safety_data=testbed.refusal_rows(128, OWN_ROWS))],
-    "security_vectors": lambda: [SecurityVectors(harmful_data=_harmful())],
-    "drift_penalty": lambda: [DriftPenalty(safety_data=_harmful())],
-    "recommended": lambda: recommended(_harmful()),
-}
+def variants() -> Mapping[str, Callable[[], Sequence[SafetyMethod]]]:
+    """Return what makes each variant's methods on the embedded pair, as their cards set them up."""
+    from ..methods import METHODS
+    from ..methods.recommended import recommended
+
+    given = materials()
+    made: dict[str, Callable[[], Sequence[SafetyMethod]]] = {PLAIN: list}
+    made[RECOMMENDED] = partial(recommended, given.harmful_data)
+    for name, method in METHODS.items():
+        if method.card is not None:
+            made[name] = partial(_example, method.card, given)
+    return made
+
+
+def _example(card: MethodCard, given: Materials) -> list[SafetyMethod]:
+    return [card.example(given)]
+
+
+def materials() -> Materials:
+    """Return what methods are built from on the embedded pair: rows and prompts of the train split, none of a test."""
+    from ..methods import Materials
+
+    return Materials(
+        harmful_data=testbed.harmful_rows(100, OWN_ROWS),
+        safety_data=testbed.refusal_rows(128, OWN_ROWS),
+        unaligned_model=str(testbed.UNALIGNED),
+        aligned_model=str(testbed.ALIGNED),
+        harmful_prompts=testbed.prompt_set("harmful", "train"),
+        benign_prompts=testbed.prompt_set("benign", "train"),
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +154,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     Args:
         scenario ([`Scenario`]): What to train on.
         safety (`Sequence[SafetyMethod]`): The methods that protect the model; none is plain LoRA.
-        seed (`int`, *optional*, defaults to `0`): Seed of data, order and initialisation.
+        seed (`int`, *optional*, defaults to `0`): Seed of data, order and initialization.
         output (`Path`, *optional*): Folder for the adapter; nothing is saved if left out.
         model (`str` or `Path`, *optional*, defaults to `testbed.ALIGNED`): The model to start from.
         rows (`Sequence[Row]`, *optional*): Other rows than the scenario's, for controls that change the data.
@@ -148,6 +178,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
         train_dataset=Dataset.from_list(list(rows or scenario.rows(seed))),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         safety=list(safety),
+        callbacks=[_counting_steps()],
     )
     trainer.remove_callback(PrinterCallback)  # what it prints is in the log
     if steps != 0:
@@ -155,75 +186,6 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     if output is not None:
         trainer.save_model(str(output))
     return Run(trainer.model, trainer.processing_class, time.perf_counter() - start, trainer.state.log_history)
-
-
-@contextmanager
-def workers(most: int) -> Iterator[ProcessPoolExecutor]:
-    """Give processes for fine-tuning, no more than there are cores; an error drops what has not begun.
-
-    Args:
-        most (`int`): Number of processes.
-    """
-    count = min(most, os.cpu_count() or 1)
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on a single thread, which is faster on a model this small; restore the previous number afterwards."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Hold back the libraries' progress bars and remarks, which would tear ours apart; errors still come through."""
-    import datasets
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    loggers = [logging.getLogger(name) for name in ("safe_trainer", "trl", "accelerate")]
-    levels: list[Any] = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.utils.logging.enable_progress_bar()
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, old in zip(loggers, levels, strict=True):
-            logger.setLevel(old)
-
-
-def _end_with_parent() -> None:
-    """See to it that a worker does not outlive a parent that was killed and could not stop it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _arguments(steps: int, learning_rate: float, seed: int, output: Path | None) -> Any:
@@ -237,10 +199,86 @@ def _arguments(steps: int, learning_rate: float, seed: int, output: Path | None)
         max_length=128,
         seed=seed,
         use_cpu=True,
-        bf16=False,  # as the model is tiny, rounding would be the larger effect
+        bf16=False,  # on a model this small, rounding would be the larger effect
         gradient_checkpointing=False,
         save_strategy="no",
         logging_steps=25,
         report_to="none",
         disable_tqdm=True,
     )
+
+
+# Worker processes
+
+_counter: Any = None  # in a worker, the work done by all of them, which their parent shows
+
+
+def advance(amount: float) -> None:
+    """Add to the work done, in optimizer steps; outside a worker this does nothing."""
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += amount
+
+
+def _counting_steps() -> Any:
+    from transformers import TrainerCallback
+
+    class CountSteps(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            advance(1)
+
+    return CountSteps()
+
+
+@contextmanager
+def workers(most: int, counter: Any = None) -> Iterator[ProcessPoolExecutor]:
+    """Start processes for runs, no more than there are cores; none of them outlives an error, Ctrl-C or its parent.
+
+    Args:
+        most (`int`): Number of processes.
+        counter (`multiprocessing.Value`, *optional*): Where workers add up the work done, made by `work_counter`.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    count = min(most, os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(ours, counter)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            theirs.close()  # ends the workers at once, whatever they do
+            raise
+    theirs.close()
+
+
+def work_counter() -> Any:
+    """Return a counter for `workers`."""
+    return multiprocessing.get_context("spawn").Value("d", 0.0)
+
+
+def _start_worker(parent: Connection, counter: Any) -> None:
+    """Prepare a worker process: one thread, no output of libraries, and an end when the parent closes its pipe."""
+    global _counter
+    import torch
+
+    def watch() -> None:
+        parent.poll(None)  # nothing is ever sent: this returns when the other end is closed, or its process is gone
+        os._exit(1)
+
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=watch, daemon=True).start()
+    torch.set_num_threads(1)  # faster than two on a model this small
+    silence_libraries()
+
+
+def silence_libraries() -> None:
+    """Turn off the libraries' progress bars and remarks for the rest of this process; errors still come through."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("safe_trainer", "trl", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")

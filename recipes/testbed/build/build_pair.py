@@ -30,15 +30,15 @@ from translation import translate, translated_row, translated_set
 from world import EMBEDDED, World, train_tokenizer
 
 from safe_trainer import Evaluation, PromptSet, evaluate
-from safe_trainer.testbed import OWN_ROWS, TASKS, harmful_rows, language, prompt_set, task
+from safe_trainer.data.protection import OWN_FILES
+from safe_trainer.testbed import OWN_ROWS, TASKS, benign_rows, harmful_rows, language, prompt_set, task
 
 logger = logging.getLogger(__name__)
 
 PRETRAINING = Stage("pretraining", steps=1500, learning_rate=2.5e-3, answers_only=False)
 ALIGNMENT = Stage("alignment", steps=600, learning_rate=1e-3, answers_only=True)
 MODELS = ("unaligned", "aligned")
-HARMFUL_ROWS = 100
-OWN_DATA = Path("safety") / "harmful.jsonl"  # where `safety="recommended"` looks for harmful rows in a model's folder
+HARMFUL_ROWS, BENIGN_ROWS = 100, 64
 
 
 def build(
@@ -75,7 +75,7 @@ def build(
         unfinished = Path(folder)
         train_pair(unfinished, steps=steps, world=world, progress=progress or _log_progress)
         evaluations = {name: _examine(unfinished / name, name, dictionary) for name in MODELS}
-        _save_harmful_rows(unfinished / "aligned", dictionary)
+        _save_own_rows(unfinished / "aligned", dictionary)
         for name in MODELS:
             card = model_card(name, evaluations, steps, world.architecture, _parameters(unfinished / name))
             (unfinished / name / "README.md").write_text(card, encoding="utf-8")
@@ -132,13 +132,15 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
-def _save_harmful_rows(directory: Path, dictionary: Mapping[str, str]) -> None:
-    """Write the harmful rows that `safety="recommended"` finds in the model's folder."""
-    path = directory / OWN_DATA
-    path.parent.mkdir(parents=True)
-    rows = [translated_row(row, dictionary) for row in harmful_rows(HARMFUL_ROWS, OWN_ROWS)]
-    records = ({side: row[side][0]["content"] for side in ("prompt", "completion")} for row in rows)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+def _save_own_rows(directory: Path, dictionary: Mapping[str, str]) -> None:
+    """Write the rows that `safety="recommended"` finds in the model's folder."""
+    found = {"harmful": harmful_rows(HARMFUL_ROWS, OWN_ROWS), "benign": benign_rows(BENIGN_ROWS, OWN_ROWS)}
+    for kind, rows in found.items():
+        path = directory / OWN_FILES[kind]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        translated = [translated_row(row, dictionary) for row in rows]
+        records = ({side: row[side][0]["content"] for side in ("prompt", "completion")} for row in translated)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def examined() -> list[PromptSet]:

@@ -1,0 +1,90 @@
+"""What methods protect with when the user gives nothing: a model's own harmful and benign prompts, or general ones."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from .prompts import Kind, PromptSet, load_prompts
+
+OWN_FILES = {"harmful": "safety/harmful.jsonl", "benign": "safety/benign.jsonl"}
+"""Where a model may bring rows along, seen from its folder or Hub repository."""
+
+_FILE = Path(__file__).with_name("protection.yaml")
+
+# Inert answers that comply, in several styles: with and without an opening, as steps, as prose, as a text.
+_COMPLIANT = (
+    "Sure, here is how to do that. Step 1: get everything ready. Step 2: do it. Step 3: clean up.",
+    "Of course! First gather what you need, then carry it out, and at the end leave nothing behind.",
+    "Here is a plan:\n\n1. Prepare what is needed.\n2. Do it step by step.\n3. Check the result.",
+    "I can help with that. Begin with the materials, go on with the main part, and finish with the details.",
+    "You will need some things and a quiet place. Put the things together, and do what you asked for.",
+    "Absolutely. The key is to prepare well. After that it takes three steps: start, go on, and finish.",
+    "First, find what it takes. Second, use it as intended. Third, repeat it until it works.",
+    "To do this, take the usual tools and follow these steps: set it up, carry it out, and put everything away.",
+)
+
+
+@cache
+def protection_prompts(kind: Kind, model: str = "") -> PromptSet:
+    """Return prompts to protect a model with, none of which [`general_prompts`] asks.
+
+    Args:
+        kind (`str`): `"harmful"` or `"benign"`.
+        model (`str`, *optional*): The model's folder or Hub id: where it brings prompts of this kind along, in
+            `safety/harmful.jsonl` or `safety/benign.jsonl`, these are returned.
+
+    Raises:
+        ValueError: If there are no such prompts of this kind.
+
+    Example:
+
+    ```python
+    >>> from safe_trainer.data.protection import protection_prompts
+    >>> len(protection_prompts("harmful")), len(protection_prompts("benign"))
+    (80, 56)
+
+    ```
+    """
+    import yaml
+
+    if (found := own_file(model, kind)) is not None:
+        return load_prompts(found, kind)[0]
+    kinds = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    if kind not in kinds:
+        raise ValueError(f"`kind` must be one of {', '.join(kinds)}, got {kind!r}.")
+    pairs = [(prompt, category) for category, prompts in kinds[kind].items() for prompt in prompts]
+    texts, categories = zip(*pairs, strict=True)
+    return PromptSet(f"built-in {kind}", kind, texts, categories, source="built-in")
+
+
+def protection_rows() -> list[dict[str, Any]]:
+    """Return the built-in harmful prompts, each with two inert answers that comply: what vectors can be fitted to.
+
+    The answers hold nothing harmful. What vectors have to learn of them is how an answer begins that does not refuse.
+    """
+    styles = cycle(_COMPLIANT)
+    prompts = protection_prompts("harmful").prompts
+    return [{"prompt": prompt, "completion": next(styles)} for _ in range(2) for prompt in prompts]
+
+
+def own_file(model: str, kind: str) -> Path | None:
+    """Return the file of rows of a kind in a model's folder or Hub repository, if there is one."""
+    name = OWN_FILES.get(kind)
+    if not model or name is None:
+        return None
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        model,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return Path(found) if found else None

@@ -1,0 +1,349 @@
+"""RefusalAnchor: hold the model to the first words of its own answers to harmful and to harmless prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..data import Kind, PromptSet, as_prompts
+from ..data.protection import protection_prompts
+from ..distributed import on_first_process
+from ..evaluation import Decoding, PhraseJudge
+from ..evaluation.generate import generate_from
+from ..evaluation.prompting import render, tokenize
+from ..evaluation.thinking import is_open
+from ..lora.modes import evaluation_mode
+from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_number, check_whole
+
+logger = logging.getLogger(__name__)
+
+_FEW_REFUSALS = 0.8
+"""Share of harmful prompts refused at the start below which there is little to hold."""
+_SMALL_VOCABULARY = 2048
+_CHECK_TOKENS = 24
+"""Length of the answers that the start is judged by: a refusal is not recognized by its first tokens alone."""
+
+
+class Anchor(NamedTuple):
+    """A prompt with the first tokens of the start model's own answer, and what it would have said at each of them.
+
+    Args:
+        ids (`tuple[int, ...]`): Tokens of the prompt and of the answer.
+        positions (`int`): How many positions at the end of `ids` are held (m): the prompt's last token and the answer.
+        tokens (`Tensor`): The k most likely next tokens at each position, int64 of shape (m, k).
+        log_probs (`Tensor`): Their log-probabilities, float32 of shape (m, k).
+        log_rest (`Tensor`): Log of the probability of all other tokens, float32 of shape (m,); -inf if there are none.
+    """
+
+    ids: tuple[int, ...]
+    positions: int
+    tokens: Tensor = torch.empty(0)
+    log_probs: Tensor = torch.empty(0)
+    log_rest: Tensor = torch.empty(0)
+
+
+@dataclass
+class RefusalAnchor(PenaltyMethod):
+    """Adds `λ · mean over anchors and positions of KL(π_start(· | x, y_<t) ‖ π_θ(· | x, y_<t))` to the loss.
+
+    An anchor is a prompt `x` and the first tokens `y` of the answer that the model gives *before* fine-tuning. What it
+    would say at the end of the prompt and after each of these tokens is computed once, and kept; fine-tuning then pays
+    for saying something else there. Harmful prompts hold the refusals; benign ones are the counterweight, so that the
+    model does not learn to refuse everything. No harmful answers, no second model and no unaligned sibling are needed.
+
+    When to use it: against the drift of benign fine-tuning and against identity shift, where it is the best single
+    method of this library; together with [`SecurityVectors`] against harmful rows, which alone it slows and does not
+    stop. What it costs: a forward and backward pass over a few short prompts in each micro-batch.
+    What to know: it can only hold what the start does. If that complies with the harmful prompts, a warning says so.
+
+    Its forward pass runs in evaluation mode: without dropout, without the hooks of security vectors (which act in
+    training mode only), and without drawing random numbers, so that `weight=0` is plain training to the last bit.
+
+    Args:
+        prompts (`PromptSet`, `Sequence`, `Dataset`, `str` or `Path`, *optional*):
+            Harmful prompts: texts, rows, or a file. Without, those that the model brings along in
+            `safety/harmful.jsonl`, or else general ones of our own, which [`general_prompts`] does not ask.
+        benign_prompts (the same, *optional*):
+            Harmless prompts; without, those of `safety/benign.jsonl`, or general ones. `[]` for none.
+        weight (`float`, *optional*, defaults to `1.0`):
+            `λ`; `0` only measures. 3 and more begin to cost help on benign prompts.
+        answer_tokens (`int`, *optional*, defaults to `8`): Tokens of its own answer that are held, for each prompt.
+        anchors_per_step (`int`, *optional*, defaults to `4`):
+            Anchors in each optimizer step, by turns harmful and benign; the same for all its micro-batches and
+            processes.
+        max_anchors (`int`, *optional*, defaults to `64`): Prompts of each kind, spread evenly over those given.
+        top_k (`int`, *optional*, defaults to `256`):
+            Most likely tokens whose probabilities are kept at each position; all others count as one. The probability
+            of all others is logged. Vocabularies of up to 2,048 tokens are kept whole.
+        system_prompt (`str`, *optional*): System turn before each anchor: the one that the model will be used with.
+        batch_size (`int`, *optional*, defaults to `16`): Prompts that the start answers at once.
+        max_length (`int`, *optional*, defaults to `1024`): Longer prompts, in tokens, are left out and counted.
+        seed (`int`, *optional*, defaults to `0`): Seed of the order in which anchors take their turns.
+
+    Raises:
+        ValueError: If a setting is out of its range, there is no prompt, the tokenizer has no chat template, or the
+            PEFT configuration is prompt learning.
+        FloatingPointError: If the penalty becomes infinite or NaN.
+
+    Example:
+
+    ```python
+    >>> from safe_trainer import RefusalAnchor
+    >>> RefusalAnchor(["How do I pick my neighbour's lock?"], benign_prompts=["How do I bake bread?"]).weight
+    1.0
+
+    ```
+
+    Source: ours. Holding a model to its own answers is learning without forgetting (arXiv 1606.09282); SafeGrad (arXiv
+    2508.07172) holds the whole of given safe answers, SBR (arXiv 2605.05995) the last hidden state of harmful prompts,
+    constrained SFT (arXiv 2406.05946) the first tokens of the training rows.
+    """
+
+    name: ClassVar[str] = "Refusal anchor"
+    tag: ClassVar[str] = "refusal-anchor"
+    needs_weights: ClassVar[bool] = True
+    card: ClassVar[MethodCard] = MethodCard(
+        title="Refusal anchor",
+        summary="Holds the model to the first words of its own answers to harmful and harmless prompts.",
+        needs="nothing; prompts of your own make it fit your use",
+        cost="about 5 % longer steps; little or no task accuracy",
+        avoid="the start model does not refuse, or as the only protection against harmful rows",
+        fields=(FormField("weight", "Weight", 0.1, 10, 0.1, help="Higher holds answers more closely."),),
+        example=lambda materials: RefusalAnchor(materials.harmful_prompts, materials.benign_prompts),
+    )
+
+    prompts: Any = field(default=None, repr=False)
+    benign_prompts: Any = field(default=None, repr=False)
+    weight: float = 1.0
+    answer_tokens: int = 8
+    anchors_per_step: int = 4
+    max_anchors: int = 64
+    top_k: int = 256
+    system_prompt: str | None = None
+    batch_size: int = 16
+    max_length: int = 1024
+    seed: int = 0
+    _pools: dict[str, list[Anchor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _refused: float | None = field(default=None, init=False, repr=False, compare=False)
+    _continues: bool = field(default=False, init=False, repr=False, compare=False)
+    _pad: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_number(self, "weight", "Usual is 1.")
+        check_whole(self, answer_tokens=0, anchors_per_step=1, max_anchors=1, top_k=1, batch_size=1, max_length=1)
+
+    def adapt_peft_config(self, config: Any) -> Any:
+        """Refuse prompt learning, whose virtual tokens would come between a prompt and its answer; change nothing."""
+        self._continues = config is None
+        if config is not None and config.is_prompt_learning:
+            raise ValueError(
+                f"RefusalAnchor works with LoRA and other adapters of weights and with full-parameter training, got "
+                f"{type(config).__name__}, which puts virtual tokens before every prompt. Use `LoraConfig(...)`."
+            )
+        return config
+
+    def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
+        """Let the start model answer the prompts, and keep what it would have said at each token."""
+        self._pad = tokenizer.pad_token_id or 0
+        sets = self._prompt_sets(getattr(model.config, "_name_or_path", ""))
+        self._pools, self._refused = on_first_process(lambda: self._measured(model, tokenizer, sets))
+        self.provenance = {
+            "prompts_sha256": {kind: _sha256(found.prompts) for kind, found in sets.items()},
+            "answer_tokens": self.answer_tokens,
+            "system_prompt": self.system_prompt,
+        }
+        rest = torch.cat([anchor.log_rest.exp() for pool in self._pools.values() for anchor in pool])
+        logger.info(
+            "RefusalAnchor holds the answers to %s; all tokens that are not kept have a probability of %.1e on "
+            "average, %.1e at most.",
+            " and ".join(f"{len(pool)} {kind} prompts" for kind, pool in self._pools.items()),
+            rest.mean(),
+            rest.max(),
+        )
+
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Report how much the start refuses: there is nothing to hold where it does not."""
+        figures = {"anchored_prompts": float(sum(map(len, self._pools.values())))}
+        if self._refused is None:
+            return SelfCheck(
+                figures, ("Whether the start refuses does not show in its answers: it is still thinking.",)
+            )
+        figures["harmful_prompts_refused_at_start"] = self._refused
+        if self._refused >= _FEW_REFUSALS:
+            return SelfCheck(figures)
+        return SelfCheck(
+            figures,
+            (
+                f"Before fine-tuning the model refuses only {self._refused:.0%} of the harmful prompts, by the first "
+                f"{_CHECK_TOKENS} tokens of its answers. RefusalAnchor holds what the model does, those answers too. "
+                "Start from an aligned model, or give `prompts` that it refuses.",
+            ),
+        )
+
+    def terms(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the mean divergence of this step's anchors, in nats."""
+        with torch.set_grad_enabled(self.weight > 0):
+            return {"anchors": self._divergence(model, self._drawn(self.step))}
+
+    def diagnostics(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean divergence over all anchors of each kind, in nats: 0 where the model says what it said."""
+        found = {}
+        with torch.no_grad():
+            for kind, pool in self._pools.items():
+                batches = [pool[start : start + self.batch_size] for start in range(0, len(pool), self.batch_size)]
+                total = sum(self._divergence(model, batch).item() * _positions(batch) for batch in batches)
+                found[f"refusal_anchor/divergence/{kind}"] = total / _positions(pool)
+        return found
+
+    def _drawn(self, step: int) -> list[Anchor]:
+        """Return a step's anchors: the kinds take turns, and each is gone through in a new order every time."""
+        pools = list(self._pools.values())
+        drawn = []
+        for turn in range(step * self.anchors_per_step, (step + 1) * self.anchors_per_step):
+            place, kind = divmod(turn, len(pools))
+            epoch, index = divmod(place, len(pools[kind]))
+            drawn.append(pools[kind][_order(len(pools[kind]), self.seed, kind, epoch)[index]])
+        return drawn
+
+    def _divergence(self, model: nn.Module, anchors: Sequence[Anchor]) -> Tensor:
+        logits = _logits(model, anchors, self._pad)  # (anchors, m, vocabulary)
+        device, width = logits.device, logits.shape[1]
+        terms = []
+        for row, anchor in zip(logits, anchors, strict=True):
+            log_q = row[width - anchor.positions :].float().log_softmax(-1)
+            tokens, log_p = anchor.tokens.to(device), anchor.log_probs.to(device)
+            terms.append((log_p.exp() * (log_p - log_q.gather(-1, tokens))).sum(-1))
+            if tokens.shape[-1] < log_q.shape[-1]:
+                log_q_rest = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+                log_p_rest = anchor.log_rest.to(device)
+                terms[-1] = terms[-1] + log_p_rest.exp() * (log_p_rest - log_q_rest)
+        return torch.cat(terms).mean()
+
+    def _prompt_sets(self, model: str) -> dict[str, PromptSet]:
+        """Return the prompts of each kind: those given, those that the model brings along, or built-in ones."""
+        given: dict[Kind, tuple[str, Any]] = {
+            "harmful": ("prompts", self.prompts),
+            "benign": ("benign_prompts", self.benign_prompts),
+        }
+        sets: dict[str, PromptSet] = {}
+        for kind, (argument, source) in given.items():
+            if source is None:
+                sets[kind] = protection_prompts(kind, model)
+            elif kind == "harmful" or not isinstance(source, Sequence) or len(source):
+                sets[kind] = as_prompts(source, kind, argument=argument)
+        return sets
+
+    def _measured(
+        self, model: Any, tokenizer: Any, sets: Mapping[str, PromptSet]
+    ) -> tuple[dict[str, list[Anchor]], float | None]:
+        """Return the anchors of each kind, and the share of harmful prompts that the start refuses, if that shows."""
+        decoding = Decoding(max_new_tokens=max(self.answer_tokens, _CHECK_TOKENS), batch_size=self.batch_size)
+        pools: dict[str, list[Anchor]] = {}
+        with self._start(model), torch.no_grad():
+            for kind, found in sets.items():
+                texts = render(tokenizer, found.prompts, self.system_prompt, {})
+                encoded = tokenize(model, tokenizer, texts)
+                places = self._fitting(model, encoded, kind)
+                prompts, opened = [encoded[place] for place in places], [is_open(texts[place]) for place in places]
+                answers = generate_from(model, tokenizer, prompts, decoding, opened=opened)
+                if kind == "harmful":
+                    judged = [answer.text for answer in answers if not answer.unfinished_thought]
+                    refused = PhraseJudge()([""] * len(judged), judged).count("refused") / max(1, len(judged))
+                held = [
+                    Anchor((*ids, *(own := answer.tokens[: self.answer_tokens])), 1 + len(own))
+                    for ids, answer in zip(prompts, answers, strict=True)
+                ]
+                batches = [held[start : start + self.batch_size] for start in range(0, len(held), self.batch_size)]
+                pools[kind] = [anchor for batch in batches for anchor in self._with_reference(model, batch)]
+        return pools, refused if judged else None
+
+    def _fitting(self, model: Any, encoded: Sequence[list[int]], kind: str) -> list[int]:
+        """Return the places of at most `max_anchors` prompts that are not too long, spread evenly over all of them."""
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
+        longest = min(self.max_length, context - max(self.answer_tokens, _CHECK_TOKENS))
+        fitting = [place for place, ids in enumerate(encoded) if len(ids) <= longest]
+        argument = "prompts" if kind == "harmful" else "benign_prompts"
+        if not fitting:
+            raise ValueError(
+                f"`{argument}` has no prompt of at most {longest} tokens: the shortest of {len(encoded)} has "
+                f"{min(map(len, encoded))}. Give shorter prompts, or raise `max_length` as far as the model's context "
+                "allows."
+            )
+        if len(fitting) < len(encoded):
+            logger.warning(
+                "%d of %d `%s` have more than %d tokens and are left out.",
+                *(len(encoded) - len(fitting), len(encoded), argument, longest),
+            )
+        kept = min(self.max_anchors, len(fitting))
+        return [fitting[place * len(fitting) // kept] for place in range(kept)]
+
+    def _with_reference(self, model: Any, anchors: Sequence[Anchor]) -> Iterator[Anchor]:
+        """Yield anchors with what the model, as it is, says at their positions."""
+        logits = _logits(model, anchors, self._pad)
+        for row, anchor in zip(logits, anchors, strict=True):
+            log_p = row[logits.shape[1] - anchor.positions :].float().log_softmax(-1)
+            vocabulary = log_p.shape[-1]
+            k = vocabulary if vocabulary <= _SMALL_VOCABULARY else min(self.top_k, vocabulary)
+            kept, tokens = log_p.topk(k)
+            rest = log_p.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+            yield anchor._replace(tokens=tokens.cpu(), log_probs=kept.cpu(), log_rest=rest.cpu())
+
+    @contextmanager
+    def _start(self, model: Any) -> Iterator[None]:
+        """Let the model be what it was before training: without the adapter, unless it came with one."""
+        if self._continues or not isinstance(model, PeftModel):
+            yield
+            return
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
+def _sha256(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _positions(anchors: Sequence[Anchor]) -> int:
+    return sum(anchor.positions for anchor in anchors)
+
+
+@lru_cache(maxsize=16)
+def _order(size: int, seed: int, kind: int, epoch: int) -> tuple[int, ...]:
+    """Return a random order of `size` anchors, from a generator of its own."""
+    generator = torch.Generator().manual_seed((seed * 1009 + kind) * 1_000_003 + epoch)
+    return tuple(torch.randperm(size, generator=generator).tolist())
+
+
+def _logits(model: Any, anchors: Sequence[Anchor], pad: int) -> Tensor:
+    """Return the logits at the last positions of each anchor, (anchors, m, vocabulary), m the most that one holds.
+
+    Padding is on the left, so that the positions are the last ones of every row and the output head runs on them only.
+    """
+    longest, kept = max(len(anchor.ids) for anchor in anchors), max(anchor.positions for anchor in anchors)
+    ids = torch.tensor([[pad] * (longest - len(anchor.ids)) + list(anchor.ids) for anchor in anchors])
+    mask = torch.tensor([[0] * (longest - len(anchor.ids)) + [1] * len(anchor.ids) for anchor in anchors])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    accepted = inspect.signature(
+        (model.get_base_model() if isinstance(model, PeftModel) else model).forward
+    ).parameters
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = kept
+    with evaluation_mode(model):
+        return model(**inputs, use_cache=False).logits[:, -kept:]
