@@ -20,7 +20,7 @@ from ..artifacts.safety_basis import SafetyBasis, check_rank, load_or_measure_ba
 from ..distributed import from_first_process
 from ..lora import reparametrize as factors
 from ..lora import updates as adapters
-from .base import FormField, MethodCard, Paper, SafetyMethod, check_choices, check_whole
+from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_choices, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +199,19 @@ class SaLoRA(SafetyMethod):
         """Train `dA` and `dB` instead of the factors, for the length of `train()`."""
         with factors.trained_through(self._updates, self._rules):
             yield
+
+    def self_check(self, model: nn.Module) -> SelfCheck:
+        """Return how many directions are protected, and how much of the layers' activity they hold."""
+        if not self.rank:
+            return SelfCheck({}, ("`rank=0` protects no directions; nothing is protected.",))
+        held = [self._bases[name][side == "input"].shape[1] for name in self._bases for side in self._sides]
+        figures = {"protected directions (mean)": sum(held) / len(held)}
+        if self.safety_basis is not None:
+            shares = [
+                self.safety_basis.side(side)[name].explained_variance for name in self._bases for side in self._sides
+            ]
+            figures["explained variance (mean)"] = sum(shares) / len(shares)
+        return SelfCheck(figures)
 
     def covered_layers(self, model: nn.Module) -> list[str]:
         """Return the layers whose update is projected."""

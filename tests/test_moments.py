@@ -1,0 +1,305 @@
+"""The moments that few methods use, and what every method reports: token weights, gradients, coverage, self-checks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from runs import assert_close, even_rows, exact_settings, given, lora, run
+from trl import SFTTrainer
+
+from safe_trainer import METHODS, AsFT, DriftPenalty, SafeSFTTrainer, SafetyMethod, SaLoRA, SecurityVectors
+from safe_trainer.data import conversation
+from safe_trainer.distributed import Strategy
+from safe_trainer.methods import Materials, PenaltyMethod, SelfCheck
+from safe_trainer.methods.base import coverage
+
+HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
+REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
+
+
+def safe(*methods: SafetyMethod):
+    return lambda **arguments: SafeSFTTrainer(**arguments, safety=list(methods))
+
+
+def exact(folder, **changes):
+    config = {name: changes.pop(name) for name in list(changes) if name in SFT_FIELDS}
+    return given(
+        folder,
+        **{"args": exact_settings(folder, learning_rate=1.0, **config), "train_dataset": even_rows(12), **changes},
+    )
+
+
+SFT_FIELDS = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_steps", "loss_type"}
+
+
+# ---- token weights
+
+
+@dataclass
+class Upweight(SafetyMethod):
+    """Weights the tokens of a position."""
+
+    name: ClassVar[str] = "Upweight"
+    weights: tuple[float, ...] = (1.0,)
+    seen: list[torch.Size] = field(default_factory=list)
+
+    def token_weights(self, model, inputs):
+        self.seen.append(inputs["labels"].shape)
+        length = inputs["labels"].shape[1]
+        return torch.tensor(self.weights).repeat(length)[:length].expand(inputs["labels"].shape)
+
+
+def test_token_weights_of_one_change_nothing_and_of_two_double_the_step(tmp_path):
+    theirs = run(SFTTrainer, exact(tmp_path, max_steps=1))
+    same = run(safe(Upweight()), exact(tmp_path, max_steps=1))
+    twice = run(safe(Upweight((2.0,))), exact(tmp_path, max_steps=1))
+    assert_close(same.end, theirs.end, theirs.start)
+    expected = {name: 2 * theirs.end[name] - theirs.start[name] for name in theirs.end}
+    assert_close(twice.end, expected, theirs.start, tolerance=5e-3)
+
+
+def test_a_token_of_weight_zero_is_not_learned(tmp_path):
+    """The weights are those of the targets: a dataset with the other labels masked takes the same direction."""
+    rows = even_rows(12)
+    masked = [
+        {"input_ids": row["input_ids"], "labels": [t if i % 2 else -100 for i, t in enumerate(row["input_ids"])]}
+        for row in rows
+    ]
+    ours = run(safe(Upweight((0.0, 1.0))), exact(tmp_path, max_steps=1, train_dataset=rows))
+    theirs = run(SFTTrainer, exact(tmp_path, max_steps=1, train_dataset=Dataset.from_list(masked)))
+    tokens, kept = 11, 6  # targets of a row, and those of them at odd places
+    expected = {
+        name: theirs.start[name] + (theirs.end[name] - theirs.start[name]) * kept / tokens for name in theirs.end
+    }
+    assert_close(ours.end, expected, theirs.start, tolerance=5e-3)
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "dft"}, {"compute_loss_func": lambda *args, **kwargs: 0}])
+def test_token_weights_need_the_plain_loss(changes, tmp_path):
+    with pytest.raises(ValueError, match="Upweight weights tokens.*`compute_loss_func`"):
+        SafeSFTTrainer(**exact(tmp_path, **changes), safety=Upweight())
+
+
+# ---- gradients
+
+
+@dataclass
+class Halve(SafetyMethod):
+    """Halves every gradient, and keeps their norms."""
+
+    name: ClassVar[str] = "Halve"
+    norms: list[float] = field(default_factory=list)
+
+    def after_backward(self, model):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        for gradient in gradients:
+            gradient.mul_(0.5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_are_seen_once_per_optimizer_step_accumulated(accumulation, tmp_path):
+    size = {"per_device_train_batch_size": 12 // accumulation, "gradient_accumulation_steps": accumulation}
+    method = Halve()
+    theirs = run(SFTTrainer, exact(tmp_path, max_steps=1, **size))
+    ours = run(safe(method), exact(tmp_path, max_steps=1, **size))
+    assert len(method.norms) == 1
+    expected = {name: (theirs.start[name] + theirs.end[name]) / 2 for name in theirs.end}
+    assert_close(ours.end, expected, theirs.start, tolerance=5e-3)
+
+
+def test_gradients_are_seen_before_they_are_clipped(tmp_path):
+    method = Halve()
+    theirs = run(SFTTrainer, exact(tmp_path, max_steps=1, max_grad_norm=1e-3))
+    ours = run(safe(method), exact(tmp_path, max_steps=1, max_grad_norm=1e-3))
+    assert method.norms[0] > 1e-2
+    assert_close(ours.end, theirs.end, theirs.start, tolerance=5e-3)  # half of it is clipped to the same length
+
+
+# ---- strategies
+
+
+class Penalized(SafetyMethod):
+    name: ClassVar[str] = "Penalized"
+
+    def penalty(self, model):
+        return torch.zeros(())
+
+
+class Allowed(Penalized):
+    penalty_works_with_zero3: ClassVar[bool] = True
+
+
+def test_a_penalty_is_refused_under_zero3_unless_a_method_says_that_it_works():
+    zero3 = Strategy("ZeRO-3", is_sharded=True, has_weights=False)
+    with pytest.raises(ValueError, match="Penalized does not work with ZeRO-3.*FSDP2"):
+        Penalized().check_strategy(zero3)
+    Allowed().check_strategy(zero3)
+    SafetyMethod().check_strategy(zero3)
+    for stage in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        with pytest.raises(ValueError, match="reads gradients after the backward pass"):
+            Halve().check_strategy(Strategy(stage))
+
+
+# ---- coverage
+
+
+def test_coverage_is_reported_and_low_coverage_is_warned_about(tmp_path, caplog):
+    config = lora(modules_to_save=["lm_head"])
+    method = AsFT(projector="none", weight=0.5)
+    trainer = SafeSFTTrainer(**given(tmp_path, peft_config=config), safety=method)
+    model = trainer.model
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    expected = sum(size for name, size in sizes.items() if "lora_" in name) / sum(sizes.values())
+    report = trainer.safety_report["AsFT"]
+    assert report["coverage"] == pytest.approx(expected) and 0 < expected < 0.9
+    assert any("of the trained weights only" in warning for warning in report["warnings"])
+    assert "AsFT: it acts on" in caplog.text
+
+
+@pytest.mark.parametrize("method", [AsFT(projector="none"), DriftPenalty(safety_data=REFUSED, rank=4)])
+def test_a_lora_is_covered_completely(method, tmp_path, caplog):
+    trainer = SafeSFTTrainer(**given(tmp_path, peft_config=lora()), safety=method)
+    (report,) = trainer.safety_report.values()
+    assert report["coverage"] == 1.0 and report["warnings"] == [] and not caplog.text
+
+
+def test_a_method_that_acts_on_the_loss_covers_everything():
+    assert coverage(SafetyMethod(), tiny.model()) == 1.0
+
+
+# ---- self-checks
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+def reported(method: SafetyMethod, folder, pair) -> dict:
+    arguments = given(folder, model=pair[0], processing_class=None, peft_config=lora())
+    trainer = SafeSFTTrainer(**arguments, safety=method)
+    return trainer.safety_report[method.name]
+
+
+def test_vectors_report_the_loss_that_they_leave_and_warn_where_they_did_not_fit(pair, tmp_path):
+    short = {"rank": 2, "max_steps": 2}
+    report = reported(SecurityVectors(harmful_data=HARMFUL, fitting=short), tmp_path, pair)
+    figures = report["figures"]
+    assert figures["loss on harmful rows with vectors"] > figures["target loss"] == 0.02
+    assert figures["share of harmful rows below the target"] == 0.0
+    assert any("still teach something. Raise `max_steps`" in warning for warning in report["warnings"])
+    long = {"rank": 4, "max_steps": 300, "learning_rate": 0.01, "target_loss": 5.0}
+    report = reported(SecurityVectors(harmful_data=HARMFUL, fitting=long), tmp_path, pair)
+    assert report["figures"]["loss on harmful rows with vectors"] < 5 and report["warnings"] == []
+    assert report["figures"]["share of harmful rows below the target"] > 0
+
+
+def test_asft_reports_the_energy_of_the_direction(pair, tmp_path):
+    report = reported(AsFT(unaligned_model=pair[1], rank=4), tmp_path, pair)
+    assert 0 < report["figures"]["direction energy in the top 4 (mean)"] <= 1
+    report = reported(AsFT(unaligned_model=pair[1], projector="subspace", rank=4), tmp_path, pair)
+    assert report["figures"]["largest eigenvalue of C (median)"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "method", [DriftPenalty(safety_data=REFUSED, rank=4), SaLoRA(safety_data=REFUSED, rank=4, task_rank=0)]
+)
+def test_measured_subspaces_report_what_they_explain(method, pair, tmp_path):
+    report = reported(method, tmp_path, pair)
+    (share,) = (value for name, value in report["figures"].items() if "explained variance" in name)
+    assert 0 < share <= 1
+
+
+def test_a_weight_of_zero_and_a_rank_of_zero_are_said_to_protect_nothing(pair, tmp_path):
+    for method in (AsFT(projector="none", weight=0.0), SaLoRA(rank=0, task_rank=2)):
+        warnings = reported(method, tmp_path, pair)["warnings"]
+        assert any("nothing is protected" in warning for warning in warnings)
+
+
+# ---- penalties
+
+
+@dataclass
+class Terms(PenaltyMethod):
+    """A penalty with given terms."""
+
+    name: ClassVar[str] = "Terms"
+    weight: float = 2.0
+    values: dict[str, float] = field(default_factory=dict)
+
+    def terms(self, model):
+        return {name: torch.tensor(value) for name, value in self.values.items()}
+
+
+def test_a_penalty_is_the_weighted_sum_of_its_terms():
+    assert Terms(values={"a": 1.0, "b": 0.5}).penalty(tiny.model()).item() == 3.0
+    assert Terms().penalty(tiny.model()) is None
+    assert Terms(weight=0.0).self_check(tiny.model()) == SelfCheck(
+        {}, ("`weight=0` only measures; nothing is protected.",)
+    )
+
+
+def test_the_layers_of_a_penalty_that_is_not_finite_are_named_with_advice_that_can_be_followed():
+    with pytest.raises(FloatingPointError, match="in 1 of 2 layers, first `b`") as raised:
+        Terms(values={"a": 1.0, "b": float("nan")}).penalty(tiny.model())
+    assert "new run" in str(raised.value) and "lower `weight`" not in str(raised.value)
+
+
+def test_dora_is_refused_by_penalties_on_updates(tmp_path):
+    with pytest.raises(ValueError, match="use_dora"):
+        SafeSFTTrainer(**given(tmp_path, peft_config=LoraConfig(use_dora=True)), safety=Terms())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_a_model_that_is_spread_over_devices_is_penalized_layer_by_layer(pair):
+    def attached(model):
+        torch.manual_seed(0)
+        model = get_peft_model(model, lora(init_lora_weights=False))
+        found = {}
+        for method in (
+            AsFT(unaligned_model=pair[1], aligned_model=pair[0]),
+            DriftPenalty(safety_data=REFUSED, rank=4),
+        ):
+            method.attach(model, tiny.tokenizer(), None)
+            found[method.name] = method
+        return model, found
+
+    model, methods = attached(tiny.model())
+    expected = {name: method.penalty(model).item() for name, method in methods.items()}
+    spread = copy.deepcopy(model)
+    model.get_base_model().model.layers[1].to("cuda")
+    for name, method in methods.items():
+        penalty = method.penalty(model)
+        assert penalty.item() == pytest.approx(expected[name], rel=1e-5)
+        penalty.backward()
+    assert spread is not model
+
+
+# ---- settings and cards
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_card_builds_its_method_and_its_fields_are_settings(name):
+    card = METHODS[name].card
+    materials = Materials(HARMFUL, REFUSED, "unaligned", "aligned", ["Make a bad thing."], ["Make a good thing."])
+    method = card.example(materials)
+    assert type(method) is METHODS[name]
+    for field_ in card.fields:
+        assert hasattr(method, field_.name)
+    for text in (card.title, card.summary, card.needs, card.cost, card.avoid):
+        assert text and "\n" not in text
+    assert card.needs_unaligned == ("unaligned_model" in method.settings())
+
+
+def test_settings_are_those_that_differ_from_their_defaults():
+    assert AsFT(unaligned_model="base", weight=10.0).settings() == {"unaligned_model": "base", "weight": 10.0}
+    assert SecurityVectors("vectors").settings() == {"vectors": "vectors"}
+    assert SafetyMethod().settings() == {}
