@@ -117,9 +117,12 @@ class Conversation:
             return [{"text": self.turns[0].content}]
         roles = [turn.role for turn in self.turns]
         if roles[-1] != "assistant" or "user" not in roles:
-            others = f"; the columns {', '.join(self.unused)} are not used" if self.unused else ""
-            found = f"turns by {', '.join(roles)}{others}"
-            raise BadRowError("no answer", found, "a user's turn, and the assistant's at the end")
+            others = f"; not used: {', '.join(self.unused)}" if self.unused else ""
+            raise BadRowError(
+                "no answer",
+                f"turns by {', '.join(roles)}{others}",
+                "a user's turn, and the assistant's at the end, or the answer's column in `columns`",
+            )
         answered = (place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place])
         places = [place for place in answered if not self.turns[place].context]
         if any(turn.learned is not None for turn in self.turns):
@@ -223,7 +226,7 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
     unused = [
         name
         for name, content in columns.items()
-        if name not in (*style.columns, *style.uses)
+        if name not in (*style.columns, *style.uses, "", "unnamed: 0")
         and _has_content(content)
         and safety_label({name: content}) is None
     ]
@@ -348,7 +351,7 @@ def _side(columns: Columns, name: str, role: str, context: str = "") -> list[Tur
     value = _list(columns.get(name))
     if isinstance(value, list):
         return [_message(turn, context=role == "user") for turn in value]
-    parts = [_text(columns, name), _text(columns, context)]
+    parts = [_text(columns, name), _text(columns, context) if context else ""]
     return [Turn(role, "\n".join(part for part in parts if part))]
 
 

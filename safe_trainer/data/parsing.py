@@ -160,7 +160,7 @@ def _array(text: str, position: int) -> Records:
         number += 1
         record, position = _decoded(text, position, number)
         yield record
-        if text[position : position + 1] not in (",", "]") or re.match(r",\s*]", text[position:]):
+        if text[position : position + 1] not in (",", "]"):
             raise BrokenFileError(_place(text, position, number), _around(text, position), "`,` or `]` after a row")
         position = _SPACE.match(text, position + (text[position] == ",")).end()  # type: ignore[union-attr]
     rest = text[position + 1 :].strip()

@@ -283,18 +283,23 @@ def _elected_format(records: list[Record | RowError], report: DataReport) -> For
         header = " after its header" if report.kind in ("CSV", "TSV") else ""
         raise ValueError(f"`{report.source}` has no rows{header}. Was it written to the end?")
     votes: Counter[Format] = Counter()
+    errors: list[RowError] = []
     seen: list[str] = []
     for record in records:
         if isinstance(record, Record) and isinstance(record.value, Mapping | list | str):
             try:
                 seen = list(formats.columns_of(record.value))
-            except BadRowError:
+            except BadRowError as error:
+                errors.append(RowError(record.line, error.kind, error.found, error.expected, record.unit))
                 continue
             votes.update(filter(None, [formats.format_of(seen)]))
     if votes:
         return votes.most_common(1)[0][0]
-    troubles = [str(record) for record in records if isinstance(record, RowError)]
-    found = f"columns {', '.join(seen)}" if seen else troubles[0] if troubles else "values that are no rows"
+    for bad in (*(record for record in records if isinstance(record, RowError)), *errors):
+        report.add(bad)
+    if report.troubles and not seen:
+        raise ValueError(f"No row can be used.\n{report}")
+    found = f"columns {', '.join(seen)}" if seen else "values that are no rows"
     guessed = "".join(f" ({note})" for note in report.notes)
     known = "; ".join(f"{style.name} ({', '.join(style.columns)})" for style in formats.FORMATS if not style.alone)
     raise ValueError(
