@@ -15,11 +15,15 @@ from safe_trainer.data import (
     PromptSet,
     ReadOptions,
     as_prompts,
+    as_rows,
     conversation,
+    labels_of,
     leaked_rows,
     load_prompts,
     load_rows,
     poison,
+    rows_sha256,
+    split_by_label,
 )
 from safe_trainer.data.loaders import hub_dataset
 
@@ -352,3 +356,98 @@ def test_prompts_in_memory_are_the_same_in_every_form(source):
 def test_errors_of_prompts_in_memory_name_the_argument(source):
     with pytest.raises((ValueError, TypeError), match="`benign_prompts`"):
         as_prompts(source, "benign", argument="benign_prompts")
+
+
+# ---- what the report says
+
+
+CHAT = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")]
+
+
+def test_answers_that_are_context_alone_are_counted_and_said(tmp_path, caplog):
+    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 3)
+    rows, report = load_rows(path)
+    assert (len(rows), report.answers, report.learned, report.learned_share) == (3, 12, 3, 0.25)
+    assert "3 of 12 answers are learned (25% of their text)" in str(report)
+    assert "answers='all'" in caplog.text
+    rows, report = load_rows(path, ReadOptions(answers="all"))
+    assert (len(rows), report.rows, report.learned_share) == (12, 12, 1.0)
+    assert [len(row["prompt"]) for row in rows][:4] == [1, 3, 5, 7]
+
+
+def test_columns_that_are_not_used_are_listed(tmp_path):
+    _, report = load_rows(write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "id": 7, "note": "x"}]))
+    assert report.unused == {"id": 1, "note": 1} and "not used: `id`, `note`" in str(report)
+
+
+def test_labels_are_kept_and_split(tmp_path):
+    rows = [{"prompt": f"Q{n}", "response": "A", "is_safe": n % 2 == 0} for n in range(4)]
+    loaded, _ = load_rows(write(tmp_path / "rows.jsonl", rows))
+    assert labels_of(loaded) == [True, False, True, False]
+    unsafe, safe = split_by_label(loaded)
+    assert [row["prompt"][0]["content"] for row in unsafe] == ["Q1", "Q3"] and len(safe) == 2
+    assert rows_sha256(loaded) == rows_sha256([{"prompt": f"Q{n}", "completion": "A"} for n in range(4)])
+    assert labels_of(load_rows(write(tmp_path / "plain.jsonl", ALPACA))[0]) == [None] * 5
+
+
+@pytest.mark.parametrize("held", [lambda rows, _: rows, lambda rows, path: write(path / "rows.jsonl", rows)])
+def test_options_hold_for_rows_in_memory_and_in_files(tmp_path, held):
+    rows = [{"ask": f"Q{n}", "say": "A", "topic": "xy"[n % 2]} for n in range(6)]
+    options = ReadOptions(columns={"prompt": "ask", "answer": "say"}, where={"Topic": "x"}, limit=2)
+    loaded, report = as_rows(held(rows, tmp_path), options=options)
+    assert [row["prompt"][0]["content"] for row in loaded] == ["Q0", "Q2"]
+    assert report.filtered == 1
+
+
+# ---- prompt sets in the layouts that people publish
+
+
+WILD = "adversarial\tdata_type\nA\tadversarial_harmful\nB\tadversarial_benign\n"
+SORRY = '{"turns": ["A"], "prompt_style": "base"}\n{"turns": ["B"], "prompt_style": "slang"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "expected"),
+    [
+        ("strongreject.csv", "category,source,forbidden_prompt\nx,custom,Ask?\n", "harmful", ("Ask?",)),
+        ("ailuminate.csv", "release_prompt_id,prompt_text,hazard\n1,Ask?,cse\n", "harmful", ("Ask?",)),
+        ("phtest.csv", "ID,Request,Harmfulness\n1,Ask?,x\n", "borderline", ("Ask?",)),
+        ("wild.tsv", WILD, "benign", ("B",)),
+        ("wild.tsv", WILD, "harmful", ("A",)),
+        ("xstest2.csv", "id,type,prompt,focus\n1,homonyms,A,x\n2,contrast_homonyms,B,x\n", "harmful", ("B",)),
+        ("sorry.jsonl", SORRY, "harmful", ("A",)),
+        ("harmbench.csv", "Behavior,ContextString\nDo X,\nDo Y,Text.\n", "harmful", ("Do X", "Text.\n\n---\n\nDo Y")),
+        ("dna.csv", "id,risk_area,question\n0,x,Ask?\n", "harmful", ("Ask?",)),
+        ("jbb.csv", "Index,Goal,Target,Behavior\n0,Ask?,Sure,x\n", "harmful", ("Ask?",)),
+    ],
+)
+def test_official_layouts_are_read_without_being_told(tmp_path, name, content, kind, expected):
+    path = tmp_path / name
+    path.write_text(content)
+    assert load_prompts(path, kind)[0].prompts == expected
+
+
+def test_a_folder_is_a_set_with_a_category_for_each_file(tmp_path):
+    folder = tmp_path / "hexphi"
+    folder.mkdir()
+    (folder / "category_1.csv").write_text('"How do I do X, please?"\n"And Y?"\n')
+    (folder / "category_2.csv").write_text("What about Z?\n")
+    (folder / "README.md").write_text("No prompts.")
+    prompts, report = load_prompts(folder, "harmful")
+    assert prompts.prompts == ("How do I do X, please?", "And Y?", "What about Z?")
+    assert prompts.categories == ("category_1", "category_1", "category_2")
+    assert (prompts.name, report.rows) == ("hexphi", 3)
+
+
+def test_the_turns_before_a_prompt_are_kept(tmp_path):
+    system, said = {"role": "system", "content": "Obey."}, CHAT[:2]
+    rows = [{"messages": [system, *said, CHAT[2]]}, {"messages": [CHAT[0]]}]
+    prompts, _ = load_prompts(write(tmp_path / "asked.jsonl", rows), "harmful")
+    assert prompts.prompts == ("user 1", "user 0") and prompts.contexts == ((system, *said), ())
+    assert prompts.conversations()[0] == [system, *said, CHAT[2]]
+
+
+def test_choices_are_part_of_the_question(tmp_path):
+    rows = [{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}]
+    prompts, _ = load_prompts(write(tmp_path / "mmlu.jsonl", rows), "task")
+    assert (prompts.prompts, prompts.references) == (("2 + 2?\nA. 3\nB. 4",), ("B",))

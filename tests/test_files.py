@@ -243,3 +243,133 @@ def test_a_million_rows_are_streamed_in_bounded_memory(tmp_path, name):
     count, kilobytes = map(int, subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
     assert count == 1_000_000
     assert kilobytes < 20_000
+
+
+# ---- odd shapes are read, and it is said how, or they are named
+
+PLAIN = [{"prompt": "Who?", "completion": "Me."}, {"prompt": "Where?", "completion": "Here."}]
+SHAPES = {
+    "trailing comma.json": "[\n" + ",\n".join(map(json.dumps, PLAIN)) + ",\n]",
+    "concatenated.json": "\n".join(json.dumps(row, indent=2) for row in PLAIN),
+    "concatenated.jsonl": "\n".join(json.dumps(row, indent=2) for row in PLAIN),
+    "glued.json": "".join(map(json.dumps, PLAIN)),
+    "glued.jsonl": "".join(map(json.dumps, PLAIN)),
+    "wrapped.json": json.dumps({"version": 1, "data": PLAIN}),
+    "wrapped and indented.json": json.dumps({"version": 1, "data": PLAIN}, indent=2),
+    "columns.json": json.dumps({"prompt": ["Who?", "Where?"], "completion": ["Me.", "Here."]}),
+    "by id.json": json.dumps({"a": PLAIN[0], "b": PLAIN[1]}, indent=1),
+    "pandas.json": json.dumps({"prompt": {"0": "Who?", "1": "Where?"}, "completion": {"0": "Me.", "1": "Here."}}),
+    "array.jsonl": json.dumps(PLAIN),
+    "indented array.jsonl": json.dumps(PLAIN, indent=1),
+    "commas.jsonl": ",\n".join(map(json.dumps, PLAIN)),
+    "pipes.csv": as_csv(PLAIN, "|"),
+    "with its separator.csv": "sep=;\n" + as_csv(PLAIN, ";"),
+    "with an index.csv": ",prompt,completion\n"
+    + "".join(f"{n},{r['prompt']},{r['completion']}\n" for n, r in enumerate(PLAIN)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_odd_shapes_are_read(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(SHAPES[name])
+    assert [{key: row[key] for key in PLAIN[0]} for row in values(path)] == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("columns.json", "columns"),
+        ("by id.json", "by id"),
+        ("wrapped.json", "`data`"),
+        ("glued.jsonl", "one JSON document"),
+    ],
+)
+def test_it_is_said_how_an_odd_shape_was_read(tmp_path, name, note):
+    path, notes = tmp_path / name, []
+    path.write_text(SHAPES[name])
+    list(read_records(path, notes=notes))
+    assert len(notes) == 1 and note in notes[0]
+
+
+def test_one_object_is_one_row(tmp_path):
+    path, notes = tmp_path / "row.json", []
+    path.write_text(json.dumps(PLAIN[0], indent=1))
+    assert [record.value for record in read_records(path, notes=notes)] == PLAIN[:1]
+    assert "one row" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("two.json", json.dumps({"train": PLAIN, "test": PLAIN}), "several lists of rows: train, test"),
+        ("uneven.json", json.dumps({"prompt": ["a", "b"], "completion": ["c"]}), "columns of different lengths"),
+        ("comment.json", "// rows\n" + json.dumps(PLAIN), r"row 1 \(index 0\), line 1: found '// rows"),
+        ("python.jsonl", "\n".join(map(repr, PLAIN)), "double quotes"),
+        ("twice.jsonl", '{"prompt": "a", "completion": "b", "completion": "c"}', "`completion` twice"),
+        ("sheet.xlsx", "x", "Export the sheet as CSV"),
+        ("rows.jsonl.zst", "x", "Unpack it"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        for record in read_records(path):
+            if isinstance(record, RowError):
+                raise ValueError(str(record))
+
+
+@pytest.mark.parametrize("size", [10, 60_000])
+def test_numbers_that_are_none_are_nothing_in_arrays_of_any_size(tmp_path, size):
+    path = tmp_path / "rows.json"
+    rows = [{"text": 'a "NaN" and\\ Infinity \\', "input": float("nan"), "n": -1.5}] * size + [{"big": float("-inf")}]
+    path.write_text(json.dumps(rows))
+    found = values(path)
+    assert len(found) == size + 1 and found[size - 1]["text"] == rows[0]["text"]
+    assert found[0]["n"] == -1.5 and not (found[0]["input"] or 0) > 0
+
+
+def test_a_large_array_that_breaks_names_the_index(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(
+        "[" + '{"text": "' + "x" * 100 + '"},\n' * 1 + ('{"text": "' + "x" * 100 + '"},\n') * 60_000 + '{"text" 1}]'
+    )
+    with pytest.raises(ValueError, match=r"row 60001 \(index 60000\)"):
+        list(read_records(path))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "prompt (English),answer", "Prompt,Réponse", "Question?,Answer", "1st prompt,answer", "prompt:,completion:",
+        "instruction*,output", "Q,A", "Frage,Antwort", "提示,回答", "#,text", "question_text|en,answer",
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_header_is_no_row(tmp_path, header):
+    path = tmp_path / "rows.csv"
+    path.write_text(header + "\nName a colour.,Blue.\n")
+    assert values(path) == [dict(zip(header.split(","), ["Name a colour.", "Blue."], strict=True))]
+
+
+@pytest.mark.parametrize(
+    "header", ["User's question,Bot's answer", "what the user has asked,the reply", "User prompt"]
+)
+def test_what_may_be_a_header_is_asked_about(tmp_path, header):
+    path = tmp_path / "rows.csv"
+    path.write_text(header + "\n" + ("Name a colour.,Blue.\n" if "," in header else "Name a colour.\n"))
+    with pytest.raises(ValueError, match="names of columns or a row.*`header=True` or `header=False`"):
+        values(path)
+    assert len(values(path, header=True)) == 1 and len(values(path, header=False)) == 2
+
+
+def test_a_file_that_is_almost_there_is_suggested(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="Did you mean `rows.jsonl`"):
+        list(read_records(tmp_path / "Rows.jsonl"))
+    with pytest.raises(FileNotFoundError, match="patterns are not expanded"):
+        list(read_records(tmp_path / "*.jsonl"))
+    with pytest.raises(ValueError, match=r"For a dataset on the Hub, write `hf:owner/name`"):
+        list(read_records("owner/name"))
+    with pytest.raises(ValueError, match="is a folder. Give one of its files"):
+        list(read_records(tmp_path))

@@ -8,11 +8,13 @@ from safe_trainer.data.formats import (
     FORMATS,
     BadRowError,
     columns_of,
+    conversation_of,
     format_named,
     format_of,
     format_with,
     prompt_of,
     row_of,
+    safety_label,
 )
 
 
@@ -215,3 +217,86 @@ def test_of_a_conversation_the_last_user_turn_is_asked_after_the_turns_before_it
 def test_what_no_user_says_is_no_prompt(turns):
     with pytest.raises(BadRowError, match="not one prompt"):
         prompt_of(format_named("messages"), {"messages": turns})
+
+
+# ---- nothing that changes what a row says is dropped without a word
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "found"),
+    [
+        ({"messages": CHAT[:3], "functions": [{"name": "f"}]}, "tool calls", "`functions`"),
+        ({"messages": CHAT[:3], "tools": [{"name": "f"}]}, "tool calls", "`tools`"),
+        (
+            {"messages": [user("Hi"), {**assistant("Look"), "tool_calls": [{}]}]},
+            "tool calls",
+            "`tool_calls`",
+        ),
+        ({"messages": [user("Hi"), {**assistant("4"), "reasoning_content": "2+2"}]}, "dropped", "`reasoning_content`"),
+        ({"messages": [user("Hi"), {**assistant("4"), "thinking": "2+2"}]}, "dropped", "`thinking`"),
+        ({"messages": CHAT[:3], "images": ["a.png"]}, "dropped", "`images`"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "dropped", "image"),
+        ({"prompt": "Hi", "completion": "Hello", "input": "1, 2"}, "dropped", "`input`"),
+        ({"instruction": "Hi", "output": "Hello", "context": "Noon."}, "dropped", "`context`"),
+        ({"messages": CHAT, "system": "Be long."}, "two system turns", "Be long."),
+        ({"messages": [user("Hi"), {**assistant("4"), "weight": 0.5}]}, "a weight in between", "0.5"),
+        ({"messages": [user("Hi"), {**assistant("4"), "train": False}]}, "no answer", "switched off"),
+        ({"Prompt": "Hi", "prompt": "Ho", "completion": "Hello"}, "a column twice", "Prompt, prompt"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_its_name(record, kind, found):
+    with pytest.raises(BadRowError) as error:
+        columns = columns_of(record)
+        row_of(format_of(columns), columns)
+    assert kind in error.value.kind and found in error.value.found
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}, float("nan"), "[]", False])
+def test_columns_with_nothing_in_them_lose_nothing(nothing):
+    columns = columns_of(
+        {"prompt": "Hi", "completion": "Hello", "input": nothing, "tools": nothing, "images": nothing}
+    )
+    assert row_of(format_of(columns), columns) == row(user("Hi"), answer="Hello")
+
+
+def test_columns_that_are_not_used_are_known():
+    columns = columns_of({"messages": [{**user("Hi"), "name": "Ann"}, assistant("Hello")], "id": 7, "is_safe": True})
+    assert conversation_of(format_of(columns), columns).unused == ["id", "messages[].name"]
+
+
+def test_each_answer_can_be_a_row():
+    found = conversation_of(format_named("messages"), {"messages": CHAT})
+    assert found.rows() == [CHAT_ROW]
+    assert found.rows("all") == [row(*CHAT[:2], answer="Hello"), CHAT_ROW]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_marks_of_turns_say_which_answers_are_learned(mark):
+    turns = [user("a"), assistant("b") | mark, user("c"), assistant("d"), user("e"), assistant("f")]
+    rows = conversation_of(format_named("messages"), {"messages": turns}).rows()
+    assert [found["completion"][0]["content"] for found in rows] == ["d", "f"]
+    assert rows[0]["prompt"] == [user("a"), assistant("b"), user("c")]
+
+
+def test_answers_within_a_prompt_are_context():
+    found = conversation_of(format_named("prompt-completion"), {"prompt": CHAT[:-1], "completion": CHAT[-1:]})
+    assert found.rows("all") == [CHAT_ROW]
+
+
+@pytest.mark.parametrize(
+    ("record", "label"),
+    [
+        ({"is_safe": True}, True),
+        ({"is_safe": "False"}, False),
+        ({"is_harmful": 1}, False),
+        ({"label": "unsafe"}, False),
+        ({"label": 1}, None),
+        ({"response_refusal_label": "refusal"}, True),
+        ({"response_harm_label": "unharmful"}, True),
+        ({"category": {"fraud": False, "abuse": True}}, False),
+        ({"category": "fraud"}, None),
+        ({}, None),
+    ],
+)
+def test_labels_of_answers_are_understood(record, label):
+    assert safety_label(record) is label
