@@ -107,19 +107,21 @@ class Subspaces:
                     f"`{next(iter(named))}`. Make them for the model that is fine-tuned."
                 )
 
-    def held(self, name: str, update: Factors) -> dict[str, float]:
-        """Return how much of `‖ΔW‖²` lies in each subspace that is known for the layer; `"all"` is the whole.
+    def measure(self, name: str, update: Factors, size: float) -> LayerDrift:
+        """Return the drift of one layer.
 
         Args:
             name (`str`): The layer.
-            update ([`Factors`]): Its update; never multiplied out.
+            update ([`Factors`]): Its update `ΔW`; never multiplied out.
+            size (`float`): `‖W‖_F`.
 
         Raises:
             ValueError: If a subspace belongs to a layer of another size.
         """
         left, right = update
         turned = (left.mT, None) if right is None else (right.mT, left.mT)
-        found = {"all": product_norm_squared(left, right).item()}
+        total = product_norm_squared(left, right).item()
+        shares, expected = {}, {}
         for share, (rows, columns) in {"alignment": update, "outputs": update, "inputs": turned}.items():
             basis = getattr(self, share).get(name)
             if basis is None:
@@ -130,13 +132,10 @@ class Subspaces:
                     "they belong to another model. Make them for the one that was fine-tuned."
                 )
             outside = outside_norm_squared(rows, columns, basis.to(rows.device, rows.dtype)).item()
-            found[share] = max(0.0, found["all"] - outside)
-        return found
-
-    def expected(self, name: str) -> dict[str, float]:
-        """Return the share that a random update would have in each subspace: k / d."""
-        named = {share: getattr(self, share).get(name) for share in SHARES}
-        return {share: basis.shape[1] / basis.shape[0] for share, basis in named.items() if basis is not None}
+            if total > 0:
+                shares[share] = max(0.0, total - outside) / total
+                expected[share] = basis.shape[1] / basis.shape[0]
+        return LayerDrift(math.sqrt(total), size, shares, expected)
 
 
 # ---- results
@@ -286,11 +285,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     layers: dict[str, LayerDrift] = {}
     total = len(start.linears)
     for done, (name, update) in enumerate(updates_of(base, tuned, start), start=1):
-        held = subspaces.held(name, update)
-        whole = held.pop("all")
-        shares = {share: value / whole for share, value in held.items()} if whole else {}
-        size = read_weight(start, name).norm().item()
-        layers[name] = LayerDrift(math.sqrt(whole), size, shares, subspaces.expected(name))
+        layers[name] = subspaces.measure(name, update, read_weight(start, name).norm().item())
         if progress is not None:
             progress(done, total)
     if prompts is not None:

@@ -17,13 +17,15 @@ from ..artifacts import AlignmentDirection, SafetyBasis
 from ..distributed import on_first_process
 from ..evaluation.state import log_between, watchable
 from ..lora.updates import FullUpdate, Update, linear_layers, lora_updates, updates, weight, whole
-from .drift import RANK, SHARES, Factors, Subspaces
+from .drift import RANK, SHARES, Drift, Factors, Subspaces
 from .refusal_direction import refusal_changes, refusal_directions
 
 if TYPE_CHECKING:
     from ..data import PromptSet
 
 logger = logging.getLogger(__name__)
+
+_COVERED = 0.9  # share of the trained weights below which what is not measured is logged
 
 
 class DriftFigures:
@@ -74,31 +76,27 @@ class DriftFigures:
 
         Returns:
             `dict[str, dict[str, float]]`: By figure, a value for each layer: `"relative"` is `‖ΔW‖ / ‖W‖`, the others
-            are shares. Empty for the base, and without `"relative"` and shares for an adapter that is no plain LoRA.
+            are shares. Empty for the base; no sizes and shares of an adapter that is no plain LoRA.
         """
         refusal = self._refusal_directions(model, tokenizer)
         if adapter is None:
             self._before = refusal
             return {}
         try:
-            found = self._updates(model)
+            updates = lora_updates(model, "The drift")
         except ValueError as error:  # an adapter of a kind whose update is no product of two factors
             logger.info("`%s`: its drift by layer is not measured: %s", adapter, error)
-            found = {}
-        kept = {name: change.kept for name, change in refusal_changes(self._before, refusal).items()}
-        return {**found, "refusal": kept} if kept else found
-
-    @torch.no_grad()
-    def _updates(self, model: Any) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {"relative": {}}
-        for name, update in lora_updates(model, "The drift").items():
-            held = self._subspaces.held(name, Factors(*update.factors()))
-            whole = held.pop("all")
-            found["relative"][name] = math.sqrt(whole) / weight(update.layer).float().norm().item()
-            for share, inside in held.items():
-                if whole > 0:
-                    found.setdefault(share, {})[name] = inside / whole
-        return found
+            updates = {}
+        with torch.no_grad():
+            drift = Drift(
+                {
+                    name: self._subspaces.measure(name, Factors(*update.factors()), _norm(update.layer))
+                    for name, update in updates.items()
+                }
+            )
+        found = {name: drift.figure(name) for name in ("relative", *SHARES)}
+        found["refusal"] = {name: change.kept for name, change in refusal_changes(self._before, refusal).items()}
+        return {name: values for name, values in found.items() if values}
 
     def _refusal_directions(self, model: Any, tokenizer: Any) -> dict[str, Tensor]:
         if not all(self._prompts):
@@ -107,13 +105,14 @@ class DriftFigures:
 
 
 class DriftMonitor(TrainerCallback):
-    """Measure every few steps how far training has moved the weights, and write it into the trainer's logs.
+    """Measures every few steps how far training has moved the weights, and writes it into the trainer's logs.
 
-    It goes wherever the loss goes, as `drift/relative` (`‖ΔW‖ / ‖W‖` of all trained layers together), `drift/largest`
-    (that of the layer which moved most), and, where the subspaces are given, `drift/alignment`, `drift/outputs` and
-    `drift/inputs`: shares of the update, each with that of a random update of the same sizes beside it
-    (`…_random`). Nothing of the size of a weight is computed for a LoRA; full fine-tuning keeps a copy of the weights
-    that are trained, sharded where they are. Training is not disturbed.
+    An ordinary callback of any [`~transformers.Trainer`], such as TRL's `SFTTrainer`. Wherever the loss goes, it logs
+    `drift/relative` (`‖ΔW‖ / ‖W‖` of all trained layers together), `drift/largest` (that of the layer which moved
+    most), and, where the subspaces are given, `drift/alignment`, `drift/outputs` and `drift/inputs`: shares of the
+    update, each with that of a random update of the same sizes (`…_random`). Nothing of the size of a weight is
+    computed for a LoRA; full fine-tuning keeps a copy of the weights that are trained, sharded where they are.
+    Training is not disturbed.
 
     All is measured from the model that the trainer was built with: a run that goes on from a checkpoint logs what it
     would have logged uninterrupted. On several processes each needs the monitor, and all log the same.
@@ -133,7 +132,7 @@ class DriftMonitor(TrainerCallback):
     Example:
 
     ```python
-    trainer = SafeSFTTrainer(model, train_dataset=rows, peft_config=LoraConfig())
+    trainer = SFTTrainer(model, train_dataset=rows, peft_config=LoraConfig())
     trainer.add_callback(DriftMonitor(trainer, every=25, direction="direction.safetensors"))
     trainer.train()
     ```
@@ -155,12 +154,12 @@ class DriftMonitor(TrainerCallback):
         self._strategy = watchable(trainer, "The drift monitor", "safe-trainer drift")
         self._updates: dict[str, Update] = {}
         self._layers: list[nn.Module] = []
-        self._weights: dict[str, float] = {}  # ‖W‖²
+        self._sizes: dict[str, float] = {}  # ‖W‖
         self._measured = -1
         self._start()  # now, because when training begins a checkpoint may have been loaded
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that what was kept of the start lies where the weights are."""
+        """Move the copy of the start to where the weights are."""
         self._measured = -1
         if not set(self.trainer.model.modules()).issuperset(self._layers):
             self._start()  # the trainer has made itself another model
@@ -169,12 +168,12 @@ class DriftMonitor(TrainerCallback):
                 update.place()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure every `every` steps, and behind the last, before the best model may take its place."""
+        """Measure every `every` steps, and after the last, before the best model may take its place."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self._measure(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the end, and take what was kept of the start out of the way."""
+        """Measure the end, and move the copy of the start off the accelerator."""
         if self._measured != state.global_step:
             self._measure(state.global_step)
         for update in self._updates.values():
@@ -192,25 +191,36 @@ class DriftMonitor(TrainerCallback):
         self._layers = [layers[name].outer for name in self._updates]
 
         def sizes() -> dict[str, float]:
-            return {name: whole(weight(layers[name].outer).float().square().sum()).item() for name in self._updates}
+            return {
+                name: whole(weight(layers[name].outer).float().square().sum()).sqrt().item() for name in self._updates
+            }
 
-        self._weights = on_first_process(sizes) if will_split else sizes()
+        self._sizes = on_first_process(sizes) if will_split else sizes()
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        ours = sum(p.numel() for layer in self._layers for p in layer.parameters() if p.requires_grad)
+        if ours < _COVERED * trained:
+            logger.warning(
+                "The drift monitor measures linear layers, which are %.0f %% of the trained weights; embeddings, the "
+                "output head and experts are not measured.",
+                100 * ours / trained,
+            )
 
     @torch.no_grad()
     def _measure(self, step: int) -> None:
         self._measured = step
-        held = {name: self._subspaces.held(name, Factors(*update.factors())) for name, update in self._updates.items()}
-        moved = sum(found["all"] for found in held.values())
-        ratios = [math.sqrt(held[name]["all"] / size) for name, size in self._weights.items() if size > 0]
-        values = {
-            "drift/relative": math.sqrt(moved / sum(self._weights.values())),
-            "drift/largest": max(ratios, default=0.0),
+        layers = {
+            name: self._subspaces.measure(name, Factors(*update.factors()), self._sizes[name])
+            for name, update in self._updates.items()
         }
-        for figure in SHARES:
-            known = [name for name, found in held.items() if figure in found]
-            size = sum(held[name]["all"] for name in known)
-            if size > 0:
-                random = sum(held[name]["all"] * self._subspaces.expected(name)[figure] for name in known)
-                values[f"drift/{figure}"] = sum(held[name][figure] for name in known) / size
-                values[f"drift/{figure}_random"] = random / size
+        drift = Drift(layers)
+        moved, start = (math.hypot(*(getattr(x, part) for x in layers.values())) for part in ("size", "weight"))
+        largest = max(drift.figure("relative").values(), default=0.0)
+        values = {"drift/relative": moved / start, "drift/largest": largest}
+        for name in SHARES:
+            if share := drift.share(name):
+                values[f"drift/{name}"], values[f"drift/{name}_random"] = share
         log_between(self.trainer, values)
+
+
+def _norm(layer: Any) -> float:
+    return whole(weight(layer)).norm().item()
