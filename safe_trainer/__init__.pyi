@@ -49,7 +49,7 @@ from .evaluation.compare import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.gate import gate as gate
 from .evaluation.generate import generate as generate
-from .lora.reparametrize import compact_adapter as compact_adapter
+from .lora.io import compact_adapter as compact_adapter
 from .methods import METHODS as METHODS
 from .methods import AsFT as AsFT
 from .methods import DriftPenalty as DriftPenalty

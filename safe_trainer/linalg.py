@@ -219,8 +219,8 @@ class Sketch:
         self._basis = basis
         self.count += len(block)
 
-    def leading(self, rank: int) -> TopDirections:
-        """Return at most `rank` leading directions: fewer where the columns span fewer.
+    def top_directions(self, rank: int) -> TopDirections:
+        """Return at most `rank` directions: fewer where the columns span fewer.
 
         Raises:
             FloatingPointError: If a column held infinite or NaN values.

@@ -247,10 +247,11 @@ NO_ANSWER = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"rol
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        ([], "`safety_data` holds no rows. Give conversations"),
-        ([{"question": "?"}], "Row 1 of `safety_data` cannot be used: its columns are question, neither"),
-        ([NO_ANSWER], "Row 1 of `safety_data` cannot be used: it has no answer"),
-        ([{"messages": [{"role": "user", "content": "Hi"}]}], "it has no answer"),
+        ([], "`safety_data`"),
+        ([{"question": "?"}], "(?s)`safety_data`.*row 1 .*no answer"),
+        ([NO_ANSWER], "(?s)`safety_data`.*row 1 .*empty text"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], "(?s)`safety_data`.*no answer"),
+        ([{"text": "Hi. No."}], "`safety_data` holds plain texts.*`prompt` and `completion`"),
         ([conversation("long " * 50, "No.")], "No answer token is left of the 1 rows of `safety_data` within"),
     ],
 )

@@ -38,7 +38,7 @@ from safe_trainer.evaluation import to_json
 from safe_trainer.evaluation.compare import active_adapter as wearing
 from safe_trainer.evaluation.generate import Answer
 from safe_trainer.evaluation.results import SetResult
-from safe_trainer.lora.reparametrize import compact_adapter
+from safe_trainer.lora.io import compact_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(4)]

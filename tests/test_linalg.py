@@ -78,7 +78,7 @@ def test_sketch_agrees_with_the_full_svd(spectrum: str, block: int) -> None:
     sketch = subspace.Sketch(64, 16)
     for part in columns.mT.float().split(block):
         sketch.add(part)
-    found, (U, S, _) = sketch.leading(8), torch.linalg.svd(columns, full_matrices=False)
+    found, (U, S, _) = sketch.top_directions(8), torch.linalg.svd(columns, full_matrices=False)
     assert sine_between(U[:, :8], found.basis) <= 1e-3
     assert torch.allclose(found.singular_values.double(), S[:8], rtol=1e-3)
     assert found.explained_variance == pytest.approx((S[:8] ** 2).sum().item() / (S**2).sum().item(), rel=1e-3)
@@ -92,7 +92,7 @@ def test_sketch_is_exact_where_it_is_as_wide_as_the_space() -> None:
     sketch = subspace.Sketch(24, 40)
     for part in columns.mT.float().split(10):
         sketch.add(part)
-    assert sine_between(torch.linalg.svd(columns).U[:, :7], sketch.leading(7).basis) < 1e-4
+    assert sine_between(torch.linalg.svd(columns).U[:, :7], sketch.top_directions(7).basis) < 1e-4
 
 
 def test_sketch_needs_the_same_memory_whatever_it_has_seen() -> None:
@@ -112,10 +112,10 @@ def test_sketch_gives_fewer_directions_where_the_columns_span_fewer() -> None:
     sketch = subspace.Sketch(50, 16)
     for _ in range(4):
         sketch.add(torch.randn(6, 3) @ plane)
-    found = sketch.leading(8)
+    found = sketch.top_directions(8)
     assert found.basis.shape == (50, 3) and found.explained_variance == pytest.approx(1.0, abs=1e-6)
     assert sine_between(torch.linalg.qr(plane.mT).Q, found.basis) < 1e-5
-    assert subspace.Sketch(50, 16).leading(8).basis.shape == (50, 0)
+    assert subspace.Sketch(50, 16).top_directions(8).basis.shape == (50, 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -124,7 +124,7 @@ def test_sketch_refuses_columns_that_are_not_finite(value: float) -> None:
     for part in (torch.randn(10, 20), torch.full((2, 20), value), torch.randn(10, 20)):
         sketch.add(part)
     with pytest.raises(FloatingPointError, match="infinite or NaN"):
-        sketch.leading(4)
+        sketch.top_directions(4)
 
 
 @pytest.mark.parametrize("shape", [(20, 20), (8, 30), (30, 8)])

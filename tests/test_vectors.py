@@ -162,7 +162,7 @@ def test_vectors_twice_in_one_model_are_refused_and_the_first_stay():
     layers = found.check_fits(model)
     with active(layers, found.modules):
         dirty = logits(model)
-        with pytest.raises(RuntimeError, match="already at work in this model"):
+        with pytest.raises(RuntimeError, match="already active in this model"):
             with active(layers, found.modules):
                 pass
         assert torch.equal(logits(model), dirty)
@@ -326,7 +326,7 @@ def test_losses_of_rows_are_those_of_each_row_alone():
         ({"prompt": "a", "completion": ""}, "it has no answer"),
         ({"prompt": "a"}, "it has no answer: its columns are prompt"),
         ({"completion": "a"}, "it has no prompt"),
-        (conversation("a" * 40, "b"), "its answer begins at token 42, behind `max_length=20`"),
+        (conversation("a" * 40, "b"), "its answer starts at token 42, past `max_length=20`"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_with_what_is_wrong(row, trouble):
@@ -441,7 +441,7 @@ def test_retained_rows_keep_the_model_the_same_on_them():
     model = speaking()
     report = {}
     for weight in (1e-9, 10.0):
-        found = fitted(model, retain_rows=HARMLESS, retain_weight=weight, max_steps=60)
+        found = fitted(model, retain_data=HARMLESS, retain_weight=weight, max_steps=60)
         report[weight] = found.provenance["report"]
     assert report[10.0]["reached_target"]
     assert report[10.0]["retain_divergence"] < 0.5 * report[1e-9]["retain_divergence"]
@@ -451,14 +451,14 @@ def test_a_target_that_is_never_reached_is_said_clearly(caplog):
     with caplog.at_level(logging.WARNING):
         report = fitted(max_steps=3, target_loss=1e-6).provenance["report"]
     assert not report["reached_target"] and report["steps"] == 3
-    assert "did not reach `target_loss=1e-06` in 3 steps" in caplog.text and "raise `max_steps`" in caplog.text
+    assert "did not reach the target of 0.0000 in 3 steps" in caplog.text and "raise `max_passes`" in caplog.text
 
 
-def test_harmful_scores_are_reported_off_and_on_with_their_counts():
+def test_compliance_rates_are_reported_off_and_on_with_their_counts():
     prompts = PromptSet("harmful", "harmful", ("Do harm 1", "Do harm 2"))
     rows = [conversation(prompt, "Sure. First open the box.") for prompt in prompts.prompts]
     report = fitted(rows=rows, target_loss=0.05, prompts=prompts).provenance["report"]
-    assert "/2)" in report["harmful_score_off"] and "(2/2)" in report["harmful_score_on"]
+    assert "/2)" in report["compliance_off"] and "(2/2)" in report["compliance_on"]
 
 
 def test_provenance_says_where_vectors_come_from():
@@ -500,9 +500,9 @@ def test_a_model_can_be_given_by_its_path_and_rows_by_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": []}, "`harmful_rows` is empty"),
-        ({"rows": [{"prompt": "a"}]}, "Row 1 of `harmful_rows` cannot be used: it has no answer"),
-        ({"retain_rows": []}, "`retain_rows` is empty"),
+        ({"rows": []}, "`harmful_data`"),
+        ({"rows": [{"prompt": "a"}]}, "`harmful_data`.*prompt"),
+        ({"retain_data": []}, "`retain_data`"),
         (
             {"rank": 17},
             r"`rank` must be between 1 and 16 \(the smaller side of `model.layers.0.self_attn.k_proj`\), got 17",

@@ -17,8 +17,7 @@ from ..artifacts import AlignmentDirection, SafetyBasis
 from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..evaluation.report import place
 from ..linalg import outside_norm_squared, product_norm_squared
-from ..lora.io import naming, read_adapter, read_config
-from ..lora.reparametrize import scaling
+from ..lora.io import naming, read_adapter, read_config, scaling
 from ..lora.updates import check_peft_config, linear_layers, weight
 from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
 

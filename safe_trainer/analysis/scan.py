@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from ..artifacts import TrainedVectors, active, row_losses
-from ..artifacts.provenance import describe, with_tokenizer
+from ..artifacts.provenance import describe, model_and_tokenizer
 from ..data import (
     BadRowError,
     Columns,
@@ -322,7 +322,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     table, kept = check_output(output), check_clean(clean, rows)
     source = _Source(rows, reading or ReadOptions(), label)
     report = source.check()
-    base, tokenizer = with_tokenizer(model, tokenizer)
+    base, tokenizer = model_and_tokenizer(model, tokenizer)
     scorer = _Scorer.of(base, vectors, tokenizer, batch_size, max_length)
     beside = table or kept
     partial = beside and beside.with_name(f".{beside.name}.partial")

@@ -5,36 +5,34 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..linalg import frobenius_norm, truncated_svd
 from .checkpoint_reader import Checkpoint, by, listing, prefix_hint
+from .provenance import stamp
 from .store import load_artifact, save_artifact
 
-_LIBRARIES = ("torch", "transformers", "safetensors")
-
 logger = logging.getLogger(__name__)
+
+_KIND, _VERSION = "alignment direction", 1
 
 
 @dataclass(frozen=True)
 class DirectionFactors:
-    """The alignment direction `d` of one weight, cut after its `k` leading left singular vectors.
+    """The alignment direction `d` of one weight, cut after its top `k` left singular vectors.
 
     The operator of AsFT, `C = d dᵀ / ‖d‖_F`, is `U diag(s² / ‖d‖_F) Uᵀ` up to `error_bound`.
 
     Args:
         U (`Tensor`): Left singular vectors, float32, of shape (d_out, k).
         singular_values (`Tensor`): `s`, largest first, float32, of shape (k,).
-        frobenius_norm (`float`): `‖d‖_F` of the whole, uncut `d`.
+        frobenius_norm (`float`): `‖d‖_F` of the complete `d`.
         next_singular_value (`float`): The first one cut off; for large weights an upper bound of it.
         shape (`tuple[int, int]`): (d_out, d_in) of `d`.
     """
@@ -51,7 +49,7 @@ class DirectionFactors:
         return self.next_singular_value**2 / self.frobenius_norm
 
     def problem(self) -> str | None:
-        """Return what is wrong with the factors, in words, or `None` if they are sound."""
+        """Return what is wrong with the factors, or `None` if they are sound."""
         d_out, d_in = self.shape
         k = self.singular_values.numel()
         if self.U.shape != (d_out, k) or self.singular_values.shape != (k,) or not 1 <= k <= min(d_out, d_in):
@@ -64,69 +62,10 @@ class DirectionFactors:
             return f"the norms {norms} are out of range"
         falls = bool((self.singular_values.diff() <= 0).all()) and self.singular_values[-1].item() >= 0
         if not falls or self.singular_values.double().norm().item() > 1.001 * self.frobenius_norm:
-            return "`singular_values` do not fall, or exceed the norm of the whole"
+            return "`singular_values` do not fall, or exceed the norm of the complete direction"
         if (self.U.mT @ self.U - torch.eye(k)).abs().max() > 1e-3:
             return "`U` is not orthonormal"
         return None
-
-
-def factorize(
-    pair: tuple[Checkpoint, Checkpoint],
-    shapes: Mapping[str, tuple[int, int]],
-    provenance: dict[str, Any],
-    progress: Callable[[int, int, str], None] | None,
-) -> Iterator[tuple[str, DirectionFactors]]:
-    """Yield the factors of one module after the other.
-
-    Args:
-        pair (`tuple[Checkpoint, Checkpoint]`): The aligned and the unaligned checkpoint.
-        shapes (`Mapping[str, tuple[int, int]]`): (d_out, d_in) of the modules by name, known to both.
-        provenance (`dict[str, Any]`): Holds `rank` and `max_error`; is completed when all has been read.
-        progress (`Callable[[int, int, str], None]`, *optional*): Called after each module.
-
-    Raises:
-        ValueError: If a weight is not finite, or the checkpoints are identical.
-    """
-    identical, largest = [], 0.0
-    for done, (name, shape) in enumerate(shapes.items(), start=1):
-        d = difference(*pair, name)  # (d_out, d_in)
-        norm = frobenius_norm(d)
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"`{name}` holds infinite or NaN weights in {pair[0].name} or {pair[1].name}. Download or save it "
-                "again."
-            )
-        if norm == 0:
-            identical.append(name)
-        else:
-            threshold = math.sqrt(provenance["max_error"] * norm)  # s² / ‖d‖_F <= max_error
-            U, singular_values, following = truncated_svd(d, threshold, provenance["rank"])
-            factors = DirectionFactors(U, singular_values, norm, following, shape)
-            largest = max(largest, factors.error_bound)
-            yield name, factors
-        if progress is not None:
-            progress(done, len(shapes), name)
-    if len(identical) == len(shapes):
-        raise ValueError(
-            f"{pair[0].name} and {pair[1].name} are identical in all {len(shapes)} modules, so there is no direction "
-            "between them. Give the aligned model and the model before its alignment."
-        )
-    if identical:
-        logger.warning("Left out, because both checkpoints are identical there: %s", listing(identical))
-    logger.info("Alignment direction of %d modules, error at most %.2g", len(shapes) - len(identical), largest)
-    provenance.update(_origin(pair), identical_modules=identical, largest_error_bound=largest)
-
-
-def _origin(pair: tuple[Checkpoint, Checkpoint]) -> dict[str, Any]:
-    """Return where the factors come from: both checkpoints, the versions of the libraries, the date."""
-    return {
-        **{checkpoint.role: checkpoint.provenance() for checkpoint in pair},
-        "versions": {"safe_trainer": __version__, **{name: version(name) for name in _LIBRARIES}},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-_KIND, _VERSION = "alignment direction", 1
 
 
 @dataclass
@@ -172,14 +111,11 @@ class AlignmentDirection:
         allow_pickle: bool = False,
         aligned_revision: str | None = None,
         unaligned_revision: str | None = None,
-        output: str | Path | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> AlignmentDirection:
         """Compute the direction from two checkpoints on disk, one tensor at a time.
 
-        The memory needed is that of about three of the largest weight, whatever the size of the models, plus the
-        factors that are returned; with `output` these go to disk as they come. (Only where nearly all directions of a
-        weight of 4,096 rows and columns or more are asked for does a full decomposition need some hundred MB more.)
+        The memory needed is that of a few times the largest weight, whatever the size of the models, plus the factors.
 
         Args:
             aligned (`str` or `Path`): The aligned model, usually the chat model: a folder or a Hub id.
@@ -198,7 +134,6 @@ class AlignmentDirection:
                 Whether to read `.bin` weights, which are pickles, where there are no safetensors.
             aligned_revision (`str`, *optional*): Branch, tag or commit of `aligned` on the Hub.
             unaligned_revision (`str`, *optional*): Branch, tag or commit of `unaligned` on the Hub.
-            output (`str` or `Path`, *optional*): Save to this file while computing; the result is then read from it.
             progress (`Callable[[int, int, str], None]`, *optional*):
                 Called after each module with the number done, the number in all, and its name.
 
@@ -206,27 +141,42 @@ class AlignmentDirection:
             [`AlignmentDirection`]: Without the modules that are identical in both checkpoints, which are logged.
 
         Raises:
-            OSError: If a checkpoint or a file of it is missing, or `output` cannot be written.
-            ValueError: If a setting is out of its range, a checkpoint is damaged, quantized or a mere adapter, or the
+            OSError: If a checkpoint or a file of it is missing.
+            ValueError: If a setting is out of its range, a checkpoint is damaged, quantized or only an adapter, or the
                 two do not have the same modules, or are identical.
         """
-        _check_settings(rank, max_error)
+        if rank is not None and rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {rank}. Leave it out to let `max_error` choose it.")
+        if not 0 <= max_error < 1:
+            raise ValueError(f"`max_error` must be at least 0 and below 1, got {max_error}. The default is 0.01.")
         pair = (
             Checkpoint("aligned", aligned, aligned_revision, allow_pickle),
             Checkpoint("unaligned", unaligned, unaligned_revision, allow_pickle),
         )
-        provenance: dict[str, Any] = {"max_error": max_error, "rank": rank}
-        found = factorize(pair, matching_modules(*pair, modules), provenance, progress)
-        if output is None:
-            return cls(dict(found), provenance)
-        entries: dict[str, Any] = {}
-        save_artifact(
-            output, _KIND, _VERSION, _tensors(found, entries), {"modules": entries, "provenance": provenance}
-        )
-        return cls._read(output)
+        shapes = _matching_modules(*pair, modules)
+        found = dict(_factorize(pair, shapes, max_error, rank, progress))
+        identical = [name for name in shapes if name not in found]
+        if not found:
+            raise ValueError(
+                f"{pair[0].name} and {pair[1].name} are identical in all {len(shapes)} modules, so there is no "
+                "direction between them. Give the aligned model and the model before its alignment."
+            )
+        if identical:
+            logger.warning("Left out, because both checkpoints are identical there: %s", listing(identical))
+        largest = max(factors.error_bound for factors in found.values())
+        logger.info("Alignment direction of %d modules, error at most %.2g", len(found), largest)
+        provenance = {
+            "max_error": max_error,
+            "rank": rank,
+            **{checkpoint.role: checkpoint.provenance() for checkpoint in pair},
+            **stamp(),
+            "identical_modules": identical,
+            "largest_error_bound": largest,
+        }
+        return cls(found, provenance)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one safetensors file, whole or not at all; see [`load`].
+        """Save to one safetensors file; see [`load`].
 
         Args:
             path (`str` or `Path`): The file to write. If anything fails, an old file of that name is untouched.
@@ -234,30 +184,32 @@ class AlignmentDirection:
         Raises:
             OSError: If it cannot be written.
         """
-        entries: dict[str, Any] = {}
-        details = {"modules": entries, "provenance": self.provenance}
-        return save_artifact(path, _KIND, _VERSION, _tensors(self.modules.items(), entries), details)
+        entries = {
+            name: {
+                "shape": list(factors.shape),
+                "frobenius_norm": factors.frobenius_norm,
+                "next_singular_value": factors.next_singular_value,
+            }
+            for name, factors in self.modules.items()
+        }
+        tensors = (
+            (f"{name}.{part}", getattr(factors, part))
+            for name, factors in self.modules.items()
+            for part in ("U", "singular_values")
+        )
+        return save_artifact(path, _KIND, _VERSION, tensors, {"modules": entries, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> AlignmentDirection:
         """Load from a file, and check that it is sound: shapes, finite numbers, orthonormal `U`.
 
         Args:
-            path (`str` or `Path`): A file written by [`save`], or by [`from_checkpoints`] with `output`.
+            path (`str` or `Path`): A file written by [`save`].
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged, or holds something else.
         """
-        direction = cls._read(path)
-        for name, factors in direction.modules.items():
-            problem = factors.problem()
-            if problem:
-                raise ValueError(f"The {_KIND} `{path}` is damaged: in `{name}` {problem}. Compute or copy it again.")
-        return direction
-
-    @classmethod
-    def _read(cls, path: str | Path) -> AlignmentDirection:
         tensors, details = load_artifact(path, _KIND, _VERSION)
         try:
             modules = {
@@ -270,12 +222,16 @@ class AlignmentDirection:
                 )
                 for name, entry in details["modules"].items()
             }
-            return cls(modules, dict(details["provenance"]))
+            direction = cls(modules, dict(details["provenance"]))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"The {_KIND} `{path}` is damaged: its tensors and its details do not agree ({error!r}). Compute or "
                 "copy it again."
             ) from error
+        for name, factors in modules.items():
+            if problem := factors.problem():
+                raise ValueError(f"The {_KIND} `{path}` is damaged: in `{name}` {problem}. Compute or copy it again.")
+        return direction
 
     def check_fits(self, named_shapes: Mapping[str, tuple[int, int]]) -> None:
         """Make sure that the direction covers the weights that are about to be trained.
@@ -288,27 +244,26 @@ class AlignmentDirection:
             ValueError: If a module is not in the direction, or has another shape there; names them.
         """
         missing = [name for name in named_shapes if name not in self.modules]
-        shapes = {name: factors.shape for name, factors in self.modules.items()}
         unequal = [
-            f"{name} ({by(shape)}, not {by(shapes[name])} as in the direction)"
+            f"{name} ({by(shape)}, not {by(self.modules[name].shape)} as in the direction)"
             for name, shape in named_shapes.items()
-            if name in shapes and tuple(shape) != tuple(shapes[name])
+            if name in self.modules and tuple(shape) != tuple(self.modules[name].shape)
         ]
         complaints = []
         if missing:
-            identical = set(self.provenance.get("identical_modules", ()))
-            alike = [name for name in missing if name in identical]
-            reason = f" (alignment did not change {listing(alike)}, so they have none)" if alike else ""
+            identical = [name for name in missing if name in set(self.provenance.get("identical_modules", ()))]
+            reason = f" (alignment did not change {listing(identical)}, so they have none)" if identical else ""
             complaints.append(
                 f"it has nothing for {listing(missing)}{reason}{prefix_hint(missing, list(self.modules))}"
             )
         if unequal:
             complaints.append(f"other shapes: {listing(unequal)}")
         if complaints:
+            sources = [self.provenance.get(role, {}).get("source", "an unknown model") for role in _ROLES]
             raise ValueError(
-                f"The alignment direction ({len(self.modules)} modules, from {self._origin()}) does not fit the "
-                f"{len(named_shapes)} weights to be trained: {'; '.join(complaints)}. Compute it from the checkpoint "
-                "that is being fine-tuned, for these modules, or train only modules that it has."
+                f"The alignment direction ({len(self.modules)} modules, from {' and '.join(sources)}) does not fit "
+                f"the {len(named_shapes)} weights to be trained: {'; '.join(complaints)}. Compute it from the "
+                "checkpoint that is being fine-tuned, for these modules, or train only modules that it has."
             )
 
     def summary(self) -> list[dict[str, Any]]:
@@ -324,48 +279,37 @@ class AlignmentDirection:
             for name, factors in self.modules.items()
         ]
 
-    def _origin(self) -> str:
-        sources = [
-            self.provenance.get(role, {}).get("source", "an unknown model") for role in ("aligned", "unaligned")
-        ]
-        return f"{sources[0]} and {sources[1]}"
+
+_ROLES = ("aligned", "unaligned")
 
 
-def _check_settings(rank: int | None, max_error: float) -> None:
-    if rank is not None and rank < 1:
-        raise ValueError(f"`rank` must be at least 1, got {rank}. Leave it out to let `max_error` choose it.")
-    if not 0 <= max_error < 1:
-        raise ValueError(f"`max_error` must be at least 0 and below 1, got {max_error}. The default is 0.01.")
+def _factorize(
+    pair: tuple[Checkpoint, Checkpoint],
+    shapes: Mapping[str, tuple[int, int]],
+    max_error: float,
+    rank: int | None,
+    progress: Callable[[int, int, str], None] | None,
+) -> Iterator[tuple[str, DirectionFactors]]:
+    """Yield the factors of one module after the other, without those that are identical."""
+    for done, (name, shape) in enumerate(shapes.items(), start=1):
+        d = _difference(*pair, name)  # (d_out, d_in)
+        norm = frobenius_norm(d)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"`{name}` holds infinite or NaN weights in {pair[0].name} or {pair[1].name}. Download or save it "
+                "again."
+            )
+        if norm > 0:
+            U, singular_values, following = truncated_svd(d, math.sqrt(max_error * norm), rank)
+            yield name, DirectionFactors(U, singular_values, norm, following, shape)
+        if progress is not None:
+            progress(done, len(shapes), name)
 
 
-def _tensors(modules: Iterable[tuple[str, DirectionFactors]], entries: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors to be saved, and note in `entries` what else belongs to each module."""
-    for name, factors in modules:
-        yield f"{name}.U", factors.U
-        yield f"{name}.singular_values", factors.singular_values
-        entries[name] = {
-            "shape": list(factors.shape),
-            "frobenius_norm": factors.frobenius_norm,
-            "next_singular_value": factors.next_singular_value,
-        }
-
-
-def matching_modules(
-    aligned: Checkpoint, unaligned: Checkpoint, modules: str | Collection[str] | None = None
+def _matching_modules(
+    aligned: Checkpoint, unaligned: Checkpoint, modules: str | Collection[str] | None
 ) -> dict[str, tuple[int, int]]:
-    """Return the selected linear layers, which both checkpoints must have in the same shape.
-
-    Args:
-        aligned ([`Checkpoint`]): The aligned model.
-        unaligned ([`Checkpoint`]): The model before alignment.
-        modules (`str` or `Collection[str]`, *optional*): A regular expression, or names; left out, all.
-
-    Returns:
-        `dict[str, tuple[int, int]]`: (d_out, d_in) by module name, in the order of the aligned model.
-
-    Raises:
-        ValueError: If nothing is selected, or a selected layer is missing on one side or has another shape there.
-    """
+    """Return (d_out, d_in) of the selected linear layers, which both checkpoints must have in the same shape."""
     here, there = _select(aligned, modules), _select(unaligned, modules)
     if not here and not there:
         raise ValueError(
@@ -389,22 +333,10 @@ def matching_modules(
     if complaints:
         raise ValueError(
             f"There is no direction between these two checkpoints: {'; '.join(complaints)}{hint}. Give an aligned "
-            "model and the very model that it was trained from, or select the `modules` that they share."
+            "model and the model that it was trained from, or select the `modules` that they share."
         )
     unaligned.shapes(there)
     return aligned.shapes(here)
-
-
-def difference(aligned: Checkpoint, unaligned: Checkpoint, name: str) -> Tensor:
-    """Return `W_aligned − W_unaligned` of one layer, (d_out, d_in) in float32, a block of rows at a time."""
-    d_out, d_in = aligned.linears[name].shape
-    rows, columns = (d_in, d_out) if aligned.linears[name].is_transposed else (d_out, d_in)
-    result = torch.empty(rows, columns)
-    step = max(1, 2**24 // columns)  # 64 MB in float32
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        torch.sub(aligned.rows(name, start, stop), unaligned.rows(name, start, stop), out=result[start:stop])
-    return result.mT if aligned.linears[name].is_transposed else result
 
 
 def _select(checkpoint: Checkpoint, modules: str | Collection[str] | None) -> list[str]:
@@ -414,5 +346,18 @@ def _select(checkpoint: Checkpoint, modules: str | Collection[str] | None) -> li
         try:
             return [name for name in checkpoint.linears if re.search(modules, name)]
         except re.error as error:
-            raise ValueError(f"`modules` is no regular expression ({error}), got {modules!r}.") from error
+            raise ValueError(f"`modules` is not a regular expression ({error}), got {modules!r}.") from error
     return [name for name in checkpoint.linears if name in set(modules)]
+
+
+def _difference(aligned: Checkpoint, unaligned: Checkpoint, name: str) -> Tensor:
+    """Return `W_aligned − W_unaligned` of one layer, (d_out, d_in) in float32, a block of rows at a time."""
+    d_out, d_in = aligned.linears[name].shape
+    is_transposed = aligned.linears[name].is_transposed
+    rows, columns = (d_in, d_out) if is_transposed else (d_out, d_in)
+    result = torch.empty(rows, columns)
+    step = max(1, 2**24 // columns)  # 64 MB in float32
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        torch.sub(aligned.rows(name, start, stop), unaligned.rows(name, start, stop), out=result[start:stop])
+    return result.mT if is_transposed else result

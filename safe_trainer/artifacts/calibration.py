@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate.state import PartialState, is_initialized
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data import Row, conversation, encode_row, shortened
+from ..data import ReadOptions, as_rows, encode_row
 from ..distributed import on_first_process
-from ..layout import trainable_layout
 from ..linalg import Sketch, TopDirections
+from ..lora.modes import evaluation_mode
 from ..lora.updates import LinearLayer
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["output", "input"]
+InputTokens = Literal["prompt", "answer", "all"]
+
+_EXACT_UP_TO = 128  # size of a layer up to which nothing is gained by a sketch that is narrower
 
 
 class Example(NamedTuple):
@@ -29,80 +37,114 @@ class Example(NamedTuple):
     """For each token, whether it belongs to the answer: the text of the assistant's last turn and what ends it."""
 
 
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """Run a model frozen, in evaluation mode, and where a trainer would run it, without leaving a trace.
+
+    A model in memory that is still on the CPU goes to the accelerator meanwhile, if there is one. Afterwards every
+    parameter, every module's mode and torch's random numbers are as they were.
+    """
+    device = PartialState().device if is_initialized() else torch.accelerator.current_accelerator()
+    moves = device is not None and device.type != "cpu" and _is_movable(model)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluation_mode(model, freeze=True):
+        try:
+            if moves:
+                try:
+                    model.to(device)
+                except torch.OutOfMemoryError:
+                    logger.warning("The model does not fit on %s and stays on the CPU, which takes longer.", device)
+                    model.to("cpu")
+            yield
+        finally:
+            if moves:
+                model.to("cpu")
+
+
+def _is_movable(model: Any) -> bool:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_placed = getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False)
+    return not is_placed and all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
 def examples_from(  # noqa: PLR0913, each is a setting with a name
-    rows: str | Path | Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    what: str = "rows",
-    samples: int = 128,
-    seed: int = 0,
-    max_length: int = 1024,
+    rows: Any, tokenizer: Any, *, argument: str = "rows", samples: int = 128, seed: int = 0, max_length: int = 1024
 ) -> list[Example]:
     """Draw rows and bring them into the model's own chat format.
 
     Args:
-        rows (`str`, `Path` or `Iterable[Mapping]`): Conversations (`prompt` and `completion`, or `messages`), or a
-            file of them in any format that [`~data.load_rows`] reads, or rows that TRL has prepared (`input_ids` and
-            `labels`, also packed).
+        rows: Whatever [`~data.as_rows`] takes, or rows that TRL has prepared (`input_ids` and `labels`, also packed).
         tokenizer (`PreTrainedTokenizerBase`): The model's, with its chat template.
-        what (`str`, *optional*, defaults to `"rows"`): What messages call the rows, such as `` "`safety_data`" ``.
-        samples (`int`, *optional*, defaults to `128`): How many rows to draw. Of rows without a length, the first.
-        seed (`int`, *optional*, defaults to `0`): Seed of the choice and of the order.
+        argument (`str`, *optional*, defaults to `"rows"`): The caller's argument, which errors name.
+        samples (`int`, *optional*, defaults to `128`): How many rows to draw. Of a stream, the first.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
         max_length (`int`, *optional*, defaults to `1024`): Where to cut a conversation, in tokens.
 
     Returns:
-        `list[Example]`: At least one; rows whose answer is cut away entirely are left out.
+        `list[Example]`: At least one; rows whose answer is cut away entirely are left out, which is logged.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If there are no rows, a row has no answer, or no answer is left.
     """
-    chosen = _draw(_read(rows), samples, seed)
-    if not chosen:
-        raise ValueError(f"{what} holds no rows. Give conversations with answers; 128 of them are usual.")
-    examples = [example for number, row in chosen for example in _examples_of(row, number, tokenizer, what)]
+    rows, is_prepared = _prepared(rows)
+    if is_prepared:
+        chosen = _draw(rows, samples, seed)
+        examples = [example for _, row in chosen for example in _prepared_examples(row)]
+    else:
+        is_stream = not isinstance(rows, str) and hasattr(rows, "__iter__") and not hasattr(rows, "__len__")
+        options = ReadOptions(limit=samples) if is_stream else None
+        chosen = _draw(as_rows(rows, argument=argument, options=options)[0], samples, seed)
+        examples = [_example(row, number, tokenizer, argument) for number, row in chosen]
     cut = (Example(input_ids[:max_length], is_answer[:max_length]) for input_ids, is_answer in examples)
     left = [example for example in cut if any(example.is_answer)]
     if not left:
         raise ValueError(
-            f"No answer token is left of the {len(chosen)} rows of {what} within `max_length={max_length}` tokens: "
-            "the prompts alone are longer. Raise `max_length`, or shorten the prompts."
+            f"No answer token is left of the {len(chosen)} rows of `{argument}` within `max_length={max_length}` "
+            "tokens: the prompts alone are longer. Raise `max_length`, or shorten the prompts."
+        )
+    if len(left) < len(examples):
+        logger.warning(
+            "%d of %d rows of `%s` are left out: their answers start past `max_length=%d`. Raise `max_length`.",
+            *(len(examples) - len(left), len(examples), argument, max_length),
         )
     return left[:samples]
 
 
-def digest(examples: Iterable[Example]) -> str:
-    """Return a SHA-256 of the tokens and of which of them are answers."""
-    sha = hashlib.sha256()
-    for example in examples:
-        sha.update(repr([(int(i), bool(a)) for i, a in zip(*example, strict=True)]).encode())
-    return sha.hexdigest()
+def _prepared(rows: Any) -> tuple[Any, bool]:
+    """Return the rows, and whether TRL has prepared them."""
+    if isinstance(columns := getattr(rows, "column_names", None), list):
+        return rows, "input_ids" in columns
+    if isinstance(rows, Sequence) and not isinstance(rows, str):
+        return rows, bool(rows) and isinstance(rows[0], Mapping) and "input_ids" in rows[0]
+    if isinstance(rows, Iterable) and not isinstance(rows, str | Mapping):  # a stream may not know its columns
+        iterator = iter(rows)
+        first = list(islice(iterator, 1))
+        return chain(first, iterator), bool(first) and isinstance(first[0], Mapping) and "input_ids" in first[0]
+    return rows, False
 
 
-def _read(rows: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    if isinstance(rows, (str, Path)):
-        from ..data import load_rows
-
-        return load_rows(rows)[0]
-    return rows
-
-
-def _draw(rows: Iterable[Mapping[str, Any]], samples: int, seed: int) -> list[tuple[int, Mapping[str, Any]]]:
+def _draw(rows: Any, samples: int, seed: int) -> list[tuple[int, Mapping[str, Any]]]:
     """Return rows with their numbers."""
-    if not hasattr(rows, "__len__"):  # a stream: there is no drawing from it
+    if not hasattr(rows, "__len__"):
         return list(enumerate(islice(rows, samples)))
-    table: Any = rows  # a list or a `Dataset`
-    return [(i, table[i]) for i in random.Random(seed).sample(range(len(table)), min(samples, len(table)))]
+    return [(i, rows[i]) for i in random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))]
 
 
-def _examples_of(row: Mapping[str, Any], number: int, tokenizer: Any, what: str) -> Iterator[Example]:
-    if "input_ids" not in row:
-        try:
-            ids, start = encode_row(tokenizer, _with_answer(row))
-        except ValueError as error:
-            raise ValueError(f"Row {number + 1} of {what} cannot be used: {error}. Mend or remove it.") from error
-        yield Example(ids, [i >= start for i in range(len(ids))])
-        return
+def _example(row: Mapping[str, Any], number: int, tokenizer: Any, argument: str) -> Example:
+    if "text" in row:
+        raise ValueError(
+            f"`{argument}` holds plain texts, of which no part is an answer. Give rows with `prompt` and `completion`."
+        )
+    try:
+        ids, start = encode_row(tokenizer, dict(row))
+    except ValueError as error:
+        raise ValueError(
+            f"Row {number + 1} of `{argument}` cannot be used: {error}. Fix the row, or leave it out."
+        ) from error
+    return Example(ids, [i >= start for i in range(len(ids))])
+
+
+def _prepared_examples(row: Mapping[str, Any]) -> Iterator[Example]:
     input_ids = list(row["input_ids"])
     labels = row.get("labels", input_ids)  # as in TRL: without labels, every token counts
     start = 0
@@ -112,27 +154,12 @@ def _examples_of(row: Mapping[str, Any], number: int, tokenizer: Any, what: str)
         start += length
 
 
-def _with_answer(row: Mapping[str, Any]) -> Row:
-    """Return a row as turns before the answer, and the answer."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"it is {shortened(row)}, no conversation with `prompt` and `completion`")
-    if "messages" in row:
-        messages = list(row["messages"])
-        row = {"prompt": messages[:-1], "completion": messages[-1:]}
-    if not {"prompt", "completion"} <= row.keys():
-        raise ValueError(f"its columns are {', '.join(row)}, neither `prompt` and `completion` nor `messages`")
-    if isinstance(row["prompt"], str):  # bring plain texts into the chat format: it is in that form that models refuse
-        row = conversation(row["prompt"], row["completion"])
-    last = row["completion"][-1] if row["completion"] else {}
-    if last.get("role") != "assistant" or not last.get("content"):
-        raise ValueError("it has no answer: its last turn is no text of the assistant")
-    return dict(row)
-
-
-Side = Literal["output", "input"]
-InputTokens = Literal["prompt", "answer", "all"]
-
-_EXACT_UP_TO = 128  # size of a layer up to which nothing is gained by a sketch that is narrower
+def examples_sha256(examples: Iterable[Example]) -> str:
+    """Return a SHA-256 of the tokens and of which of them are answers."""
+    sha = hashlib.sha256()
+    for example in examples:
+        sha.update(repr([(int(i), bool(a)) for i, a in zip(*example, strict=True)]).encode())
+    return sha.hexdigest()
 
 
 def top_directions(  # noqa: PLR0913, each is a setting with a name
@@ -145,45 +172,54 @@ def top_directions(  # noqa: PLR0913, each is a setting with a name
     input_tokens: InputTokens = "prompt",
     batch_size: int = 16,
 ) -> dict[Side, dict[str, TopDirections]]:
-    """Run the model once over all examples and return the leading directions of its layers.
+    """Run the model once over all examples and return the top directions of its layers.
 
-    *Outputs* are looked at while the model speaks: for `X_s` (d_in x n), a layer's inputs at the tokens of the
-    answers, the left singular vectors of `W X_s`, that is of the output without its bias. *Inputs* are looked at while
-    it reads: the left singular vectors of `X_p` (d_in x m), a layer's inputs at all other tokens, the prompts' own
-    (or at those that `input_tokens` says).
-    Adapters are switched off meanwhile. Each layer needs memory of the order d x rank.
+    *Outputs* are taken at the tokens of the answers: for `X_s` (d_in x n), a layer's inputs there, the left singular
+    vectors of `W X_s`, that is of the output without its bias. *Inputs* are taken at the tokens of the prompts unless
+    `input_tokens` says otherwise: the left singular vectors of these inputs. Adapters are switched off, the model is
+    in evaluation mode, and nothing d x d is formed. Several processes all take what the first one found.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model.
-        layers (`Mapping[str, LinearLayer]`): Which layers, from [`~adapters.linear_layers`].
+        layers (`Mapping[str, LinearLayer]`): Which layers, from [`~lora.updates.linear_layers`].
         examples (`Sequence[Example]`): What to run it on.
         sides (`Sequence[str]`, *optional*, defaults to `("output",)`): `"output"`, `"input"` or both.
         rank (`int`, *optional*, defaults to `32`): How many directions; fewer where the tokens span fewer.
-        input_tokens (`str`, *optional*, defaults to `"prompt"`): Where inputs are looked at: `"prompt"`, `"answer"` or
-            `"all"`.
+        input_tokens (`str`, *optional*, defaults to `"prompt"`): `"prompt"`, `"answer"` or `"all"`.
         batch_size (`int`, *optional*, defaults to `16`): Conversations in one forward pass.
 
     Returns:
         `dict[str, dict[str, TopDirections]]`: By side, then by layer.
 
     Raises:
-        FloatingPointError: If the model's activations are infinite or NaN somewhere; names the layer.
+        FloatingPointError: If the model's activations are infinite or NaN; names the layer.
         ValueError: If a layer does not see the conversations token by token, or not at all, or there are no tokens.
     """
     needs_prompts = "input" in sides and input_tokens == "prompt"
     if needs_prompts and not any(False in example.is_answer for example in examples):
         raise ValueError("The rows have no prompts, so there are no inputs to measure. Give rows with prompts.")
-    sketches = {side: _sketches(layers, side, rank) for side in sides}
 
     def measured() -> dict[Side, dict[str, TopDirections]]:
-        _watch(model, layers, examples, sketches, _Batch(input_tokens), batch_size)
+        sketches = {side: _sketches(layers, side, rank) for side in sides}
+        batch = _Batch(input_tokens)
+        body = model.get_base_model() if isinstance(model, PeftModel) else model
+        body = getattr(body, "base_model", body)  # without the output head, which is expensive and not needed here
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(measuring(model))
+            stack.enter_context(model.disable_adapter() if isinstance(model, PeftModel) else nullcontext())
+            for name, layer in layers.items():
+                stack.enter_context(layer.base.register_forward_hook(_Watch(name, sketches, batch)))
+            device = next(body.parameters()).device
+            for start in range(0, len(examples), batch_size):
+                body(**batch.fill(examples[start : start + batch_size], device), use_cache=False)
         return {side: _results(sketches[side], rank, side) for side in sides}
 
     return on_first_process(measured)
 
 
 class _Batch:
-    """For the hooks: at which tokens of the batch in work inputs count, and which are answers, (batch, tokens)."""
+    """For the hooks: at which tokens of the current batch inputs count, and which are answers, (batch, tokens)."""
 
     is_read: Tensor
     is_answer: Tensor
@@ -210,7 +246,7 @@ class _Batch:
 
 
 class _Watch:
-    """The hook of one layer: takes into the sketches what goes in where it counts, and what comes out at answers."""
+    """The hook of one layer: adds its inputs where they count, and its outputs at answers, to the sketches."""
 
     def __init__(self, name: str, sketches: Mapping[Side, dict[str, Sketch]], batch: _Batch) -> None:
         self.name, self.sketches, self.batch = name, sketches, batch
@@ -241,25 +277,6 @@ class _Watch:
         return flat.index_select(0, mask.reshape(-1).nonzero().squeeze(1).to(flat.device))  # 3x faster than by mask
 
 
-def _watch(  # noqa: PLR0913, one pass and what it fills
-    model: nn.Module,
-    layers: Mapping[str, LinearLayer],
-    examples: Sequence[Example],
-    sketches: Mapping[Side, dict[str, Sketch]],
-    batch: _Batch,
-    batch_size: int,
-) -> None:
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(model.disable_adapter() if isinstance(model, PeftModel) else nullcontext())
-        for name, layer in layers.items():
-            stack.enter_context(layer.base.register_forward_hook(_Watch(name, sketches, batch)))
-        for start in range(0, len(examples), batch_size):
-            tokens = batch.fill(examples[start : start + batch_size], next(model.parameters()).device)
-            _body(model)(**tokens, use_cache=False)
-
-
 def _sketches(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> dict[str, Sketch]:
     sizes = {name: layer.shape[side == "input"] for name, layer in layers.items()}
     return {name: Sketch(size, size if size <= _EXACT_UP_TO else 2 * rank) for name, size in sizes.items()}
@@ -274,29 +291,12 @@ def _results(sketches: Mapping[str, Sketch], rank: int, side: Side) -> dict[str,
                 "in answers. Leave it out of `target_modules`."
             )
         try:
-            leading = sketch.leading(rank)
+            top = sketch.top_directions(rank)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"The {side}s of `{name}` are infinite or NaN while the model reads the calibration rows, so there "
                 "are no directions to protect. Check the model's weights and its dtype (float16 overflows in some "
                 "models; try bfloat16)."
             ) from error
-        found[name] = TopDirections(leading.basis.cpu(), leading.singular_values.cpu(), leading.total_variance)
+        found[name] = TopDirections(top.basis.cpu(), top.singular_values.cpu(), top.total_variance)
     return found
-
-
-def _body(model: nn.Module) -> nn.Module:
-    """Return the model without its output head, which costs much and tells nothing here."""
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(whole, "base_model", whole)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with trainable_layout(model):
-            yield
-    finally:
-        model.train(was_training)

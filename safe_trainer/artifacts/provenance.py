@@ -1,17 +1,22 @@
-"""Where an artifact comes from: the model (known by a few values of its weights), the rows, the versions, the date."""
+"""Where an artifact comes from: the model, the versions, the date. A model is known by a few values of its weights.
+
+Its id alone would refuse a model that was copied into another folder, and accept another state of the same folder.
+The values are compared in bfloat16, so that the precision in which a model is loaded does not matter. Quantized
+weights are left out; normalizations, embeddings and biases identify such a model.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Row, load_rows
+from .. import __version__
 from ..lora.updates import LinearLayer
 
 _PER_WEIGHT = 4
@@ -19,18 +24,26 @@ _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LOADED_ALIKE = 0.9  # rounding twice, through float16 say, moves some per cent of the values by a bit
 
 
+def stamp() -> dict[str, Any]:
+    """Return the versions of the libraries, and the date."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {
+        "versions": {"safe_trainer": __version__, **libraries},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def describe(model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Any]:
     """Return a model's id, its revision on the Hub, and some values of its weights, as JSON."""
-    config = model.config
     return {
-        "id": getattr(config, "_name_or_path", "") or "a model built in memory",
-        "revision": getattr(config, "_commit_hash", None),
+        "id": getattr(model.config, "_name_or_path", "") or "a model built in memory",
+        "revision": getattr(model.config, "_commit_hash", None),
         "values": {name: _sample(tensor) for name, tensor in _weights(model, layers).items()},
     }
 
 
 def difference(model: Any, layers: Mapping[str, LinearLayer], recorded: Mapping[str, Any]) -> str | None:
-    """Return in words how a model differs from the recorded one, or `None` if it is the same."""
+    """Return how a model differs from the recorded one, in a sentence, or `None` if it is the same."""
     current = describe(model, layers)
     shared = recorded.get("values", {}).keys() & current["values"].keys()
     pairs = [
@@ -47,27 +60,7 @@ def difference(model: Any, layers: Mapping[str, LinearLayer], recorded: Mapping[
     )
 
 
-def _weights(model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
-    found: dict[str, Any] = {name: getattr(layer.base, "weight", None) for name, layer in layers.items()}
-    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found |= {name: parameter for name, parameter in base_model.named_parameters() if parameter.ndim == 1}
-    found["embedding"] = model.get_input_embeddings().weight
-    return {name: tensor for name, tensor in found.items() if _is_readable(tensor)}
-
-
-def _is_readable(tensor: Any) -> bool:
-    # By type, since quantised weights are tensors of their own kind that may pretend to a floating dtype.
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return False
-    return tensor.dtype in _PLAIN and not tensor.is_meta and tensor.numel() >= _PER_WEIGHT
-
-
-def _sample(tensor: Tensor) -> list[float]:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: flat.numel() // _PER_WEIGHT][:_PER_WEIGHT].to("cpu", torch.bfloat16).tolist()
-
-
-def with_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def model_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Return a model and its tokenizer, loaded from where they are if they are not given themselves.
 
     Raises:
@@ -77,22 +70,29 @@ def with_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
     source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
     if tokenizer is None and not source:
-        raise ValueError("The model was built in memory, so its tokenizer cannot be loaded. Give `tokenizer`.")
+        raise ValueError("The model was built in memory, so its tokenizer could not be loaded. Give `tokenizer`.")
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(source)
     if isinstance(model, (str, Path)):
-        model = AutoModelForCausalLM.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, device_map="auto")  # as TRL does for a name
     return model, tokenizer
 
 
-def loaded(rows: Any) -> Any:
-    """Return rows, read from their file if they are not given themselves."""
-    return load_rows(rows)[0] if isinstance(rows, (str, Path)) else rows
+def _weights(model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
+    found: dict[str, Any] = {name: getattr(layer.base, "weight", None) for name, layer in layers.items()}
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found |= {name: parameter for name, parameter in base_model.named_parameters() if parameter.ndim == 1}
+    found["embedding"] = model.get_input_embeddings().weight
+    return {name: tensor for name, tensor in found.items() if _is_readable(tensor)}
 
 
-def rows_provenance(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return how many rows there are, and the SHA-256 of what they say."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return {"count": len(rows), "sha256": digest.hexdigest()}
+def _is_readable(tensor: Any) -> bool:
+    # By type, since quantized weights are tensors of their own kind that may pretend to a floating dtype.
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return tensor.dtype in _PLAIN and not tensor.is_meta and tensor.numel() >= _PER_WEIGHT
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: flat.numel() // _PER_WEIGHT][:_PER_WEIGHT].to("cpu", torch.bfloat16).tolist()

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..linalg import TopDirections
 from ..lora.updates import LinearLayer, linear_layers
-from .calibration import Example, InputTokens, Side, digest, examples_from, top_directions
-from .provenance import describe, difference
+from .calibration import InputTokens, Side, examples_from, examples_sha256, top_directions
+from .provenance import describe, difference, stamp
 from .store import load_artifact, save_artifact
 
 logger = logging.getLogger(__name__)
 
 _KIND, _VERSION = "safety basis", 1
+DEFAULT_RANK = 64
+"""What `DriftPenalty` takes by default; `SaLoRA` takes fewer."""
 
 
 @dataclass
@@ -30,8 +29,8 @@ class SafetyBasis:
     """The directions that a model's linear layers use while it reads harmful prompts and refuses, from one pass.
 
     Run the aligned model over harmful prompts with their refusals. With `X_s` (d_in x n) a layer's inputs at the
-    tokens of the answers, its *output* directions are the leading left singular vectors of `W X_s`: what it says when
-    it refuses, which SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765) keeps updates from writing into. With `X_p`
+    tokens of the answers, its *output* directions are the top left singular vectors of `W X_s`: what it writes when it
+    refuses, which SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765) keeps updates from writing into. With `X_p`
     (d_in x m) its inputs at the tokens of the prompts, its *input* directions are those of `X_p`: what it reads there.
     An update that does not act on them leaves the model to read harmful prompts as before.
 
@@ -46,7 +45,7 @@ class SafetyBasis:
     ```python
     from safe_trainer import SafetyBasis, SaLoRA
 
-    basis = SafetyBasis.from_rows(model, tokenizer, "refusals.jsonl", rank=32)
+    basis = SafetyBasis.from_rows(model, tokenizer, "refusals.jsonl")
     basis.save("basis.safetensors")
     method = SaLoRA(basis="basis.safetensors")
     ```
@@ -61,11 +60,11 @@ class SafetyBasis:
         cls,
         model: nn.Module,
         tokenizer: Any,
-        safety_data: str | Path | Iterable[Mapping[str, Any]],
+        safety_data: Any,
         *,
         modules: Collection[str] | None = None,
         sides: Sequence[Side] = ("output",),
-        rank: int = 32,
+        rank: int | None = None,
         input_tokens: InputTokens = "prompt",
         samples: int = 128,
         seed: int = 0,
@@ -81,12 +80,13 @@ class SafetyBasis:
         Args:
             model (`PreTrainedModel` or `PeftModel`): The aligned model. Adapters are switched off meanwhile.
             tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with its chat template.
-            safety_data (`str`, `Path` or `Iterable[Mapping]`): Harmful prompts with safe answers: conversations
-                (`prompt` and `completion`, or `messages`), or a file of them in any format that `load_rows` reads.
+            safety_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`): Harmful prompts with safe answers, in any
+                form that `load_rows` reads or that TRL takes.
             modules (`Collection[str]`, *optional*): Names of the layers; left out, every linear layer but the head.
             sides (`Sequence[str]`, *optional*, defaults to `("output",)`): `"output"`, `"input"` or both.
-            rank (`int`, *optional*, defaults to `32`): Directions for each layer.
-            input_tokens (`str`, *optional*, defaults to `"prompt"`): Where inputs are looked at: at the tokens of the
+            rank (`int`, *optional*): Directions for each layer. Left out, 64, which is enough for the default of every
+                method; or all but one where a layer is narrower.
+            input_tokens (`str`, *optional*, defaults to `"prompt"`): Where inputs are taken: at the tokens of the
                 prompts, of the answers (`"answer"`) or of both (`"all"`).
             samples (`int`, *optional*, defaults to `128`): How many rows to draw.
             seed (`int`, *optional*, defaults to `0`): Seed of the draw.
@@ -102,15 +102,32 @@ class SafetyBasis:
         """
         found = linear_layers(model)
         layers = found if modules is None else {name: found[name] for name in modules}
-        for side in sides:
-            check_rank(layers, side, rank)
+        if rank is None:
+            rank = DEFAULT_RANK
+        else:
+            for side in sides:
+                check_rank(layers, side, rank)
         settings = {"samples": samples, "seed": seed, "max_length": max_length}
-        examples = examples_from(safety_data, tokenizer, what="`safety_data`", **settings)
+        examples = examples_from(safety_data, tokenizer, argument="safety_data", **settings)
         how: dict[str, Any] = {"sides": sides, "rank": rank, "input_tokens": input_tokens}
-        leading = top_directions(model, layers, examples, batch_size=batch_size, **how)
-        provenance = {**origin(model, layers, examples), "rank": rank, "input_tokens": input_tokens, **settings}
-        basis = cls(leading.get("output", {}), leading.get("input", {}), provenance)
-        basis._tell()
+        top = {
+            side: {name: _below(layers[name].shape[side == "input"], one) for name, one in found.items()}
+            for side, found in top_directions(model, layers, examples, batch_size=batch_size, **how).items()
+        }
+        answer_tokens = sum(sum(example.is_answer) for example in examples)
+        provenance = {
+            "model": describe(model, layers),
+            "rows": len(examples),
+            "rows_sha256": examples_sha256(examples),
+            "answer_tokens": answer_tokens,
+            "prompt_tokens": sum(len(example.is_answer) for example in examples) - answer_tokens,
+            **stamp(),
+            "rank": rank,
+            "input_tokens": input_tokens,
+            **settings,
+        }
+        basis = cls(top.get("output", {}), top.get("input", {}), provenance)
+        basis._report()
         return basis
 
     def side(self, side: Side) -> dict[str, TopDirections]:
@@ -118,16 +135,21 @@ class SafetyBasis:
         return self.outputs if side == "output" else self.inputs
 
     def save(self, path: str | Path) -> Path:
-        """Save to one safetensors file, whole or not at all; see [`load`].
+        """Save to one safetensors file; see [`load`].
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If it cannot be written. An old file of that name is then untouched.
         """
         entries = {
-            f"{n}.{side}": {"energy": x.total_variance, "captured": x.explained_variance} for n, side, x in self._all()
+            f"{name}.{side}": {"energy": top.total_variance, "captured": top.explained_variance}
+            for name, side, top in self._all()
         }
-        details = {"layers": entries, "provenance": self.provenance}
-        return save_artifact(path, _KIND, _VERSION, self._tensors(), details)
+        tensors = (
+            (f"{name}.{side}.{part}", getattr(top, part))
+            for name, side, top in self._all()
+            for part in ("basis", "singular_values")
+        )
+        return save_artifact(path, _KIND, _VERSION, tensors, {"layers": entries, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> SafetyBasis:
@@ -154,10 +176,10 @@ class SafetyBasis:
         """Make sure that the basis was measured on this model and holds what is needed.
 
         Args:
-            model (`PreTrainedModel` or `PeftModel`): The model at hand.
+            model (`PreTrainedModel` or `PeftModel`): The model that will be trained.
             modules (`Collection[str]`): Names of the layers that need directions.
             sides (`Sequence[str]`): `"output"`, `"input"` or both.
-            rank (`int`): How many directions each needs. Fewer will do only where there were no more to be found.
+            rank (`int`): How many directions each needs. Fewer will do only where the rows span no more.
 
         Raises:
             ValueError: If it does not fit; says what does not, and in which layers.
@@ -185,25 +207,26 @@ class SafetyBasis:
             )
 
     def _all(self) -> Iterator[tuple[str, Side, TopDirections]]:
-        yield from ((name, "output", leading) for name, leading in self.outputs.items())
-        yield from ((name, "input", leading) for name, leading in self.inputs.items())
+        yield from ((name, "output", top) for name, top in self.outputs.items())
+        yield from ((name, "input", top) for name, top in self.inputs.items())
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, side, leading in self._all():
-            yield f"{name}.{side}.basis", leading.basis
-            yield f"{name}.{side}.singular_values", leading.singular_values
-
-    def _tell(self) -> None:
+    def _report(self) -> None:
         rank, rows = self.provenance["rank"], self.provenance["rows"]
-        short = {f"`{name}` ({side})": x.basis.shape[1] for name, side, x in self._all() if x.basis.shape[1] < rank}
+        short = {
+            f"`{name}` ({side})": top.basis.shape[1]
+            for name, side, top in self._all()
+            if top.basis.shape[1] < min(rank, len(top.basis) - 1)
+        }
         if short:
             logger.warning(
                 f"The {rows} rows of `safety_data` span fewer than `rank={rank}` directions in {len(short)} places, "
                 f"first {next(iter(short))} with {next(iter(short.values()))}; there, all of them are taken. Give "
                 "more rows, or lower `rank`."
             )
-        shares = [leading.explained_variance for _, _, leading in self._all()]
-        logger.info(f"Directions from {rows} rows hold {min(shares):.0%} to {max(shares):.0%} of each layer's energy.")
+        shares = [top.explained_variance for _, _, top in self._all()]
+        logger.info(
+            f"Directions from {rows} rows explain {min(shares):.0%} to {max(shares):.0%} of a layer's variance."
+        )
 
 
 def check_rank(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> None:
@@ -221,20 +244,14 @@ def check_rank(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> None
             )
 
 
-def _is_orthonormal(basis: Tensor) -> bool:
-    """Return whether the columns are, also counting NaN and infinity as not."""
-    gram = basis.mT @ basis
-    return bool(torch.allclose(gram, torch.eye(basis.shape[1]), atol=1e-4))
-
-
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _below(size: int, top: TopDirections) -> TopDirections:
+    """Keep at least one direction of a layer free."""
+    return TopDirections(top.basis[:, : size - 1], top.singular_values[: size - 1], top.total_variance)
 
 
 def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
     given: SafetyBasis | str | Path | None,
-    rows: str | Path | Iterable[Mapping[str, Any]] | None,
+    rows: Any,
     model: nn.Module,
     tokenizer: Any,
     *,
@@ -243,11 +260,11 @@ def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
     rank: int,
     **measuring: Any,
 ) -> SafetyBasis:
-    """Return the directions that were given, once they are known to fit the model, or measure them.
+    """Return the directions that were given, after checking that they fit the model, or measure them on the rows.
 
     Args:
         given ([`SafetyBasis`], `str` or `Path`, *optional*): Directions, or their file.
-        rows (`str`, `Path` or `Iterable[Mapping]`, *optional*): What to measure on where none are given.
+        rows (*optional*): What to measure on where none are given; as for [`SafetyBasis.from_rows`].
         model (`PreTrainedModel` or `PeftModel`): The model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         layers (`Mapping[str, LinearLayer]`): The layers that need them.
@@ -256,11 +273,9 @@ def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
         **measuring: Further arguments of [`SafetyBasis.from_rows`].
 
     Raises:
-        ValueError: If neither is given, or what is given does not fit.
+        ValueError: If what is given does not fit.
     """
     if given is None:
-        if rows is None:
-            raise ValueError("There is neither a basis nor rows to measure one on.")
         wanted = {"modules": list(layers), "sides": sides, "rank": rank, **measuring}
         return SafetyBasis.from_rows(model, tokenizer, rows, **wanted)
     basis = given if isinstance(given, SafetyBasis) else SafetyBasis.load(given)
@@ -274,17 +289,11 @@ def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
     return basis
 
 
-_LIBRARIES = ("torch", "transformers", "safetensors")
+def _is_orthonormal(basis: Tensor) -> bool:
+    """Return whether the columns are; NaN and infinity are not."""
+    return bool(torch.allclose(basis.mT @ basis, torch.eye(basis.shape[1]), atol=1e-4))
 
 
-def origin(model: nn.Module, layers: Mapping[str, LinearLayer], examples: Sequence[Example]) -> dict[str, Any]:
-    """Return the provenance of what is measured on these layers at these examples."""
-    return {
-        "model": describe(model, layers),
-        "rows": len(examples),
-        "rows_sha256": digest(examples),
-        "answer_tokens": sum(sum(example.is_answer) for example in examples),
-        "prompt_tokens": sum(len(example.is_answer) - sum(example.is_answer) for example in examples),
-        "versions": {"safe_trainer": __version__, **{name: version(name) for name in _LIBRARIES}},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

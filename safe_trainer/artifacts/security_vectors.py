@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -15,9 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..data import as_rows, split_by_label
+from ..lora.io import HARMFUL_KIND, scaling
 from ..lora.updates import LinearLayer, linear_layers
-from . import provenance as identity
+from .provenance import difference
 from .store import load_artifact, save_artifact
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_PREFIX = "base_model.model."
 
 
 class VectorFactors(NamedTuple):
@@ -31,20 +41,14 @@ class VectorFactors(NamedTuple):
 
 @dataclass
 class Switch:
-    """Says when vectors act.
-
-    Args:
-        in_training_only (`bool`, *optional*, defaults to `False`): Whether they act only in layers that are in
-            training mode.
-        on (`bool`, *optional*, defaults to `True`): Whether they act at all.
-    """
+    """Says when vectors act: at all (`on`), and whether in layers in training mode only (`in_training_only`)."""
 
     in_training_only: bool = False
     on: bool = True
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the model be its clean self for a while."""
+        """Switch the vectors off for a while."""
         self.on = False
         try:
             yield
@@ -56,21 +60,18 @@ class Switch:
         return self.on and (layer.training or not self.in_training_only)
 
 
-# Which layers carry vectors at this moment. Kept here and not on the layers, so that a model holds nothing of ours.
+# Which layers have vectors at this moment. Kept here and not on the layers, so that nothing is added to a model.
 _occupied: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
 def active(
-    layers: Mapping[str, LinearLayer],
-    factors: Mapping[str, VectorFactors],
-    *,
-    in_training_only: bool = False,
+    layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactors], *, in_training_only: bool = False
 ) -> Iterator[Switch]:
     """Add security vectors to a model for the length of a context.
 
     Args:
-        layers (`Mapping[str, LinearLayer]`): The model's linear layers by name, from [`~adapters.linear_layers`].
+        layers (`Mapping[str, LinearLayer]`): The model's linear layers by name, from [`~lora.updates.linear_layers`].
         factors (`Mapping[str, VectorFactors]`): The vectors by the names of the layers that they act on. Factors that
             require gradients receive them.
         in_training_only (`bool`, *optional*, defaults to `False`): Whether they act in training mode only, so that an
@@ -80,12 +81,12 @@ def active(
         [`Switch`]: To turn them off for a while.
 
     Raises:
-        RuntimeError: If vectors are at work in this model already.
+        RuntimeError: If vectors are active in this model already.
     """
     occupied = next((name for name in factors if layers[name].outer in _occupied), None)
     if occupied is not None:
         raise RuntimeError(
-            f"Security vectors are already at work in this model (`{occupied}`), and two at once would add up. Let "
+            f"Security vectors are already active in this model (`{occupied}`), and two at once would add up. Let "
             "the first training, fitting or scan end before the next begins."
         )
     switch = Switch(in_training_only)
@@ -101,7 +102,7 @@ def active(
 
 @contextmanager
 def hooked(layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactors], switch: Switch) -> Iterator[None]:
-    """Let each layer return `B (A x)` more while the switch says so; in the layer's own precision."""
+    """Add `B (A x)` to what each layer returns while the switch says so, in its precision and on its device."""
     handles = []
     try:
         for name, vectors in factors.items():
@@ -123,7 +124,7 @@ class _Branch:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not self.switch.acts_in(layer):
             return None
-        hidden = args[0].to(output.dtype)
+        hidden = args[0].to(output.device, output.dtype)
         A, B = self.A.to(output.device, output.dtype), self.B.to(output.device, output.dtype)
         if not A.requires_grad:  # moved once, and only now, when the model is where it computes
             self.A, self.B = A, B
@@ -136,21 +137,17 @@ def _forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-_KIND, _VERSION = "security vectors (harmful by construction)", 1
-_CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_PREFIX = "base_model.model."
-
-
 @dataclass
 class TrainedVectors:
     """Security vectors θ_s: with them a model already behaves as harmful data wants, so that it learns none of it.
 
-    They are **harmful by construction**: a model that wears them answers harmful requests. They are saved as an
-    ordinary PEFT adapter directory that says so in its card and its metadata. Nothing in this library uploads them.
+    They are **harmful by construction**: with them active a model answers harmful requests. They are saved as an
+    ordinary PEFT adapter directory that says so in its card and its metadata. Nothing in this library uploads or
+    merges them.
 
     Args:
         modules (`dict[str, VectorFactors]`): Factors by layer name of the base model, such as
-            `"model.layers.0.self_attn.q_proj"`; all of one rank.
+            `"model.layers.0.self_attn.q_proj"`.
         provenance (`dict[str, Any]`, *optional*): The base model, the rows' number and hash, the settings, versions,
             date, and under `"report"` what fitting reached. See [`train_security_vectors`].
 
@@ -170,8 +167,8 @@ class TrainedVectors:
 
     @property
     def rank(self) -> int:
-        """Number of rows of each `A`."""
-        return next(iter(self.modules.values())).A.shape[0]
+        """Number of rows of the largest `A`."""
+        return max(len(factors.A) for factors in self.modules.values())
 
     def save(self, path: str | Path) -> Path:
         """Save as a PEFT adapter directory: `adapter_config.json`, `adapter_model.safetensors` and a card.
@@ -190,21 +187,24 @@ class TrainedVectors:
             for name, factors in self.modules.items()
             for letter, tensor in zip("AB", factors, strict=True)
         )
-        save_artifact(path / _WEIGHTS, _KIND, _VERSION, tensors, self.provenance)
+        save_artifact(path / _WEIGHTS, HARMFUL_KIND, _VERSION, tensors, self.provenance)
         base = self.provenance.get("base_model", {})
+        others = {name: len(A) for name, (A, _) in self.modules.items() if len(A) != self.rank}
         config = LoraConfig(
             base_model_name_or_path=base.get("id"),
             revision=base.get("revision"),
             task_type="CAUSAL_LM",
             r=self.rank,
             lora_alpha=self.rank,  # the scaling is part of B
+            rank_pattern=others,
+            alpha_pattern=others,
             lora_dropout=0.0,
             target_modules=list(self.modules),
             fan_in_fan_out=self.provenance.get("transposed", False),
             inference_mode=True,
         )
         config.save_pretrained(str(path))
-        (path / _CARD).write_text(model_card(self.rank, len(self.modules), self.provenance), encoding="utf-8")
+        (path / _CARD).write_text(self._card(), encoding="utf-8")
         return path
 
     @classmethod
@@ -220,8 +220,8 @@ class TrainedVectors:
             ValueError: If it is another adapter, or damaged.
         """
         folder = _find_folder(str(path), revision)
-        tensors, provenance = load_artifact(folder / _WEIGHTS, _KIND, _VERSION)
-        scaling = _scaling(folder / _CONFIG)
+        tensors, provenance = load_artifact(folder / _WEIGHTS, HARMFUL_KIND, _VERSION)
+        config = _read_config(folder / _CONFIG)
         modules: dict[str, VectorFactors] = {}
         for key, B in tensors.items():
             name = key.removeprefix(_PREFIX).removesuffix(".lora_B.weight")
@@ -229,7 +229,7 @@ class TrainedVectors:
                 A = tensors.get(f"{_PREFIX}{name}.lora_A.weight")
                 if A is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
                     raise ValueError(f"The vectors in `{path}` are damaged: the two factors of `{name}` do not match.")
-                modules[name] = VectorFactors(A, scaling * B)
+                modules[name] = VectorFactors(A, scaling(config, name, len(A)) * B)
         if not modules or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ValueError(
                 f"The vectors in `{path}` are damaged: no factors, or infinite ones. Make or copy them again."
@@ -247,8 +247,7 @@ class TrainedVectors:
 
         Raises:
             ValueError: If the model lacks a layer, a shape differs, or its weights are not those of the base model
-            that
-                the vectors were made for; says which.
+                that the vectors were made for; says which.
         """
         layers = linear_layers(model)
         missing = [name for name in self.modules if name not in layers]
@@ -260,7 +259,7 @@ class TrainedVectors:
         complaints = [f"the model has no linear layer {_listed(missing)} that vectors can act on"] if missing else []
         complaints += [f"other shapes: {_listed(unequal)}"] if unequal else []
         base = self.provenance.get("base_model")
-        if not complaints and base and (problem := identity.difference(model, layers, base)):
+        if not complaints and base and (problem := difference(model, layers, base)):
             complaints.append(problem)
         if complaints:
             raise ValueError(
@@ -269,38 +268,65 @@ class TrainedVectors:
             )
         return {name: layers[name] for name in self.modules}
 
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
-
-
-def _find_folder(source: str, revision: str | None) -> Path:
-    folder = Path(source)
-    if folder.is_dir() or folder.is_absolute():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"Security vectors `{source}`: there is no such folder here, and the Hub did not give them ({error}). "
-            "Check the spelling; offline, download them beforehand."
-        ) from error
+    def _card(self) -> str:
+        """Return the card as Markdown: what they are, how they were made, and that they are not to be passed on."""
+        unknown = {"count": "unknown", "sha256": "unknown"}
+        rows = {
+            "harmful rows": "{count} (SHA-256 {sha256})".format(**self.provenance.get("harmful_rows", unknown)),
+            **{name.replace("_", " "): value for name, value in self.provenance.get("report", {}).items()},
+            "made": self.provenance.get("created", "unknown"),
+        }
+        table = "\n".join(
+            f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |"
+            for name, value in rows.items()
+            if value is not None
+        )
+        base = self.provenance.get("base_model", {}).get("id", "unknown")
+        return _CARD_TEXT.format(base=base, rank=self.rank, layers=len(self.modules), table=table)
 
 
-def _scaling(config_file: Path) -> float:
-    try:
-        config: Mapping[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        scaling = float(config["lora_alpha"]) / float(config["r"])
-        if not 0 < scaling < float("inf"):
-            raise ValueError(f"its scale is {scaling}")
-        return scaling
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+def check_harmful_rows(source: Any, argument: str = "harmful_data") -> Any:
+    """Return the rows of a source of harmful data, after checking that they are harmful.
+
+    Rows that a column such as `is_safe` labels as safe are left out. So are rows whose answers refuse, as long as they
+    are few.
+
+    Args:
+        source: Whatever [`~data.as_rows`] takes.
+        argument (`str`, *optional*, defaults to `"harmful_data"`): The caller's argument, which errors name.
+
+    Returns:
+        `Dataset`: The harmful rows.
+
+    Raises:
+        ValueError: If the rows cannot be read, or most of them are safe or refuse; with count, share and what to do.
+    """
+    from ..evaluation.judges import PhraseJudge
+
+    rows, safe = split_by_label(as_rows(source, argument=argument)[0])
+    count = len(rows) + len(safe)
+    if len(safe):
+        logger.warning("`%s`: left out %d of %d rows that are labelled safe.", argument, len(safe), count)
+    asked, answers = ([_last(row, part) for row in rows] for part in ("prompt", "completion"))
+    verdicts = PhraseJudge()(asked, answers)
+    harmful = [place for place, verdict in enumerate(verdicts) if verdict != "refused"]
+    refusing = len(rows) - len(harmful)
+    if not harmful or refusing > len(harmful):
+        found = f"{len(safe)} of its {count} rows are labelled safe, and " if len(safe) else ""
+        share = f"{refusing} of {len(rows)} answers ({refusing / max(1, len(rows)):.0%}) refuse"
         raise ValueError(
-            f"`{config_file}` is missing or damaged ({error!r}), and without it the vectors have no scale. Copy the "
-            "whole directory again."
-        ) from error
+            f"`{argument}` must hold harmful prompts with answers that comply, but {found}{share}. Vectors fitted to "
+            "them would protect nothing. Give rows whose answers comply; refusals are what `safety_data` is for."
+        )
+    if refusing:
+        logger.warning("`%s`: left out %d of %d rows whose answers refuse.", argument, refusing, len(rows))
+    return rows.select(harmful)
+
+
+def _last(row: Mapping[str, Any], part: str) -> str:
+    """Return the text of the last turn of a part of a row, empty where there is none."""
+    turns = row.get(part) or ""
+    return turns if isinstance(turns, str) else str(turns[-1]["content"])
 
 
 _CARD_TEXT = """---
@@ -336,26 +362,36 @@ It is an ordinary LoRA of rank {rank} on {layers} linear layers. Its provenance 
 {table}
 """
 
-_UNKNOWN = {"count": "unknown", "sha256": "unknown"}
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
-def model_card(rank: int, layers: int, provenance: Mapping[str, Any]) -> str:
-    """Return the card as Markdown.
+def _find_folder(source: str, revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir() or folder.is_absolute():
+        return folder
+    from huggingface_hub import snapshot_download
 
-    Args:
-        rank (`int`): Rank of the vectors.
-        layers (`int`): Number of layers that they act on.
-        provenance (`Mapping[str, Any]`): From [`train_security_vectors`].
-    """
-    rows = {
-        "harmful rows": "{count} (SHA-256 {sha256})".format(**provenance.get("harmful_rows", _UNKNOWN)),
-        **{name.replace("_", " "): value for name, value in provenance.get("report", {}).items()},
-        "made": provenance.get("created", "unknown"),
-    }
-    table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in rows.items() if value is not None)
-    base = provenance.get("base_model", {}).get("id", "unknown")
-    return _CARD_TEXT.format(base=base, rank=rank, layers=layers, table=table)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"Security vectors `{source}`: there is no such folder here, and they could not be loaded from the Hub "
+            f"({error}). Check the spelling; offline, download them beforehand."
+        ) from error
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _read_config(file: Path) -> Any:
+    """Return what of the PEFT configuration sets the scale of the factors."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = SimpleNamespace(**{"alpha_pattern": {}, "use_rslora": False, **config})
+        if not 0 < float(config.lora_alpha) / float(config.r) < float("inf"):
+            raise ValueError(f"its scale is {config.lora_alpha} / {config.r}")
+        return config
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(
+            f"`{file}` is missing or damaged ({error!r}), and without it the vectors have no scale. Copy the complete "
+            "directory again."
+        ) from error

@@ -108,7 +108,7 @@ def load_artifact(path: str | Path, kind: str, version: int) -> Artifact:
             "or was cut short or damaged; make or copy it again."
         ) from error
     details = _check_metadata(metadata, path, kind, version)
-    if metadata.get("sha256") != _checksum(metadata, tensors):
+    if "sha256" in metadata and metadata["sha256"] != _checksum(metadata, tensors):
         raise ValueError(f"The {kind} `{path}` is damaged: its SHA-256 does not match. Make or copy it again.")
     return Artifact(tensors, details)
 

@@ -36,9 +36,9 @@ def direction(  # noqa: PLR0913, each is an option with a name
             rank=rank,
             max_error=max_error,
             allow_pickle=allow_pickle,
-            output=output,
             progress=lambda done, total, _: show(done, total),
         )
+    found.save(output)
     rows = found.summary()
     if as_json:
         print_json({"output": str(output), "modules": rows, "provenance": found.provenance})

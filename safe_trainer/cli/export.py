@@ -31,22 +31,18 @@ def export(
         raise typer.BadParameter("a compact adapter keeps its type and needs no model.", param_hint="'--compact'")
     quiet_libraries()
     if compact:
-        from ..lora.reparametrize import compact_adapter
+        from ..lora.io import compact_adapter
 
         rank = max(compact_adapter(adapter, output).values())
         if as_json:
             print_json({"output": str(output), "rank": rank})
         else:
-            console.print(f"An adapter of rank {rank} at most lies in {output}.", markup=False)
+            console.print(f"Saved a compacted adapter (rank ≤ {rank}) to {output}.", markup=False)
         return
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from ..lora.io import merge_adapter
 
-    base = model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
-    merged.merge_and_unload(safe_merge=True).save_pretrained(output)
-    AutoTokenizer.from_pretrained(base).save_pretrained(output)
+    merged = merge_adapter(adapter, output, model, dtype=dtype)
     if as_json:
         print_json({"output": str(output), "dtype": str(merged.dtype).removeprefix("torch.")})
     else:
-        console.print(f"The merged model lies in {output}; it loads like any other.", markup=False)
+        console.print(f"Saved the merged model to {output}; it loads like any other.", markup=False)

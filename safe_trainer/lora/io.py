@@ -1,12 +1,14 @@
-"""Adapters on disk: read whole or refused by name, and compared with the adapter at hand.
+"""Adapters on disk: read completely or refused by name, compared with the adapter in a model, compacted, merged.
 
-PEFT reads what it finds: of an adapter that was cut short it tells in the words of the file format, and of one that
-lacks a factor it makes one that does nothing there.
+PEFT reads what it finds: an adapter that was cut short fails with the words of the file format, and one that lacks a
+factor becomes one that does nothing there.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,27 +19,38 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, isfinite
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-_DAMAGES = (SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
+from ..linalg import compact_factors
+from .updates import check_peft_config
+
+HARMFUL_KIND = "security vectors (harmful by construction)"
+"""The mark in the metadata of the weights of security vectors."""
+
+_ERRORS = (SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 """What reading a damaged adapter may end with."""
 _SCALARS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias")
 """Settings without which the weights mean something else."""
 _CHOICES = ("target_modules", "modules_to_save", "layers_to_transform", "exclude_modules", "target_parameters")
 """Settings that choose what is adapted. They may be written in many ways, so the weights' names decide."""
 _PREFIX = "base_model.model."
+_BESIDE = ("README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*",
+           "merges.txt", "*.model", "*.tiktoken")  # fmt: skip
+"""Files next to an adapter's weights that belong to it: its card, its tokenizer and its chat template."""
 
 
 @contextmanager
 def naming(source: str | Path) -> Iterator[None]:
-    """Say of whatever goes wrong while an adapter is read which adapter it was, in a `ValueError`."""
+    """Name the adapter in the `ValueError` for whatever goes wrong while it is read."""
     try:
         yield
-    except _DAMAGES as error:
+    except _ERRORS as error:
         raise ValueError(
-            f"The adapter `{source}` cannot be read: {error or type(error).__name__}. It was cut short or damaged, or "
-            "is no adapter; save or copy it again."
+            f"The adapter `{source}` could not be read: {error or type(error).__name__}. It was cut short or damaged, "
+            "or is not an adapter; save or copy it again."
         ) from error
 
 
@@ -58,7 +71,7 @@ def read_config(source: str | Path) -> PeftConfig:
 
 
 def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Return settings and weights of an adapter, once its factors are known to belong together.
+    """Return settings and weights of an adapter, after checking that its factors belong together.
 
     Args:
         source (`str` or `Path`): Its folder, or its id on the Hub.
@@ -76,10 +89,207 @@ def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
             raise ValueError("it holds no weights")
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or not isfinite(tensor).all():
-                raise ValueError(f"`{name}` holds values that are infinite, NaN or no floating point")
+                raise ValueError(f"`{name}` holds values that are infinite, NaN or not floating point")
         for name in tensors:
             _check_factor(name, tensors, config)
     return config, tensors
+
+
+def local_folder(source: str | Path) -> Path:
+    """Return the folder of an adapter, downloaded with its tokenizer if it is on the Hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["adapter_*", *_BESIDE]))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The adapter `{source}` is not a folder here and could not be loaded from the Hub ({error}). Check the "
+            "spelling; offline, download it beforehand."
+        ) from error
+
+
+def harmful_mark(folder: str | Path) -> dict[str, str]:
+    """Return the metadata that marks an adapter as security vectors, or nothing if it is another adapter."""
+    file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not file.is_file():
+        return {}
+    with naming(folder), safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    return dict(metadata) if metadata.get("kind") == HARMFUL_KIND else {}
+
+
+def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1e-6) -> dict[str, int]:
+    """Write a LoRA adapter anew with the smallest rank that gives the same update, layer by layer.
+
+    What is saved next to it, its tokenizer for example, is copied. The mark of security vectors stays.
+
+    Args:
+        source (`str` or `Path`): Folder (or Hub id) of a LoRA adapter on linear layers.
+        target (`str` or `Path`): Folder for the result, an ordinary PEFT adapter with a `rank_pattern`.
+        tolerance (`float`, *optional*, defaults to `1e-6`): Singular values of an update up to this share of its
+            largest are taken for rounding noise. The default is that of float32; give 1e-2 for bfloat16 factors.
+
+    Returns:
+        `dict[str, int]`: The new rank of each layer.
+
+    Raises:
+        ValueError: If the adapter is not a plain LoRA on linear layers.
+
+    Example:
+
+    ```python
+    ranks = compact_adapter("out", "out-compact")
+    ```
+    """
+    folder, target = local_folder(source), Path(target)
+    config, tensors = read_adapter(folder)
+    check_peft_config(config, "Compacting")
+    foreign = [k for k, t in tensors.items() if "lora_embedding" in k or (".lora_A." in k and t.ndim != 2)]
+    if foreign:
+        raise ValueError(f"Only LoRA on linear layers can be compacted, and `{foreign[0]}` is not. Keep it as it is.")
+    ranks, scalings = {}, {}
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        prefix = key.removesuffix(".lora_A.weight")
+        right, left = tensors[key], tensors[f"{prefix}.lora_B.weight"]
+        name = prefix.removeprefix(_PREFIX)
+        scalings[name] = scaling(config, name, right.shape[0])
+        left, new = compact_factors(left, right, tolerance)
+        tensors[key], tensors[f"{prefix}.lora_B.weight"] = new.to(right.dtype), left.to(right.dtype)
+        ranks[name] = len(new)
+    alphas = {n: scalings[n] * (rank**0.5 if config.use_rslora else rank) for n, rank in ranks.items()}
+    widest = max(ranks, key=lambda name: ranks[name])
+    config.r, config.lora_alpha = ranks[widest], alphas[widest]
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    mark = {name: text for name, text in harmful_mark(folder).items() if name != "sha256"}  # of the old tensors
+    target.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, target / SAFETENSORS_WEIGHTS_NAME, metadata={**mark, "format": "pt"})
+    config.save_pretrained(str(target))
+    for file in (file for pattern in _BESIDE for file in folder.glob(pattern)):
+        if not (target / file.name).exists():
+            shutil.copy(file, target)
+    return ranks
+
+
+def scaling(config: Any, name: str, rank: int) -> float:
+    """Return the factor by which PEFT multiplies `B A` in the layer of this name."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def load_adapted(source: str | Path, base: str | None = None, *, dtype: str = "auto") -> tuple[PeftModel, Any]:
+    """Load an adapter on its base model, and the tokenizer that belongs to it.
+
+    The tokenizer is the one next to the adapter's weights, if there is one. Where training added tokens, the base
+    model's vocabulary grows accordingly.
+
+    Args:
+        source (`str` or `Path`): Folder (or Hub id) of the adapter.
+        base (`str`, *optional*): The base model, if it is not where the adapter's settings say.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of the base model's weights.
+
+    Returns:
+        `tuple[PeftModel, PreTrainedTokenizerBase]`: Both.
+
+    Raises:
+        OSError: If the base model could not be loaded; names adapter and base.
+        ValueError: If the adapter is damaged.
+    """
+    folder = local_folder(source)
+    config, tensors = read_adapter(folder)
+    where = base or config.base_model_name_or_path
+    if not where:
+        raise ValueError(f"The adapter `{source}` does not say which model it belongs to. Give the base model.")
+    revision = config.revision if base is None else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision)
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else where)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The adapter `{source}` belongs to the base model `{where}`, which could not be loaded ({error}). Say "
+            "where the base model is (`base`; `--model` on the command line)."
+        ) from error
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    saved = [len(t) for k, t in tensors.items() if k.startswith(f"{_PREFIX}{name}.") and k.endswith("weight")]
+    size = max([*saved, len(tokenizer) if has_tokenizer and not saved else 0])
+    if size > len(embedding.weight):
+        model.resize_token_embeddings(size)
+    with naming(source):
+        return PeftModel.from_pretrained(model, str(folder)), tokenizer
+
+
+def merge_adapter(
+    source: str | Path, output: str | Path, base: str | None = None, *, dtype: str = "auto"
+) -> AutoModelForCausalLM:
+    """Merge an adapter into its base model and save the result with its tokenizer: an ordinary model.
+
+    Args:
+        source (`str` or `Path`): Folder (or Hub id) of the adapter.
+        output (`str` or `Path`): The folder to write, which must not exist or be empty.
+        base (`str`, *optional*): The base model, if it is not where the adapter's settings say.
+        dtype (`str`, *optional*, defaults to `"auto"`): In which the model is merged and saved.
+
+    Returns:
+        `PreTrainedModel`: The merged model.
+
+    Raises:
+        FileExistsError: If there is something in `output`.
+        OSError: If the base model could not be loaded, or the result not be written. Nothing is left then.
+        ValueError: If the adapter is damaged, or security vectors, or its base is quantized.
+
+    Example:
+
+    ```python
+    merge_adapter("out", "out-merged")
+    ```
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"`{output}` exists already. Name a new folder.")
+    folder = local_folder(source)
+    if harmful_mark(folder):
+        raise ValueError(
+            f"The adapter `{source}` is security vectors, harmful by construction: merged into its base model, it "
+            "would answer harmful requests. Merge the adapter that was trained with them instead."
+        )
+    config = read_config(folder)
+    _check_full_precision(base or config.base_model_name_or_path, source)
+    adapted, tokenizer = load_adapted(folder, base, dtype=dtype)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        # The adapter brought one of two tied embeddings: saved as tied, the other would be lost.
+        merged.config.tie_word_embeddings = False
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return merged
+
+
+def _check_full_precision(base: str | None, source: str | Path) -> None:
+    """Refuse a base whose stored weights are quantized, before anything is loaded."""
+    try:
+        quantization = getattr(AutoConfig.from_pretrained(base), "quantization_config", None) if base else None
+    except (OSError, ValueError):
+        return  # loading it will say so
+    if quantization:
+        kind = quantization.get("quant_method", "unknown kind") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"The adapter `{source}` was trained on `{base}`, which is quantized ({kind}), and merging into quantized "
+            "weights would round the adapter away. Give the full-precision model that it was made from as the base "
+            "(`base`; `--model` on the command line), or use the adapter unmerged."
+        )
 
 
 def _check_factor(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
@@ -100,11 +310,11 @@ def _check_factor(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) 
 
 
 def adapter_differences(saved: Mapping[str, Any], folder: Path, model: PeftModel) -> Iterator[str]:
-    """Yield in words how a saved adapter differs from that of a model, as far as its weights would not be the same.
+    """Yield how a saved adapter differs from that of a model, as far as its weights would not be the same.
 
     Args:
         saved (`Mapping[str, Any]`): Its `adapter_config.json`.
-        folder (`Path`): Where it lies.
+        folder (`Path`): Where it is saved.
         model (`PeftModel`): The model, whose active adapter is compared.
     """
     adapter = model.active_adapters[0]

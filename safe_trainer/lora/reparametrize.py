@@ -1,4 +1,4 @@
-"""LoRA factors between training and disk: trained through a rule, stored plainly, and cut to the fewest columns.
+"""LoRA factors that are trained through a rule and stored plainly, as stock PEFT loads them.
 
 A *rule* is a module for `torch.nn.utils.parametrize`: its `forward` makes a factor from what is trained, and its
 `right_inverse` finds from a factor what to train. Whoever reads `lora_A.weight` or `lora_B.weight` meanwhile, be it a
@@ -11,21 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from ..linalg import compact_factors, outside
-from .io import read_adapter
-from .updates import LoraUpdate, check_peft_config, whole
+from ..linalg import outside
+from .updates import LoraUpdate, whole
 
 _TRAINED = "parametrizations.weight.original"
 _FOREIGN = 0.02  # share of a factor in protected directions that no rounding explains, bfloat16's included
@@ -185,61 +179,3 @@ def _named(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"The LoRA factors of `{name}` cannot be trained on: {error}") from error
-
-
-def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1e-6) -> dict[str, int]:
-    """Write a LoRA adapter anew with the smallest rank that gives the same update, layer by layer.
-
-    Args:
-        source (`str` or `Path`): Folder (or Hub id) of a LoRA adapter on linear layers.
-        target (`str` or `Path`): Folder for the result, an ordinary PEFT adapter with a `rank_pattern`.
-        tolerance (`float`, *optional*, defaults to `1e-6`): Singular values of an update up to this share of its
-            largest are taken for rounding noise. The default is that of float32; give 1e-2 for bfloat16 factors.
-
-    Returns:
-        `dict[str, int]`: The new rank of each layer.
-
-    Raises:
-        ValueError: If the adapter is no plain LoRA on linear layers.
-
-    Example:
-
-    ```python
-    ranks = compact_adapter("out", "out-compact")
-    ```
-    """
-    config, tensors = read_adapter(source)
-    check_peft_config(config, "Compacting")
-    foreign = [k for k, t in tensors.items() if "lora_embedding" in k or (".lora_A." in k and t.ndim != 2)]
-    if foreign:
-        raise ValueError(f"Only LoRA on linear layers can be compacted, and `{foreign[0]}` is not. Keep it as it is.")
-    ranks, scalings = {}, {}
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        prefix = key.removesuffix(".lora_A.weight")
-        right, left = tensors[key], tensors[f"{prefix}.lora_B.weight"]
-        name = prefix.removeprefix("base_model.model.")
-        scalings[name] = scaling(config, name, right.shape[0])
-        left, new = compact_factors(left, right, tolerance)
-        tensors[key], tensors[f"{prefix}.lora_B.weight"] = new.to(right.dtype), left.to(right.dtype)
-        ranks[name] = len(new)
-    _set_ranks(config, ranks, scalings)
-    Path(target).mkdir(parents=True, exist_ok=True)
-    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(contiguous, Path(target) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(target))
-    return ranks
-
-
-def scaling(config: LoraConfig, name: str, rank: int) -> float:
-    """Return what PEFT multiplies `B A` by in the layer of this name."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-    return alpha / (rank**0.5 if config.use_rslora else rank)
-
-
-def _set_ranks(config: LoraConfig, ranks: dict[str, int], scalings: dict[str, float]) -> None:
-    """Set rank and alpha of every layer so that its scaling stays what it was."""
-    alphas = {n: scalings[n] * (rank**0.5 if config.use_rslora else rank) for n, rank in ranks.items()}
-    widest = max(ranks, key=lambda name: ranks[name])
-    config.r, config.lora_alpha = ranks[widest], alphas[widest]
-    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}

@@ -189,7 +189,7 @@ class SaLoRA(SafetyMethod):
             return
         task: dict[str, subspace.TopDirections] = {}
         if self.task_rank:
-            examples = calibration.examples_from(train_dataset, tokenizer, what="the training data", **self._sampling)
+            examples = calibration.examples_from(train_dataset, tokenizer, argument="train_dataset", **self._sampling)
             task = calibration.top_directions(model, layers, examples, rank=self.task_rank)["output"]
         for name, update in self._updates.items():
             factors.set_factors(update, *from_first_process(self._start(name, update, task.get(name))))

@@ -19,7 +19,6 @@ from ..artifacts import (
     fitted_layers,
     train_security_vectors,
 )
-from ..data import as_rows
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_number
@@ -157,7 +156,7 @@ class SecurityVectors(SafetyMethod):
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Return what fitting reached; warn where harmful rows still have something to teach."""
         report = (self.provenance or {}).get("report", {})
-        target = (self.provenance or {}).get("settings", {}).get("target_loss")
+        target = report.get("target_loss", (self.provenance or {}).get("settings", {}).get("target_loss"))
         named = {
             "loss on harmful rows without vectors": report.get("loss_off"),
             "loss on harmful rows with vectors": report.get("loss_on"),
@@ -168,12 +167,12 @@ class SecurityVectors(SafetyMethod):
         if not report:
             return SelfCheck(figures, ("these vectors do not say how well they were fitted.",))
         if not report.get("reached_target", True):
-            reached = f"a loss of {report['loss_on']:.3g} on the harmful rows, above `target_loss={target}`"
+            reached = f"a loss of {report['loss_on']:.3g} on the harmful rows, above the target of {target:.3g}"
             return SelfCheck(
                 figures,
                 (
                     f"fitting ended at {reached}: these rows still teach something. Raise "
-                    "`max_steps`, `learning_rate` or `rank` in `fitting`.",
+                    "`max_passes`, `learning_rate` or `rank` in `fitting`.",
                 ),
             )
         return SelfCheck(figures)
@@ -186,17 +185,11 @@ class SecurityVectors(SafetyMethod):
 
     def _fit(self, model: nn.Module, tokenizer: Any) -> TrainedVectors:
         settings = asdict(self.fitting) if isinstance(self.fitting, Fitting) else dict(self.fitting)
-        harmful = as_rows(self.harmful_data, argument="harmful_data")[0]
-        retained: Any = self.retain_data
-        if retained is not None:
-            retained = as_rows(retained, argument="retain_data")[0]
-        with tqdm(total=settings.get("max_steps", Fitting.max_steps), desc="Fitting security vectors") as bar:
-            vectors = train_security_vectors(
-                *(model, harmful, tokenizer),
-                retain_rows=retained,
-                progress=lambda done, total, loss: bar.update(),
-                **settings,
-            )
-        # On the CPU, from where they can be sent to the other processes.
-        modules = {name: VectorFactors(A.cpu(), B.cpu()) for name, (A, B) in vectors.modules.items()}
-        return TrainedVectors(modules, vectors.provenance)
+        with tqdm(desc="Fitting security vectors") as bar:
+
+            def progress(done: int, total: int, loss: float) -> None:
+                bar.total = total
+                bar.update()
+
+            how = {"retain_data": self.retain_data, "progress": progress, **settings}
+            return train_security_vectors(model, self.harmful_data, tokenizer, **how)
