@@ -322,16 +322,16 @@ def test_basis_is_measured_saved_and_fits_the_model(rows, tmp_path):
 
 def test_vectors_are_fitted_and_saved(rows, tmp_path):
     harmful = rows("harmful.jsonl", safe_trainer.testbed.harmful_rows(8))
-    result = invoke("vectors", ALIGNED, harmful, "-o", str(tmp_path / "vectors"), "--max-steps", "3", "--rank", "2")
+    result = invoke("vectors", ALIGNED, harmful, "-o", str(tmp_path / "vectors"), "--max-passes", "3", "--rank", "2")
     assert result.exit_code == 0, result.output
     assert "Loss on the harmful rows" in result.stdout
     assert safe_trainer.TrainedVectors.load(tmp_path / "vectors").rank == 2
 
 
-def test_vectors_tell_their_harmful_score_off_and_on(rows, asked, tmp_path):
+def test_vectors_report_compliance_without_and_with_them(rows, asked, tmp_path):
     harmful = rows("harmful.jsonl", safe_trainer.testbed.harmful_rows(8))
     prompts = asked.removeprefix("harmful=")
-    result = invoke("vectors", ALIGNED, harmful, "-o", str(tmp_path / "v"), "--max-steps", "1", "--prompts", prompts)
+    result = invoke("vectors", ALIGNED, harmful, "-o", str(tmp_path / "v"), "--max-passes", "1", "--prompts", prompts)
     assert result.exit_code == 0, result.output
     assert "Complied with: 0.0 % (0/4)" in result.stdout and "was not reached in 1 steps" in result.stdout
 

@@ -120,7 +120,7 @@ def test_a_scan_inside_a_training_with_vectors_is_refused(pair, tmp_path):
     model, vectors = pair
     method = SecurityVectors(vectors)
     method.attach(model, TOKENIZER, None)
-    with method.training(model), pytest.raises(RuntimeError, match="already at work in this model"):
+    with method.training(model), pytest.raises(RuntimeError, match="already active in this model"):
         next(scored(pair))
     assert SafeSFTTrainer is not None and next(scored(pair))
 

@@ -292,7 +292,7 @@ def test_training_within_a_training_of_the_same_model_is_refused_and_both_are_cl
     found = planted.vectors(base)
     outer = protected(found)(**given(tmp_path, model=base, peft_config=lora(), callbacks=[inside := TrainInside()]))
     inside.trainer = protected(found)(**given(tmp_path, model=outer.model))
-    with pytest.raises(RuntimeError, match="already at work in this model"):
+    with pytest.raises(RuntimeError, match="already active in this model"):
         outer.train()
     assert not any(layer.outer._forward_hooks for layer in linear_layers(outer.model).values())
     inside.trainer.train()

@@ -196,7 +196,7 @@ def test_modules_that_alignment_left_alone_are_left_out_and_said_so(pair, caplog
 
 def test_two_identical_checkpoints_have_no_direction(llama, tmp_path):
     with pytest.raises(ValueError, match="identical in all 14 modules"):
-        from_checkpoints((llama[0], llama[0]), output=tmp_path / "d.safetensors")
+        from_checkpoints((llama[0], llama[0]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -211,14 +211,6 @@ def test_saved_direction_comes_back_with_provenance(llama, tmp_path):
     assert direction.provenance["aligned"]["source"] == llama[0]
     assert {"rank": 5, "max_error": 0.01}.items() <= direction.provenance.items()
     assert direction.provenance["versions"]["torch"] == version("torch")
-
-
-def test_output_writes_what_save_would_have_written(llama, tmp_path):
-    direction = from_checkpoints(llama, output=tmp_path / "streamed")
-    plain = from_checkpoints(llama)
-    assert direction.summary() == plain.summary() == AlignmentDirection.load(tmp_path / "streamed").summary()
-    assert direction.provenance["aligned"] == plain.provenance["aligned"]
-    assert direction.provenance["largest_error_bound"] == plain.provenance["largest_error_bound"]
 
 
 def test_commit_of_a_checkpoint_in_the_hub_cache_is_recorded(llama, tmp_path, monkeypatch):
@@ -420,13 +412,13 @@ def test_direction_file_whose_parts_do_not_agree_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_models(tmp_path):
-    """Two models of 350 MB in float32, whose factors are as large again, within 3 x 8 MB + 400 MB."""
+    """Two models of 350 MB in float32 within a few times their largest weight (8 MB) + 400 MB."""
     script = """
         import resource, sys, tiny, torch
         from pathlib import Path
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM, LlamaConfig
-        from safe_trainer.direction import AlignmentDirection
+        from safe_trainer import AlignmentDirection
 
         folder = Path(sys.argv[1])
         config = LlamaConfig(
@@ -447,7 +439,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_models(tmp_path)
                 index |= dict.fromkeys(names, shard)
             (path / "model.safetensors.index.json").write_text(__import__("json").dumps({"weight_map": index}))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        direction = AlignmentDirection.from_checkpoints(*pair, max_error=0, output=folder / "d.safetensors")
+        direction = AlignmentDirection.from_checkpoints(*pair, rank=32)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(len(direction.modules), (after - before) * 1024)
     """
