@@ -16,10 +16,10 @@ from test_report import comparison
 from typer.testing import CliRunner
 
 from safe_trainer import TrainedVectors, testbed
-from safe_trainer.artifacts.security_vectors import _KIND
 from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.cli import app
 from safe_trainer.evaluation import to_json
+from safe_trainer.lora.io import HARMFUL_KIND
 from safe_trainer.methods import AsFT
 from safe_trainer.recipe.model_card import BEGIN, publish, write_model_card
 
@@ -193,7 +193,7 @@ def test_a_card_shows_what_the_methods_measured_of_themselves(folder):
 
 
 def test_vectors_are_never_published(tmp_path, hub):
-    save_artifact(tmp_path / "adapter_model.safetensors", _KIND, 1, [("a", torch.eye(2))], {})
+    save_artifact(tmp_path / "adapter_model.safetensors", HARMFUL_KIND, 1, [("a", torch.eye(2))], {})
     with pytest.raises(ValueError, match="security vectors, which make a model answer harmful requests"):
         publish(tmp_path, "me/vectors")
     result = invoke("card", tmp_path, "--push", "me/vectors")
