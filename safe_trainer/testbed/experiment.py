@@ -259,6 +259,7 @@ def _start_worker(parent: Connection, counter: Any) -> None:
     """Prepare a worker process: one thread, no output of libraries, and an end when the parent closes its pipe."""
     global _counter
     import torch
+    from tqdm import tqdm
 
     def watch() -> None:
         parent.poll(None)  # nothing is ever sent: this returns when the other end is closed, or its process is gone
@@ -267,6 +268,7 @@ def _start_worker(parent: Connection, counter: Any) -> None:
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which Python reports as leaked when we are ended
     torch.set_num_threads(1)  # faster than two on a model this small
     silence_libraries()
 
