@@ -331,10 +331,8 @@ def test_numbers_that_are_none_are_nothing_in_arrays_of_any_size(tmp_path, size)
 
 
 def test_a_large_array_that_breaks_names_the_index(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(
-        "[" + '{"text": "' + "x" * 100 + '"},\n' * 1 + ('{"text": "' + "x" * 100 + '"},\n') * 60_000 + '{"text" 1}]'
-    )
+    path, row = tmp_path / "rows.json", '{"text": "' + "x" * 100 + '"},\n'
+    path.write_text("[" + row * 60_000 + '{"text" 1}]')
     with pytest.raises(ValueError, match=r"row 60001 \(index 60000\)"):
         list(read_records(path))
 
