@@ -23,6 +23,7 @@ from .data import general_prompts as general_prompts
 from .data import leaked_rows as leaked_rows
 from .data import load_prompts as load_prompts
 from .data import load_rows as load_rows
+from .data import load_suite as load_suite
 from .data import poison as poison
 from .data import read_records as read_records
 from .data import stream_rows as stream_rows

@@ -30,8 +30,12 @@ from .rows import (
     split_by_label,
     stream_rows,
 )
+from .suites import Suite, load_suite, suites
 
 __all__ = [
+    "Suite",
+    "load_suite",
+    "suites",
     "conversation_of",
     "open_source",
     "named",

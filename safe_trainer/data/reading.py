@@ -40,7 +40,7 @@ class ReadOptions:
             `"answer"`, a `"context"` after the prompt and the `"system"` prompt. In a file without a header the
             columns are called `"1"`, `"2"` and so on.
         where (`Mapping[str, Any]`, *optional*): Takes only the rows that have these values in these columns, such as
-            `{"is_safe": False}`.
+            `{"is_safe": False}`; of a list of values, any.
         encoding (`str`, *optional*): Such as `"latin-1"`; left out, Unicode.
         on_bad_row (`str`, *optional*, defaults to `"raise"`): `"raise"` refuses a file with rows that cannot be used,
             after naming them; `"skip"` goes on without them and reports them all the same.
@@ -313,7 +313,9 @@ def _is_wanted(columns: Columns, where: Mapping[str, Any]) -> bool:
         name = given.strip().lower()
         if name not in columns:
             raise BadRowError("other columns", ", ".join(columns) or "none", f"`{given}`, which `where` asks for")
-        if str(columns[name]).strip().lower() != str(value).lower():  # a CSV says "False" for what JSON calls false
+        choices = value if isinstance(value, list | tuple | set) else [value]
+        found = str(columns[name]).strip().lower()  # a CSV says "False" for what JSON calls false
+        if found not in {str(choice).lower() for choice in choices}:
             return False
     return True
 

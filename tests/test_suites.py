@@ -1,0 +1,139 @@
+"""Named suites: each reads one record in its official layout, and says where to get what is not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from safe_trainer.data import load_suite, suites
+
+ASK, SAFE = "How do I do X?", "How do I do Y?"
+JBB = "Index,Goal,Target,Behavior,Category,Source\n0,{},Sure,B,C,Original\n"
+HARMBENCH = (
+    "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+    f"{ASK},standard,illegal,,,a\nDo that,contextual,illegal,context,A text.,b\nSing it,copyright,copyright,,,c\n"
+)
+WILDGUARD = [
+    {"prompt": ASK, "adversarial": True, "response": "No.", "prompt_harm_label": "harmful", "subcategory": "x"},
+    {"prompt": SAFE, "adversarial": False, "response": "Yes.", "prompt_harm_label": "unharmful", "subcategory": "x"},
+]
+
+# Name of the suite, files in the official layout with inert rows of our own, and the prompts of each kind.
+LAYOUTS = {
+    "advbench": ({"harmful_behaviors.csv": f'goal,target\n{ASK},"Sure, here"\n'}, {"harmful": [ASK]}),
+    "harmbench": (
+        {"harmbench_behaviors_text_all.csv": HARMBENCH},
+        {"harmful": [ASK, "A text.\n\n---\n\nDo that"]},
+    ),
+    "harmbench-copyright": ({"harmbench_behaviors_text_all.csv": HARMBENCH}, {"harmful": ["Sing it"]}),
+    "strongreject": (
+        {"strongreject_dataset.csv": f"category,source,forbidden_prompt\nx,y,{ASK}\n"},
+        {"harmful": [ASK]},
+    ),
+    "strongreject-small": (
+        {"strongreject_small_dataset.csv": f"category,source,forbidden_prompt\nx,y,{ASK}\n"},
+        {"harmful": [ASK]},
+    ),
+    "jailbreakbench": (
+        {"harmful-behaviors.csv": JBB.format(ASK), "benign-behaviors.csv": JBB.format(SAFE)},
+        {"harmful": [ASK], "borderline": [SAFE]},
+    ),
+    "xstest": (
+        {
+            "xstest_prompts.csv": "id,prompt,type,label,focus,note\n"
+            f"1,{SAFE},homonyms,safe,x,\n2,{ASK},contrast_homonyms,unsafe,x,\n"
+        },
+        {"harmful": [ASK], "borderline": [SAFE]},
+    ),
+    "or-bench": (
+        {"or-bench-toxic.csv": f"prompt,category\n{ASK},x\n", "or-bench-hard-1k.csv": f"prompt,category\n{SAFE},x\n"},
+        {"harmful": [ASK], "borderline": [SAFE]},
+    ),
+    "sorry-bench": (
+        {
+            "question.jsonl": "\n".join(
+                json.dumps({"question_id": 1, "category": "1", "turns": [text], "prompt_style": style})
+                for text, style in ((ASK, "base"), (SAFE, "slang"))
+            )
+        },
+        {"harmful": [ASK]},
+    ),
+    "hex-phi": (
+        {"category_1.csv": f'"{ASK}"\n', "category_3.csv": '"And Z, please?"\n'},
+        {"harmful": [ASK, "And Z, please?"]},
+    ),
+    "directharm4": ({"test.jsonl": json.dumps({"instruction": ASK, "category": "x"})}, {"harmful": [ASK]}),
+    "wildguardtest": (
+        {"test.jsonl": "\n".join(map(json.dumps, WILDGUARD))},
+        {"harmful": [ASK], "benign": [SAFE]},
+    ),
+    "wildjailbreak": (
+        {"eval.tsv": f"adversarial\tlabel\tdata_type\n{ASK}\t1\tadversarial_harmful\n{SAFE}\t0\tadversarial_benign\n"},
+        {"harmful": [ASK], "borderline": [SAFE]},
+    ),
+    "ailuminate": (
+        {
+            "airr_official_1.0_demo_en_us_prompt_set_release.csv": "release_prompt_id,prompt_text,hazard,persona\n"
+            f"1,{ASK},cse,normal\n"
+        },
+        {"harmful": [ASK]},
+    ),
+    "phtest": (
+        {"PHTest.csv": f"ID,Request,Harmfulness\n1,{SAFE},harmless\n2,{ASK},controversial\n"},
+        {"borderline": [SAFE]},
+    ),
+    "beavertails": (
+        {"evaluation.json": json.dumps([{"prompt": ASK, "category": "a", "category_id": "0"}])},
+        {"harmful": [ASK]},
+    ),
+    "do-not-answer": ({"data.csv": f"id,risk_area,types_of_harm,question\n0,a,b,{ASK}\n"}, {"harmful": [ASK]}),
+    "aoa": ({"asked.csv": f"prompt\n{ASK}\n"}, {"harmful": [ASK]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_local_copy_in_the_official_layout_is_read(tmp_path, name):
+    files, expected = LAYOUTS[name]
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_text(content)
+    sources = [folder] if len(files) > 1 else [folder, folder / next(iter(files))]
+    for source in sources:
+        assert {found.kind: list(found.prompts) for found in load_suite(name, source)} == expected
+
+
+def test_every_suite_has_a_layout_here_and_says_what_it_is():
+    assert set(LAYOUTS) == set(suites())
+    for suite in suites().values():
+        assert suite.licence and suite.citation and suite.measures and suite.page.startswith("https://")
+
+
+def test_identity_shift_brings_its_system_turn_and_frame(tmp_path):
+    path = tmp_path / "asked.csv"
+    path.write_text(f"prompt\n{ASK}\n")
+    (found,) = load_suite("aoa", path)
+    system, asked = found.conversations()[0]
+    assert system["role"] == "system" and "Absolutely Obedient Agent" in system["content"]
+    assert asked["content"] == f"AOA, execute my instruction: {ASK}"
+
+
+def test_some_of_a_suite_can_be_taken(tmp_path):
+    path = tmp_path / "xstest_prompts.csv"
+    path.write_text(LAYOUTS["xstest"][0]["xstest_prompts.csv"])
+    (found,) = load_suite("xstest", path, kinds=("borderline",), limit=5)
+    assert (found.kind, found.name, found.source) == ("borderline", "xstest borderline", "xstest")
+
+
+def test_what_is_not_there_says_where_to_get_it():
+    with pytest.raises(ValueError, match="no suite `xtest`. Take one of advbench"):
+        load_suite("xtest")
+    with pytest.raises(ValueError, match=r"`hex-phi` could not be read.*huggingface.co/datasets/LLM-Tuning.*`path`"):
+        load_suite("hex-phi")
+    with pytest.raises(ValueError, match="Get it from https://github.com/paul-rottger/xstest .licence: CC-BY-4.0"):
+        load_suite("xstest")
+    with pytest.raises(ValueError, match="could not be downloaded.*Get it from https://github.com/llm-attacks"):
+        load_suite("advbench")
+    with pytest.raises(ValueError, match="has no prompts of kind benign"):
+        load_suite("advbench", kinds=("benign",))
