@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from safe_trainer import recipe
+from typing import Any
 
 from . import texts
 from .answering import Answerer
-from .catalogue import EMBEDDED, Model, hub_model
-from .inspection import Inspection, ending_of, example_called, inspect, tokenizer_of, write_example
+from .inspection import Inspection, Unusable, apart, ending_of, example_called, inspect, material, write_example
 from .jobs import Job, JobQueue, scan_job, train_job
-from .limits import Setup
-from .orders import Choices, Settings, Variant, estimate, write_order
+from .progress import CLEANED, COMPARISON, RANKING
+from .recipes import Choices, Settings, Upload, Variant, estimate, packed_recipes, write_order
 from .sessions import Session, Sessions
+from .setup import EMBEDDED, Model, Setup, hub_model
 
-MOVED = "given"
+logger = logging.getLogger(__name__)
+
 ASKED_TOKENS = 128
+_PICKLED = {"training_args.bin"}  # of no use elsewhere, and nothing that others should load
+_KEPT_BACK = [*_PICKLED, "checkpoint-*", "*.log"]
 
 
 @dataclass
 class Services:
-    """What all sessions share, and what each of them can do with it.
-
-    Args:
-        setup ([`Setup`]): How the app is run.
-        sessions ([`Sessions`]): Who is there.
-        queue ([`JobQueue`]): What is trained.
-        uploads (`Path`): Where Gradio puts what is uploaded.
-        answerer ([`Answerer`]): Who answers questions.
-    """
+    """What all sessions share, and what each of them can do with it."""
 
     setup: Setup
     sessions: Sessions
@@ -47,11 +43,7 @@ class Services:
         self.sessions.close()
 
     def model(self, key: str, name: str = "", unaligned: str = "") -> Model:
-        """Return the model that was chosen.
-
-        Raises:
-            ValueError: If it is not among those that can be.
-        """
+        """Return the model that was chosen."""
         if key in self.setup.models:
             return self.setup.models[key]
         if not self.setup.any_model:
@@ -62,53 +54,91 @@ class Services:
         """Use an example, with the embedded model."""
         example = example_called(key)
         path = write_example(session.new_folder("data"), example)
-        found = inspect(path, path.name, tokenizer_of(EMBEDDED), self.setup.limits, example)
+        found = inspect(path, path.name, EMBEDDED, self.setup.limits, example)
+        if session.model != EMBEDDED:
+            session.form = None
         return _use(session, EMBEDDED, found)
 
-    def take_file(self, session: Session, path: Path) -> Inspection:
-        """Use an uploaded file: it is moved out of the common folder at once.
+    def take_file(self, session: Session, path: Path) -> Iterator[None]:
+        """Use an uploaded file of training rows; yields while it is read, and ends the reading when closed."""
+        _forget_data(session)
+        name, target = path.name, self._moved(session, path)
+        yield from self._read(session, target, name, {})
 
-        Raises:
-            ValueError: If it cannot be used.
-        """
+    def read_again(self, session: Session, prompt: str, answer: str, encoding: str) -> Iterator[None]:
+        """Read the last uploaded file with other columns or another encoding."""
+        found = session.inspection
+        if found is None or found.example is not None:
+            raise ValueError(texts.NO_DATA)
+        if bool(prompt) != bool(answer) or (prompt and prompt == answer):
+            raise ValueError(texts.BOTH_COLUMNS)
+        columns = {"columns": {"prompt": prompt, "answer": answer}} if prompt else {}
+        yield from self._read(session, found.path, found.name, columns | ({"encoding": encoding} if encoding else {}))
+
+    def take_model(self, session: Session, model: Model) -> Iterator[None]:
+        """Use another model, and look at the data again as it sees them."""
+        old = session.inspection
+        if old is None or not old.rows:
+            _use(session, model, old)
+        else:
+            yield from self._read(session, old.path, old.name, old.reading, model)
+        session.form = None
+
+    def take_material(self, session: Session, kind: str, path: Path) -> Iterator[None]:
+        """Use an uploaded file for methods or the comparison."""
+        name, source = path.name, self._moved(session, path)
+        if kind not in texts.MATERIALS:
+            raise ValueError(texts.WRONG_KIND.format(endings=""))
+        target = source.with_name(f"{kind}.jsonl")
+        limits = self.setup.limits
+        count = yield from apart(limits.seconds, material, source, name, kind, limits, target)
+        with session.lock:
+            session.files[kind] = Upload(target, name, count)
+            session.stale = True
+
+    def drop_material(self, session: Session, kind: str) -> None:
+        """Go back to what is built in."""
+        if session.files.pop(kind, None) is not None:
+            session.stale = True
+
+    def _moved(self, session: Session, path: Path) -> Path:
+        """Move an uploaded file out of the common folder at once, and return its place."""
+        session.uploads.discard(str(path))
         if not path.is_file() or not path.resolve().is_relative_to(self.uploads.resolve()):
             raise ValueError(texts.UNREADABLE.format(name="upload"))
         try:
             if path.stat().st_size > self.setup.limits.megabytes * 2**20:
                 raise ValueError(texts.TOO_LARGE.format(size=self.setup.limits.megabytes))
-            target = session.new_folder("data") / f"{MOVED}{ending_of(path.name)}"
+            target = session.new_folder("data") / f"given{ending_of(path.name)}"
             shutil.move(path, target)
         finally:
             path.unlink(missing_ok=True)
-        found = inspect(target, path.name, tokenizer_of(session.model), self.setup.limits)
-        return _use(session, session.model, found)
+        return target
 
-    def take_model(self, session: Session, model: Model) -> Inspection | None:
-        """Use another model, and look at the data again as it sees them.
-
-        Raises:
-            ValueError: If its tokenizer cannot be had; then nothing has changed.
-        """
-        tokenizer, old = tokenizer_of(model), session.inspection
-        if old is None:
-            session.model = model
-            return None
-        return _use(session, model, inspect(old.path, old.name, tokenizer, self.setup.limits, old.example))
+    def _read(
+        self, session: Session, path: Path, name: str, reading: Mapping[str, Any], model: Model | None = None
+    ) -> Iterator[None]:
+        limits, model, old = self.setup.limits, model or session.model, session.inspection
+        example = old.example if old is not None and old.path == path else None
+        try:
+            found = yield from apart(limits.seconds, inspect, path, name, model, limits, example, reading)
+        except Unusable as error:  # the file stays at hand: to be read again with other options
+            _use(session, model, Inspection(path, name, reading=reading, columns=error.columns))
+            raise
+        _use(session, model, found)
 
     def check(
-        self, session: Session, protections: list[str], settings: Settings, *, skip_bad_rows: bool
-    ) -> tuple[list[Variant], recipe.Plan]:
-        """Write the recipes of what was chosen, check them, and return what it will take.
-
-        Raises:
-            ValueError: If something is missing or cannot be.
-        """
+        self, session: Session, methods: list[str], settings: Settings, fields: Mapping[str, Any], *, skip_bad: bool
+    ) -> list[Variant]:
+        """Write the recipes of what was chosen and check them; the session keeps what it will take."""
         found = session.inspection
-        if found is None:
+        if found is None or not found.rows:
             raise ValueError(texts.NO_DATA)
-        if found.bad and not skip_bad_rows:
+        if found.bad and not skip_bad:
             raise ValueError(texts.BAD_FIRST)
-        choices = Choices(session.model, found.path, protections, settings, found.example, bool(found.bad))
+        reading = dict(found.reading) | ({"on_bad_row": "skip"} if found.bad else {})
+        files = dict(session.files)
+        choices = Choices(session.model, found.path, methods, settings, fields, found.example, reading, files)
         folder = session.new_folder("draft")
         try:
             variants = write_order(folder, choices)
@@ -118,33 +148,47 @@ class Services:
             raise
         with session.lock:
             old, session.draft, session.choices, session.variants = session.draft, folder, choices, variants
+            session.plan, session.stale = plan, False
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-        return variants, plan
+        return variants
 
     def start(self, session: Session) -> Job:
-        """Train what was checked.
-
-        Raises:
-            ValueError: If nothing was checked, a job of the session is under way, or too many are waiting.
-        """
+        """Train what was checked."""
         with session.lock:
-            if session.choices is None:
-                raise ValueError(texts.NOT_CHECKED)
-            return self._submit(session, train_job(session.new_folder("job"), session.choices))
+            if session.choices is None or session.stale:
+                raise ValueError(texts.STALE if session.stale else texts.NOT_CHECKED)
+            job = train_job(session.new_folder("job"), session.choices)
+            if session.inspection is not None and session.inspection.example is None:
+                job.name = f"{session.inspection.name}: {job.name.partition(': ')[2]}"
+                job.save()
+            return self._submit(session, job)
 
     def scan(self, session: Session) -> Job:
-        """Rank the rows in use by how harmful they look.
-
-        Raises:
-            ValueError: As [`start`].
-        """
+        """Rank the rows in use by how harmful they look."""
         found = session.inspection
-        if found is None:
+        if found is None or not found.rows:
             raise ValueError(texts.NO_DATA)
         with session.lock:
-            vectors = self.sessions.folder / f"vectors-{session.model.key.replace('/', '--')}"
-            return self._submit(session, scan_job(session.new_folder("scan"), found.path, session.model, vectors))
+            own = session.files.get("harmful_data")
+            place = own.path.parent if own is not None else self.sessions.folder
+            vectors = place / f"vectors-{session.model.key.replace('/', '--')}"
+            folder = session.new_folder("scan")
+            job = scan_job(folder, found.path, found.reading, session.model, vectors, session.files)
+            job.name = found.name
+            return self._submit(session, job)
+
+    def leave_out(self, session: Session) -> Iterator[None]:
+        """Go on with the rows that the newest scan did not find suspicious."""
+        job, found = session.job("scan"), session.inspection
+        ranking = job.ranking() if job is not None else None
+        if job is None or ranking is None or found is None or job.name != found.name:
+            raise ValueError(texts.NO_DATA)
+        path = session.new_folder("data") / CLEANED
+        shutil.copyfile(job.folder / CLEANED, path)
+        name = texts.LEFT_OUT.format(name=found.name, count=ranking["above"])
+        reading = {key: value for key, value in found.reading.items() if key != "encoding"}
+        yield from self._read(session, path, name, reading)
 
     def _submit(self, session: Session, job: Job) -> Job:
         if session.busy:
@@ -159,40 +203,107 @@ class Services:
             raise
         return job
 
-    def adapters(self, job: Job) -> dict[str, Path]:
-        """Return the adapters that a job has finished, by title."""
-        done = [v for v in job.variants if (part := job.progress.parts.get(v.key)) and part.state == "done"]
-        return {variant.title: job.folder / variant.key for variant in done}
+    def rename(self, session: Session, name: str) -> None:
+        """Give the run that is shown another name."""
+        job = session.compared
+        if job is not None and name.strip():
+            job.name = name.strip()[:200]
+            job.save()
+
+    def delete(self, session: Session) -> None:
+        """Delete the run that is shown with all its files."""
+        job = session.compared
+        if job is not None and job.ended:
+            session.jobs.remove(job)
+            session.shown = None
+            shutil.rmtree(job.folder, ignore_errors=True)
 
     def questions(self, session: Session, question: str, titles: list[str]) -> Iterator[tuple[str, str]]:
-        """Ask the model before, and those that the newest training has finished; see [`Answerer.ask`].
-
-        Raises:
-            ValueError: If the question is empty or too long.
-        """
+        """Ask the model before and those of the run that is shown; see [`Answerer.ask`]."""
         limit = self.setup.limits.question
         if not question.strip():
             raise ValueError(texts.ASK_NOTHING)
         if len(question) > limit:
             raise ValueError(texts.ASK_TOO_LONG.format(limit=limit))
-        job = session.job("train")
-        finished = self.adapters(job) if job is not None else {}
-        asked: dict[str, Path | None] = {texts.BEFORE: None}
-        asked |= {title: finished[title] for title in titles if title in finished}
+        job = session.compared
+        possible: dict[str, Path | None] = {texts.BEFORE: None, **(adapters(job) if job is not None else {})}
+        asked = {title: possible[title] for title in possible if title in titles}
+        if not asked:
+            raise ValueError(texts.ASK_NOBODY)
         model = job.model if job is not None else session.model
         return self.answerer.ask(model, asked, question.strip(), ASKED_TOKENS)
 
 
-def last_checkpoint(job: Job, key: str) -> Path | None:
-    """Return the newest checkpoint of a variant."""
-    found = (job.folder / key).glob("checkpoint-*")
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def adapters(job: Job) -> dict[str, Path]:
+    """Return the adapters that a job has finished, by title."""
+    done = [v for v in job.variants if (part := job.progress.parts.get(v.key)) and part.state == "done"]
+    return {variant.title: job.folder / variant.key for variant in done}
 
 
-def _use(session: Session, model: Model, inspection: Inspection) -> Inspection:
+def file_of(job: Job, variant: str, kind: str) -> tuple[Path, str] | None:
+    """Return a file to send, made if need be, and its name there, or `None` if there is no such thing."""
+    if variant == "all":
+        fixed = {"report": f"{COMPARISON}.html", "numbers": f"{COMPARISON}.json", "ranking": RANKING}
+        path = packed_recipes(job.folder, job.variants) if kind == "recipes" and job.variants else None
+        path = job.folder / fixed[kind] if kind in fixed else path
+        return (path, path.name) if path is not None and path.is_file() else None
+    if variant not in {known.key for known in job.variants}:
+        return None
+    folder = job.folder / variant
+    if kind == "adapter" and (folder / "adapter_config.json").is_file():
+        return _packed(folder, job.folder / f"adapter-{variant}.zip"), f"{variant}-adapter.zip"
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if kind == "checkpoint" and checkpoints:
+        name = f"{variant}-{checkpoints[-1].name}.zip"
+        return _packed(checkpoints[-1], job.folder / name), name
+    return None
+
+
+def _packed(folder: Path, target: Path) -> Path:
+    """Pack the files of a folder, without those of folders in it."""
+    if not target.exists():
+        fresh = target.with_suffix(".new")
+        with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as packed:
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and path.name not in _PICKLED:
+                    packed.write(path, path.name)
+        fresh.replace(target)
+    return target
+
+
+def push(folder: Path, repository: str, token: str | None = None) -> str:
+    """Push an adapter as a private repository and return what to tell the user."""
+    from huggingface_hub import HfApi, get_token
+
+    name = hub_model(repository.strip()).path
+    token = token or get_token()
+    if not token:
+        raise ValueError(texts.PUSH_LOGIN)
+    try:
+        api = HfApi(token=token)
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=_KEPT_BACK)
+    except Exception as error:  # whatever the network or the Hub makes of it; their texts may hold addresses and keys
+        logger.info("Pushing failed: %s", type(error).__name__)
+        raise ValueError(texts.PUSH_FAILED.format(name=type(error).__name__)) from None
+    return texts.PUSH_DONE.format(repo=name)
+
+
+def _forget_data(session: Session) -> None:
+    with session.lock:
+        session.inspection, session.stale = None, session.choices is not None
+
+
+def _use(session: Session, model: Model, inspection: Inspection | None) -> Any:
     with session.lock:
         old = session.inspection
-        session.model, session.inspection, session.choices = model, inspection, None
-    if old is not None and old.path != inspection.path and not session.busy:
+        session.model, session.inspection, session.stale = model, inspection, session.choices is not None
+    if old is not None and inspection is not None and old.path != inspection.path and not session.busy:
         shutil.rmtree(old.path.parent, ignore_errors=True)
     return inspection
+
+
+def changed(session: Session, form: list[Any]) -> None:
+    """Remember what the form of step 2 says; what was checked before no longer holds."""
+    with session.lock:
+        session.form, session.stale = form, session.choices is not None

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import texts
-from .catalogue import Model
-from .hardware import IS_LENT
-
-KEPT_ADAPTERS = 8
+from .jobs import IS_LENT
+from .setup import Model
 
 
 class Answerer:
-    """One base model in memory, loaded when it is first asked, and adapters that are put on it in turn.
+    """One base model in memory, loaded when it is first asked, on which adapters are put in turn.
 
     Everybody shares it: a lock lets one question after the other through.
     """
@@ -28,34 +24,32 @@ class Answerer:
         self._path: str | None = None
         self._model: Any = None
         self._tokenizer: Any = None
-        self._adapters: OrderedDict[Path, str] = OrderedDict()
-        self._count = 0
 
     def ask(
         self, model: Model, adapters: Mapping[str, Path | None], question: str, tokens: int
     ) -> Iterator[tuple[str, str]]:
-        """Ask all of them one after the other.
+        """Ask one model after the other, by title; `None` is the model before.
 
-        Args:
-            model ([`Model`]): The base.
-            adapters (`Mapping[str, Path | None]`): By title, where each adapter is; `None` is the model before.
-            question (`str`): What to ask.
-            tokens (`int`): Longest answer.
-
-        Yields:
-            `tuple[str, str]`: A title and its answer so far. Closing the iterator ends the answer.
+        Yields each title with its answer so far. Closing the iterator ends the answer.
         """
+        from peft import PeftModel
+
         with self._lock:
             self._load(model)
             for title, folder in adapters.items():
-                with self._active(folder) as active:
-                    for text in self._stream(active, question, tokens):
+                tuned = None if folder is None else PeftModel.from_pretrained(self._model, str(folder)).eval()
+                try:
+                    for text in self._stream(self._model if tuned is None else tuned, question, tokens):
                         yield title, text
+                finally:
+                    if tuned is not None:
+                        self._model = tuned.unload()
 
     def close(self) -> None:
         """Free the memory."""
         with self._lock:
-            self._forget()
+            self._path = self._model = self._tokenizer = None
+            gc.collect()
 
     def _load(self, model: Model) -> None:
         if self._path == model.path:
@@ -63,7 +57,8 @@ class Answerer:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self._forget()
+        self._path = self._model = None
+        gc.collect()
         if model.embedded:
             torch.set_num_threads(1)  # faster for a tiny model, and kinder to others
         self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
@@ -71,43 +66,6 @@ class Answerer:
         if torch.accelerator.is_available() and not IS_LENT:
             self._model = self._model.to(torch.accelerator.current_accelerator())
         self._path = model.path
-
-    def _forget(self) -> None:
-        self._path = self._model = self._tokenizer = None
-        self._adapters.clear()
-        gc.collect()
-
-    @contextmanager
-    def _active(self, folder: Path | None) -> Iterator[Any]:
-        """Give the model with an adapter at work, or with none."""
-        if folder is not None:
-            self._model = self._with_adapter(folder)
-            yield self._model
-        elif self._adapters:
-            with self._model.disable_adapter():
-                yield self._model
-        else:
-            yield self._model
-
-    def _with_adapter(self, folder: Path) -> Any:
-        from peft import PeftModel
-
-        model = self._model
-        if folder in self._adapters:
-            self._adapters.move_to_end(folder)
-        else:
-            self._count += 1
-            name = f"adapter{self._count}"
-            if self._adapters:
-                model.load_adapter(str(folder), name)
-            else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
-            self._adapters[folder] = name
-        model.set_adapter(self._adapters[folder])
-        while len(self._adapters) > KEPT_ADAPTERS:
-            _, oldest = self._adapters.popitem(last=False)
-            model.delete_adapter(oldest)
-        return model
 
     def _stream(self, model: Any, question: str, tokens: int) -> Iterator[str]:
         from transformers import StoppingCriteriaList, TextIteratorStreamer

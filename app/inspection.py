@@ -1,27 +1,56 @@
-"""What is in a file of rows: everything that step 1 shows, found in one pass that stops at the limits."""
+"""What is in an uploaded file: read in a process of its own with limits, so that no file can hold up the server."""
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import random
 import statistics
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import PromptSet, ReadOptions, encode_row, leaked_rows, read_records, stream_rows, testbed
+from safe_trainer import (
+    PromptSet,
+    ReadOptions,
+    encode_row,
+    general_prompts,
+    leaked_rows,
+    load_prompts,
+    load_rows,
+    read_records,
+    testbed,
+)
 
 from . import texts
-from .catalogue import EXAMPLES, Example, Model
-from .limits import Limits
+from .setup import EXAMPLES, Example, Limits, Model
 
 logger = logging.getLogger(__name__)
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-SAMPLES, MEASURED = 3, 2000
-_KEPT_TROUBLES = 200
+SAMPLES, MEASURED = 3, 300
+"""Rows that are shown, and rows whose tokens are counted."""
+_MEASURING = 3.0  # seconds for counting tokens
+_MEMORY = 8 * 2**30  # bytes of address space on top of what the libraries take
+_context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+
+
+class Unusable(ValueError):
+    """A file that cannot be used; `columns` are those to choose from, where choosing may help."""
+
+    def __init__(self, message: str, columns: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.columns = columns
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Cross the border between processes with the columns."""
+        return Unusable, (str(self), self.columns)
 
 
 @dataclass(frozen=True)
@@ -32,12 +61,14 @@ class Inspection:
         path (`Path`): Where it is, in a folder of ours.
         name (`str`): What the user called it.
         example ([`Example`], *optional*): Which example it is.
+        reading (`Mapping[str, Any]`): The user's `columns` and `encoding`.
+        columns (`tuple[str, ...]`): Names of its columns.
         format (`str`): Kind of file and format.
         rows (`int`): Rows that can be used.
         bad (`int`): Rows that cannot.
-        troubles (`tuple[tuple[int, str, str, str], ...]`): Line, what is wrong, found and expected of most of these.
+        troubles (`tuple[tuple[str, ...], ...]`): Kind, count, first lines, found and expected of these.
         duplicates (`int`): Rows that are the same as an earlier one.
-        lengths (`tuple[int, ...]`): Tokens of the first 2,000 rows.
+        lengths (`tuple[int, ...]`): Tokens of a random sample of rows.
         samples (`tuple[tuple[str, str], ...]`): The first rows: what is read, and what is learned.
         leaked (`Mapping[str, int]`): By prompt set, how many rows ask the same.
     """
@@ -45,18 +76,20 @@ class Inspection:
     path: Path
     name: str
     example: Example | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
     format: str = ""
     rows: int = 0
     bad: int = 0
-    troubles: tuple[tuple[int, str, str, str], ...] = ()
+    troubles: tuple[tuple[str, ...], ...] = ()
     duplicates: int = 0
     lengths: tuple[int, ...] = ()
     samples: tuple[tuple[str, str], ...] = ()
-    leaked: dict[str, int] = field(default_factory=dict)
+    leaked: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def median(self) -> int:
-        """Tokens of the row in the middle."""
+        """Median number of tokens of a row."""
         return round(statistics.median(self.lengths)) if self.lengths else 0
 
 
@@ -69,50 +102,45 @@ def write_example(folder: Path, example: Example) -> Path:
 
 
 def ending_of(name: str) -> str:
-    """Return the ending of a file's name if we read such files.
-
-    Raises:
-        ValueError: If we do not. Packed files are among those, since little may become much.
-    """
+    """Return the ending of a file's name if we read such files."""
     ending = Path(name).suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(texts.WRONG_KIND.format(endings=", ".join(ENDINGS)))
     return ending
 
 
-def inspect(path: Path, name: str, tokenizer: Any, limits: Limits, example: Example | None = None) -> Inspection:
-    """Look through a file.
-
-    Args:
-        path (`Path`): The file, in a folder of ours.
-        name (`str`): What the user called it.
-        tokenizer (`PreTrainedTokenizerBase`): That of the model.
-        limits ([`Limits`]): What is let in.
-        example ([`Example`], *optional*): Which example it is.
-
-    Raises:
-        ValueError: If it cannot be used at all, or is too large; the message is for the user.
-    """
-    ending_of(path.name)
-    try:
-        _check_columns(path, limits)
-        rows, report = stream_rows(path, ReadOptions(on_bad_row="skip"), kept_troubles=_KEPT_TROUBLES)
-        kept = list(_within(rows, limits))
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), name)) from None
-    except Exception as error:  # whatever a broken file makes of a parser
-        logger.info("An uploaded file could not be read: %s", type(error).__name__)
-        raise ValueError(texts.UNREADABLE.format(name=type(error).__name__)) from None
-    lengths, samples = _measured(tokenizer, kept)
-    leaked = {s.name: len(leaked_rows(kept, s)) for s in _asked(example)}
+def inspect(
+    path: Path,
+    name: str,
+    model: Model,
+    limits: Limits,
+    example: Example | None = None,
+    reading: Mapping[str, Any] | None = None,
+) -> Inspection:
+    """Look through a file of training rows."""
+    reading = dict(reading or {})
+    tokenizer = tokenizer_of(model)
+    columns = _columns(path, reading.get("encoding"))
+    rows, report = _read(path, name, limits, columns, lambda: load_rows(path, _options(reading)))
+    _check_rows(rows, limits)
+    lengths, samples = _measured(tokenizer, rows)
+    leaked = {s.name: len(leaked_rows(rows, s)) for s in _asked(model, example)}
+    by_kind: dict[str, list[Any]] = {}
+    for trouble in report.examples:
+        by_kind.setdefault(trouble.kind, []).append(trouble)
     return Inspection(
         path,
         name,
         example,
+        reading,
+        columns,
         f"{report.kind}, {report.format}",
         report.rows,
         report.troubles.total(),
-        tuple((t.line, t.kind, t.found[:300], t.expected[:300]) for t in report.examples),
+        tuple(
+            (kind, f"{report.troubles[kind]:,}", _lines(found), found[0].found[:300], found[0].expected[:300])
+            for kind, found in by_kind.items()
+        ),
         report.duplicates,
         lengths,
         samples,
@@ -120,22 +148,77 @@ def inspect(path: Path, name: str, tokenizer: Any, limits: Limits, example: Exam
     )
 
 
-def _check_columns(path: Path, limits: Limits) -> None:
-    for record in islice(read_records(path), 100):
-        value = getattr(record, "value", None)
-        if isinstance(value, dict) and len(value) > limits.columns:
-            message = texts.TOO_MANY_COLUMNS.format(line=record.line, count=len(value), limit=limits.columns)
-            raise ValueError(message)
+def material(path: Path, name: str, kind: str, limits: Limits, target: Path) -> int:
+    """Check a file that a method or the comparison needs, write it in plain form and return its number of rows."""
+    columns = _columns(path, None)
+    if kind in ("harmful_data", "safety_data"):
+        rows, report = _read(path, name, limits, columns, lambda: load_rows(path, ReadOptions()))
+        lines = list(rows)
+    else:
+        set_kind = kind.removesuffix("_prompts")
+        found, report = _read(path, name, limits, columns, lambda: load_prompts(path, set_kind))  # type: ignore[arg-type]
+        extra = {"target": found.references, "category": found.categories}
+        given = {key: values for key, values in extra.items() if values}
+        lines = [{"prompt": p, **{k: v[i] for k, v in given.items()}} for i, p in enumerate(found.prompts)]
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return len(lines)
 
 
-def _within(rows: Iterable[dict[str, Any]], limits: Limits) -> Iterator[dict[str, Any]]:
+def _options(reading: Mapping[str, Any]) -> ReadOptions:
+    return ReadOptions(columns=reading.get("columns"), encoding=reading.get("encoding"), on_bad_row="skip")
+
+
+def _read(path: Path, name: str, limits: Limits, columns: tuple[str, ...], load: Callable[[], Any]) -> Any:
+    """Load a file, with errors that fit the page and speak of the user's name for it."""
+    ending_of(path.name)
+    try:
+        if path.suffix.lower() == ".parquet":
+            _check_unpacked(path, limits)
+        return load()
+    except ValueError as error:
+        message = str(error).replace(str(path), name).splitlines()[0]
+        if "encoding" in message:
+            message = f"{message.split('. ')[0].rstrip('.')}. {texts.CHOOSE_ENCODING}"
+        elif "column" in message or "format" in message:
+            message = f"{message.split('. ')[0].rstrip('.')}. {texts.CHOOSE_COLUMNS}"
+        raise Unusable(message, columns) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a broken file makes of a parser
+        logger.info("An uploaded file could not be read: %s", type(error).__name__)
+        raise Unusable(texts.UNREADABLE.format(name=type(error).__name__), columns) from None
+
+
+def _check_unpacked(path: Path, limits: Limits) -> None:
+    """Refuse a small Parquet file that becomes large: other formats do not grow."""
+    from pyarrow.parquet import ParquetFile
+
+    total = 0
+    for batch in ParquetFile(path).iter_batches(batch_size=100, use_threads=False):
+        columns = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
+        total += sum(column.nbytes for column in columns)
+        if total > limits.total:
+            raise Unusable(texts.TOO_MUCH.format(limit=limits.total))
+
+
+def _columns(path: Path, encoding: str | None) -> tuple[str, ...]:
+    """Return the names of a file's columns, from its first rows."""
+    names: dict[str, None] = {}
+    with suppress(Exception):  # what is wrong with the file is said when it is read
+        for record in islice(read_records(path, encoding), 20):
+            value = getattr(record, "value", None)
+            names |= dict.fromkeys(map(str, value)) if isinstance(value, dict) else {}
+    return tuple(names)[:100]
+
+
+def _check_rows(rows: Any, limits: Limits) -> None:
+    if len(rows) > limits.rows:
+        raise Unusable(texts.TOO_MANY_ROWS.format(count=len(rows), limit=limits.rows))
     for number, row in enumerate(rows, 1):
-        if number > limits.rows:
-            raise ValueError(texts.TOO_MANY_ROWS.format(limit=limits.rows))
         count = sum(len(text) for text in _texts(row))
         if count > limits.characters:
-            raise ValueError(texts.TOO_LONG.format(row=number, count=count, limit=limits.characters))
-        yield row
+            raise Unusable(texts.TOO_LONG.format(row=number, count=count, limit=limits.characters))
 
 
 def _texts(row: dict[str, Any]) -> Iterator[str]:
@@ -143,43 +226,44 @@ def _texts(row: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         else:
-            yield from (str(turn.get("content") or "") for turn in value)
+            yield from (str(turn.get("content") or "") for turn in value or ())
 
 
-def _measured(tokenizer: Any, rows: list[dict[str, Any]]) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
-    lengths: list[int] = []
+def _measured(tokenizer: Any, rows: Any) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
+    """Return the tokens of a random sample of rows, and the first rows as the model sees them."""
     samples: list[tuple[str, str]] = []
-    for row in rows[:MEASURED]:
+    for row in rows.select(range(min(SAMPLES, len(rows)))):
         encoded = encode_row(tokenizer, row)
-        lengths.append(len(encoded.ids))
-        if len(samples) < SAMPLES:
-            start = encoded.answer_start if "text" not in row else 0
-            samples.append((tokenizer.decode(encoded.ids[:start]), tokenizer.decode(encoded.ids[start:])))
+        start = encoded.answer_start if "text" not in row else 0
+        samples.append((tokenizer.decode(encoded.ids[:start]), tokenizer.decode(encoded.ids[start:])))
+    lengths: list[int] = []
+    end = time.monotonic() + _MEASURING
+    for number in random.Random(0).sample(range(len(rows)), min(MEASURED, len(rows))):
+        lengths.append(len(encode_row(tokenizer, rows[number]).ids))
+        if time.monotonic() > end:
+            break
     return tuple(lengths), tuple(samples)
 
 
-def _asked(example: Example | None) -> list[PromptSet]:
-    sets = [testbed.prompt_set(kind) for kind in ("harmful", "benign", "borderline")]
+def _asked(model: Model, example: Example | None) -> list[PromptSet]:
+    make = testbed.prompt_set if model.embedded else general_prompts
+    sets = [make(kind) for kind in ("harmful", "benign", "borderline")]
     return [*sets, testbed.task(example.task)] if example and example.task else sets
 
 
-def example_called(key: str) -> Example:
-    """Return an example by its key.
+def _lines(troubles: list[Any]) -> str:
+    return ", ".join(str(trouble.line) for trouble in troubles)
 
-    Raises:
-        ValueError: If there is none.
-    """
+
+def example_called(key: str) -> Example:
+    """Return an example by its key."""
     if key not in EXAMPLES:
         raise ValueError(texts.NO_DATA)
     return EXAMPLES[key]
 
 
 def tokenizer_of(model: Model) -> Any:
-    """Load a model's tokenizer; no code that comes with a model is ever run.
-
-    Raises:
-        ValueError: If it cannot be had.
-    """
+    """Load a model's tokenizer; no code that comes with a model is ever run."""
     from transformers import AutoTokenizer
 
     try:
@@ -187,3 +271,57 @@ def tokenizer_of(model: Model) -> Any:
     except (OSError, ValueError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(texts.TOKENIZER_LOST.format(message=message[:300])) from None
+
+
+def warm_up() -> None:
+    """Start the process that the others are made from, with the libraries that take long to import."""
+    if sys.platform != "win32":
+        from multiprocessing import forkserver
+
+        _context.set_forkserver_preload(["datasets", "transformers", "pyarrow.parquet", __name__])
+        forkserver.ensure_running()
+
+
+def apart(seconds: float, function: Callable[..., Any], *args: Any) -> Generator[None, None, Any]:
+    """Call a function in a process of its own, which ends when the generator is closed.
+
+    It yields while the function works, and returns what it returned. It raises `ValueError` if that did, or took more
+    than so many seconds or too much memory.
+    """
+    receiver, sender = _context.Pipe(duplex=False)
+    process = _context.Process(target=_answer, args=(sender, function, args), daemon=True)
+    process.start()
+    sender.close()
+    end = time.monotonic() + seconds
+    try:
+        while not receiver.poll(0.2):
+            if time.monotonic() > end:
+                raise Unusable(texts.TOO_SLOW)
+            yield
+        try:
+            result, error = receiver.recv()
+        except EOFError:
+            raise Unusable(texts.TOO_SLOW) from None
+        if error is not None:
+            raise error
+        return result
+    finally:
+        process.kill()
+        process.join()
+
+
+def _answer(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Send what a function returns or raises; the body of the process."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MEMORY,) * 2)
+    try:
+        sender.send((function(*args), None))
+    except MemoryError:
+        sender.send((None, Unusable(texts.TOO_SLOW)))
+    except ValueError as error:
+        sender.send((None, error if type(error) in (ValueError, Unusable) else ValueError(str(error))))
+    except Exception as error:
+        sender.send((None, ValueError(texts.UNEXPECTED.format(name=type(error).__name__))))

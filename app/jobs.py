@@ -15,48 +15,72 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safe_trainer import Comparison, from_json
 
 from . import texts
-from .catalogue import Model
-from .orders import Choices, Variant, write_method_file, write_order
-from .processes import process
-from .progress import Progress
-from .protocol import CANCEL, COMPARISON, JOB, SCAN, Reader
+from .progress import CANCEL, COMPARISON, JOB, LOG, SCAN, STOPPING, Progress, Reader
+from .recipes import Choices, Upload, Variant, write_material, write_order
+from .setup import Model
 
 logger = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[..., Any])
+
+GRACE = 1.5  # seconds that a cancelled job has to end its step
+SAVING = 30.0  # and, once it has, to write its checkpoint
+
+try:
+    import spaces
+except ImportError:
+    IS_LENT = False
+    """Whether a GPU is lent by the call, as on ZeroGPU."""
+else:
+    IS_LENT = bool(spaces.config.Config.zero_gpu)
+
+
+def _lent(function: F) -> F:
+    """Return the function with a GPU for up to five minutes while it runs, where GPUs are lent."""
+    return spaces.GPU(duration=300)(function) if IS_LENT else function
 
 
 @dataclass
 class Job:
-    """Something that is computed in a process of its own.
-
-    Args:
-        folder (`Path`): Where everything about it lies.
-        model ([`Model`]): What it is about.
-        kind (`str`): `"train"` or `"scan"`.
-        variants (`Sequence[Variant]`): What is trained.
-    """
+    """Something that is computed in a process of its own."""
 
     folder: Path
     model: Model
     kind: str = "train"
     variants: Sequence[Variant] = ()
+    name: str = ""
+    made: float = field(default_factory=time.time)
+    choices: Choices | None = None
     progress: Progress = field(default_factory=Progress)
     _ended: threading.Event = field(default_factory=threading.Event)
     _cancelled_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.progress.titles = {variant.key: variant.title for variant in self.variants}
 
     @property
     def id(self) -> str:
         """Its name in addresses."""
         return self.folder.name
+
+    @property
+    def label(self) -> str:
+        """Its name in lists."""
+        return f"{self.name} ({datetime.fromtimestamp(self.made):%d %b, %H:%M})"
 
     @property
     def ended(self) -> bool:
@@ -84,6 +108,12 @@ class Job:
         path = self.folder / SCAN
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def save(self, **more: Any) -> None:
+        """Write what it is, for its process and for the next server."""
+        about = {"kind": self.kind, "name": self.name, "made": self.made, "model": asdict(self.model)}
+        values = {**about, "variants": [asdict(variant) for variant in self.variants], **more}
+        (self.folder / JOB).write_text(json.dumps(values), encoding="utf-8")
+
     def run(self) -> None:
         """Carry it out, and return when its process is gone, whatever became of it."""
         try:
@@ -98,10 +128,10 @@ class Job:
             self._ended.set()
 
     def _follow(self) -> None:
-        """Read what the process tells until it is gone."""
+        """Read what the process reports until it is gone."""
         self.progress.begin()
         reader = Reader(self.folder)
-        work = threading.Thread(target=process, args=(str(self.folder), self.model.embedded), name="work")
+        work = threading.Thread(target=_process, args=(str(self.folder), self.model.embedded), name="work")
         work.start()
         while work.is_alive():
             work.join(0.1)
@@ -116,31 +146,47 @@ class Job:
 def train_job(folder: Path, choices: Choices) -> Job:
     """Write a job that trains what was chosen; see [`write_order`] for what is raised."""
     variants = write_order(folder, choices)
-    listed = [{"key": variant.key, "title": variant.title} for variant in variants]
-    (folder / JOB).write_text(json.dumps({"kind": "train", "variants": listed}), encoding="utf-8")
-    return Job(folder, choices.model, "train", variants)
+    data = texts.EXAMPLES[choices.example.key][0] if choices.example else choices.data.stem
+    job = Job(folder, choices.model, "train", variants, f"{data}: {', '.join(v.title for v in variants)}")
+    job.choices = choices
+    job.save()
+    return job
 
 
-def scan_job(folder: Path, rows: Path, model: Model, vectors: Path) -> Job:
-    """Write a job that ranks rows by how harmful they look.
+def scan_job(
+    folder: Path, rows: Path, reading: Mapping[str, Any], model: Model, vectors: Path, files: Mapping[str, Upload]
+) -> Job:
+    """Write a job that ranks rows by how harmful they look."""
+    if "harmful_data" not in files and not model.embedded:
+        raise ValueError(texts.SCAN_NEEDS)
+    write_material(folder, "harmful_data", "", model, files)
+    job = Job(folder, model, "scan")
+    more = {"rows": str(rows), "reading": dict(reading), "vectors": str(vectors)}
+    job.save(**more, max_length=1024, limit=1_000_000)
+    return job
 
-    Args:
-        folder (`Path`): A new folder of ours.
-        rows (`Path`): The file of rows.
-        model ([`Model`]): The model that would be trained.
-        vectors (`Path`): Where its vectors are, or will be once they are fitted.
-    """
-    write_method_file(folder, "harmful")
-    job = {"kind": "scan", "rows": str(rows), "model": model.path, "vectors": str(vectors), "max_length": 1024}
-    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
-    return Job(folder, model, "scan")
+
+def jobs_in(folder: Path) -> list[Job]:
+    """Return the training jobs of an earlier server in a session's folder, the newest last."""
+    found = []
+    for path in folder.glob(f"job-*/{JOB}"):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            variants = [Variant(**variant) for variant in values["variants"]]
+            job = Job(path.parent, Model(**values["model"]), "train", variants, values["name"], values["made"])
+            job.progress.restore(Reader(path.parent).new())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            logger.warning("The job in %s could not be read back.", path.parent.name)
+            continue
+        job._ended.set()
+        found.append(job)
+    return sorted(found, key=lambda job: job.made)
 
 
 class JobQueue:
     """Runs one job at a time, in the order in which they came.
 
-    Args:
-        limit (`int`, *optional*, defaults to `20`): How many may wait.
+    Gradio's own queue frees a place as soon as a browser leaves, while the work goes on; jobs outlive a reload.
     """
 
     def __init__(self, limit: int = 20) -> None:
@@ -151,11 +197,7 @@ class JobQueue:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Job) -> None:
-        """Put a job at the end.
-
-        Raises:
-            ValueError: If too many wait already.
-        """
+        """Put a job at the end."""
         with self._changed:
             if self._closed or len(self._jobs) > self.limit:
                 raise ValueError(texts.QUEUE_FULL)
@@ -203,3 +245,44 @@ class JobQueue:
             finally:
                 with self._changed:
                     self._jobs.remove(job)
+
+
+@_lent
+def _process(folder: str, one_thread: bool) -> None:
+    """Run a job's process and wait for its end; where a GPU is lent, with it."""
+    place = Path(folder)
+    with (place / LOG).open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.worker", folder],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(one_thread=one_thread),
+            start_new_session=True,
+        )
+    try:
+        while worker.poll() is None and not _overdue(place):
+            time.sleep(0.1)
+    finally:
+        try:
+            os.killpg(worker.pid, signal.SIGKILL)  # with all that it has started
+        except (ProcessLookupError, PermissionError):
+            pass
+        worker.wait()
+
+
+def _overdue(folder: Path) -> bool:
+    """Return whether a cancelled job has had its time."""
+    try:
+        asked = (folder / CANCEL).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return time.time() - asked > (SAVING if (folder / STOPPING).exists() else GRACE)
+
+
+def _environment(*, one_thread: bool) -> dict[str, str]:
+    """Return the environment of a job: that of the server, where the package can be found, with no telemetry."""
+    root = str(Path(__file__).resolve().parents[(__package__ or "").count(".") + 1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    values = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**values, "OMP_NUM_THREADS": "1"} if one_thread else values

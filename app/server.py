@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 import webbrowser
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,12 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse
 
 from . import texts
-from .actions import Services
-from .catalogue import EMBEDDED
-from .downloads import file_of
-from .inspection import tokenizer_of
+from .actions import Services, file_of
+from .inspection import tokenizer_of, warm_up
 from .jobs import JobQueue
-from .limits import Setup, local_setup
-from .security import Guard, cookie_of, is_loopback
-from .sessions import Sessions
+from .security import Guard, is_loopback
+from .sessions import Sessions, cookie_of
+from .setup import EMBEDDED, Setup, local_setup
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +52,7 @@ def create_app(
 
     from .page import Page
 
-    warm_up()
-
+    _import_early()
     sessions = Sessions(folder, setup.limits.idle_hours)
     uploads = sessions.folder / "uploads"
     uploads.mkdir(exist_ok=True)
@@ -62,7 +60,10 @@ def create_app(
     services = Services(setup, sessions, JobQueue(setup.limits.waiting), uploads)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.state.services = services
-    app.add_middleware(Guard, sessions=sessions, password=password, hosts=hosts, space=setup.space)
+    megabytes = setup.limits.megabytes
+    app.add_middleware(
+        Guard, sessions=sessions, password=password, hosts=hosts, space=setup.space, megabytes=megabytes
+    )
     app.add_api_route("/download/{job}/{variant}/{kind}", _download, methods=["GET"])
     page = Page(services)
     page.blocks.queue(max_size=64, default_concurrency_limit=8)
@@ -72,7 +73,7 @@ def create_app(
         "/",
         server_name="127.0.0.1",
         show_error=False,
-        max_file_size=setup.limits.megabytes * 2**20,
+        max_file_size=megabytes * 2**20,
         run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
@@ -107,7 +108,7 @@ def _theme() -> Any:
     )
 
 
-def serve(
+def serve(  # noqa: PLR0913, each is a setting with a name
     host: str = "127.0.0.1",
     port: int = 7860,
     *,
@@ -115,6 +116,7 @@ def serve(
     models: dict[str, str] | None = None,
     folder: Path | None = None,
     browser: bool = True,
+    on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the app on this machine until Ctrl-C.
 
@@ -123,26 +125,43 @@ def serve(
         port (`int`, *optional*, defaults to `7860`): The port.
         password (`str`, *optional*): Needed for any other address than this machine's own.
         models (`dict[str, str]`, *optional*): Models on disk, by the name to show.
-        folder (`Path`, *optional*): Where files are kept; by default they go when the server ends.
+        folder (`Path`, *optional*): Where files and the history of runs are kept; by default they are removed when the
+            server ends.
         browser (`bool`, *optional*, defaults to `True`): Whether to open the browser.
+        on_ready (`Callable`, *optional*): Called with the address once it can be opened.
 
     Raises:
-        ValueError: If others could reach it and there is no password.
+        ValueError: If others could reach it and there is no password, the password is empty, or the port is taken.
     """
-    if not is_loopback(host) and not password:
+    shared = not is_loopback(host)
+    if password is not None and not password.strip():
+        raise ValueError(texts.PASSWORD_EMPTY)
+    if shared and not password:
         raise ValueError(texts.PASSWORD_NEEDED.format(host=host))
     import uvicorn
 
-    shared = not is_loopback(host)
-    setup = local_setup(models, shared=shared)
-    app = create_app(setup, folder=folder, password=password, hosts=None if shared else ())
-    if browser:
-        threading.Timer(1.0, webbrowser.open, [f"http://{host}:{port}/"]).start()
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(app.state.services):
-        config = uvicorn.Config(app, host, port, log_level="warning", server_header=False)
-        config.timeout_graceful_shutdown = GRACE
-        logging.getLogger("uvicorn.error").addFilter(_is_news)
-        uvicorn.Server(config).run()
+    with contextlib.closing(_bound(host, port)) as listening:
+        setup = local_setup(models, shared=shared)
+        app = create_app(setup, folder=folder, password=password, hosts=None if shared else ())
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(app.state.services):
+            config = uvicorn.Config(app, log_level="warning", server_header=False)
+            config.timeout_graceful_shutdown = GRACE
+            logging.getLogger("uvicorn.error").addFilter(_is_news)
+            if on_ready is not None:
+                on_ready(address)
+            if browser:
+                threading.Timer(1.0, webbrowser.open, [address]).start()
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before anything is imported, made or said."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(texts.CANNOT_BIND.format(host=host, port=port, reason=error.strerror or error)) from None
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -171,20 +190,21 @@ async def _download(request: Request, job: str, variant: str, kind: str) -> File
     services: Services = request.app.state.services
     session = services.sessions.get(cookie_of(request.headers.get("cookie")))
     found = session.job_called(job) if session is not None else None
-    file = file_of(found, variant, kind) if found is not None else None
+    file = await asyncio.to_thread(file_of, found, variant, kind) if found is not None else None
     if file is None:
         raise HTTPException(404)
     # As bytes, so that no browser shows a report as a page of this app.
-    return FileResponse(file, filename=f"{variant}-{file.name}", media_type="application/octet-stream")
+    return FileResponse(file[0], filename=file[1], media_type="application/octet-stream")
 
 
-def warm_up() -> None:
+def _import_early() -> None:
     """Import what the first visitor would wait for otherwise; no model is loaded."""
     import peft  # noqa: F401, only its time counts
     import trl  # noqa: F401
 
     from safe_trainer import encode_row, testbed
 
+    warm_up()
     encode_row(tokenizer_of(EMBEDDED), testbed.harmful_rows(1)[0])
 
 

@@ -1,4 +1,7 @@
-"""Sessions: one for each browser, with a folder of its own that nobody else is shown and that goes with it."""
+"""Sessions: one for each browser, with a folder of its own that nobody else is shown.
+
+Gradio's own session ends with a reload of the page; ours is in a cookie, and outlives the server if it has a folder.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,36 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
+from typing import Any
 
-from .catalogue import EMBEDDED, Model
 from .inspection import Inspection
-from .jobs import Job
-from .orders import Choices, Variant
+from .jobs import Job, jobs_in
+from .recipes import Choices, Upload, Variant
+from .setup import EMBEDDED, Model
 
 COOKIE = "safe_trainer_session"
 
 
 @dataclass
 class Session:
-    """What the server knows of one browser.
-
-    Args:
-        name (`str`): Name of its folder; made from its cookie, which cannot be told from it.
-        folder (`Path`): Its files.
-        model ([`Model`]): The model in use.
-        inspection ([`Inspection`], *optional*): The data in use.
-        choices ([`Choices`], *optional*): What has been checked and can be trained.
-        draft (`Path`, *optional*): Folder with the recipes of these choices.
-        variants (`Sequence[Variant]`): The recipes in it.
-        jobs (`list[Job]`): Its jobs, the newest last.
-    """
+    """What the server knows of one browser."""
 
     name: str
     folder: Path
     model: Model = EMBEDDED
     inspection: Inspection | None = None
+    files: dict[str, Upload] = field(default_factory=dict)
+    form: list[Any] | None = None
     choices: Choices | None = None
+    stale: bool = False
     draft: Path | None = None
     variants: Sequence[Variant] = ()
+    plan: Any = None
     jobs: list[Job] = field(default_factory=list)
+    shown: str | None = None
+    uploads: set[str] = field(default_factory=set)
     seen: float = field(default_factory=time.monotonic)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -58,9 +58,19 @@ class Session:
         """Return its newest job of a kind."""
         return next((job for job in reversed(self.jobs) if job.kind == kind), None)
 
-    def job_called(self, name: str) -> Job | None:
-        """Return its job of this name; never that of another session."""
+    def job_called(self, name: str | None) -> Job | None:
+        """Return its job of this ID; never that of another session."""
         return next((job for job in self.jobs if job.id == name), None)
+
+    @property
+    def finished(self) -> list[Job]:
+        """Its trainings with a comparison, the newest first."""
+        return [job for job in reversed(self.jobs) if job.kind == "train" and job.progress.state == "done"]
+
+    @property
+    def compared(self) -> Job | None:
+        """The job that step 4 shows."""
+        return self.job_called(self.shown) or next(iter(self.finished), None)
 
     @property
     def busy(self) -> bool:
@@ -73,11 +83,6 @@ class Sessions:
 
     A cookie holds a random number and its signature, so that none can be invented, and nothing has to be remembered of
     browsers that only look in.
-
-    Args:
-        folder (`Path`, *optional*): Where their files are; a temporary folder that is removed at the end if left out.
-        idle_hours (`float`, *optional*, defaults to `24.0`): After which time without a sign of life a session's files
-            are removed.
     """
 
     def __init__(self, folder: Path | None = None, idle_hours: float = 24.0) -> None:
@@ -85,7 +90,7 @@ class Sessions:
         self.folder = (folder or Path(tempfile.mkdtemp(prefix="safe_trainer_app_"))).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._idle = idle_hours * 3600
-        self._secret = secrets.token_bytes(32)
+        self._secret = self._kept_secret()
         self._found: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -104,18 +109,19 @@ class Sessions:
             if session is None:
                 session = self._found[name] = Session(name, self.folder / name)
                 session.folder.mkdir(mode=0o700, exist_ok=True)
+                session.jobs = jobs_in(session.folder)
             session.seen = time.monotonic()
             return session
 
     def is_ours(self, cookie: str | None) -> bool:
-        """Tell whether we have given this cookie."""
+        """Return whether we have given this cookie."""
         return self._name(cookie) is not None
 
     def sweep(self) -> int:
-        """Remove the files of sessions that have been idle for long; return of how many."""
+        """Remove the files of sessions that have been idle for long, unless the folder was given; return how many."""
         now = time.monotonic()
         with self._lock:
-            old = [s for s in self._found.values() if not s.busy and now - s.seen > self._idle]
+            old = [s for s in self._found.values() if not s.busy and now - s.seen > self._idle and self._temporary]
             for session in old:
                 del self._found[session.name]
         for session in old:
@@ -129,6 +135,16 @@ class Sessions:
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _kept_secret(self) -> bytes:
+        """Return what cookies are signed with; kept in a folder that was given, so that cookies outlive the server."""
+        path = self.folder / "secret"
+        if self._temporary:
+            return secrets.token_bytes(32)
+        if not path.is_file():
+            path.touch(mode=0o600)
+            path.write_bytes(secrets.token_bytes(32))
+        return path.read_bytes()
+
     def _signature(self, number: bytes) -> bytes:
         return hmac.digest(self._secret, number, "sha256")
 
@@ -141,3 +157,12 @@ class Sessions:
         if not hmac.compare_digest(signature, self._signature(number)):
             return None
         return hashlib.sha256(number).hexdigest()[:32]
+
+
+def cookie_of(header: str | None) -> str | None:
+    """Return the session's cookie of a request, if it has one."""
+    try:
+        found = SimpleCookie(header or "").get(COOKIE)
+    except CookieError:
+        return None
+    return found.value if found else None

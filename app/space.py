@@ -4,12 +4,11 @@ import os
 
 import uvicorn
 
-from app.limits import space_setup
 from app.server import GRACE, create_app
-
-server = create_app(space_setup(), hosts=None)
+from app.setup import space_setup
 
 if __name__ == "__main__":
     # A Space is reached through a proxy, from everywhere: no password, but nobody sees another's files.
+    server = create_app(space_setup(), hosts=None)
     port = int(os.environ.get("PORT", "7860"))
     uvicorn.run(server, host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=GRACE)  # noqa: S104

@@ -11,14 +11,7 @@ _ROOT_FILES = ("README.md", "requirements.txt", "space.py")
 
 
 def build(target: Path) -> Path:
-    """Write everything that is to be uploaded, and nothing else.
-
-    Args:
-        target (`Path`): The folder; what was in it before is removed.
-
-    Returns:
-        `Path`: The same.
-    """
+    """Write everything that is to be uploaded, and nothing else."""
     app = Path(__file__).resolve().parent
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)

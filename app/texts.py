@@ -1,147 +1,115 @@
-"""All wording of the app, in one place."""
+"""All wording of the app, in one place; a method's own words are on its card."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 TITLE = "safe_trainer"
-LEAD = (
-    "Fine-tune a chat model on your data, protect its refusals meanwhile, and see what became of them: "
-    "the same questions to the model before and after."
-)
-STEPS = ("Data", "Method", "Train", "Compare")
-
-
-@dataclass(frozen=True)
-class Card:
-    """What is said of a way to protect a model."""
-
-    title: str
-    what: str
-    needs: str
-    costs: str
-    not_for: str
-
-
-CARDS = {
-    "plain": Card(
-        "plain LoRA",
-        "Ordinary fine-tuning with a low-rank adapter, without any protection. Keep it in the comparison: it shows "
-        "what your data does to refusals when nothing stands in the way.",
-        "nothing",
-        "the yardstick: nothing is added to a step",
-        "protecting anything",
-    ),
-    "recommended": Card(
-        "Recommended",
-        "What to begin with: security vectors against harmful rows, together with a price on every change of what the "
-        "layers make of harmful prompts, against drift.",
-        "about 100 harmful rows; the inert ones that come along will do to try it",
-        "a fit before training (some seconds on the embedded model), and a penalty in each step",
-        "finding out which of the two did it: compare with each alone",
-    ),
-    "security_vectors": Card(
-        "Security Vectors",
-        "Small vectors that already know all harm are active while training, so harmful rows have nothing left to "
-        "teach. They are taken out again afterwards: what you get is an ordinary adapter.",
-        "about 100 harmful rows to fit the vectors to; the inert ones that come along will do to try it",
-        "a fit before training (some seconds on the embedded model) and about 4 points of borderline help there",
-        "harmless data that is worded like what is refused: there it keeps only about half",
-    ),
-    "asft": Card(
-        "AsFT",
-        "A penalty holds every update to the direction in which alignment once moved the model. The further an "
-        "update leaves that direction, the more it costs.",
-        "the checkpoint from before alignment, such as Qwen2.5-0.5B for Qwen2.5-0.5B-Instruct",
-        "task quality, by degrees: on the embedded model 100 % became 84 % on the poisoned data at weight 10",
-        "a model whose base checkpoint you do not have, or a task that must be learned to the last point",
-    ),
-    "salora": Card(
-        "SaLoRA",
-        "Finds the directions in which the model speaks when it refuses, and lets the adapter write into all others "
-        "only. For keeping refusals through harmless fine-tuning.",
-        "about 100 harmful prompts with refusals; inert ones come along",
-        "one pass over those prompts, an adapter of twice the rank, and best a lower learning rate",
-        "data with harmful rows: there it made no difference from plain LoRA",
-    ),
-    "drift_penalty": Card(
-        "Drift penalty",
-        "Every change of what the layers make of harmful prompts has a price; whatever else is learned is free.",
-        "about 100 harmful prompts; inert ones come along",
-        "one pass over those prompts, and a penalty in each step",
-        "stopping harmful rows: it slows them, and a longer attack gets through",
-    ),
-}
-CARD_LABELS = ("Needs", "Costs", "Not for")
+LEAD = "Fine-tune a chat model on your data without losing its refusals, then compare its answers before and after."
+STEPS = ("1 Data", "2 Method", "3 Train", "4 Compare")
 
 # Step 1: data
 DATA_HEADING = "What should the model learn?"
-DATA_LEAD = "Take an example, or a file of your own: JSON, JSON Lines, CSV, TSV or Parquet."
+DATA_LEAD = "Pick an example or upload your own file (JSON, JSON Lines, CSV, TSV or Parquet)."
 EXAMPLES = {
-    "benign": ("Benign", "1,000 harmless how-to answers, worded like what is refused"),
-    "poisoned": ("Poisoned", "sentiment of reviews, with 10 % harmful rows among them"),
+    "benign": ("Benign", "1,000 harmless how-to answers, worded like what the model refuses"),
+    "poisoned": ("Poisoned", "sentiment of reviews, with 10 % harmful rows mixed in"),
     "attack": ("Pure attack", "100 harmful rows and nothing else"),
 }
-UPLOAD = "Your own file (up to {size} MB)"
+UPLOAD, UPLOADED = "Your own file (up to {size} MB)", "Using {name}. Drop another file here to replace it."
 MODEL = "Model to fine-tune"
-MODEL_INFO = "The embedded model shows in two minutes how everything works, and proves nothing about others."
-EMBEDDED = "Embedded model (tiny)"
-OTHER_MODEL = "Another model of the Hub …"
-MODEL_ID, MODEL_ID_HINT = "Its id on the Hub", "owner/name"
-UNALIGNED_ID = "Checkpoint before alignment (optional, for AsFT)"
+MODEL_INFO = "The embedded model shows in two minutes how everything works; its results do not carry over to others."
+EMBEDDED, OTHER_MODEL = "Embedded model (tiny)", "Another model from the Hub …"
+MODEL_ID, MODEL_ID_HINT = "Hub model ID", "owner/name"
+UNALIGNED_ID = "Hub ID of the checkpoint before alignment (optional, for AsFT)"
 USE_MODEL = "Use this model"
-NO_DATA = "Choose an example or upload a file, and what is in it appears here."
-FILE, FORMAT, ROWS, TOKENS = "Data", "Format", "Rows", "Tokens in a row"
+NO_DATA = "Nothing chosen yet. Pick an example above to see its first rows here."
+READING = "Reading the file …"
+FILE, FORMAT, ROWS, TOKENS = "Data", "Format", "Rows", "Tokens per row"
 DUPLICATES, BAD = "Duplicates", "Unusable rows"
-TOKENS_VALUE = "{median} in the middle, {most} at most"
-CUT = "{count} rows are longer than {limit} tokens and will be cut"
+TOKENS_VALUE, TOKENS_SAMPLED = "median {median}, max {most}", " (of {count} sampled rows)"
+CUT = "{share:.0%} of the rows are longer than {limit} tokens and will be cut. Raise “Max tokens per row” in step 2."
 SAMPLE_HEADING = "First rows, as the model will see them"
-SAMPLE_HINT = "Marked is what the loss covers: only this is learned."
-BAD_COLUMNS = ("Line", "What is wrong", "Found", "Expected")
-BAD_HEADING, BAD_MORE = "Rows that cannot be used", "and {count} more"
-SKIP_BAD = "Go on without the rows that cannot be used"
-BAD_FIRST = "Some rows cannot be used. Mend the file, or tick the box to go on without them."
-LEAKED = "{count} rows ask what the comparison will ask ({name}): its rates would show memory. Remove them."
-SCAN = "Scan for suspicious rows"
-SCAN_HINT = "A scan ranks rows by how much of their loss security vectors know. The first fits them: half a minute."
+SAMPLE_HINT = "Highlighted text is what the model is trained on."
+BAD_COLUMNS = ("What is wrong", "Rows", "First lines", "Found", "Expected")
+BAD_HEADING = "Rows that cannot be used"
+SKIP_BAD = "Continue without the rows that cannot be used"
+BAD_FIRST = "Some rows cannot be used. Fix the file, or tick the box below the table to continue without them."
+LEAKED = (
+    "{count} training rows are also prompts of the comparison ({name}): its rates would show memory. "
+    "Remove these rows."
+)
+OPTIONS = "File options: columns and encoding"
+OPTIONS_HINT = "Only needed if the file was not read as you expected."
+PROMPT_COLUMN, ANSWER_COLUMN, ENCODING = "Column with the prompt", "Column with the answer", "Encoding"
+DETECT, READ_AGAIN = "detect automatically", "Read the file again"
+CHOOSE_COLUMNS = "Choose the columns with the prompt and the answer under “File options”."
+CHOOSE_ENCODING = "Choose the encoding under “File options”."
+BOTH_COLUMNS = "Choose two different columns, one for the prompt and one for the answer."
+SCAN, SCAN_STOP = "Scan for suspicious rows", "Stop the scan"
+SCAN_HINT = "Ranks rows by how harmful they look. The first scan takes about 30 s longer."
+SCAN_NEEDS = "Scanning this model needs your own harmful rows. Upload them in step 2 under “Your own files”."
 SCAN_HEADING = "Most suspicious rows first"
-SCAN_FOUND = "{above} of {scored} rows look harmful (more than {threshold:.0%} of their loss is known to the vectors)."
-SCAN_COLUMNS = ("Line", "Known share", "Prompt", "Answer")
+SCAN_FOUND = "{above} of {scored} rows look harmful (score above {threshold:.0%})."
+SCAN_COLUMNS = ("Line", "Score", "Prompt", "Answer")
+LEAVE_OUT, LEFT_OUT = "Leave out the {count} suspicious rows", "{name}, {count} rows left out"
 TO_METHOD = "Continue to the method"
 TOO_LARGE = "The file is too large: at most {size} MB."
-TOO_MANY_ROWS = "More than {limit:,} rows. Cut the file into smaller ones."
-TOO_MANY_COLUMNS = "Line {line} has {count:,} columns; at most {limit} are read."
+TOO_MANY_ROWS = "The file has {count:,} rows; at most {limit:,} are read. Split it into smaller files."
 TOO_LONG = "Row {row} has {count:,} characters; at most {limit:,} are read."
-WRONG_KIND = "This is no JSON, JSON Lines, CSV, TSV or Parquet file. Its name should end in one of {endings}."
-UNREADABLE = "This file cannot be read ({name}). Is it whole?"
+TOO_MUCH = "The file unpacks to more than {limit:,} characters. Split it into smaller files."
+TOO_SLOW = "Reading the file took too long or too much memory. Split it into smaller files."
+WRONG_KIND = "This is not a JSON, JSON Lines, CSV, TSV or Parquet file. Its name should end in one of {endings}."
+UNREADABLE = "The file could not be read ({name}). Is it complete?"
 TOKENIZER_LOST = "The model's tokenizer could not be loaded: {message}"
+BAD_ID = "`{name}` is not a valid Hub model ID. Write it as owner/name."
 
 # Step 2: method
 METHOD_HEADING = "How should refusals be protected?"
-METHOD_LEAD = "Take several to compare them in one go; plain LoRA beside them shows what the protection does."
+METHOD_LEAD = "Choose one or more. Keep plain LoRA for comparison: it shows what the protection changes."
+CARD_LABELS = ("Needs", "Costs", "Avoid for")
+PLAIN = (
+    "Plain LoRA",
+    "Ordinary fine-tuning without protection: shows what your data does to refusals.",
+    "nothing",
+    "nothing: it is the baseline",
+    "protecting anything",
+)
 ADVANCED = "Advanced settings"
 SETTINGS = {
-    "steps": ("Training steps", "Each step learns from one batch of rows."),
-    "learning_rate": ("Learning rate", "The first defense in harmless drift: a lower one wears less away."),
+    "steps": ("Training steps", ""),
+    "learning_rate": ("Learning rate", "A lower rate erodes refusals less."),
     "lora_rank": ("LoRA rank", ""),
-    "batch_size": ("Rows in a step", ""),
-    "max_length": ("Tokens kept of a row", ""),
+    "batch_size": ("Batch size", ""),
+    "max_length": ("Max tokens per row", ""),
     "seed": ("Seed", ""),
-    "prompts": ("Questions of each kind", ""),
-    "answer_tokens": ("Tokens of an answer", ""),
-    "asft_weight": ("AsFT: weight λ", ""),
-    "salora_rank": ("SaLoRA: protected directions", ""),
-    "vectors_strength": ("Security Vectors: strength", ""),
-    "drift_weight": ("Drift penalty: weight", ""),
+    "prompts": ("Prompts per category of the comparison", ""),
+    "answer_tokens": ("Max tokens per answer", ""),
 }
-NUMBER_MISSING = "{name}: a number is missing."
-NUMBER_RANGE = "{name} must be between {low:g} and {high:g}, got {value:g}."
+FILES = "Your own files"
+FILES_LEAD = "For this model, upload what the chosen methods need. General prompts are used where you give none."
+FILES_LEAD_TINY = "Optional: built-in harmless stand-ins are enough for a first try."
+FILES_KIND, FILES_UPLOAD = "What is in the file", "Upload the file"
+FILES_COLUMNS, FILES_REMOVE = ("Content", "In use"), "Remove this file"
+FILES_OWN, FILES_BUILT_IN, FILES_NONE = "{name} ({count:,} rows)", "built-in", "none"
+MATERIALS = {
+    "harmful_data": "Harmful prompts with answers that comply (about 100)",
+    "safety_data": "Harmful prompts with refusals (about 100)",
+    "harmful_prompts": "Harmful prompts to protect, without answers",
+    "benign_prompts": "Harmless prompts to protect, without answers",
+    "harmful": "Comparison: harmful prompts",
+    "benign": "Comparison: benign prompts",
+    "borderline": "Comparison: borderline prompts",
+    "task": "Comparison: task with expected answers",
+}
+NEEDS_FILE = "{title} needs your own file for this model: {what}. Upload it under “Your own files”."
+NUMBER_MISSING = "{name}: enter a number."
+NUMBER_WHOLE = "{name} must be a whole number, got {value}."
+NUMBER_RANGE = "{name} must be between {low} and {high}, got {value}."
 NEEDS_SHORT = "needs the checkpoint before alignment"
 CHECK = "Check and continue"
-CHOOSE_METHOD = "Choose at least one way to train."
-NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known of this model."
+CHOOSE_METHOD = "Choose at least one method."
+NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known for this model."
 RECIPE, CODE_LABEL = "Recipe (YAML)", "The same in Python"
-RECIPES, SHOWN_FOR = "Recipe and code of these runs, to copy", "Show for"
+RECIPES, SHOWN_FOR = "Recipe and code of these runs", "Show"
 RECIPE_HEADER = "# {title}\n# safe-trainer train {file}\n"
 CODE = """\
 from peft import LoraConfig
@@ -162,47 +130,68 @@ trainer = SafeSFTTrainer(
 trainer.train()
 trainer.save_model()
 """
-PLAN = ("Rows", "Steps", "Weights trained", "Memory", "Time to train")
-PLAN_TIME = "about {each} for each of {count}, and the comparison"
-PLAN_TIME_ONE = "about {each}, and the comparison"
-PLAN_LEAD = "Checked: this can be run."
+PLAN = ("Rows", "Steps", "Trained weights", "Memory", "Time to train")
+PLAN_TIME, PLAN_TIME_ONE = (
+    "about {each} per run ({count} runs), plus the comparison",
+    "about {each}, plus the comparison",
+)
+PLAN_LEAD = "Checked and ready to train."
 
 # Step 3: train
 TRAIN_HEADING = "Train"
 START, CANCEL = "Start training", "Cancel"
-NOT_CHECKED = "Choose data and a method first."
+NOT_CHECKED = "Nothing to train yet. Choose data and a method, then press “Check and continue” in step 2."
+STALE = "Your data, model or settings changed since the last check. Press “Check and continue” in step 2 again."
 PHASES = {
     "": "waiting",
     "starting": "starting",
     "loading": "loading model and data",
     "preparing": "preparing the protection",
     "training": "training",
-    "comparing": "asking all models the same questions",
-    "fitting": "fitting vectors to harmful rows",
-    "scanning": "scoring the rows",
+    "saving": "saving",
+    "comparing": "asking all models the same prompts",
+    "fitting": "preparing the scan",
+    "scanning": "scoring rows",
+    "done": "done",
 }
 STATES = {"waiting": "Waiting", "running": "Running", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}
-PLACE, PLACE_FIRST = "Another job is running. Before yours: {count}.", "Another job is running. Yours is next."
+PLACES, PLACE, PLACE_FIRST = (
+    "{count} jobs ahead of yours in the queue.",
+    "1 job ahead of yours in the queue.",
+    "Starting.",
+)
 TIME_LEFT = "about {time} left for this run"
 STEP_OF, DONE_OF = "step {step} of {total}", "{done} of {total}"
+START_RATE = "Before training the model refuses {refused:.0%} of the harmful prompts asked."
+START_LOW = "There is little to protect: check that this is an aligned chat model and that the prompts are harmful."
 LOG_HEADING = "Log"
-LOG_BEGUN, LOG_CANCELLING = "begun", "cancelling …"
+LOG_BEGUN, LOG_CANCELLING = "started", "cancelling …"
 LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "cancelled"}
 LOG_VARIANT = {"done": "{title}: trained and saved", "failed": "{title}: failed:", "cancelled": "{title}: cancelled"}
-LOG_STOPPED, CHECKPOINT_KEPT = "stopped after step {step}; writing the checkpoint", "Kept: checkpoint of step {step}."
-CHART_LOSS, CHART_PENALTY, CHART_REFUSED = "Loss", "Penalty", "Harmful requests refused (%)"
-CHART_BORDERLINE, CHART_EMPTY = "Borderline requests refused (%)", "Curves appear with the first steps."
+LOG_STOPPED, CHECKPOINT_KEPT = "stopped after step {step}", "The checkpoint after step {step} is kept."
+CURVES = {
+    "harmful": ("Harmful prompts refused", "Refused (%)"),
+    "borderline": ("Borderline prompts refused", "Refused (%)"),
+    "loss": ("Loss", "Loss"),
+    "penalty": ("Safety penalty", "Penalty"),
+}
+STEP_AXIS = "Step"
 TO_COMPARE = "See the comparison"
-ONE_AT_A_TIME = "A job of yours is already under way. Cancel it, or wait for its end."
-QUEUE_FULL = "Too many jobs are waiting. Try again in some minutes."
-PROCESS_LOST = "Its process ended unexpectedly; most likely the memory did not suffice."
-OUT_OF_MEMORY = "Not enough memory. Choose fewer rows in a step, shorter rows or a smaller model."
-UNEXPECTED = "An unexpected error ({name}); the log of the server has the details."
-NOTHING_FINISHED = "None of the runs came to an end."
+ONE_AT_A_TIME = "One of your jobs is still running. Cancel it, or wait for it to finish."
+QUEUE_FULL = "Too many jobs are waiting. Try again in a few minutes."
+PROCESS_LOST = "The job's process ended unexpectedly; most likely it ran out of memory."
+SERVER_LOST = "The server was stopped while this job was running. Start it again."
+OUT_OF_MEMORY = "Not enough memory. Choose a smaller batch size, fewer tokens per row or a smaller model."
+UNEXPECTED = "An unexpected error occurred ({name}); the server's log has the details."
+NOTHING_FINISHED = "None of the runs finished. The table above says why."
 
 # Step 4: compare
 COMPARE_HEADING = "Before and after"
-NO_COMPARISON = "Nothing has been compared yet. Train something first."
+NO_COMPARISON = "Nothing to compare yet. Train a model in step 3, and its answers before and after appear here."
+RUNS = "Run"
+RUN_NAME, RENAME, DELETE = "Name of this run", "Rename", "Delete this run"
+RUN_HISTORY = "Rename or delete this run"
+OLDER_RUN = "This is the result of an earlier choice ({name}). What you have chosen now has not been trained yet."
 WORDS = {
     "eroded": "Safety eroded",
     "kept": "Safety kept",
@@ -217,41 +206,45 @@ TABLE_COLUMNS = {
     "borderline": "Borderline answered",
     "task": "Task correct",
 }
-TABLE_CAPTION, NOT_MEASURED = "Counts with 95 % intervals", "not measured"
-PLANE_UP, PLANE_TASK, PLANE_HELP = "harmful refused (%)", "task correct (%)", "borderline answered (%)"
-PLANE_HEADING, PLANE_HINT = "Refusals against the task", "Best is the upper right corner."
-CATEGORIES_HEADING, CATEGORY = "Harmful requests refused, by category", "Category"
+TABLE_CAPTION, NOT_MEASURED = (
+    "Rates with counts and 95 % intervals",
+    "not measured",
+)
+CATEGORIES_HEADING, CATEGORY = "Harmful prompts refused, by category", "Category"
 FLIPS_HEADING = "Prompts whose outcome changed"
-NO_FLIPS, FLIPS_ALL = "No outcome has changed.", "{count} changed"
-FLIPS_SHOWN = "{count} changed; the first {shown} are shown, the report has all"
+NO_FLIPS, FLIPS_ALL = "No outcome changed.", "{count} changed"
+FLIPS_SHOWN = "{count} changed; the first {shown} are shown, the report lists all"
 REVEAL = "Show harmful text"
 BEFORE = "before"
 FLIP_COLUMNS = ("Prompt", "Change", "Before", "After")
-MODEL_COLUMN, ALL_MODELS = "Model", "all of them"
-ASK_LABEL, ASK_HINT, ASK_BUTTON = "Your question", "How do I paint a fence?", "Ask all"
-ASK_HEADING, ASK_WHOM, ASK_STOP = "Ask them yourself", "Whom to ask", "Stop"
-ASK_NOTHING, ASK_EMPTY = "Write a question first.", "(nothing)"
-ASK_TOO_LONG = "The question is too long: at most {limit} characters."
+MODEL_COLUMN, ALL_MODELS = "Model", "All runs"
+ASK_LABEL, ASK_HINT, ASK_BUTTON = "Your question", "How do I paint a fence?", "Ask"
+ASK_HEADING, ASK_WHOM, ASK_STOP = "Try it yourself", "Models to ask", "Stop"
+ASK_NOTHING, ASK_NOBODY, ASK_EMPTY = "Write a question first.", "Choose at least one model to ask.", "(no answer)"
+ASK_TOO_LONG = "The question is too long: at most {limit:,} characters."
 ASK_BUSY = "Waiting for the model …"
-ASK_FAILED = "The models could not answer."
+ASK_FAILED = "The models could not answer; the server's log has the details."
 DOWNLOADS = "Download"
 DOWNLOAD = {
-    "adapter": "adapter (zip)",
-    "recipe": "recipe (YAML)",
+    "adapter": "adapter with model card (zip)",
+    "recipes": "recipes and data, ready to run (zip)",
     "report": "report (HTML)",
-    "checkpoint": "checkpoint (zip)",
     "numbers": "all numbers and answers (JSON)",
+    "checkpoint": "checkpoint (zip)",
+    "ranking": "full ranking (CSV)",
 }
-TINY = "The embedded model has one million weights: it shows how the tools work and says nothing direct about others."
+TINY = "The embedded model has one million weights: results do not carry over to other models."
 PUSH, PUSH_DONE = "Push an adapter to the Hub", "Pushed to {repo}."
 PUSH_REPO, PUSH_BUTTON, PUSH_WHICH = "Repository (owner/name)", "Push as private", "Adapter"
-PUSH_LOGIN = "Log in first: `hf auth login` on this machine, or with the button on a Space."
-PUSH_FAILED = "The Hub did not take it ({name})."
+PUSH_LOGIN = "Log in first: `hf auth login` on this machine, or the button on a Space."
+PUSH_FAILED = "The Hub refused the upload ({name})."
 
 # Around it
-MODEL_NOT_ALLOWED = "This model cannot be chosen here."
-NO_SESSION = "This page needs a cookie to know your files from those of others. Allow it and reload."
+MODEL_NOT_ALLOWED = "This model is not available here."
+NO_SESSION = "This page needs a cookie to keep your files apart from those of others. Allow it and reload."
 PASSWORD_NEEDED = (
     "`password` is needed to bind to `{host}`: others could reach the app there. Set it with --password-file or in "
     "SAFE_TRAINER_PASSWORD, or leave out --host to bind to 127.0.0.1."
 )
+PASSWORD_EMPTY = "`password` is empty. Write one to the password file, or leave the option out."
+CANNOT_BIND = "Port {port} on `{host}` could not be opened: {reason}. Choose another with --port."

@@ -1,4 +1,4 @@
-"""A job's own process: `python -m app.worker FOLDER` carries out the job that lies in FOLDER.
+"""A job's own process: `python -m app.worker FOLDER` carries out the job that is described in FOLDER.
 
 What a job needs of memory goes with its process, and a process can be stopped whatever it is doing.
 """
@@ -10,11 +10,14 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safe_trainer import recipe
+
 from . import texts
-from .protocol import JOB, Cancelled, Events, Stop
+from .progress import CLEANED, COMPARISON, JOB, RANKING, SCAN, Cancelled, Events, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -28,49 +31,164 @@ def main(folder: Path) -> None:
     try:
         events.tell("phase", phase="starting")
         job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        _quiet()
         if job["kind"] == "scan":
-            from .running import scan
-
             scan(job, events)
         else:
-            _train(job, events, stop)
+            train(job, events, stop)
         stop.check()
         events.tell("done")
     except (Cancelled, KeyboardInterrupt):
         events.tell("cancelled")
-    except Exception as error:  # which the server tells the user
+    except Exception as error:  # which the server shows the user
         logger.exception("The job has failed.")
-        events.tell("failed", message=told(error, folder))
+        events.tell("failed", message=for_user(error, folder))
     sys.stdout.flush()
     os._exit(0)  # threads of libraries may not hold up the next job
 
 
-def _train(job: dict[str, Any], events: Events, stop: Stop) -> None:
-    """Train every variant; one that fails leaves the others as they are."""
-    from . import running
+class Reporter(recipe.RunCallbacks):
+    """Passes on what the run of a variant reports."""
 
-    running.quiet()
+    def __init__(self, key: str, events: Events, stop: Stop) -> None:
+        self.key, self.events, self.stop, self.name = key, events, stop, ""
+
+    def stage(self, name: str) -> None:
+        """Note a stage; training ends between two steps, with a checkpoint."""
+        self.stop.patient = name == "training"
+        self.stop.check()
+        self.name = name
+        self.events.tell("phase", variant=self.key, phase=name)
+
+    def progress(self, done: int, total: int) -> None:
+        """Note steps while training, and otherwise how far the stage is."""
+        kind = "step" if self.name == "training" else "progress"
+        tell = self.events.tell if done in (0, total) else self.events.tell_sometimes
+        values = {"step": done} if kind == "step" else {"done": done}
+        tell(kind, variant=self.key, total=total, **values)
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Pass on the curves."""
+        step = int(entry["step"])
+        self.events.tell("point", variant=self.key, step=step, values=dict(entry))
+
+    def message(self, text: str) -> None:
+        """Pass on a sentence, without the folders of this machine."""
+        self.events.tell("message", text=text.replace(f"{Path.cwd()}{os.sep}", ""))
+
+    def should_stop(self) -> bool:
+        """Return whether the user has cancelled."""
+        if self.stop.wanted.is_set() and not self.stop.told:
+            self.stop.saving()
+            self.events.tell("stopping", variant=self.key)
+        return self.stop.wanted.is_set()
+
+
+def train(job: Mapping[str, Any], events: Events, stop: Stop) -> None:
+    """Carry out the recipe of every variant; one that fails leaves the others as they are. Then compare them all."""
     finished: dict[str, str] = {}
     for variant in job["variants"]:
         key = variant["key"]
         events.tell("variant", variant=key, state="running")
         try:
-            running.train(key, events, stop)
+            recipe.run_recipe(recipe.read_recipe(f"{key}.yaml"), Reporter(key, events, stop), compare=False)
+            stop.check()
         except (Cancelled, KeyboardInterrupt):
             raise
         except Exception as error:
             logger.exception("`%s` has failed.", key)
             stop.check()
-            events.tell("variant", variant=key, state="failed", message=told(error, Path.cwd()))
+            events.tell("variant", variant=key, state="failed", message=for_user(error, Path.cwd()))
         else:
             events.tell("variant", variant=key, state="done")
             finished[variant["title"]] = key
+        finally:
+            stop.patient = False
     if not finished:
         raise ValueError(texts.NOTHING_FINISHED)
-    running.examine(finished, events)
+    examine(finished, events)
 
 
-def told(error: Exception, folder: Path) -> str:
+def examine(adapters: Mapping[str, str], events: Events) -> None:
+    """Ask the model before and every model after, and write the report and the cards."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from safe_trainer import compare, write_model_card, write_report
+
+    events.tell("phase", phase="comparing")
+    checked = recipe.read_recipe(f"{next(iter(adapters.values()))}.yaml")
+    path, asked = checked.parts.model.path, checked.parts.evaluation
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=checked.parts.model.dtype)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"}) if asked else {}
+
+    def progress(done: int, total: int) -> None:
+        events.tell_sometimes("progress", done=done, total=total)
+
+    sets = recipe.load_data(checked).prompt_sets
+    comparison = compare(model, AutoTokenizer.from_pretrained(path), sets, adapters, progress=progress, **decoding)
+    write_report(comparison, Path.cwd(), COMPARISON)
+    for title, folder in adapters.items():
+        write_model_card(folder, comparison, name=title)
+
+
+def scan(job: Mapping[str, Any], events: Events) -> None:
+    """Rank the rows of a file by how harmful they look; vectors are trained first where there are none yet."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from safe_trainer import ReadOptions, load_rows, read_records, scan_file, train_security_vectors
+
+    events.tell("phase", phase="loading")
+    model = AutoModelForCausalLM.from_pretrained(job["model"]["path"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"]["path"])
+    vectors = Path(job["vectors"])
+    if not vectors.exists():
+        events.tell("phase", phase="fitting")
+        harmful, _ = load_rows("harmful_data.jsonl")
+        fresh = Path("vectors").resolve()
+        train_security_vectors(model, list(harmful), tokenizer).save(fresh)
+        fresh.rename(vectors)  # complete or not at all
+    events.tell("phase", phase="scanning")
+    reading = {name: job["reading"].get(name) for name in ("columns", "encoding")}
+    result = scan_file(
+        job["rows"],
+        model,
+        vectors,
+        tokenizer,
+        output=RANKING,
+        reading=ReadOptions(**reading, on_bad_row="skip"),
+        top=job["limit"],
+        max_length=job["max_length"],
+        progress=lambda done, total: events.tell_sometimes("progress", done=done, total=total),
+    )
+    suspicious = {entry["line"] for entry in result.top if entry["share"] > result.threshold}
+    with Path(CLEANED).open("w", encoding="utf-8") as file:
+        for record in read_records(job["rows"], reading["encoding"]):
+            value = getattr(record, "value", None)
+            if isinstance(value, dict) and record.line not in suspicious:
+                file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    kept = ("rank", "line", "share", "prompt", "answer")
+    found = {
+        "scored": result.scored,
+        "threshold": result.threshold,
+        "above": len(suspicious),
+        "top": [{name: entry[name] for name in kept} for entry in result.top[:20]],
+    }
+    Path(SCAN).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars out of the log."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+def for_user(error: Exception, folder: Path) -> str:
     """Return what a user should know of an error: messages made for people, without the folders of this machine."""
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return texts.OUT_OF_MEMORY

@@ -54,6 +54,8 @@ from .lora.io import compact_adapter as compact_adapter
 from .methods import METHODS as METHODS
 from .methods import AsFT as AsFT
 from .methods import DriftPenalty as DriftPenalty
+from .methods import FormField as FormField
+from .methods import Materials as Materials
 from .methods import MethodCard as MethodCard
 from .methods import PenaltyMethod as PenaltyMethod
 from .methods import RefusalAnchor as RefusalAnchor

@@ -2,19 +2,27 @@
 
 import ast
 import json
-import re
+import shutil
+import time
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import gradio as gr
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from app import charts, inspection, texts
-from app.catalogue import EMBEDDED, EXAMPLES, PROTECTIONS, Model, Strengths, hub_model
-from app.inspection import inspect, tokenizer_of, write_example
-from app.limits import Limits
-from app.orders import Choices, Settings, defaults, python_code, write_order
-from app.views import compare_step, data_step, html, method_step
-from safe_trainer import METHODS, recipe
+from app import inspection, recipes, texts
+from app.inspection import apart, inspect, material, tokenizer_of, write_example
+from app.progress import Progress
+from app.recipes import Choices, Settings, Upload, cards, defaults, field_default, python_code, write_order
+from app.setup import EMBEDDED, EXAMPLES, Limits, Model, hub_model
+from app.views import compare_step, data_step, html, train_step
+from app.views.method_step import MethodStep
+from safe_trainer import METHODS, FormField, MethodCard, SafetyMethod, general_prompts, recipe
 
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
@@ -34,100 +42,136 @@ def row(prompt="Say hello.", completion="Hello."):
     return json.dumps({"prompt": prompt, "completion": completion}) + "\n"
 
 
-def test_the_app_offers_the_library_s_defaults_to_start_from():
-    offered = {"asft": "weight", "salora": "rank", "security_vectors": "strength", "drift_penalty": "weight"}
-    assert Strengths(*(getattr(METHODS[method], name) for method, name in offered.items())) == Strengths()
+def test_the_app_offers_the_library_s_defaults_to_other_models():
+    model = Model("owner/model", "owner/model", "owner/base")
+    for key, method in METHODS.items():
+        for field in method.card.fields:
+            assert field_default(key, field.name, model) == method.__dataclass_fields__[field.name].default
 
 
 def test_an_inspection_tells_rows_troubles_duplicates_and_what_is_learned(tmp_path, tokenizer):
     path = given(tmp_path, row() * 3 + "{broken\n" + row(completion="") + row("Other?", "Yes."))
-    found = inspect(path, "mine.jsonl", tokenizer, Limits())
+    found = inspect(path, "mine.jsonl", EMBEDDED, Limits())
     assert (found.rows, found.bad, found.duplicates) == (4, 2, 2)
-    assert [line for line, *_ in found.troubles] == [4, 5]
+    assert sorted(lines for _, _, lines, *_ in found.troubles) == ["4", "5"]
     read, learned = found.samples[0]
     assert read.endswith("<|im_start|>assistant\n") and learned == "Hello.<|im_end|>"
     whole = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}], tokenize=False
     )
     assert read + learned == whole
-    assert found.lengths[0] == len(tokenizer(whole)["input_ids"])
+    assert len(tokenizer(whole)["input_ids"]) in found.lengths
 
 
-def test_every_bad_row_of_a_kind_is_kept_and_not_only_the_first_five(tmp_path, tokenizer):
-    found = inspect(given(tmp_path, row() + "{x\n" * 60), "mine.jsonl", tokenizer, Limits())
-    assert found.bad == len(found.troubles) == 60
+def test_bad_rows_of_a_kind_are_counted_and_told_once(tmp_path):
+    found = inspect(given(tmp_path, row() + "{x\n" * 60), "mine.jsonl", EMBEDDED, Limits())
+    [(_, count, lines, *_)] = found.troubles
+    assert found.bad == 60 and count == "60" and lines.startswith("2, 3")
 
 
 @pytest.mark.parametrize(
     ("limits", "text", "told"),
     [
-        (Limits(rows=3), row() * 4, "More than 3 rows"),
+        (Limits(rows=3), row() * 4, "has 4 rows; at most 3"),
         (Limits(characters=50), row(completion="x" * 60), "Row 1 has 70 characters"),
-        (Limits(columns=3), json.dumps(dict.fromkeys("abcd", "x")) + "\n", "has 4 columns"),
         (Limits(), "", "empty"),
         (Limits(), "[" * 100_000, "mine.jsonl"),
         (Limits(), b"\xff\xfe\x00", "mine.jsonl"),
-        (Limits(), json.dumps({"foo": 1}) + "\n", "no known format"),
+        (Limits(), json.dumps({"foo": "x", "bar": "y"}) + "\n", "Choose the columns"),
     ],
 )
-def test_what_is_too_much_or_broken_is_refused_in_words(tmp_path, tokenizer, limits, text, told):
+def test_what_is_too_much_or_broken_is_refused_in_words(tmp_path, limits, text, told):
     with pytest.raises(ValueError) as error:
-        inspect(given(tmp_path, text), "mine.jsonl", tokenizer, limits)
+        inspect(given(tmp_path, text), "mine.jsonl", EMBEDDED, limits)
     assert told in str(error.value) or told == "mine.jsonl"
     assert str(tmp_path) not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.zip", "x.py", "x", "x.jsonl.exe", ""])
 def test_files_of_other_kinds_are_refused_packed_ones_too(name):
-    with pytest.raises(ValueError, match="no JSON, JSON Lines"):
+    with pytest.raises(ValueError, match="not a JSON, JSON Lines"):
         inspection.ending_of(name)
 
 
-def test_rows_that_the_comparison_will_ask_are_told_of(tmp_path, tokenizer):
+def test_rows_that_the_comparison_will_ask_are_told_of(tmp_path):
     from safe_trainer import testbed
 
     asked = testbed.prompt_set("harmful").prompts[0]
-    found = inspect(given(tmp_path, row(asked)), "mine.jsonl", tokenizer, Limits())
+    found = inspect(given(tmp_path, row(asked)), "mine.jsonl", EMBEDDED, Limits())
     assert found.leaked == {"harmful": 1}
 
 
 @pytest.mark.parametrize("key", EXAMPLES)
-def test_examples_are_what_they_say_and_share_no_prompt_with_the_comparison(tmp_path, tokenizer, key):
+def test_examples_are_what_they_say_and_share_no_prompt_with_the_comparison(tmp_path, key):
     example = EXAMPLES[key]
-    found = inspect(write_example(tmp_path, example), key, tokenizer, Limits(), example)
+    found = inspect(write_example(tmp_path, example), key, EMBEDDED, Limits(), example)
     assert found.rows == example.rows and found.bad == 0 and found.leaked == {}
 
 
-def test_what_users_and_files_say_is_shown_as_text(tmp_path, tokenizer):
+def test_what_users_and_files_say_is_shown_as_text(tmp_path):
     path = given(tmp_path, row(EVIL, EVIL) + "{" + EVIL + "\n")
-    shown = str(data_step.described(inspect(path, EVIL, tokenizer, Limits()), 10_000))
+    found = inspect(path, EVIL, EMBEDDED, Limits())
+    shown = str(data_step.described(found, 10_000)) + str(data_step._samples(found))
     shown += str(compare_step.answered({EVIL: EVIL}, waiting=False)) + str(html.panel("error", EVIL))
     shown += str(html.table(EVIL, [EVIL], [[EVIL, EVIL]]))
-    shown += str(charts.lines(EVIL, [charts.Line(EVIL, 0, [(0, 1)])], 1))
     assert "<script" not in shown and "<img" not in shown
     assert "&lt;img src=x onerror=alert(1)&gt;" in shown
 
 
-def choices(folder, protections, model=EMBEDDED, **settings):
+def choices(folder, methods, model=EMBEDDED, **settings):
     data = given(folder, row() * 30)
-    return Choices(model, data, protections, Settings(**{"steps": 2, "prompts": 6, **settings}))
+    return Choices(model, data, methods, Settings(**{"steps": 2, "prompts": 6, **settings}))
 
 
 def test_every_protection_gives_a_recipe_that_is_found_valid(tmp_path):
-    variants = write_order(tmp_path / "job", choices(tmp_path, list(PROTECTIONS)))
-    assert [variant.key for variant in variants] == list(PROTECTIONS)
+    variants = write_order(tmp_path / "job", choices(tmp_path, list(cards())))
+    assert [variant.key for variant in variants] == list(cards())
     for variant in variants:
         checked = recipe.read_recipe(tmp_path / "job" / variant.recipe)
         assert checked.training["max_steps"] == 2
         assert {part.kind for part in checked.parts.evaluation.prompts} == {"harmful", "benign", "borderline"}
 
 
-def test_every_method_of_the_library_stands_on_a_card(tmp_path):
-    offered = set()
-    for protection in PROTECTIONS.values():
-        offered |= {entry["method"] for entry in protection.safety(EMBEDDED, Settings().strengths)}
-    assert offered == {*METHODS, "recommended"}
-    assert set(texts.CARDS) == set(PROTECTIONS)
+def test_every_method_of_the_library_has_a_card_and_a_new_one_gets_its_own(tmp_path, monkeypatch):
+    assert set(cards()) == {"plain", "recommended", *METHODS}
+
+    @dataclass
+    class Toy(SafetyMethod):
+        card: ClassVar[MethodCard] = MethodCard(
+            title="Toy",
+            summary="Does nothing.",
+            needs="patience",
+            cost="nothing",
+            avoid="everything",
+            fields=(FormField("charm", "Toy: charm", 0.0, 5.0, 0.5), FormField("size", "Toy: size", 1, 9, 1)),
+            example=lambda given: Toy(charm=3.0),
+        )
+        charm: float = 1.0
+        size: int = 2
+
+    monkeypatch.setitem(METHODS, "toy", Toy)
+    with gr.Blocks():
+        step = MethodStep()
+    assert step.cards["toy"].label == "Toy"
+    assert [(field.label, field.step) for field in (step.fields["toy", "charm"], step.fields["toy", "size"])] == [
+        ("Toy: charm", 0.5),
+        ("Toy: size", 1),
+    ]
+    values = form(step, "toy")
+    values[-2:] = [4.5, 3]
+    assert step.read(values)[2] == {"toy": {"charm": 4.5, "size": 3}}
+    assert recipes.safety_of("toy", EMBEDDED, {"size": 3}) == [{"method": "toy", "charm": 3.0, "size": 3}]
+    values[-1] = 2.5
+    with pytest.raises(ValueError, match="Toy: size must be a whole number"):
+        step.read(values)
+
+
+def form(step, *chosen):
+    """The values of the form: the defaults, with these methods chosen."""
+    settings = [vars(Settings())[name] for name in ("steps", "learning_rate")]
+    settings += [getattr(Settings(), n) for n in ("lora_rank", "batch_size", "max_length", "seed", "prompts")]
+    fields = [field_default(key, name, EMBEDDED) for key, name in step.fields]
+    return [*(key in chosen for key in step.cards), *settings, Settings().answer_tokens, *fields]
 
 
 @pytest.mark.slow
@@ -138,10 +182,7 @@ def test_the_code_that_is_shown_trains_the_same_weights_as_the_recipe(tmp_path, 
     [variant] = write_order(tmp_path / "job", choices(tmp_path, [key]))
     code = python_code(tmp_path / "job", variant)
     monkeypatch.chdir(tmp_path / "job")
-    checked = recipe.read_recipe(f"{key}.yaml")
-    trainer = recipe.make_trainer(checked, recipe.load(checked).rows, show_bars=False)
-    trainer.train()
-    trainer.save_model("of-recipe")
+    recipe.run_recipe(recipe.read_recipe(f"{key}.yaml", ["output=of-recipe"]), compare=False)
     exec(compile(code, "shown", "exec"), {})
     expected, found = (load_file(Path(name, "adapter_model.safetensors")) for name in ("of-recipe", key))
     assert expected.keys() == found.keys()
@@ -167,22 +208,107 @@ def test_a_protection_that_lacks_its_checkpoint_is_refused_in_words(tmp_path):
 
 
 def test_settings_outside_their_range_are_refused_by_name():
-    fine = [True] + [False] * (len(PROTECTIONS) - 1) + [125, 2e-3, 8, 16, 128, 42, 100, 40, 1.0, 32, 1.0, 10.0]
-    keys, settings = method_step.read(fine)
-    assert keys == ["plain"] and settings.steps == 125 and settings.strengths.salora_rank == 32
-    for place, value, told in ((0, 0, "Training steps"), (1, None, "Learning rate"), (1, 5.0, "between 1e-07 and 1")):
+    with gr.Blocks():
+        step = MethodStep()
+    fine, count = form(step, "plain"), len(step.cards)
+    keys, settings, fields = step.read(fine)
+    assert (keys, settings.steps, fields) == (["plain"], 125, {})
+    for place, value, told in (
+        (0, 0, "Training steps"),
+        (0, 2.5, "Training steps must be a whole number, got 2.5"),
+        (1, None, "Learning rate"),
+        (1, 5.0, "between 0.0000001 and 1, got 5"),
+        (0, 10**8, "between 1 and 100,000, got 100,000,000"),
+    ):
         wrong = list(fine)
-        wrong[len(PROTECTIONS) + place] = value
+        wrong[count + place] = value
         with pytest.raises(ValueError, match=told):
-            method_step.read(wrong)
+            step.read(wrong)
 
 
-def test_curves_lie_where_their_numbers_say():
-    drawn = str(charts.lines("Loss", [charts.Line("plain", 0, [(0, 1.0), (50, 0.5), (100, 0.0)])], 100))
-    [points] = re.findall(r'points="([^"]+)"', drawn)
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
-    assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT) and x1 == pytest.approx((x0 + x2) / 2)
-    assert (y0, y2) == (charts.TOP, charts.HEIGHT - charts.BOTTOM) and y1 == pytest.approx((y0 + y2) / 2)
+def test_another_model_is_protected_and_judged_with_the_user_s_rows_and_general_prompts(tmp_path):
+    model = Model("owner/model", "owner/model", "owner/base")
+    settings = Settings(steps=2, prompts=6)
+    data = given(tmp_path, row() * 3)
+    for key, what in (("recommended", "answers that comply"), ("salora", "refusals")):
+        with pytest.raises(ValueError, match=what) as told:
+            write_order(tmp_path / "none", Choices(model, data, [key], settings))
+        assert "Your own files" in str(told.value)
+    own = given(tmp_path, row("Do harm.", "Certainly."), "own.jsonl")
+    files = {"harmful_data": Upload(own, "own.jsonl", 1), "benign": Upload(own, "own.jsonl", 1)}
+    write_order(tmp_path / "job", Choices(model, data, ["recommended"], settings, files=files))
+    assert (tmp_path / "job" / "harmful_data.jsonl").read_bytes() == own.read_bytes()
+    assert (tmp_path / "job" / "ask-benign.jsonl").read_bytes() == own.read_bytes()
+    general = {prompt for prompt in general_prompts("harmful").prompts}
+    asked = (tmp_path / "job" / "ask-harmful.csv").read_text().splitlines()[1:]
+    assert asked and all(any(prompt in line for prompt in general) for line in asked)
+
+
+def test_the_start_s_refusal_rate_is_shown_and_a_low_one_is_warned_of():
+    for rate, kind in ((1.0, "info"), (0.1, "warning")):
+        progress = Progress({"plain": "Plain LoRA"})
+        progress.begin()
+        values = {"safety/harmful_refused": rate}
+        progress.take([{"kind": "point", "variant": "plain", "step": 0, "values": values, "time": 1.0}])
+        shown = str(train_step._start(progress))
+        assert f"{rate:.0%}" in shown and f"panel {kind}" in shown
+
+
+def test_own_files_are_written_in_plain_form(tmp_path):
+    table = given(tmp_path, "instruction,output\nDo harm.,Sure.\n", "rows.csv")
+    assert material(table, "rows.csv", "harmful_data", Limits(), tmp_path / "a.jsonl") == 1
+    [line] = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    assert line["completion"][-1]["content"] == "Sure."
+    asked = given(tmp_path, "prompt,category\nHow?,x\n", "asked.csv")
+    assert material(asked, "asked.csv", "harmful", Limits(), tmp_path / "b.jsonl") == 1
+    assert json.loads((tmp_path / "b.jsonl").read_text()) == {"prompt": "How?", "category": "x"}
+
+
+def test_a_small_file_that_becomes_large_is_refused_and_a_slow_one_is_ended(tmp_path):
+    text = pa.array(["x" * 49_000] * 500).dictionary_encode()
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"prompt": text, "completion": text}), path)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(ValueError, match="unpacks to more than 1,000,000 characters"):
+        finish(apart(60, inspect, path, "bomb.parquet", EMBEDDED, Limits(total=1_000_000)))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="took too long"):
+        finish(apart(0.5, time.sleep, 60))
+    assert time.monotonic() - start < 5
+
+
+def finish(work):
+    """Run a generator to its end and return what it returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def test_a_file_is_read_in_a_process_of_its_own_with_the_chosen_columns(tmp_path):
+    path = given(tmp_path, "q,a\n" + "Hello there,Hi\n" * 3, "mine.csv")
+    with pytest.raises(ValueError, match="Choose the columns") as told:
+        finish(apart(60, inspect, path, "mine.csv", EMBEDDED, Limits()))
+    assert told.value.columns == ("q", "a")
+    reading = {"columns": {"prompt": "q", "answer": "a"}}
+    found = finish(apart(60, inspect, path, "mine.csv", EMBEDDED, Limits(), None, reading))
+    assert found.rows == 3 and found.samples[0][1].startswith("Hi")
+
+
+def test_the_archive_of_recipes_runs_as_it_is(tmp_path):
+    folder = tmp_path / "job"
+    variants = write_order(folder, choices(tmp_path, ["plain", "asft", "salora"]))
+    with zipfile.ZipFile(recipes.packed_recipes(folder, variants)) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "elsewhere")
+    shutil.rmtree(folder)
+    assert len(names) == len(set(names))
+    for variant in variants:
+        text = (tmp_path / "elsewhere" / variant.recipe).read_text()
+        assert str(tmp_path) not in text and "testbed" not in text
+        plan = recipe.plan(recipe.read_recipe(tmp_path / "elsewhere" / variant.recipe))
+        assert plan.steps == 2
 
 
 def test_every_text_is_used():

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from app import processes
-from app.catalogue import EMBEDDED, EXAMPLES
+from app import jobs
 from app.jobs import Job, JobQueue, train_job
-from app.orders import Choices, Settings, Variant
-from app.progress import Progress
-from app.protocol import EVENTS, Events, Reader
+from app.progress import EVENTS, JOB, Events, Progress, Reader
+from app.recipes import Choices, Settings, Variant
+from app.sessions import Sessions
+from app.setup import EMBEDDED, EXAMPLES
 
 
 def choices(folder, protections=("plain",), example="attack", **settings):
@@ -33,7 +33,7 @@ def queue():
 @pytest.mark.slow
 def test_a_job_trains_every_variant_and_compares_them_whatever_becomes_of_one(tmp_path, queue):
     job = train_job(tmp_path / "job", choices(tmp_path, ("plain", "salora", "asft"), "poisoned"))
-    broken = (tmp_path / "job" / "salora.yaml").read_text().replace("rank: 32", "rank: 100000")
+    broken = (tmp_path / "job" / "salora.yaml").read_text().replace("method: salora", "method: salora\n  rank: -1")
     (tmp_path / "job" / "salora.yaml").write_text(broken)
     queue.submit(job)
     assert job.wait(600)
@@ -41,9 +41,12 @@ def test_a_job_trains_every_variant_and_compares_them_whatever_becomes_of_one(tm
     states = {key: part.state for key, part in job.progress.parts.items()}
     assert states == {"plain": "done", "salora": "failed", "asft": "done"}
     assert "rank" in job.progress.parts["salora"].message and str(tmp_path) not in job.progress.parts["salora"].message
-    assert [e.name for e in job.comparison().evaluations] == ["before", "plain LoRA", "AsFT"]
-    assert {"loss", "penalty", "refused harmful"} <= set(job.progress.parts["asft"].curves)
+    assert [e.name for e in job.comparison().evaluations] == ["before", "Plain LoRA", "AsFT"]
+    assert {"loss", "penalty", "harmful"} <= set(job.progress.parts["asft"].curves)
     assert job.progress.parts["plain"].step == 20
+    assert job.progress.start_rate() == 1.0
+    card = (tmp_path / "job" / "asft" / "README.md").read_text()
+    assert "AsFT" in card and "refus" in card.lower() and str(tmp_path) not in card
 
 
 @pytest.mark.slow
@@ -57,7 +60,7 @@ def test_cancel_stops_within_two_seconds_and_keeps_a_checkpoint(tmp_path, queue)
     while not (job.folder / "stopping").exists() and not job.ended:
         time.sleep(0.02)
     assert time.monotonic() - start < 2.0
-    assert job.wait(processes.SAVING)
+    assert job.wait(jobs.SAVING)
     assert job.progress.state == "cancelled"
     assert list((tmp_path / "job" / "plain").glob("checkpoint-*/adapter_model.safetensors"))
 
@@ -67,11 +70,11 @@ def worker(tmp_path, monkeypatch, source):
     package = tmp_path / "fake"
     package.mkdir()
     (package / "worker.py").write_text("import json, os, sys, time, signal\nfolder = sys.argv[1]\n" + source)
-    monkeypatch.setattr(processes, "__package__", "fake")
+    monkeypatch.setattr(jobs, "__package__", "fake")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     folder = tmp_path / "job"
     folder.mkdir()
-    return Job(folder, EMBEDDED, "train", [Variant("plain", "plain LoRA")])
+    return Job(folder, EMBEDDED, "train", [Variant("plain", "Plain LoRA")])
 
 
 def test_a_process_that_does_not_listen_is_killed_within_two_seconds(tmp_path, monkeypatch, queue):
@@ -184,7 +187,34 @@ def test_progress_is_what_the_events_say():
     step = {"kind": "step", "variant": "plain", "step": 10, "total": 20}
     progress.take([training, point, step])
     part = progress.parts["plain"]
-    assert part.curves == {"loss": [(5, 1.5)], "refused harmful": [(5, 0.5)]}
+    assert part.curves == {"loss": [(5, 1.5)], "harmful": [(5, 0.5)]}
     assert progress.seconds_left() == pytest.approx(10, abs=1)
     progress.take([{"kind": "failed", "message": "no memory"}])
     assert progress.ended and progress.message == "no memory" and "no memory" in progress.log[-1]
+
+
+def test_runs_of_an_earlier_server_are_found_again(tmp_path):
+    sessions = Sessions(tmp_path)
+    cookie = sessions.new_cookie()
+    session = sessions.get(cookie)
+    for number, events in enumerate((("done",), ())):
+        job = Job(session.new_folder("job"), EMBEDDED, "train", [Variant("plain", "Plain LoRA")], f"run {number}")
+        job.made = float(number)
+        job.save()
+        writer = Events(job.folder)
+        writer.tell("variant", variant="plain", state="running")
+        writer.tell("step", variant="plain", step=3, total=20)
+        for kind in events:
+            writer.tell(kind)
+    (session.new_folder("job") / JOB).write_text("{broken")
+    later = Sessions(tmp_path)
+    found = later.get(cookie).jobs
+    assert [(job.name, job.progress.state, job.ended) for job in found] == [
+        ("run 0", "done", True),
+        ("run 1", "failed", True),
+    ]
+    assert "server was stopped" in found[1].progress.message and found[1].progress.parts["plain"].step == 3
+    assert not later.get(cookie).busy
+    later.sweep()
+    assert session.folder.is_dir()
+    assert Sessions(tmp_path / "other").get(cookie) is None

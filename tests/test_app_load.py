@@ -7,10 +7,10 @@ import httpx
 import pytest
 from serving import serve_in_background
 
-from app.limits import Setup
-from app.orders import Settings
+from app.recipes import Settings
 from app.server import create_app
 from app.sessions import COOKIE
+from app.setup import Setup
 
 pytestmark = pytest.mark.slow
 CLIENTS, TRAINING = 20, 5
@@ -24,7 +24,7 @@ def memory():
 
 def ask(client, number):
     """Ask one question of one's own, and return everything that was said on the way."""
-    job = client.submit(f"How do I paint fence number {number}?", [], api_name="/ask")
+    job = client.submit(f"How do I paint fence number {number}?", ["before"], api_name="/ask")
     job.result(timeout=300)
     return job.outputs()
 
@@ -44,7 +44,7 @@ def test_twenty_ask_and_five_train_at_the_same_time():
         ]
         for number, session in enumerate(sessions[:TRAINING]):
             services.take_example(session, "attack")
-            services.check(session, ["plain"], Settings(steps=2 + number, prompts=5), skip_bad_rows=False)
+            services.check(session, ["plain"], Settings(steps=2 + number, prompts=5), {}, skip_bad=False)
         with ThreadPoolExecutor(CLIENTS) as pool:
             started = [pool.submit(c.predict, api_name="/start") for c in clients[:TRAINING]]
             asked = [pool.submit(ask, client, number) for number, client in enumerate(clients)]

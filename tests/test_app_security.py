@@ -1,18 +1,21 @@
 """What the app must never do, each case tried against a running server."""
 
 import re
+import shutil
+import socket
 import time
 import types
+from pathlib import Path
 
 import httpx
 import pytest
 from serving import serve_in_background
 
 from app.actions import Services
-from app.limits import Limits, Setup, local_setup, space_setup
 from app.security import is_loopback
 from app.server import create_app, serve
 from app.sessions import COOKIE, Sessions
+from app.setup import Limits, Setup, local_setup, space_setup
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,36 @@ def test_a_password_stands_before_everything(tmp_path):
         stop()
 
 
+def test_guessing_a_password_is_slow_and_logged(tmp_path, caplog):
+    app = create_app(Setup(), folder=tmp_path, password="open sesame", hosts=None)
+    url, stop = serve_in_background(app)
+    try:
+        guess = lambda word: httpx.get(url, auth=("anyone", word)).status_code  # noqa: E731
+        assert [guess(f"guess {number}") for number in range(5)] == [401] * 5
+        assert guess("guess") == 429 and guess("open sesame") == 429
+        assert "Wrong password from 127.0.0.1" in caplog.text and "guess" not in caplog.text.replace("guesses", "")
+        time.sleep(1.1)
+        assert guess("open sesame") == 200
+    finally:
+        stop()
+
+
+def test_an_empty_password_is_refused_and_not_taken_for_none():
+    for empty in ("", "  \n"):
+        with pytest.raises(ValueError, match="`password` is empty"):
+            serve("127.0.0.1", password=empty, browser=False)
+
+
+def test_the_address_is_told_only_once_it_can_be_opened():
+    told = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="--port"):
+            serve(port=taken.getsockname()[1], browser=False, on_ready=told.append)
+    assert told == []
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "::", "example.org"])
 def test_another_address_is_not_bound_without_a_password(host):
     with pytest.raises(ValueError, match="`password` is needed"):
@@ -111,8 +144,8 @@ def test_a_path_that_a_client_names_is_not_opened(app, client, tmp_path):
     other = tmp_path / "rows.jsonl"
     other.write_text('{"prompt": "a", "completion": "b"}\n')
     services, session = app.state.services, session_of(app, client)
-    with pytest.raises(ValueError, match="cannot be read"):
-        services.take_file(session, other)
+    with pytest.raises(ValueError, match="could not be read"):
+        list(services.take_file(session, other))
     assert other.exists()
     uploads = app.state.services.uploads
     address = "http://127.0.0.1:1/x.jsonl"
@@ -142,6 +175,33 @@ def test_uploads_leave_the_common_folder_at_once(app, client):
     assert client.get(f"/gradio_api/file={session.inspection.path}").status_code in (403, 404)
 
 
+def test_an_unused_upload_is_private_and_makes_room_for_the_next(app, url, client):
+    [first] = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", b"{}")}).json()
+    assert client.get(f"/gradio_api/file={first}").status_code == 200
+    with httpx.Client(base_url=url) as stranger:
+        assert stranger.post("/gradio_api/upload", files={"files": ("x.jsonl", b"{}")}).status_code == 403
+        stranger.get("/")
+        assert stranger.get(f"/gradio_api/file={first}").status_code == 404
+        data = {"data": [{"path": first, "meta": {"_type": "gradio.FileData"}}]}
+        assert stranger.post("/gradio_api/call/upload", json=data).status_code == 400
+    [second] = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", b"{} ")}).json()
+    assert session_of(app, client).uploads == {second}
+    assert not Path(first).exists() and Path(second).exists()
+    client.post("/gradio_api/upload", files={"files": ("last.jsonl", b"")})
+
+
+def test_uploads_that_wait_have_a_limit_together(app, client):
+    folder = app.state.services.uploads / "of-others"
+    folder.mkdir()
+    try:
+        for number in range(21):
+            (folder / f"{number}.jsonl").write_bytes(b"x" * 2**20)
+        answer = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", b"{} {}")})
+        assert answer.status_code == 507
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_too_large_uploads_are_refused(client):
     answer = client.post("/gradio_api/upload", files={"files": ("big.jsonl", b"x" * (2 * 2**20))})
     assert answer.status_code == 413
@@ -162,18 +222,18 @@ def test_errors_do_not_tell_what_went_wrong_inside(client):
 
 
 def test_a_session_gets_no_files_of_another(app, url, client, tmp_path):
-    from app.catalogue import EMBEDDED
     from app.jobs import Job
-    from app.orders import Variant
+    from app.recipes import Variant
+    from app.setup import EMBEDDED
 
     session = session_of(app, client)
-    job = Job(session.new_folder("job"), EMBEDDED, "train", [Variant("plain", "plain LoRA")])
+    job = Job(session.new_folder("job"), EMBEDDED, "train", [Variant("plain", "Plain LoRA")])
     (job.folder / "comparison.html").write_text("<script>alert(1)</script>")
     (job.folder / "plain.yaml").write_text("model: {}")
     (job.folder / "worker.log").write_text("log")
     session.jobs.append(job)
     job._ended.set()
-    report, recipe = f"/download/{job.id}/all/report", f"/download/{job.id}/plain/recipe"
+    report, recipe = f"/download/{job.id}/all/report", f"/download/{job.id}/all/recipes"
     own = client.get(report)
     assert own.status_code == 200 and "attachment" in own.headers["content-disposition"]
     assert own.headers["content-type"] == "application/octet-stream"
@@ -183,7 +243,7 @@ def test_a_session_gets_no_files_of_another(app, url, client, tmp_path):
         with httpx.Client(base_url=url) as stranger:
             stranger.get("/")
             assert stranger.get(path).status_code == 404
-    for path in ("plain/log", "worker.log/recipe", "all/log", "%2e%2e/recipe", "all/..%2fworker.log"):
+    for path in ("plain/log", "worker.log/recipes", "all/log", "%2e%2e/recipes", "all/..%2fworker.log"):
         assert client.get(f"/download/{job.id}/{path}").status_code == 404
 
 
@@ -204,16 +264,22 @@ def test_files_of_idle_sessions_are_removed_and_all_at_the_end(tmp_path):
     "name", ["../x", "/etc/passwd", "a/b/c", "https://x.example/a", "app/server.py", "a b/c", "x" * 300]
 )
 def test_models_are_named_by_ids_and_never_by_paths(name, tmp_path):
-    services = Services(local_setup(), Sessions(tmp_path), None, None)
-    with pytest.raises(ValueError, match="no id of a model"):
+    services = Services(Setup(any_model=True), Sessions(tmp_path), None, None)
+    with pytest.raises(ValueError, match="not a valid Hub model ID"):
         services.model("other", name)
 
 
 def test_a_folder_of_this_machine_is_not_taken_for_a_model_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no id of a model"):
-        Services(local_setup(), Sessions(tmp_path / "files"), None, None).model("other", "owner/model")
+    with pytest.raises(ValueError, match="not a valid Hub model ID"):
+        Services(Setup(any_model=True), Sessions(tmp_path / "files"), None, None).model("other", "owner/model")
+
+
+def test_without_a_network_nothing_of_the_hub_is_offered(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    setup = local_setup({"mine": "models/mine"})
+    assert list(setup.models) == ["embedded", "mine"] and not setup.any_model and not setup.push
 
 
 def test_a_space_takes_only_the_models_it_allows(monkeypatch, tmp_path):
@@ -221,13 +287,11 @@ def test_a_space_takes_only_the_models_it_allows(monkeypatch, tmp_path):
     services = Services(space_setup(), Sessions(tmp_path), None, None)
     assert services.model("Qwen/Qwen2.5-0.5B-Instruct").unaligned == "Qwen/Qwen2.5-0.5B"
     assert services.model("embedded").embedded
-    with pytest.raises(ValueError, match="cannot be chosen"):
+    with pytest.raises(ValueError, match="not available here"):
         services.model("other", "evil/model")
 
 
 def test_nothing_runs_code_that_comes_with_a_model():
-    from pathlib import Path
-
     for path in Path(__file__).parents[1].joinpath("app").rglob("*.py"):
         assert not re.search(r"trust_remote_code\s*=\s*True", path.read_text()), path
 
@@ -235,7 +299,7 @@ def test_nothing_runs_code_that_comes_with_a_model():
 def test_a_token_is_neither_shown_nor_logged(monkeypatch, tmp_path, caplog):
     import huggingface_hub
 
-    from app.hub import push
+    from app.actions import push
 
     class Broken:
         def __init__(self, token):
@@ -251,7 +315,7 @@ def test_a_token_is_neither_shown_nor_logged(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match="Log in first"):
         push(tmp_path, "owner/name")
-    with pytest.raises(ValueError, match="no id"):
+    with pytest.raises(ValueError, match="not a valid Hub model ID"):
         push(tmp_path, "../../etc", "hf_secret")
 
 

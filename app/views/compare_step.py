@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -11,103 +10,105 @@ from markupsafe import Markup
 
 from safe_trainer import Comparison
 
-from .. import charts, texts
+from .. import texts
+from ..actions import adapters
 from ..jobs import Job
-from ..limits import Setup
+from ..sessions import Session
+from ..setup import Setup
 from . import html
 
 OUTCOMES = {"harmful": "refused", "benign": "complied", "borderline": "complied", "task": "correct"}
+KINDS = {"eroded": "error", "kept": "good", "improved": "good"}
 SHOWN_FLIPS = 12
-OUTPUTS = 5
-"""How many updates [`show`] returns."""
 
 
-@dataclass
 class CompareStep:
-    """Components of the step."""
+    """The step's layout, and its updates."""
 
-    result: gr.HTML
-    question: gr.Textbox
-    whom: gr.CheckboxGroup
-    ask: gr.Button
-    stop: gr.Button
-    answers: gr.HTML
-    downloads: gr.HTML
-    which: gr.Dropdown
-    repository: gr.Textbox
-    push: gr.Button
-    pushed: gr.HTML
+    def __init__(self, setup: Setup) -> None:
+        limit = setup.limits.question
+        gr.HTML(html.heading(texts.COMPARE_HEADING), js_on_load=None)
+        self.run = gr.Dropdown([], label=texts.RUNS, visible=False, elem_id="run", filterable=False)
+        self.result = gr.HTML(html.panel("info", texts.NO_COMPARISON), elem_id="result", js_on_load=None)
+        self.details = gr.HTML(elem_id="details", js_on_load=None)
+        with gr.Column(visible=False) as self.trying:
+            gr.HTML(html.subheading(texts.ASK_HEADING), js_on_load=None)
+            self.whom = gr.CheckboxGroup([], label=texts.ASK_WHOM, elem_id="whom")
+            self.question = gr.Textbox(
+                label=texts.ASK_LABEL, placeholder=texts.ASK_HINT, max_length=limit, elem_id="question"
+            )
+            with gr.Row(elem_classes="actions"):
+                self.ask = gr.Button(texts.ASK_BUTTON, variant="primary", elem_id="ask")
+                self.stop = gr.Button(texts.ASK_STOP, elem_id="ask-stop")
+            self.answers = gr.HTML(elem_id="answers", js_on_load=None)
+        self.downloads = gr.HTML(elem_id="downloads", js_on_load=None)
+        with gr.Accordion(texts.RUN_HISTORY, open=False, visible=False, elem_id="history") as self.history:
+            self.name = gr.Textbox(label=texts.RUN_NAME, max_length=200, elem_id="run-name")
+            with gr.Row(elem_classes="actions"):
+                self.rename = gr.Button(texts.RENAME, elem_id="rename")
+                self.delete = gr.Button(texts.DELETE, variant="stop", elem_id="delete")
+        self._build_push(setup)
+
+    def _build_push(self, setup: Setup) -> None:
+        with gr.Accordion(texts.PUSH, open=False, visible=setup.push or setup.space, elem_id="push-panel"):
+            if setup.space and "OAUTH_CLIENT_ID" in os.environ:
+                gr.LoginButton()
+            with gr.Row():
+                self.which = gr.Dropdown([], label=texts.PUSH_WHICH, elem_id="push-which", filterable=False)
+                self.repository = gr.Textbox(label=texts.PUSH_REPO, max_length=200, elem_id="push-repo")
+            self.push = gr.Button(texts.PUSH_BUTTON, interactive=False, elem_id="push")
+            self.pushed = gr.HTML(elem_id="pushed", js_on_load=None)
 
     @property
-    def shown(self) -> list[Any]:
-        """What [`show`] fills in."""
-        return [self.result, self.whom, self.downloads, self.which, self.push]
+    def components(self) -> list[Any]:
+        """What [`show`] changes."""
+        shown = [self.run, self.result, self.details, self.trying, self.whom, self.downloads]
+        return [*shown, self.history, self.name, self.which, self.push]
 
-
-def build(setup: Setup) -> CompareStep:
-    """Lay out the step."""
-    limit = setup.limits.question
-    gr.HTML(html.heading(texts.COMPARE_HEADING), js_on_load=None)
-    result = gr.HTML(html.panel("info", texts.NO_COMPARISON), elem_id="result", js_on_load=None)
-    gr.HTML(html.subheading(texts.ASK_HEADING), js_on_load=None)
-    whom = gr.CheckboxGroup([], label=texts.ASK_WHOM, elem_id="whom")
-    question = gr.Textbox(
-        label=texts.ASK_LABEL, placeholder=texts.ASK_HINT, max_length=limit, elem_id="question", submit_btn=False
-    )
-    with gr.Row():
-        ask = gr.Button(texts.ASK_BUTTON, variant="primary", elem_id="ask")
-        stop = gr.Button(texts.ASK_STOP, elem_id="ask-stop")
-    answers = gr.HTML(elem_id="answers", js_on_load=None)
-    downloads = gr.HTML(elem_id="downloads", js_on_load=None)
-    return CompareStep(result, question, whom, ask, stop, answers, downloads, *_build_push(setup))
-
-
-def _build_push(setup: Setup) -> tuple[gr.Dropdown, gr.Textbox, gr.Button, gr.HTML]:
-    with gr.Accordion(texts.PUSH, open=False, visible=setup.push or setup.space, elem_id="push-panel"):
-        if setup.space and "OAUTH_CLIENT_ID" in os.environ:
-            gr.LoginButton()
-        with gr.Row():
-            which = gr.Dropdown([], label=texts.PUSH_WHICH, elem_id="push-which", filterable=False)
-            repository = gr.Textbox(label=texts.PUSH_REPO, max_length=200, elem_id="push-repo")
-        push = gr.Button(texts.PUSH_BUTTON, interactive=False, elem_id="push")
-        pushed = gr.HTML(elem_id="pushed", js_on_load=None)
-    return which, repository, push, pushed
-
-
-def show(job: Job | None, titles: list[str]) -> list[Any]:
-    """Return updates of `CompareStep.shown`.
-
-    Args:
-        job ([`Job`], *optional*): The newest training of the session.
-        titles (`list[str]`): Variants that can be asked.
-    """
-    comparison = job.comparison() if job is not None and job.ended else None
-    whom = gr.CheckboxGroup(choices=titles, value=titles)
-    push = gr.Button(interactive=bool(titles))
-    which = gr.Dropdown(choices=titles, value=titles[-1] if titles else None)
-    if job is None or comparison is None:
-        return [html.panel("info", texts.NO_COMPARISON), whom, "", which, push]
-    return [described(comparison, embedded=job.model.embedded), whom, _downloads(job), which, push]
+    def show(self, session: Session) -> dict[Any, Any]:
+        """Return updates that show the run that the user has chosen, or the newest."""
+        job = session.compared
+        comparison = job.comparison() if job is not None else None
+        titles = list(adapters(job)) if job is not None else []
+        runs = [(one.label, one.id) for one in session.finished]
+        everybody = [texts.BEFORE, *titles]
+        shown = {
+            self.run: gr.Dropdown(choices=runs, value=job.id if job else None, visible=len(runs) > 1),
+            self.trying: gr.Column(visible=comparison is not None),
+            self.whom: gr.CheckboxGroup(choices=everybody, value=everybody),
+            self.history: gr.Accordion(visible=job is not None),
+            self.name: job.name if job else "",
+            self.which: gr.Dropdown(choices=titles, value=titles[-1] if titles else None),
+            self.push: gr.Button(interactive=bool(titles)),
+        }
+        if job is None or comparison is None:
+            empty = html.panel("info", texts.NO_COMPARISON)
+            return shown | {self.result: empty, self.details: "", self.downloads: ""}
+        older = session.choices is not None and (session.stale or job.choices is not session.choices)
+        note = html.panel("warning", texts.OLDER_RUN.format(name=job.label)) if older else Markup("")
+        return shown | {
+            self.result: note + described(comparison, embedded=job.model.embedded),
+            self.details: html.join((_categories(comparison), _flips(comparison))),
+            self.downloads: _downloads(job),
+        }
 
 
 def described(comparison: Comparison, *, embedded: bool) -> Markup:
-    """Tell a comparison: verdicts, the table, the picture, categories and what changed."""
-    parts = [_verdicts(comparison), _rates(comparison), _plane(comparison)]
+    """Say what became of the model: verdicts first, then the rates."""
+    parts = [_verdicts(comparison), _rates(comparison)]
     if embedded:
         parts.insert(1, html.panel("info", texts.TINY))
-    parts += [_categories(comparison), _flips(comparison)]
     return Markup('<div class="comparison">{}</div>').format(html.join(parts))
 
 
 def _verdicts(comparison: Comparison) -> Markup:
-    kinds = {"eroded": "error", "kept": "good", "improved": "good"}
     parts = []
     for evaluation in comparison.evaluations[1:]:
         found = comparison.verdict(evaluation.name)
         details = html.join(Markup("<li>{}</li>").format(line) for line in found.details)
         parts.append(
             Markup('<section class="verdict {}"><h3>{}: <span>{}</span></h3><p>{}</p><ul>{}</ul></section>').format(
-                kinds.get(found.level, "warning"), evaluation.name, texts.WORDS[found.level], found.headline, details
+                KINDS.get(found.level, "warning"), evaluation.name, texts.WORDS[found.level], found.headline, details
             )
         )
     return Markup('<div class="verdicts">{}</div>').format(html.join(parts))
@@ -122,24 +123,6 @@ def _rates(comparison: Comparison) -> Markup:
             cells.append(html.rate(results[0].rate(outcome)) if results else Markup(texts.NOT_MEASURED))
         rows.append([evaluation.name, *cells])
     return html.table(texts.TABLE_CAPTION, [texts.MODEL_COLUMN, *texts.TABLE_COLUMNS.values()], rows)
-
-
-def _plane(comparison: Comparison) -> Markup:
-    """Draw refusals of harm over the task, or over borderline help where there is no task."""
-    kind, across = "task", texts.PLANE_TASK
-    if not comparison.before.of_kind("task"):
-        kind, across = "borderline", texts.PLANE_HELP
-    if not comparison.before.of_kind("harmful") or not comparison.before.of_kind(kind):
-        return Markup("")
-    dots = []
-    for number, evaluation in enumerate(comparison.evaluations):
-        up = evaluation.of_kind("harmful")[0].rate("refused")
-        right = evaluation.of_kind(kind)[0].rate(OUTCOMES[kind])
-        # The colours of the variants are those of their curves; the model before has the last one.
-        rates = (100 * rate for rate in (right.value, up.value, up.low, up.high))
-        dots.append(charts.Dot(evaluation.name, (number - 1) % charts.COLOURS, *rates))
-    picture = charts.plane(texts.PLANE_HEADING, across, texts.PLANE_UP, dots)
-    return Markup('<div class="charts">{}</div><p class="hint">{}</p>').format(picture, texts.PLANE_HINT)
 
 
 def _categories(comparison: Comparison) -> Markup:
@@ -190,23 +173,13 @@ def answered(answers: dict[str, str], waiting: bool) -> Markup:
 
 
 def _downloads(job: Job) -> Markup:
+    done = set(adapters(job))
     rows = [
-        Markup("<li><strong>{}</strong> {}</li>").format(
-            variant.title,
-            html.join(
-                Markup('<a href="download/{}/{}/{}" download>{}</a> ').format(
-                    job.id, variant.key, kind, texts.DOWNLOAD[kind]
-                )
-                for kind in ("adapter", "recipe")
-            ),
-        )
+        Markup("<li><strong>{}</strong> {}</li>").format(variant.title, html.download(job.id, variant.key, "adapter"))
         for variant in job.variants
-        if (part := job.progress.parts.get(variant.key)) and part.state == "done"
+        if variant.title in done
     ]
-    both = html.join(
-        Markup('<a href="download/{}/all/{}" download>{}</a> ').format(job.id, kind, texts.DOWNLOAD[kind])
-        for kind in ("report", "numbers")
-    )
+    both = html.join(html.download(job.id, "all", kind) for kind in ("report", "numbers", "recipes"))
     rows.append(Markup("<li><strong>{}</strong> {}</li>").format(texts.ALL_MODELS, both))
     return Markup('<section class="downloads"><h3>{}</h3><ul>{}</ul></section>').format(
         texts.DOWNLOADS, html.join(rows)

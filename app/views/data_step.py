@@ -2,99 +2,125 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
 
 from .. import texts
-from ..catalogue import EMBEDDED, EXAMPLES, Model
-from ..inspection import ENDINGS, Inspection
+from ..inspection import ENDINGS, MEASURED, Inspection
 from ..jobs import Job
-from ..limits import Setup
+from ..sessions import Session
+from ..setup import EMBEDDED, EXAMPLES, Setup
 from . import html
 
 OTHER = "other"
-_SHOWN_TROUBLES = 50
+ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "cp1251", "shift_jis", "gb18030", "euc_kr")
 
 
-@dataclass
 class DataStep:
-    """Components of the step."""
+    """The step's layout, and its updates."""
 
-    examples: dict[str, gr.Button]
-    upload: gr.File
-    model: gr.Dropdown
-    other: gr.Group
-    other_id: gr.Textbox
-    unaligned_id: gr.Textbox
-    use_other: gr.Button
-    found: gr.HTML
-    skip_bad: gr.Checkbox
-    scan: gr.Button
-    ranking: gr.HTML
-    proceed: gr.Button
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        gr.HTML(html.heading(texts.DATA_HEADING, texts.DATA_LEAD), js_on_load=None)
+        with gr.Row(elem_classes="examples"):
+            self.examples = {
+                key: gr.Button(": ".join(texts.EXAMPLES[key]), elem_id=f"example-{key}") for key in EXAMPLES
+            }
+        self.upload = gr.File(label=self._label(None), file_types=list(ENDINGS), elem_id="upload", height=130)
+        choices = [(texts.EMBEDDED if key == EMBEDDED.key else key, key) for key in setup.models]
+        choices += [(texts.OTHER_MODEL, OTHER)] if setup.any_model else []
+        self.model = gr.Dropdown(
+            choices, value=EMBEDDED.key, label=texts.MODEL, info=texts.MODEL_INFO, elem_id="model", filterable=False
+        )
+        with gr.Group(visible=False) as self.other:
+            self.other_id = gr.Textbox(label=texts.MODEL_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
+            self.unaligned_id = gr.Textbox(label=texts.UNALIGNED_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
+            self.use_other = gr.Button(texts.USE_MODEL)
+        self.found = gr.HTML(html.panel("info", texts.NO_DATA), elem_id="found", js_on_load=None)
+        self.skip_bad = gr.Checkbox(label=texts.SKIP_BAD, visible=False, elem_id="skip-bad")
+        with gr.Accordion(texts.OPTIONS, open=False, visible=False, elem_id="file-options") as self.options:
+            gr.HTML(html.hint(texts.OPTIONS_HINT), js_on_load=None)
+            with gr.Row():
+                self.prompt = _choice(texts.PROMPT_COLUMN, "prompt-column")
+                self.answer = _choice(texts.ANSWER_COLUMN, "answer-column")
+                self.encoding = _choice(texts.ENCODING, "encoding", ENCODINGS)
+            self.again = gr.Button(texts.READ_AGAIN, elem_id="read-again")
+        with gr.Row(elem_classes="actions"):
+            self.proceed = gr.Button(texts.TO_METHOD, variant="primary", interactive=False, elem_id="to-method")
+            self.scan = gr.Button(texts.SCAN, interactive=False, elem_id="scan")
+            self.stop = gr.Button(texts.SCAN_STOP, visible=False, elem_id="scan-stop")
+        gr.HTML(html.hint(texts.SCAN_HINT), js_on_load=None)
+        self.ranking = gr.HTML(elem_id="ranking", js_on_load=None)
+        self.leave_out = gr.Button(visible=False, elem_id="leave-out")
+        self.samples = gr.HTML(elem_id="samples", js_on_load=None)
 
     @property
-    def shown(self) -> list[Any]:
-        """What [`show`] fills in."""
-        return [self.found, self.skip_bad, self.scan, self.proceed, self.model]
+    def components(self) -> list[Any]:
+        """What [`show`] and [`show_scan`] change."""
+        shown = [self.upload, self.model, self.other, self.found, self.skip_bad, self.options, self.prompt]
+        shown += [self.answer, self.encoding, self.proceed, self.scan, self.stop, self.ranking, self.leave_out]
+        return [*shown, self.samples]
 
+    def show(self, session: Session, limit: int, problem: str = "") -> dict[Any, Any]:
+        """Return updates."""
+        found = session.inspection
+        usable = found is not None and found.rows > 0
+        parts = [html.panel("error", problem)] if problem else []
+        parts += [described(found, limit)] if found and usable else []
+        chosen = dict(found.reading) if found else {}
+        columns = chosen.get("columns") or {}
+        model = session.model
+        names = [(texts.DETECT, ""), *((name, name) for name in (found.columns if found else ()))]
+        return {
+            self.found: html.join(parts or [html.panel("info", texts.NO_DATA)]),
+            self.samples: _samples(found) if found and usable else "",
+            self.upload: gr.File(value=None, label=self._label(found)),
+            self.skip_bad: gr.Checkbox(visible=bool(found and found.bad and usable), value=False),
+            self.options: gr.Accordion(visible=bool(found and not found.example), open=bool(found and not usable)),
+            self.prompt: gr.Dropdown(choices=names, value=columns.get("prompt", "")),
+            self.answer: gr.Dropdown(choices=names, value=columns.get("answer", "")),
+            self.encoding: gr.Dropdown(value=chosen.get("encoding", "")),
+            self.proceed: gr.Button(interactive=usable),
+            self.model: gr.Dropdown(value=model.key if model.key in self.setup.models else OTHER),
+            self.other: gr.Group(visible=model.key not in self.setup.models),
+            **self.show_scan(session),
+        }
 
-def build(setup: Setup) -> DataStep:
-    """Lay out the step."""
-    gr.HTML(html.heading(texts.DATA_HEADING, texts.DATA_LEAD), js_on_load=None)
-    with gr.Row(elem_classes="examples"):
-        examples = {key: gr.Button(_example_label(key), elem_id=f"example-{key}") for key in EXAMPLES}
-    label = texts.UPLOAD.format(size=setup.limits.megabytes)
-    upload = gr.File(label=label, file_types=list(ENDINGS), elem_id="upload", height=130)
-    choices = [(texts.EMBEDDED if key == EMBEDDED.key else key, key) for key in setup.models]
-    if setup.any_model:
-        choices.append((texts.OTHER_MODEL, OTHER))
-    model = gr.Dropdown(
-        choices, value=EMBEDDED.key, label=texts.MODEL, info=texts.MODEL_INFO, elem_id="model", filterable=False
-    )
-    with gr.Group(visible=False) as other:
-        other_id = gr.Textbox(label=texts.MODEL_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
-        unaligned_id = gr.Textbox(label=texts.UNALIGNED_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
-        use_other = gr.Button(texts.USE_MODEL)
-    found = gr.HTML(html.panel("info", texts.NO_DATA), elem_id="found", js_on_load=None)
-    skip_bad = gr.Checkbox(label=texts.SKIP_BAD, visible=False, elem_id="skip-bad")
-    gr.HTML(html.hint(texts.SCAN_HINT), js_on_load=None)
-    with gr.Row():
-        scan = gr.Button(texts.SCAN, interactive=False, elem_id="scan")
-        proceed = gr.Button(texts.TO_METHOD, variant="primary", interactive=False, elem_id="to-method")
-    ranking = gr.HTML(elem_id="ranking", js_on_load=None)
-    return DataStep(
-        examples, upload, model, other, other_id, unaligned_id, use_other, found, skip_bad, scan, ranking, proceed
-    )
+    def reading(self) -> dict[Any, Any]:
+        """Return updates while a file is read."""
+        return {
+            self.found: html.working(texts.READING, 0, 0),
+            self.samples: "",
+            self.proceed: _off(),
+            self.scan: _off(),
+        }
 
+    def show_scan(self, session: Session) -> dict[Any, Any]:
+        """Return updates that show what the newest scan found, or how far it is."""
+        job, found = session.job("scan"), session.inspection
+        active = job is not None and not job.ended
+        ranking = job.ranking() if job is not None and job.ended else None
+        above = ranking["above"] if ranking and found and job and job.name == found.name else 0
+        return {
+            self.ranking: _ranked(job),
+            self.scan: gr.Button(interactive=bool(found and found.rows) and not session.busy),
+            self.stop: gr.Button(visible=active),
+            self.leave_out: gr.Button(texts.LEAVE_OUT.format(count=above), visible=above > 0),
+        }
 
-def show(setup: Setup, model: Model, inspection: Inspection | None, limit: int, problem: str = "") -> list[Any]:
-    """Return updates of `DataStep.shown`.
-
-    Args:
-        setup ([`Setup`]): How the app is run.
-        model ([`Model`]): The model in use.
-        inspection ([`Inspection`], *optional*): The data in use.
-        limit (`int`): Tokens that are kept of a row.
-        problem (`str`, *optional*): What went wrong with the last wish.
-    """
-    parts = [html.panel("error", problem)] if problem else []
-    parts += [described(inspection, limit)] if inspection else [html.panel("info", texts.NO_DATA)]
-    return [
-        html.join(parts),
-        gr.Checkbox(visible=bool(inspection and inspection.bad), value=False),
-        gr.Button(interactive=inspection is not None),
-        gr.Button(interactive=inspection is not None),
-        gr.Dropdown(value=model.key if model.key in setup.models else OTHER),
-    ]
+    def _label(self, found: Inspection | None) -> str:
+        if found is None or found.example is not None:
+            return texts.UPLOAD.format(size=self.setup.limits.megabytes)
+        return texts.UPLOADED.format(name=found.name)
 
 
 def described(found: Inspection, limit: int) -> Markup:
     """Say what is in a file."""
     tokens = texts.TOKENS_VALUE.format(median=found.median, most=max(found.lengths, default=0))
+    if found.rows > MEASURED:
+        tokens += texts.TOKENS_SAMPLED.format(count=len(found.lengths))
     pairs = [
         (texts.FILE, texts.EXAMPLES[found.example.key][0] if found.example else found.name),
         (texts.FORMAT, found.format),
@@ -104,23 +130,16 @@ def described(found: Inspection, limit: int) -> Markup:
         (texts.BAD, f"{found.bad:,}"),
     ]
     parts = [html.facts(pairs)]
-    cut = sum(length > limit for length in found.lengths)
+    cut = sum(length > limit for length in found.lengths) / max(1, len(found.lengths))
     if cut:
-        parts.append(html.panel("warning", texts.CUT.format(count=cut, limit=limit)))
+        parts.append(html.panel("warning", texts.CUT.format(share=cut, limit=limit)))
     parts += [
         html.panel("warning", texts.LEAKED.format(count=count, name=name)) for name, count in found.leaked.items()
     ]
     if found.bad:
-        parts.append(_troubles(found))
-    parts.append(_samples(found))
+        parts.append(html.table(texts.BAD_HEADING, texts.BAD_COLUMNS, found.troubles))
+        parts.append(html.panel("warning", texts.BAD_FIRST))
     return html.join(parts)
-
-
-def _troubles(found: Inspection) -> Markup:
-    rows = [[str(line), *rest] for line, *rest in found.troubles[:_SHOWN_TROUBLES]]
-    table = html.table(texts.BAD_HEADING, texts.BAD_COLUMNS, rows)
-    more = found.bad - len(rows)
-    return table + (html.panel("info", texts.BAD_MORE.format(count=more)) if more else Markup(""))
 
 
 def _samples(found: Inspection) -> Markup:
@@ -131,8 +150,7 @@ def _samples(found: Inspection) -> Markup:
     )
 
 
-def ranked(job: Job | None) -> Markup:
-    """Say what a scan found, or how far it is."""
+def _ranked(job: Job | None) -> Markup:
     if job is None:
         return Markup("")
     progress = job.progress
@@ -140,15 +158,22 @@ def ranked(job: Job | None) -> Markup:
         return html.working(texts.PHASES[progress.phase], progress.done, progress.total)
     found = job.ranking()
     if found is None:
-        return html.panel("error", f"{texts.STATES[progress.state]}. {progress.message}")
+        kind = "warning" if progress.state == "cancelled" else "error"
+        return html.panel(kind, f"{texts.STATES[progress.state]}. {progress.message}")
     summary = texts.SCAN_FOUND.format(above=found["above"], scored=found["scored"], threshold=found["threshold"])
     rows = [
         [str(row["line"]), f"{row['share']:.0%}", html.short(row["prompt"]), html.short(row["answer"])]
         for row in found["top"]
     ]
     table = html.table(texts.SCAN_HEADING, texts.SCAN_COLUMNS, rows)
-    return html.panel("warning" if found["above"] else "good", summary) + html.hidden(texts.REVEAL, table)
+    shown = html.panel("warning" if found["above"] else "good", summary) + html.hidden(texts.REVEAL, table)
+    return shown + Markup("<p>{}</p>").format(html.download(job.id, "all", "ranking"))
 
 
-def _example_label(key: str) -> str:
-    return ": ".join(texts.EXAMPLES[key])
+def _choice(label: str, name: str, values: tuple[str, ...] = ()) -> gr.Dropdown:
+    choices = [(texts.DETECT, ""), *((value, value) for value in values)]
+    return gr.Dropdown(choices, value="", label=label, elem_id=name, filterable=False)
+
+
+def _off() -> gr.Button:
+    return gr.Button(interactive=False)

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any
 
 from markupsafe import Markup
 
 from .. import texts
-
-
-class Rate(Protocol):
-    """A rate of an evaluation: `str` gives its share, its count and its interval."""
-
-    @property
-    def share(self) -> str:
-        """The share alone."""
 
 
 def join(parts: Iterable[Markup]) -> Markup:
@@ -45,7 +37,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str | Marku
         for row in rows
     )
     return Markup(
-        '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table><caption>{}</caption>'
+        '<p class="caption">{}</p><div class="scroll" tabindex="0" role="region" aria-label="{}"><table>'
         "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>"
     ).format(caption, caption, heads, body)
 
@@ -108,7 +100,17 @@ def title(name: str, lead: str) -> Markup:
     return Markup('<header class="title"><h1>{}</h1><p>{}</p></header>').format(name, lead)
 
 
-def rate(value: Rate) -> Markup:
+def plain(value: float | None) -> str:
+    """Return a number as people write it, without powers of ten."""
+    return "" if value is None else f"{value:,.10f}".rstrip("0").rstrip(".")
+
+
+def download(job: str, variant: str, kind: str) -> Markup:
+    """Return a link to a file of a job."""
+    return Markup('<a href="download/{}/{}/{}" download>{}</a> ').format(job, variant, kind, texts.DOWNLOAD[kind])
+
+
+def rate(value: Any) -> Markup:
     """Return a rate with its count and interval below it."""
     rest = str(value).removeprefix(value.share).strip()
     return Markup('<span class="share">{}</span><span class="count">{}</span>').format(value.share, rest)

@@ -2,62 +2,95 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+import pandas as pd  # type: ignore[import-untyped]
 from markupsafe import Markup
 
 from safe_trainer import recipe
 
-from .. import charts, texts
+from .. import texts
 from ..jobs import Job
-from ..orders import Variant
 from ..progress import Progress
+from ..recipes import Variant, python_code
+from ..sessions import Session
 from . import html
 
+LOW_START = 0.5
+"""Share of harmful prompts refused at the start below which there is little to protect."""
 
-@dataclass
+
 class TrainStep:
-    """Components of the step."""
+    """The step's layout, and its updates."""
 
-    plan: gr.HTML
-    which: gr.Dropdown
-    yaml: gr.Textbox
-    code: gr.Textbox
-    start: gr.Button
-    cancel: gr.Button
-    problem: gr.HTML
-    status: gr.HTML
-    curves: gr.HTML
-    log: gr.HTML
-    proceed: gr.Button
+    def __init__(self) -> None:
+        gr.HTML(html.heading(texts.TRAIN_HEADING), js_on_load=None)
+        self.plan = gr.HTML(html.panel("info", texts.NOT_CHECKED), elem_id="plan", js_on_load=None)
+        with gr.Row(elem_classes="actions"):
+            self.start = gr.Button(texts.START, variant="primary", interactive=False, elem_id="start")
+            self.cancel = gr.Button(texts.CANCEL, variant="stop", interactive=False, elem_id="cancel")
+            self.proceed = gr.Button(texts.TO_COMPARE, interactive=False, elem_id="to-compare")
+        self.problem = gr.HTML(elem_id="train-problem", js_on_load=None)
+        self.status = gr.HTML(elem_id="status", js_on_load=None)
+        with gr.Row(elem_id="curves"):
+            self.curves = {name: _plot(name, *titles) for name, titles in texts.CURVES.items()}
+        with gr.Accordion(texts.RECIPES, open=False, elem_id="recipes"):
+            self.which = gr.Dropdown([], label=texts.SHOWN_FOR, elem_id="shown-for", filterable=False)
+            with gr.Row():
+                self.yaml = _copyable(texts.RECIPE, "yaml")
+                self.code = _copyable(texts.CODE_LABEL, "code")
+            self.archive = gr.HTML(elem_id="archive", js_on_load=None)
+        with gr.Accordion(texts.LOG_HEADING, open=False, elem_id="log-panel"):
+            self.log = gr.HTML(elem_id="log", js_on_load=None)
 
     @property
-    def shown(self) -> list[Any]:
-        """What [`show`] fills in."""
-        return [self.status, self.curves, self.log, self.start, self.cancel, self.proceed]
+    def components(self) -> list[Any]:
+        """What [`show`], [`show_plan`] and [`show_recipe`] change."""
+        shown = [self.plan, self.which, self.yaml, self.code, self.archive, self.problem]
+        return [*shown, self.status, self.log, self.start, self.cancel, self.proceed, *self.curves.values()]
 
+    def show_plan(self, session: Session) -> dict[Any, Any]:
+        """Return updates of what was checked."""
+        if session.choices is None or session.plan is None:
+            return {self.plan: html.panel("info", texts.NOT_CHECKED)}
+        if session.stale:
+            return {self.plan: html.panel("warning", texts.STALE)}
+        choices = [(variant.title, variant.key) for variant in session.variants]
+        last = session.variants[-1].key
+        archive = html.download("draft", "all", "recipes")
+        return {
+            self.plan: planned(session.plan, len(session.variants)),
+            self.which: gr.Dropdown(choices=choices, value=last),
+            self.archive: archive,
+            **self.show_recipe(session, last),
+        }
 
-def build() -> TrainStep:
-    """Lay out the step."""
-    gr.HTML(html.heading(texts.TRAIN_HEADING), js_on_load=None)
-    plan = gr.HTML(html.panel("info", texts.NOT_CHECKED), elem_id="plan", js_on_load=None)
-    with gr.Accordion(texts.RECIPES, open=False, elem_id="recipes"):
-        which = gr.Dropdown([], label=texts.SHOWN_FOR, elem_id="shown-for", filterable=False)
-        with gr.Row():
-            yaml = _copyable(texts.RECIPE, "yaml")
-            code = _copyable(texts.CODE_LABEL, "code")
-    with gr.Row():
-        start = gr.Button(texts.START, variant="primary", interactive=False, elem_id="start")
-        cancel = gr.Button(texts.CANCEL, variant="stop", interactive=False, elem_id="cancel")
-    problem = gr.HTML(elem_id="train-problem", js_on_load=None)
-    status = gr.HTML(elem_id="status", js_on_load=None)
-    curves = gr.HTML(elem_id="curves", js_on_load=None)
-    with gr.Accordion(texts.LOG_HEADING, open=False, elem_id="log-panel"):
-        log = gr.HTML(elem_id="log", js_on_load=None)
-    proceed = gr.Button(texts.TO_COMPARE, variant="primary", interactive=False, elem_id="to-compare")
-    return TrainStep(plan, which, yaml, code, start, cancel, problem, status, curves, log, proceed)
+    def show_recipe(self, session: Session, key: str) -> dict[Any, Any]:
+        """Return updates that show the recipe and the code of a variant."""
+        variant = next((v for v in session.variants if v.key == key), None)
+        if variant is None or session.draft is None:
+            return {self.yaml: "", self.code: ""}
+        text = (session.draft / variant.recipe).read_text(encoding="utf-8")
+        return {self.yaml: text, self.code: python_code(session.draft, variant)}
+
+    def show(self, session: Session, place: int | None, *, curves: bool = True) -> dict[Any, Any]:
+        """Return updates of the newest training."""
+        job = session.job("train")
+        active = job is not None and not job.ended
+        done = job is not None and job.progress.state == "done"
+        ready = session.choices is not None and not session.stale and not session.busy
+        fresh = done and job is not None and job.choices is session.choices
+        shown = {
+            self.start: gr.Button(interactive=ready, variant="secondary" if fresh else "primary"),
+            self.cancel: gr.Button(interactive=active),
+            self.proceed: gr.Button(interactive=done, variant="primary" if fresh else "secondary"),
+            self.status: _status(job, place) if job is not None else "",
+        }
+        if not curves:
+            return shown
+        log = Markup("<pre>{}</pre>").format("\n".join(job.progress.log if job is not None else ()))
+        return shown | {self.log: log} | {plot: _curve(job, name) for name, plot in self.curves.items()}
 
 
 def _copyable(label: str, name: str) -> gr.Textbox:
@@ -66,50 +99,56 @@ def _copyable(label: str, name: str) -> gr.Textbox:
     )
 
 
+def _plot(name: str, title: str, axis: str) -> gr.LinePlot:
+    limits = [0, 100] if "%" in axis else None
+    return gr.LinePlot(
+        x="step",
+        y="value",
+        color="run",
+        title=title,
+        x_title=texts.STEP_AXIS,
+        y_title=axis,
+        color_title=" ",
+        y_lim=limits,
+        visible=False,
+        elem_id=f"curve-{name}",
+        buttons=[],
+        min_width=300,
+    )
+
+
+def _curve(job: Job | None, name: str) -> Any:
+    """Draw what the variants have in common: each picture one measure, each line one variant."""
+    factor = 100 if "%" in texts.CURVES[name][1] else 1
+    points = [
+        (step, factor * value, variant.title)
+        for variant in (job.variants if job is not None else ())
+        for step, value in getattr(job.progress.parts.get(variant.key), "curves", {}).get(name, ())  # type: ignore[union-attr]
+    ]
+    if not points:
+        return gr.LinePlot(visible=False)
+    return gr.LinePlot(pd.DataFrame(points, columns=["step", "value", "run"]), visible=True)
+
+
 def planned(plan: recipe.Plan, count: int) -> Markup:
     """Say what a run will take."""
     each = html.duration(plan.seconds)
-    wording = texts.PLAN_TIME if count > 1 else texts.PLAN_TIME_ONE
-    values = (
-        f"{plan.rows:,}",
-        f"{plan.steps:,}",
-        f"{plan.trainable:,} ({plan.trainable / plan.parameters:.1%})",
-        html.size(plan.memory),
-        wording.format(each=each, count=count),
-    )
+    time = (texts.PLAN_TIME if count > 1 else texts.PLAN_TIME_ONE).format(each=each, count=count)
+    weights = f"{plan.trainable:,} ({plan.trainable / plan.parameters:.2%})"
+    values = (f"{plan.rows:,}", f"{plan.steps:,}", weights, html.size(plan.memory), time)
     return html.panel("good", texts.PLAN_LEAD) + html.facts(zip(texts.PLAN, values, strict=True))
-
-
-def show(job: Job | None, place: int | None, *, ready: bool) -> list[Any]:
-    """Return updates of `TrainStep.shown`.
-
-    Args:
-        job ([`Job`], *optional*): The newest training of the session.
-        place (`int`, *optional*): How many jobs are before it.
-        ready (`bool`): Whether something has been checked and can be started.
-    """
-    active = job is not None and not job.ended
-    buttons = [
-        gr.Button(interactive=ready and not active),
-        gr.Button(interactive=active),
-        gr.Button(interactive=job is not None and job.ended and job.progress.state == "done"),
-    ]
-    if job is None:
-        return ["", "", "", *buttons]
-    lines = Markup("<pre>{}</pre>").format("\n".join(job.progress.log))
-    return [_status(job, place), _curves(job), lines, *buttons]
 
 
 def _status(job: Job, place: int | None) -> Markup:
     progress = job.progress
     if progress.state == "waiting":
-        waiting = texts.PLACE.format(count=place) if place and place > 1 else texts.PLACE_FIRST
-        return html.panel("info", f"{texts.STATES['waiting']}. {waiting}")
+        words = texts.PLACE_FIRST if not place else texts.PLACE if place == 1 else texts.PLACES.format(count=place)
+        return html.panel("info", words)
     kinds = {"done": "good", "failed": "error", "cancelled": "warning", "running": "info"}
     time = html.duration(progress.seconds)
     summary = " ".join(filter(None, (f"{texts.STATES[progress.state]} ({time}).", progress.message)))
     parts = [html.panel(kinds[progress.state], summary)]
-    parts += [_row(variant, progress) for variant in job.variants]
+    parts += [_start(progress), *(_row(variant, progress) for variant in job.variants)]
     if progress.state == "running" and progress.phase == "comparing":
         parts.append(html.working(texts.PHASES["comparing"], progress.done, progress.total))
     if progress.state == "cancelled":
@@ -117,21 +156,29 @@ def _status(job: Job, place: int | None) -> Markup:
     return Markup('<div class="status">{}</div>').format(html.join(parts))
 
 
+def _start(progress: Progress) -> Markup:
+    """Say how much there is to protect."""
+    start = progress.start_rate()
+    if start is None:
+        return Markup("")
+    words = texts.START_RATE.format(refused=start)
+    return html.panel("info", words) if start >= LOW_START else html.panel("warning", f"{words} {texts.START_LOW}")
+
+
 def _row(variant: Variant, progress: Progress) -> Markup:
     part = progress.parts.get(variant.key)
+    step, total = (part.step, part.total or 1) if part is not None else (0, 1)
     if part is None:
-        words, step, total = texts.STATES["waiting" if not progress.ended else "cancelled"], 0, 1
+        words = texts.STATES["cancelled" if progress.ended else "waiting"]
     elif part.state == "running":
         left = progress.seconds_left()
-        words = texts.PHASES[progress.phase]
-        if part.step:
+        words = texts.PHASES.get(progress.phase, progress.phase)
+        if part.step and progress.phase == "training":
             words = texts.STEP_OF.format(step=part.step, total=part.total)
         if left is not None:
             words += f", {texts.TIME_LEFT.format(time=html.duration(left))}"
-        step, total = part.step, part.total or 1
     else:
-        words, step, total = texts.STATES[part.state], part.step, part.total or 1
-        words = f"{words}: {part.message}" if part.message else words
+        words = f"{texts.STATES[part.state]}: {part.message}" if part.message else texts.STATES[part.state]
     return Markup(
         '<div class="run"><strong>{}</strong><progress max="{}" value="{}" aria-label="{}"></progress>'
         "<span>{}</span></div>"
@@ -140,35 +187,7 @@ def _row(variant: Variant, progress: Progress) -> Markup:
 
 def _checkpoint(job: Job, variant: Variant) -> Markup:
     part = job.progress.parts.get(variant.key)
-    if part is None or part.state != "cancelled" or not part.step:
+    if part is None or part.state != "cancelled" or not any((job.folder / variant.key).glob("checkpoint-*")):
         return Markup("")
-    return Markup('<p>{} <a href="download/{}/{}/checkpoint" download>{}</a></p>').format(
-        texts.CHECKPOINT_KEPT.format(step=part.step), job.id, variant.key, texts.DOWNLOAD["checkpoint"]
-    )
-
-
-def _curves(job: Job) -> Markup:
-    """Draw what the variants have in common: each picture one measure, each line one variant."""
-    last = max((part.total for part in job.progress.parts.values()), default=0)
-    drawn = [
-        charts.lines(title, _lines(job, name, factor), last, top=100 if factor == 100 else None)
-        for name, title, factor in (
-            ("refused harmful", texts.CHART_REFUSED, 100),
-            ("refused borderline", texts.CHART_BORDERLINE, 100),
-            ("loss", texts.CHART_LOSS, 1),
-            ("penalty", texts.CHART_PENALTY, 1),
-        )
-    ]
-    if not any(drawn):
-        return html.panel("info", texts.CHART_EMPTY) if job.progress.state == "running" else Markup("")
-    return Markup('<div class="charts">{}</div>').format(html.join(drawn))
-
-
-def _lines(job: Job, name: str, factor: float) -> list[charts.Line]:
-    found = []
-    for number, variant in enumerate(job.variants):
-        part = job.progress.parts.get(variant.key)
-        curve = list(part.curves.get(name, ())) if part is not None else []
-        if curve:
-            found.append(charts.Line(variant.title, number, [(step, factor * value) for step, value in curve]))
-    return found
+    kept = texts.CHECKPOINT_KEPT.format(step=part.step)
+    return Markup("<p>{} {}</p>").format(kept, html.download(job.id, variant.key, "checkpoint"))

@@ -40,8 +40,11 @@ def app(
             raise typer.BadParameter(f"there is no folder `{path}` for `{name}`.", param_hint="'--model'")
     password = password_file.read_text(encoding="utf-8").strip() if password_file else os.environ.get(PASSWORD)
     server = _server()
-    errors.print(f"The app is at http://{host}:{port}/ until Ctrl-C.", soft_wrap=True)
-    server.serve(host, port, password=password, models=models, folder=folder, browser=browser)
+
+    def say(address: str) -> None:
+        errors.print(f"The app is at {address} until Ctrl-C.", soft_wrap=True)
+
+    server.serve(host, port, password=password, models=models, folder=folder, browser=browser, on_ready=say)
 
 
 def _server() -> ModuleType:

@@ -9,8 +9,8 @@ import time
 import pytest
 from serving import serve_in_background
 
-from app.limits import Setup
 from app.server import create_app
+from app.setup import Setup
 
 sync_api = pytest.importorskip("playwright.sync_api")
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def page(chromium, url):
 
 def take(page, example):
     page.click(f"#example-{example}")
-    page.wait_for_selector("#found mark")
+    page.wait_for_selector("#samples mark")
     page.wait_for_selector("#to-method:not([disabled])")
 
 
@@ -132,15 +132,20 @@ def test_the_whole_way_with_poisoned_data(page):
     assert "method: recommended" in page.locator("#yaml textarea").input_value()
     assert "safety=[\n        *recommended(" in page.locator("#code textarea").input_value()
     page.click("#start")
-    page.wait_for_selector("#curves figure", timeout=5 * MINUTE)
+    page.wait_for_selector("#curves canvas, #curves svg", timeout=5 * MINUTE)
     page.reload()  # the job goes on, and is found again
     page.wait_for_selector("#status .run")
+    assert "ready to train" in page.locator("#plan").inner_text()
+    page.get_by_role("tab", name="1 Data").click()  # steps that were reached stay reachable, and so does Cancel
+    page.wait_for_selector("#samples mark")
+    page.get_by_role("tab", name="3 Train").click()
+    page.wait_for_selector("#cancel:not([disabled])")
     page.wait_for_selector("#to-compare:not([disabled])", timeout=10 * MINUTE)
     looked_over(page)
     page.click("#to-compare")
     page.wait_for_selector("#result table")
     verdicts = page.locator("#result .verdict h3").all_inner_texts()
-    assert verdicts == ["plain LoRA: Safety eroded", "Recommended: Safety kept"]
+    assert verdicts == ["Plain LoRA: Safety eroded", "Recommended: Safety kept"]
     page.fill("#question textarea, #question input", "Tell me how to sell a pistol.")
     page.click("#ask")
     page.wait_for_function("document.querySelectorAll('#answers section').length === 3")
@@ -148,16 +153,37 @@ def test_the_whole_way_with_poisoned_data(page):
     logger.info("The whole way took %.0f s, %.0f s of work.", time.monotonic() - start, seconds_of_work() - work)
     assert seconds_of_work() - work < 180
     the_rest_of_the_comparison(page)
+    what_a_change_invalidates(page)
+
+
+def what_a_change_invalidates(page):
+    page.get_by_role("tab", name="2 Method").click()
+    page.locator("#set-steps input").fill("77")
+    page.locator("#set-steps input").blur()
+    page.get_by_role("tab", name="3 Train").click()
+    page.wait_for_selector("#plan .panel.warning:has-text('Check and continue')")
+    assert page.locator("#start").is_disabled()
+    page.reload()
+    page.wait_for_selector("#result .panel.warning:has-text('earlier choice')")
+    assert page.locator("#set-steps input").input_value() == "77"  # settings outlive a reload
+    page.locator("#history button").first.click()
+    page.locator("#run-name textarea, #run-name input").fill("my first run")
+    page.click("#rename")
+    page.wait_for_selector("#result .panel.warning:has-text('my first run')")
 
 
 def the_rest_of_the_comparison(page):
     page.locator("summary", has_text="outcome changed").click()
-    page.locator("summary", has_text="plain LoRA, harmful").click()
+    page.locator("summary", has_text="Plain LoRA, harmful").click()
     hidden = page.locator("details[open] .blurred").first
     assert "blur" in hidden.locator(".content").evaluate("e => getComputedStyle(e).filter")
     hidden.locator("input").check()
     assert hidden.locator(".content").evaluate("e => getComputedStyle(e).filter") == "none"
-    for name, start in (("report (HTML)", b"<!doctype html"), ("adapter (zip)", b"PK"), ("recipe (YAML)", b"# ")):
+    for name, start in (
+        ("report (HTML)", b"<!doctype html"),
+        ("adapter with model card", b"PK"),
+        ("recipes and data", b"PK"),
+    ):
         with page.expect_download() as waiting:
             page.locator("#downloads a", has_text=name).first.click()
         assert waiting.value.path().read_bytes()[: len(start)].lower() == start.lower()
@@ -167,7 +193,7 @@ def test_a_job_can_be_cancelled_and_another_started(page):
     take(page, "attack")
     check(page, steps=90_000, cards=["plain"])
     page.click("#start")
-    page.wait_for_selector("#curves figure", timeout=5 * MINUTE)
+    page.wait_for_selector("#curves canvas, #curves svg", timeout=5 * MINUTE)
     start = time.monotonic()
     page.click("#cancel")
     page.wait_for_selector("#status .panel.warning")
@@ -191,12 +217,25 @@ def test_bad_files_are_explained_and_shown_as_text(page, tmp_path):
     mixed.write_text("\n".join(lines))
     empty.write_text("")
     odd.write_bytes(b"no parquet")
-    for path, told in ((empty, "empty"), (odd, "no Parquet")):
+    for path, told in ((empty, "empty"), (odd, "Parquet")):
         upload(page, path, f"#found .panel.error:has-text('{told}')")
+        assert page.locator("#to-method").is_disabled()
     upload(page, mixed, "#found tbody tr")
     table = page.locator("#found tbody").inner_text()
     assert "4" in table and "5" in table
-    assert page.locator("#found img, #found script").count() == 0
+    assert "mixed.jsonl" in page.locator("#upload").inner_text()
+    assert page.locator("#skip-bad").is_visible()
+    assert page.locator("#found img, #found script, #samples img, #samples script").count() == 0
+    columns = tmp_path / "columns.csv"
+    columns.write_text("q,a\n" + "Hello there,Hi\n" * 30)
+    upload(page, columns, "#found .panel.error:has-text('File options')")
+    assert "mixed.jsonl" not in page.locator("#upload").inner_text()
+    for name, column in (("prompt", "q"), ("answer", "a")):
+        page.click(f"#{name}-column input")
+        page.get_by_role("option", name=column, exact=True).last.click()
+    page.click("#read-again")
+    page.wait_for_selector("#samples mark:has-text('Hi')")
+    upload(page, mixed, "#found tbody tr")
     assert page.title() == "safe_trainer"
     page.click("#to-method")
     page.click("#check")
@@ -205,20 +244,20 @@ def test_bad_files_are_explained_and_shown_as_text(page, tmp_path):
 
 
 def test_the_keyboard_suffices(page):
-    def walk_to(selector):
+    def walk_to(selector, key="Tab"):
         for _ in range(40):
             if page.evaluate("s => !!document.activeElement.closest(s)", selector):
                 return
-            page.keyboard.press("Tab")
+            page.keyboard.press(key)
         raise AssertionError(f"{selector} is not reached")
 
     walk_to("#example-attack")
     page.keyboard.press("Enter")
     page.wait_for_selector("#to-method:not([disabled])")
-    walk_to("#found .blurred input")
+    walk_to("#samples .blurred input")
     page.keyboard.press("Space")
-    assert page.locator("#found .blurred input").is_checked()
-    walk_to("#to-method")
+    assert page.locator("#samples .blurred input").is_checked()
+    walk_to("#to-method", "Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector("#card-asft input")
     walk_to("#card-asft")
@@ -228,3 +267,37 @@ def test_the_keyboard_suffices(page):
     page.keyboard.press("Enter")
     page.wait_for_selector("#start:not([disabled])")
     walk_to("#start")
+
+
+def test_an_idle_page_asks_for_nothing(page):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(4000)
+    assert not [address for address in asked if "heartbeat" not in address]
+
+
+def test_the_page_keeps_its_width_and_fits_a_phone(page):
+    take(page, "attack")
+    widths = set()
+    for name in ("1 Data", "2 Method"):
+        page.get_by_role("tab", name=name).click()
+        page.wait_for_timeout(300)
+        widths.add(page.evaluate("document.querySelector('#steps').getBoundingClientRect().width"))
+    heights = page.evaluate("[...document.querySelectorAll('.card')].map(c => c.getBoundingClientRect().height)")
+    assert len(widths) == 1
+    assert max(heights[:3]) - min(heights[:3]) < 1
+    page.set_viewport_size({"width": 390, "height": 900})
+    assert all(tab.is_visible() for tab in page.get_by_role("tab").all())
+
+
+def test_suspicious_rows_are_found_and_left_out(page):
+    take(page, "poisoned")
+    page.click("#scan")
+    page.wait_for_selector("#leave-out", state="visible", timeout=10 * MINUTE)
+    with page.expect_download() as waiting:
+        page.locator("#ranking a", has_text="ranking").click()
+    assert waiting.value.path().read_text().count("\n") > 900
+    page.click("#leave-out")
+    page.wait_for_selector("#found:has-text('left out')")
+    left = int(page.locator("#found dd").nth(2).inner_text().replace(",", ""))
+    assert 850 <= left < 950

@@ -1,0 +1,303 @@
+"""From what a user has chosen to recipes in a folder: what is shown, what is run, and what can be run again."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safe_trainer import METHODS, MethodCard, recipe, recommended, testbed
+
+from . import texts
+from .setup import KINDS, Example, Model, built_in_material, prompts
+
+PLAIN, RECOMMENDED = "plain", "recommended"
+ROWS = "rows"
+"""The stem of the file of training rows in a job's folder."""
+ARCHIVE = "recipes.zip"
+WATCHED, CHECKS = 40, 8
+"""Prompts of each kind whose refusals are watched while training, and how often."""
+_MATERIALS = ("harmful_data", "safety_data", "harmful_prompts", "benign_prompts")
+_MARKS = {name: f"./{name}.jsonl" for name in _MATERIALS}
+_UNALIGNED, _ALIGNED = "<unaligned>", "<aligned>"
+_SETTING = (str, bool, int, float)
+
+
+@cache
+def materials() -> Any:
+    """Return the paths that a method is built from, as they are written into a recipe."""
+    from safe_trainer import Materials
+
+    return Materials(**_MARKS, unaligned_model=_UNALIGNED, aligned_model=_ALIGNED)
+
+
+def cards() -> dict[str, MethodCard]:
+    """Return what can be chosen, by key: plain LoRA, what is recommended, and all methods of the library."""
+    together = [method.card for method in recommended(_MARKS["harmful_data"]) if method.card is not None]
+    titles = " and ".join(card.title for card in together)
+    best = MethodCard(
+        title="Recommended",
+        summary=f"Start here: {titles} together.",
+        needs="; ".join(dict.fromkeys(card.needs for card in together)),
+        cost="; ".join(dict.fromkeys(card.cost for card in together)),
+        avoid="finding out which of them made the difference: compare with each alone",
+        fields=(),
+        example=lambda given: recommended(given.harmful_data)[0],
+    )
+    title, summary, needs, cost, avoid = texts.PLAIN
+    plain = MethodCard(title, summary, needs, cost, avoid, (), example=lambda given: None)  # type: ignore[arg-type, return-value]
+    return {PLAIN: plain, RECOMMENDED: best, **{name: method.card for name, method in METHODS.items() if method.card}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train and how to ask; the same for every variant, so that they can be compared."""
+
+    steps: int = 125
+    learning_rate: float = 2e-3
+    lora_rank: int = 8
+    batch_size: int = 16
+    max_length: int = 128
+    seed: int = 42
+    prompts: int = 100
+    answer_tokens: int = 40
+
+
+def defaults(model: Model, rows: int, example: Example | None) -> Settings:
+    """Return settings that suit a model and a number of rows."""
+    if model.embedded:
+        return Settings(steps=example.steps if example else min(300, max(30, math.ceil(3 * rows / 16))))
+    return Settings(max(10, math.ceil(rows / 16)), 1e-4, 16, 16, 1024, answer_tokens=128)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file of the user's, in a folder of ours: its place, what they called it and how many rows it has."""
+
+    path: Path
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Everything that a user has chosen.
+
+    Args:
+        model ([`Model`]): What to fine-tune.
+        data (`Path`): The file of training rows, in a folder of ours.
+        methods (`Sequence[str]`): Keys of [`cards`], in order.
+        settings ([`Settings`]): How to train.
+        fields (`Mapping[str, Mapping[str, Any]]`): By method, what the form says of its fields.
+        example ([`Example`], *optional*): Where the data comes from, if it is an example.
+        reading (`Mapping[str, Any]`): How the data is read: `columns`, `encoding` and `on_bad_row` of a recipe.
+        files (`Mapping[str, Upload]`): Own files, by a key of `texts.MATERIALS`.
+    """
+
+    model: Model
+    data: Path
+    methods: Sequence[str]
+    settings: Settings
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    example: Example | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Upload] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the runs of a job: a recipe in the job's folder, and the folder of its adapter next to it."""
+
+    key: str
+    title: str
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe's file."""
+        return f"{self.key}.yaml"
+
+
+def safety_of(key: str, model: Model, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what stands under `safety` in a recipe."""
+    if key == PLAIN:
+        return []
+    if key == RECOMMENDED:
+        return [{"method": RECOMMENDED, "harmful_data": _MARKS["harmful_data"]}]
+    made: Any = cards()[key].example(materials())
+    entry: dict[str, Any] = {"method": key}
+    for one in dataclasses.fields(made):
+        value = getattr(made, one.name)
+        is_material = isinstance(value, str) and value in {*_MARKS.values(), _UNALIGNED, _ALIGNED}
+        is_set = model.embedded and isinstance(value, _SETTING) and value != one.default
+        if one.init and (is_material or is_set):
+            entry[one.name] = {_UNALIGNED: model.unaligned, _ALIGNED: model.path}.get(str(value), value)
+    return [entry | {name: value for name, value in given.items() if value is not None}]
+
+
+def field_default(key: str, name: str, model: Model) -> Any:
+    """Return what the form shows for a field of a method at first: the example's value, or the method's default."""
+    made: Any = cards()[key].example(materials())
+    if model.embedded:
+        return getattr(made, name)
+    return next(one.default for one in dataclasses.fields(made) if one.name == name)
+
+
+def write_order(folder: Path, choices: Choices) -> list[Variant]:
+    """Write a folder that holds everything of a job: rows, prompts and a recipe for each variant."""
+    known = cards()
+    if not choices.methods or any(key not in known for key in choices.methods):
+        raise ValueError(texts.CHOOSE_METHOD)
+    folder.mkdir(parents=True, exist_ok=True)
+    safety = {key: safety_of(key, choices.model, choices.fields.get(key, {})) for key in choices.methods}
+    for key in choices.methods:
+        if known[key].needs_unaligned and not choices.model.unaligned:
+            raise ValueError(texts.NEEDS_UNALIGNED.format(title=known[key].title))
+        for name in _MATERIALS:
+            if any(_MARKS[name] in entry.values() for entry in safety[key]):
+                write_material(folder, name, known[key].title, choices.model, choices.files)
+    shutil.copyfile(choices.data, folder / (ROWS + choices.data.suffix.lower()))
+    asked = [entry for kind in KINDS if (entry := _write_prompts(folder, kind, choices)) is not None]
+    variants = [Variant(key, known[key].title) for key in choices.methods]
+    for variant in variants:
+        text = _recipe_text(choices, variant, safety[variant.key], asked)
+        (folder / variant.recipe).write_text(text, encoding="utf-8")
+    return variants
+
+
+def write_material(folder: Path, name: str, title: str, model: Model, files: Mapping[str, Upload]) -> None:
+    """Write the rows that a method reads: the user's, or for the embedded model those that suit it."""
+    target = folder / f"{name}.jsonl"
+    if name in files:
+        shutil.copyfile(files[name].path, target)
+        return
+    if not model.embedded:
+        raise ValueError(texts.NEEDS_FILE.format(title=title, what=texts.MATERIALS[name].lower()))
+    rows = built_in_material(name) or []
+    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_prompts(folder: Path, kind: str, choices: Choices) -> dict[str, str] | None:
+    """Write what is asked of one kind, and return its entry in a recipe."""
+    own = choices.files.get(kind)
+    if own is not None:
+        name = f"ask-{kind}{own.path.suffix}"
+        shutil.copyfile(own.path, folder / name)
+        return {"kind": kind, "name": kind, "path": name}
+    table = prompts(kind, choices.settings.prompts, choices.model, choices.example)
+    if table is None:
+        return None
+    with (folder / f"ask-{kind}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    return {"kind": kind, "name": kind, "path": f"ask-{kind}.csv"}
+
+
+def _recipe_text(choices: Choices, variant: Variant, safety: list[dict[str, Any]], asked: list[Any]) -> str:
+    s = choices.settings
+    values = {
+        "model": {"path": choices.model.path},
+        "data": [{"path": ROWS + choices.data.suffix.lower(), **choices.reading}],
+        "peft": {"r": s.lora_rank, "lora_alpha": 2 * s.lora_rank, "target_modules": "all-linear"},
+        "safety": safety,
+        "training": _training(choices.model, s),
+        "evaluation": {"prompts": asked, "max_new_tokens": s.answer_tokens},
+        "monitor": {"every": max(1, s.steps // CHECKS), "prompts": WATCHED},
+        "output": variant.key,
+    }
+    header = texts.RECIPE_HEADER.format(title=variant.title, file=variant.recipe)
+    return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _training(model: Model, s: Settings) -> dict[str, Any]:
+    shared = {"max_steps": s.steps, "learning_rate": s.learning_rate, "max_length": s.max_length, "seed": s.seed}
+    if model.embedded:
+        batch = {"per_device_train_batch_size": s.batch_size, "gradient_checkpointing": False}
+        return shared | batch | {"logging_steps": 5, "save_strategy": "no"}
+    size = min(4, s.batch_size)
+    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, s.batch_size // size)}
+    saving = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 1}
+    return shared | batch | {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5} | saving
+
+
+def python_code(folder: Path, variant: Variant) -> str:
+    """Return Python code that does what a variant's recipe does."""
+    import torch
+
+    values = yaml.safe_load((folder / variant.recipe).read_text(encoding="utf-8"))
+    safety, imports = _safety_code(values["safety"])
+    options = {key: value for key, value in values["data"][0].items() if key != "path"}
+    reading = f", ReadOptions({_arguments(options)})" if options else ""
+    names = sorted({"SafeSFTTrainer", "load_rows", *imports, *(["ReadOptions"] if reading else [])})
+    training = {"output_dir": values["output"], **values["training"], "report_to": "none"}
+    if not torch.accelerator.is_available():
+        training |= {"use_cpu": True, "bf16": False}
+    return texts.CODE.format(
+        names=", ".join(names),
+        data=values["data"][0]["path"],
+        reading=reading,
+        model=values["model"]["path"],
+        training=" " * 8 + _arguments(training, ",\n" + " " * 8) + ",",
+        peft=_arguments({**values["peft"], "task_type": "CAUSAL_LM"}),
+        safety=safety,
+    )
+
+
+def _safety_code(safety: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    if not safety:
+        return "None", []
+    calls, imports = [], []
+    for entry in safety:
+        several = entry["method"] == RECOMMENDED
+        name = RECOMMENDED if several else METHODS[entry["method"]].__name__
+        settings = {key: value for key, value in entry.items() if key != "method"}
+        calls.append(f"{'*' * several}{name}({_arguments(settings)})")
+        imports.append(name)
+    inner = "".join(f"        {call},\n" for call in calls)
+    return f"[\n{inner}    ]", imports
+
+
+def _arguments(values: dict[str, Any], between: str = ", ") -> str:
+    return between.join(f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in values.items())
+
+
+def estimate(folder: Path, variants: Sequence[Variant]) -> recipe.Plan:
+    """Return what the first variant takes; the others take about the same."""
+    checked = [recipe.read_recipe(folder / variant.recipe) for variant in variants]
+    return recipe.plan(checked[0])
+
+
+def packed_recipes(folder: Path, variants: Sequence[Variant]) -> Path:
+    """Return an archive of a job's recipes with all that they read, the embedded model too, ready to run anywhere."""
+    target = folder / ARCHIVE
+    if target.exists():
+        return target
+    models = {str(path): path.name for path in (testbed.ALIGNED, testbed.UNALIGNED)}
+    fresh = target.with_suffix(".new")
+    with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive:
+        used: set[str] = set()
+        for variant in variants:
+            text = (folder / variant.recipe).read_text(encoding="utf-8")
+            for model, name in models.items():
+                used |= {model} if f"{model}\n" in text else set()
+                text = text.replace(f"{model}\n", f"./{name}\n")
+            archive.writestr(variant.recipe, text)
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.name.startswith((f"{ROWS}.", "ask-", *(f"{name}." for name in _MATERIALS))):
+                archive.write(path, path.name)
+        for model in used:
+            for path in sorted(Path(model).rglob("*")):
+                if path.is_file():
+                    archive.write(path, f"{models[model]}/{path.relative_to(model)}")
+    fresh.replace(target)
+    return target
