@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from runs import assert_close, even_rows, exact_settings, given, lora, run
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
 from safe_trainer import METHODS, AsFT, DriftPenalty, SafeSFTTrainer, SafetyMethod, SaLoRA, SecurityVectors
@@ -173,6 +176,32 @@ def test_a_lora_is_covered_completely(method, tmp_path, caplog):
 
 def test_a_method_that_acts_on_the_loss_covers_everything():
     assert coverage(SafetyMethod(), tiny.model()) == 1.0
+
+
+def experts() -> MixtralForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=tiny.VOCABULARY, **sizes, **more))
+
+
+def test_advice_on_a_mixture_of_experts_is_something_the_user_wrote_and_works(tmp_path):
+    """PEFT turns the experts of `all-linear` into `target_parameters`, which the user never wrote."""
+    method = AsFT(projector="none", weight=0.5)
+    with pytest.raises(
+        ValueError, match='name linear layers in `target_modules`, such as `(.*?)`.*`"all-linear"`'
+    ) as raised:
+        SafeSFTTrainer(**given(tmp_path, model=experts(), peft_config=lora()), safety=method)
+    (advised,) = re.findall(r"such as `(.*?)`", str(raised.value))
+    config = lora(target_modules=json.loads(advised))
+    trainer = SafeSFTTrainer(**given(tmp_path, model=experts(), peft_config=config), safety=method)
+    trainer.train()
+    assert trainer.safety_report["AsFT"]["coverage"] == 1.0
+
+
+def test_experts_that_are_trained_in_full_are_not_covered(tmp_path):
+    trainer = SafeSFTTrainer(**given(tmp_path, model=experts()), safety=AsFT(projector="none", weight=0.5))
+    assert trainer.safety_report["AsFT"]["coverage"] < 0.5
+    assert any("experts" in warning for warning in trainer.safety_report["AsFT"]["warnings"])
 
 
 # ---- self-checks

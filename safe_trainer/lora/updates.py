@@ -24,6 +24,13 @@ from transformers.pytorch_utils import Conv1D
 # These initialisations subtract their start from the base weight, so that `B A` is not the update.
 BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+_REMEDIES = {
+    "target_parameters": (
+        'Leave it out and name linear layers in `target_modules`, such as `["q_proj", "k_proj", "v_proj", "o_proj"]`. '
+        'On a mixture of experts, PEFT itself sets it where `target_modules` includes experts, as `"all-linear"` does.'
+    )
+}
+
 
 class Update(Protocol):
     """The update of one layer."""
@@ -166,7 +173,7 @@ def check_peft_config(config: PeftConfig, method: str) -> None:
         if given:
             raise ValueError(
                 f"{method} does not work with `{setting}`: {reason}, so the update is not `scaling · B A`. "
-                f"Remove `{setting}` from `LoraConfig`."
+                f"{_REMEDIES.get(setting, f'Remove `{setting}` from `LoraConfig`.')}"
             )
     targets = getattr(config, "target_modules", None) or ()
     if isinstance(targets, Collection) and "lm_head" in ({targets} if isinstance(targets, str) else set(targets)):
