@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data import ReadOptions, as_rows, encode_row
 from ..distributed import on_first_process
 from ..linalg import Sketch, TopDirections
-from ..lora.modes import evaluation_mode
+from ..lora.modes import evaluation_mode, without_adapters
 from ..lora.updates import LinearLayer
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def top_directions(  # noqa: PLR0913, each is a setting with a name
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(measuring(model))
-            stack.enter_context(model.disable_adapter() if isinstance(model, PeftModel) else nullcontext())
+            stack.enter_context(without_adapters(model))
             for name, layer in layers.items():
                 stack.enter_context(layer.base.register_forward_hook(_Watch(name, sketches, batch)))
             device = next(body.parameters()).device

@@ -123,19 +123,20 @@ def _named(
 @contextmanager
 def active_adapter(model: Any, path: str | Path | None) -> Iterator[Any]:
     """Make one adapter active on the model, or none, and leave the model as it was, whether it fits or not."""
+    import torch
     from peft import PeftModel
 
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(name, module, module.training) for name, module in model.named_modules(remove_duplicate=False)]
+    # PEFT draws a start for an adapter's weights before it loads them.
+    random_state = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
     try:
-        if isinstance(model, PeftModel):
-            with _switched(model, path):
-                yield model
-        elif path is None:
+        if path is None and not isinstance(model, PeftModel):
             yield model
         else:
-            with _wrapped(model, path) as wrapped:
-                yield wrapped
+            used = _switched(model, path) if isinstance(model, PeftModel) else _wrapped(model, path)
+            with random_state, used as active:
+                yield active
     finally:
         # PEFT leaves its layers in place, without an adapter, where only the deleted one needed them: checkpoints
         # would name them. The modules that they wrap are the original ones, so these go back where they were.
@@ -167,16 +168,16 @@ def _wrapped(model: Any, path: str | Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
+def _switched(model: Any, path: str | Path | None) -> Iterator[Any]:
     if path is None:
         with model.disable_adapter():
-            yield
+            yield model
         return
     shown, active = model.active_adapter, model.active_adapters
     try:
         _load(model, path)
         model.set_adapter(_EXAMINED, inference_mode=True)
-        yield
+        yield model
     finally:
         model.base_model.set_adapter(active)
         model.active_adapter = shown

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 
@@ -31,6 +32,24 @@ def evaluation_mode(model: nn.Module, *, freeze: bool = False) -> Iterator[None]
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Switch a model's adapters off, if it has any; afterwards those that were on are on, and trained as before.
+
+    PEFT's own `disable_adapter` makes all of the active adapter trainable on leaving, also what was frozen.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, is_trained in trained.items():
+            parameter.requires_grad_(is_trained)
 
 
 @contextmanager

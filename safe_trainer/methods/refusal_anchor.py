@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +22,7 @@ from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
 from ..evaluation.prompting import render, tokenize
 from ..evaluation.thinking import is_open
-from ..lora.modes import evaluation_mode
+from ..lora.modes import evaluation_mode, without_adapters
 from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_number, check_whole
 
 logger = logging.getLogger(__name__)
@@ -301,16 +301,8 @@ class RefusalAnchor(PenaltyMethod):
     @contextmanager
     def _start(self, model: Any) -> Iterator[None]:
         """Let the model be what it was before training: without the adapter, unless it came with one."""
-        if self._continues or not isinstance(model, PeftModel):
+        with nullcontext() if self._continues else without_adapters(model):
             yield
-            return
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        try:
-            with model.disable_adapter():
-                yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
 
 def _sha256(texts: Sequence[str]) -> str:
