@@ -1,4 +1,4 @@
-"""Measuring leaves no trace: whatever looks at a model gives it back as it was, and draws no random number of yours."""
+"""Measuring leaves no trace: what looks at a model gives it back as it was, and draws no random number of yours."""
 
 from __future__ import annotations
 

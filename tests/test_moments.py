@@ -222,9 +222,9 @@ def test_vectors_report_the_loss_that_they_leave_and_warn_where_they_did_not_fit
     short = {"rank": 2, "max_steps": 2}
     report = reported(SecurityVectors(harmful_data=HARMFUL, fitting=short), tmp_path, pair)
     figures = report["figures"]
-    assert figures["loss on harmful rows with vectors"] > figures["target loss"] == 0.02
+    assert figures["loss on harmful rows with vectors"] > figures["target loss"] > 0
     assert figures["share of harmful rows below the target"] == 0.0
-    assert any("still teach something. Raise `max_steps`" in warning for warning in report["warnings"])
+    assert any("still teach something. Raise `max_" in warning for warning in report["warnings"])
     long = {"rank": 4, "max_steps": 300, "learning_rate": 0.01, "target_loss": 5.0}
     report = reported(SecurityVectors(harmful_data=HARMFUL, fitting=long), tmp_path, pair)
     assert report["figures"]["loss on harmful rows with vectors"] < 5 and report["warnings"] == []

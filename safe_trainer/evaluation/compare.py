@@ -131,12 +131,14 @@ def active_adapter(model: Any, path: str | Path | None) -> Iterator[Any]:
     # PEFT draws a start for an adapter's weights before it loads them.
     random_state = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
     try:
-        if path is None and not isinstance(model, PeftModel):
+        if isinstance(model, PeftModel):
+            with random_state, _switched(model, path):
+                yield model
+        elif path is None:
             yield model
         else:
-            used = _switched(model, path) if isinstance(model, PeftModel) else _wrapped(model, path)
-            with random_state, used as active:
-                yield active
+            with random_state, _wrapped(model, path) as wrapped:
+                yield wrapped
     finally:
         # PEFT leaves its layers in place, without an adapter, where only the deleted one needed them: checkpoints
         # would name them. The modules that they wrap are the original ones, so these go back where they were.
@@ -168,16 +170,16 @@ def _wrapped(model: Any, path: str | Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _switched(model: Any, path: str | Path | None) -> Iterator[Any]:
+def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
     if path is None:
         with model.disable_adapter():
-            yield model
+            yield
         return
     shown, active = model.active_adapter, model.active_adapters
     try:
         _load(model, path)
         model.set_adapter(_EXAMINED, inference_mode=True)
-        yield model
+        yield
     finally:
         model.base_model.set_adapter(active)
         model.active_adapter = shown
