@@ -190,7 +190,7 @@ def test_a_spool_on_disk_continues_after_a_kill_and_starts_anew_for_another_scan
 @pytest.mark.slow
 def test_memory_of_a_scan_does_not_grow_with_the_file(pair, tmp_path):
     path, peaks = tmp_path / "rows.jsonl", []
-    for number in (10, 150, 400):  # the first also loads what is loaded once; the first hundred rows decide the format
+    for number in (10, 300, 550):  # the first also loads what is loaded once; 4 MB decide how a file is read
         with path.open("w") as file:
             for i in range(number):  # one of ten is scored, which is what takes the time
                 row = {"prompt": "ask" * (1 if i % 10 == 0 else 20), "response": "say", "note": "x" * 20_000}
