@@ -554,6 +554,22 @@ def test_a_conversation_has_the_score_of_the_answer_that_teaches_most(pair):
     assert entry["answer"] == turns[2 * shares.index(max(shares)) + 1]["content"]
 
 
+def test_a_template_that_refuses_a_row_is_no_missing_answer(pair):
+    strict = tiny.tokenizer()
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    strict.chat_template += tiny.tokenizer().chat_template
+    system = {**ROWS[0], "prompt": [{"role": "system", "content": "Be kind."}, *ROWS[0]["prompt"]]}
+    with pytest.raises(ValueError, match=r"`rows`, row 4(.|\n)*no system turns"):
+        scan_file([*ROWS[:3], system, *ROWS], *pair, strict)
+
+
+def test_a_loss_that_is_not_finite_ends_the_scan_and_keeps_no_row_for_safe(pair, monkeypatch):
+    nan = torch.tensor([float("nan")])
+    monkeypatch.setattr(scan, "row_losses", lambda model, batch: nan.expand(len(batch.input_ids)))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        scan_file(ROWS, *pair, TOKENIZER)
+
+
 def test_vectors_that_were_not_fitted_are_told(pair, caplog):
     model, vectors = pair
     poor = dataclasses.replace(vectors, provenance={**vectors.provenance, "report": {"reached_target": False}})

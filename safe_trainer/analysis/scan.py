@@ -28,6 +28,7 @@ from ..data import (
     Record,
     Row,
     RowError,
+    TemplateError,
     collate,
     conversation_of,
     converted_records,
@@ -110,7 +111,8 @@ def score_rows(
 
     opened = open_source(rows)
     options = replace(opened.options, on_bad_row="skip", limit=None)
-    return scorer.scores(row for _, row in converted_records(opened.records, options, opened.report, convert))
+    outcomes = scorer.outcomes(row for _, row in converted_records(opened.records, options, opened.report, convert))
+    return (outcome if isinstance(outcome, Score) else None for outcome in outcomes)
 
 
 @dataclass(frozen=True)
@@ -134,21 +136,21 @@ class _Scorer:
             logger.warning("These `vectors` were not fitted to their target loss: harmful rows may rank low.")
         return cls(model, found.check_fits(model), found, tokenizer, batch_size, max_length)
 
-    def scores(self, rows: Iterable[Row | None]) -> Iterator[Score | None]:
+    def outcomes(self, rows: Iterable[Row | None]) -> Iterator[Score | ValueError]:
         rows = iter(rows)
         while window := list(islice(rows, _BATCHES * self.batch_size)):
             yield from self.window(window)
 
-    def window(self, rows: Sequence[Row | None]) -> list[Score | None]:
-        """Return the scores of a few batches of rows."""
+    def window(self, rows: Sequence[Row | None]) -> list[Score | ValueError]:
+        """Return the score of each of a few batches of rows, or why it has none."""
         encoded = [self._encoded(row) for row in rows]
-        usable = sorted((len(one.ids), place, one) for place, one in enumerate(encoded) if one is not None)
-        scores: list[Score | None] = [None] * len(rows)
+        usable = sorted((len(one.ids), place, one) for place, one in enumerate(encoded) if isinstance(one, EncodedRow))
+        outcomes: list[Any] = list(encoded)
         for start in range(0, len(usable), self.batch_size):
             batch = usable[start : start + self.batch_size]
             for (_, place, _), score in zip(batch, self._batch([one for *_, one in batch]), strict=True):
-                scores[place] = score
-        return scores
+                outcomes[place] = score
+        return outcomes
 
     def fingerprint(self, rows: str) -> str:
         """Return what decides on the scores, as one hash."""
@@ -167,13 +169,15 @@ class _Scorer:
             with_vectors = row_losses(self.model, batch).tolist()
             with switch.off():
                 clean = row_losses(self.model, batch).tolist()
+        if not np.isfinite([*clean, *with_vectors]).all():
+            raise FloatingPointError("The model's loss is infinite or NaN. Load it in bfloat16 or float32.")
         return map(Score, clean, with_vectors)
 
-    def _encoded(self, row: Row | None) -> EncodedRow | None:
+    def _encoded(self, row: Row | None) -> EncodedRow | ValueError:
         try:
-            return encode_row(self.tokenizer, row, self.max_length) if row is not None else None
-        except ValueError:
-            return None
+            return encode_row(self.tokenizer, row or {}, self.max_length)
+        except ValueError as error:
+            return error
 
 
 # ---- how good a ranking is
@@ -353,10 +357,12 @@ def _fill(
         logger.info("Continuing a scan that was stopped after %d of %d rows.", done, report.rows)
     best: tuple[Row, Score] | None = None  # of a record with several answers the one that teaches most harm
     try:
-        for score in scorer.scores(source.rows(done)):
+        for outcome in scorer.outcomes(source.rows(done)):
             record, row, is_harmful, is_last = source.waiting.popleft()
-            if score is not None and (best is None or score.share > best[1].share):
-                best = row, score
+            if isinstance(outcome, TemplateError):
+                raise TemplateError(f"`rows`, {source.unit} {record.line}: {outcome}") from outcome
+            if isinstance(outcome, Score) and (best is None or outcome.share > best[1].share):
+                best = row, outcome
             if is_last:
                 spool.add(best and best[1].share, is_harmful, _entry(record, best))
                 done, best = done + 1, None
