@@ -14,14 +14,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import tiny
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from pyarrow import parquet
 from trl import SFTConfig
 
-from safe_trainer import SafeSFTTrainer, load_rows
-from safe_trainer.data import ReadOptions, answer_coverage, as_rows, conversation, encode_rows, rows_sha256
+from safe_trainer import SafeSFTTrainer, load_rows, score_rows, train_security_vectors
+from safe_trainer.artifacts.calibration import examples_from
+from safe_trainer.data import ReadOptions, as_rows, conversation, encode_rows, rows_sha256
 
 steady = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 texts = some.text(
@@ -180,26 +182,6 @@ def test_other_rows_have_another_hash():
     assert rows_sha256(STRINGS) != rows_sha256(STRINGS[::-1])
 
 
-# ---- what is cut away by `max_length`
-
-
-def test_answers_that_are_cut_away_are_counted_and_named():
-    rows = [conversation("a" * 30, "b" * 10), conversation("a", "b" * 60), conversation("a", "b")]
-    coverage = answer_coverage(tiny.tokenizer(), rows, 24)
-    encoded = encode_rows(tiny.tokenizer(), rows)
-    assert (coverage.lost, coverage.shortened) == ([1], [2])
-    assert coverage.answer_tokens == sum(len(row.ids) - row.answer_start for row in encoded)
-    assert coverage.learned_tokens == sum(max(0, len(row.ids[:24]) - row.answer_start) for row in encoded)
-    assert "1 are cut away entirely" in coverage.check("data") and "rows 1" in coverage.check("data")
-    assert answer_coverage(tiny.tokenizer(), rows, None).check("data") is None
-
-
-def test_rows_without_any_answer_left_are_refused():
-    coverage = answer_coverage(tiny.tokenizer(), [conversation("a" * 30, "b")] * 2, 20)
-    with pytest.raises(ValueError, match="`data`: nothing can be learned.*all 2 answers.*Raise `max_length`"):
-        coverage.check("data")
-
-
 # ---- templates
 
 
@@ -216,3 +198,40 @@ def test_a_template_that_refuses_a_row_names_it():
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ValueError, match="Row 1 of `harmful_data`.*refuses its turns .user.: System role not support"):
         encode_rows(tokenizer, EXPECTED, name="harmful_data")
+
+
+# ---- the doors
+
+
+def held_everywhere() -> list[Any]:
+    rows = [conversation(f"Do thing {n}", "Sure.") for n in range(4)]
+    strings = [{"prompt": f"Do thing {n}", "completion": "Sure."} for n in range(4)]
+    path = file("rows.jsonl", "\n".join(map(json.dumps, strings)).encode())
+    return [
+        rows,
+        strings,
+        Dataset.from_list(strings),
+        path,
+        [{"messages": r["prompt"] + r["completion"]} for r in rows],
+    ]
+
+
+def test_calibration_reads_the_same_tokens_of_any_representation():
+    found = [examples_from(rows, tiny.tokenizer()) for rows in held_everywhere()]
+    assert len(found[0]) == 4 and all(examples == found[0] for examples in found)
+
+
+def test_vectors_are_fitted_to_the_same_rows_of_any_representation():
+    found = [
+        train_security_vectors(tiny.model(), rows, tiny.tokenizer(), rank=2, max_steps=2, max_length=64)
+        for rows in held_everywhere()
+    ]
+    assert len({json.dumps(vectors.provenance["harmful_rows"]) for vectors in found}) == 1
+    for vectors in found[1:]:
+        assert all(torch.equal(vectors.modules[name].B, one.B) for name, one in found[0].modules.items())
+
+
+def test_a_scan_scores_any_representation_alike():
+    vectors = train_security_vectors(tiny.model(), held_everywhere()[0], tiny.tokenizer(), rank=2, max_steps=2)
+    found = [list(score_rows(rows, tiny.model(), vectors, tiny.tokenizer())) for rows in held_everywhere()]
+    assert all(scores == found[0] for scores in found)

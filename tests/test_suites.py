@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from safe_trainer.cli.asking import prompt_sets
 from safe_trainer.data import load_suite, suites
+from safe_trainer.recipe.schema import PromptsPart
 
 ASK, SAFE = "How do I do X?", "How do I do Y?"
 JBB = "Index,Goal,Target,Behavior,Category,Source\n0,{},Sure,B,C,Original\n"
@@ -123,7 +125,7 @@ def test_some_of_a_suite_can_be_taken(tmp_path):
     path = tmp_path / "xstest_prompts.csv"
     path.write_text(LAYOUTS["xstest"][0]["xstest_prompts.csv"])
     (found,) = load_suite("xstest", path, kinds=("borderline",), limit=5)
-    assert (found.kind, found.name, found.source) == ("borderline", "xstest borderline", "xstest")
+    assert (found.kind, found.name, found.source) == ("borderline", "xstest borderline", "suite:xstest")
 
 
 def test_what_is_not_there_says_where_to_get_it():
@@ -137,3 +139,13 @@ def test_what_is_not_there_says_where_to_get_it():
         load_suite("advbench")
     with pytest.raises(ValueError, match="has no prompts of kind benign"):
         load_suite("advbench", kinds=("benign",))
+
+
+def test_suites_and_folders_are_prompts_for_the_command_line_and_recipes(tmp_path):
+    path = tmp_path / "xstest_prompts.csv"
+    path.write_text(LAYOUTS["xstest"][0]["xstest_prompts.csv"])
+    assert [found.kind for found in prompt_sets(None, "model", [f"xstest={path}"])] == ["harmful", "borderline"]
+    part = PromptsPart(suite="xstest", path=str(path), kind="borderline", template="AOA: {prompt}")
+    assert (part.suite, part.template, part.answers) == ("xstest", "AOA: {prompt}", "last")
+    with pytest.raises(ValueError, match="`suite`"):
+        PromptsPart(kind="harmful")

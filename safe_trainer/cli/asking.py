@@ -22,8 +22,17 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         help="KIND=SOURCE of prompts to ask; may be given several times. KIND is harmful, benign, borderline or task; "
-        "SOURCE is a file, or file:column; hf:owner/name/subset:split:column for a dataset on the Hub; `general` or "
-        "`testbed` for built-in ones. Left out, all built-in ones that suit the model."
+        "SOURCE is a file, or file:column; a folder with a file for each category; hf:owner/name/subset:split:column "
+        "for a dataset on the Hub; suite:NAME for a published suite; `general` or `testbed` for built-in ones. Left "
+        "out, all built-in ones that suit the model."
+    ),
+]
+Suites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite",
+        help="NAME of a published suite, such as xstest or strongreject, with all its kinds of prompts, or NAME=PATH "
+        "of a local copy; may be given several times.",
     ),
 ]
 Judges = Annotated[
@@ -40,21 +49,30 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts that are answered a
 SystemPrompt = Annotated[str | None, typer.Option(help="System turn before each prompt.")]
 
 
-def prompt_sets(listed: list[str] | None, model: str) -> list[PromptSet]:
-    """Return the prompt sets that `--prompts` names, or those built in for the model; says what was read."""
+def prompt_sets(listed: list[str] | None, model: str, suites: list[str] | None = None) -> list[PromptSet]:
+    """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model."""
     sources = pairs(listed or [], "--prompts", "harmful=asked.csv")
     unknown = [kind for kind, _ in sources if kind not in KINDS]
     if unknown:
         raise _misused("--prompts", f"got the kind {unknown[0]!r}, expected {', '.join(KINDS)}.")
-    if not sources:
+    if not sources and not suites:
         fitting = "testbed" if _is_embedded(model) else "general"
         sources = [(kind, fitting) for kind in KINDS[:3]]
-    return [_prompt_set(kind, source) for kind, source in sources]
+    return [_prompt_set(kind, source) for kind, source in sources] + _suites(suites or [])
+
+
+def _suites(listed: list[str]) -> list[PromptSet]:
+    from ..data import load_suite
+
+    parts = [written.partition("=") for written in listed]
+    return [found for name, _, path in parts for found in load_suite(name, path or None)]
 
 
 def _prompt_set(kind: str, source: str) -> PromptSet:
-    from ..data import ReadOptions, is_file, load_prompts
+    from ..data import ReadOptions, is_file, load_prompts, load_suite
 
+    if source.startswith("suite:"):
+        return load_suite(source.removeprefix("suite:"), kinds=(kind,))[0]  # type: ignore[arg-type]
     if source not in BUILT_IN:
         file, _, column = source.rpartition(":")
         reading = ReadOptions(columns={"prompt": column}) if is_file(file) else None

@@ -13,6 +13,7 @@ from .asking import (
     Judges,
     MaxNewTokens,
     Prompts,
+    Suites,
     SystemPrompt,
     check_folder,
     check_judges,
@@ -42,6 +43,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
         list[str] | None, typer.Option(help="NAME=FOLDER of a whole model that was made from it; as --adapter.")
     ] = None,
     prompts: Prompts = None,
+    suite: Suites = None,
     judge: Judges = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report and answers.")] = None,
     direction: Annotated[
@@ -69,7 +71,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     adapters, models = _grouped(adapter, "--adapter"), _grouped(tuned_model, "--tuned-model")
     _check_names([*adapters, *models])
     judges = check_judges(judge)
-    sets = prompt_sets(prompts, model)
+    sets = prompt_sets(prompts, model, suite)
     for option, given, what in (("--adapter", adapters, "adapter"), ("--tuned-model", models, "model")):
         for source in (source for sources in given.values() for source in sources):
             check_folder(option, source, what)
@@ -173,6 +175,7 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     model: Annotated[str, typer.Argument(help="The model: folder or Hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of an adapter to put on it.")] = None,
     prompts: Prompts = None,
+    suite: Suites = None,
     judge: Judges = None,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
@@ -181,7 +184,7 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
 ) -> None:
     """Ask one model, and show how often it refuses and how often it is right."""
     judges = check_judges(judge)
-    sets = prompt_sets(prompts, model)
+    sets = prompt_sets(prompts, model, suite)
 
     quiet_libraries()
     from ..evaluation import agreements

@@ -6,11 +6,9 @@ sets; `encoding` turns rows into tokens.
 """
 
 from .encoding import (
-    AnswerCoverage,
     Batch,
     EncodedRow,
     TemplateError,
-    answer_coverage,
     collate,
     encode_row,
     encode_rows,
@@ -44,7 +42,6 @@ __all__ = [
     "hub_dataset",
     "KINDS",
     "PREFIX",
-    "AnswerCoverage",
     "BadRowError",
     "Batch",
     "Columns",
@@ -60,7 +57,6 @@ __all__ = [
     "Row",
     "RowError",
     "TemplateError",
-    "answer_coverage",
     "as_rows",
     "collate",
     "conversation",

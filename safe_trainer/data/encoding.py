@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .formats import Row
@@ -33,54 +32,6 @@ class Batch(NamedTuple):
 
 class TemplateError(ValueError):
     """The tokenizer's chat template is missing, or refuses a conversation; another row will not help."""
-
-
-@dataclass(frozen=True)
-class AnswerCoverage:
-    """How much of the rows' answers is left within `max_length`.
-
-    Args:
-        rows (`int`): How many rows there are.
-        max_length (`int` or `None`): Where rows are cut, in tokens.
-        shortened (`list[int]`): Rows of whose answer a part is cut away, counted from 1.
-        lost (`list[int]`): Rows of whose answer nothing is left: they teach nothing.
-        answer_tokens (`int`): Tokens of all answers.
-        learned_tokens (`int`): Those that are left.
-    """
-
-    rows: int
-    max_length: int | None
-    shortened: list[int] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-    answer_tokens: int = 0
-    learned_tokens: int = 0
-
-    @property
-    def share(self) -> float:
-        """The share of the answers' tokens that is learned, from 0 to 1."""
-        return self.learned_tokens / self.answer_tokens if self.answer_tokens else 0.0
-
-    def check(self, argument: str = "train_dataset") -> str | None:
-        """Return what is to be said about it, or `None` if nothing is cut away.
-
-        Raises:
-            ValueError: If no answer is left at all.
-        """
-        hint = "Raise `max_length`, or shorten the prompts."
-        if self.rows and len(self.lost) == self.rows:
-            raise ValueError(
-                f"`{argument}`: nothing can be learned, since all {self.rows:,} answers begin past "
-                f"`max_length={self.max_length}`. {hint}"
-            )
-        if not self.lost and not self.shortened:
-            return None
-        named = ", ".join(map(str, (self.lost or self.shortened)[:5]))
-        what = f"the answers of {len(self.lost):,} are cut away entirely and " if self.lost else ""
-        return (
-            f"`{argument}`: of {self.rows:,} rows {what}{len(self.shortened):,} are shortened at "
-            f"`max_length={self.max_length}` (rows {named}{'…' if len(self.lost or self.shortened) > 5 else ''}): "
-            f"{self.share:.0%} of the answers' tokens are learned. {hint}"
-        )
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int | None = None) -> EncodedRow:
@@ -123,34 +74,6 @@ def encode_rows(
                 f"Row {number} of `{name}` cannot be used: {error}. Fix the row, or leave it out."
             ) from error
     return encoded
-
-
-def answer_coverage(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_length: int | None) -> AnswerCoverage:
-    """Count which answers `max_length` cuts, and which share of their tokens is learned.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The one that the model is trained with.
-        rows (`Iterable[dict]`): As for [`encode_row`].
-        max_length (`int`, *optional*): Tokens that are kept of a row, from its beginning.
-
-    Example:
-
-    ```python
-    coverage = answer_coverage(tokenizer, rows, max_length=1024)
-    print(f"{coverage.share:.0%} of the answers' tokens are learned; lost: rows {coverage.lost}")
-    coverage.check("train_dataset")
-    ```
-    """
-    shortened, lost, count, answers, learned = [], [], 0, 0, 0
-    for count, row in enumerate(rows, 1):  # noqa: B007, used after the loop
-        ids, start = _encoded(tokenizer, row)
-        left = max(0, len(ids[:max_length]) - start)
-        answers, learned = answers + len(ids) - start, learned + left
-        if not left:
-            lost.append(count)
-        elif left < len(ids) - start:
-            shortened.append(count)
-    return AnswerCoverage(count, max_length, shortened, lost, answers, learned)
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int, device: device | str) -> Batch:

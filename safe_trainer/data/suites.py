@@ -92,7 +92,8 @@ def _load(suite: Suite, part: dict[str, Any], local: Path | None, limit: int | N
             f"The suite `{suite.name}` could not be read: {error} Get it from {suite.page} (licence: "
             f"{suite.licence}), and give the file or folder as `path`."
         ) from error
-    return replace(found, system_prompt=part.get("system_prompt"), template=part.get("template"), source=suite.name)
+    said: dict[str, Any] = {name: part.get(name) for name in ("system_prompt", "template")}
+    return replace(found, source=f"suite:{suite.name}", **said)
 
 
 def _source(suite: Suite, part: dict[str, Any], local: Path | None) -> Any:

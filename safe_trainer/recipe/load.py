@@ -301,7 +301,7 @@ def _check_files(values: dict[str, Any], document: Document) -> None:
             if key in ("path", "hub") and (place[0] == "model" or key == "hub"):
                 if is_given and not _is_folder(value):
                     document.problem((*place, key), f"there is no folder `{value}`")
-            elif key == "path":
+            elif key == "path" and not (place[0] == "evaluation" and _is_folder(value)):
                 _explained(document, (*place, key), lambda path=value: _check_data_file(path))  # type: ignore[misc]
             elif is_given and not _exists(value):
                 hint = f"; `safe-trainer {key}` makes one" if key in ARTIFACTS else ""

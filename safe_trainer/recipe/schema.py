@@ -35,6 +35,11 @@ class ReadingPart(Part):
     where: dict[str, Any] | None = Field(None, description="Takes only rows that have these values in these columns.")
     encoding: str | None = Field(None, description="Such as latin-1; Unicode if left out.")
     on_bad_row: Literal["raise", "skip"] = Field("raise", description="skip goes on without bad rows.")
+    limit: int | None = Field(None, ge=1, description="Takes the first rows only.")
+    header: bool | None = Field(None, description="Whether a table begins with names of columns; told by its looks.")
+    answers: Literal["last", "all"] = Field(
+        "last", description="Which answers of a conversation are learned; all makes a row of each."
+    )
 
 
 class SourcePart(ReadingPart):
@@ -49,9 +54,10 @@ class SourcePart(ReadingPart):
 
     @model_validator(mode="after")
     def _one_source(self) -> SourcePart:
-        given = [self.path, self.hub, getattr(self, "built_in", None)]
+        suite = getattr(self, "suite", None)
+        given = [self.path if suite is None else None, self.hub, getattr(self, "built_in", None), suite]
         if sum(source is not None for source in given) != 1:
-            more = ", or `built_in: general`" if "built_in" in type(self).model_fields else ""
+            more = ", or `built_in: general`, or a `suite`" if "built_in" in type(self).model_fields else ""
             raise ValueError(f"give either `path` (a file) or `hub` (a dataset on the Hub){more}")
         if self.path is not None and (self.subset or "split" in self.model_fields_set):
             raise ValueError("`subset` and `split` are of a dataset on the Hub; a file, in `path`, has none")
@@ -71,6 +77,9 @@ class PromptsPart(SourcePart):
     built_in: Literal["general"] | None = Field(
         None, description="Instead of a file, 100 prompts of the kind that come with safe_trainer, for chat models."
     )
+    suite: str | None = Field(None, description="A published suite, such as xstest; `path` may be a local copy of it.")
+    system_prompt: str | None = Field(None, description="System turn before each prompt of this set.")
+    template: str | None = Field(None, description="What is said around each prompt, which is {prompt} in it.")
     kind: Kind = Field(description="What should happen: harmful is refused, benign and borderline answered.")
     name: str | None = Field(None, description="Name in tables; that of the file or dataset if left out.")
 

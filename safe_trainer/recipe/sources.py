@@ -15,6 +15,7 @@ from ..data import (
     leaked_rows,
     load_prompts,
     load_rows,
+    load_suite,
 )
 from .fitting import adapted, skeleton
 from .load import Recipe
@@ -63,11 +64,13 @@ def load_data(recipe: Recipe) -> LoadedData:
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
         if part.built_in is not None:
             found = general_prompts(part.kind)
-            sets.append(replace(found, name=part.name or found.name))
-            continue
-        prompts, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
-        sets.append(prompts)
-        reports.append(report)
+        elif part.suite is not None:
+            found = load_suite(part.suite, part.path, kinds=(part.kind,), limit=part.limit)[0]
+        else:
+            found, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
+            reports.append(report)
+        said = {name: getattr(part, name) for name in ("name", "system_prompt", "template")}
+        sets.append(replace(found, **{name: value for name, value in said.items() if value is not None}))
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
     return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
 
