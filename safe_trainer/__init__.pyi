@@ -2,16 +2,12 @@
 
 from . import recipe as recipe
 from . import testbed as testbed
-from .analysis.drift import Drift as Drift
 from .analysis.drift import measure_drift as measure_drift
-from .analysis.drift import write_drift as write_drift
 from .analysis.drift_monitor import DriftFigures as DriftFigures
 from .analysis.drift_monitor import DriftMonitor as DriftMonitor
-from .analysis.scan import ScanResult as ScanResult
 from .analysis.scan import scan_file as scan_file
 from .analysis.scan import score_rows as score_rows
 from .artifacts.alignment_direction import AlignmentDirection as AlignmentDirection
-from .artifacts.fitting import Fitting as Fitting
 from .artifacts.fitting import train_security_vectors as train_security_vectors
 from .artifacts.safety_basis import SafetyBasis as SafetyBasis
 from .artifacts.security_vectors import TrainedVectors as TrainedVectors
@@ -26,9 +22,6 @@ from .data import load_rows as load_rows
 from .data import load_suite as load_suite
 from .data import poison as poison
 from .data import read_records as read_records
-from .data import stream_rows as stream_rows
-from .evaluation import GUARDS as GUARDS
-from .evaluation import METRICS as METRICS
 from .evaluation import ClassifierJudge as ClassifierJudge
 from .evaluation import Comparison as Comparison
 from .evaluation import Evaluation as Evaluation
@@ -39,12 +32,6 @@ from .evaluation import PhraseJudge as PhraseJudge
 from .evaluation import RefusalMonitor as RefusalMonitor
 from .evaluation import Thresholds as Thresholds
 from .evaluation import from_json as from_json
-from .evaluation import perplexity as perplexity
-from .evaluation import rouge as rouge
-from .evaluation import scored as scored
-from .evaluation import to_html as to_html
-from .evaluation import to_markdown as to_markdown
-from .evaluation import token_f1 as token_f1
 from .evaluation import write_report as write_report
 from .evaluation.compare import compare as compare
 from .evaluation.evaluate import evaluate as evaluate

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from safe_trainer import METHODS, SafetyMethod
+from safe_trainer.data import conversation
+from safe_trainer.methods import Materials
+
 # A training run collects garbage several times, and each time Python walks through all that torch and transformers
 # have imported: three quarters of a tiny run. What exists by now stays anyway, so it need not be looked at again.
 gc.collect()
@@ -59,6 +63,34 @@ def given(folder: object, **changes: Any) -> dict[str, Any]:
     usual = {"model": tiny.model(), "train_dataset": tiny.rows(), "processing_class": tiny.tokenizer()}
     others = {name: value for name, value in changes.items() if name not in config}
     return usual | {"args": settings(folder, **config)} | others
+
+
+HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
+REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
+SHORT = {"rank": 2, "max_steps": 3, "learning_rate": 0.05}
+# What the methods' cards set that does not fit a tiny model, or does nothing in a run of a few steps.
+SMALL: dict[str, dict[str, Any]] = {
+    "asft": {"weight": 0.5},
+    "salora": {"rank": 4, "task_rank": 4},
+    "security_vectors": {"fitting": SHORT},
+    "refusal_anchor": {"answer_tokens": 3},
+    "drift_penalty": {"rank": 8},
+}
+
+
+def method_of(name: str, aligned: str, unaligned: str, **changes: Any) -> SafetyMethod:
+    """Return the method that a card builds, for a tiny model.
+
+    Args:
+        name (`str`): Its name in `METHODS`.
+        aligned (`str`): Path of the aligned model.
+        unaligned (`str`): Path of the same before its alignment.
+        **changes (`Any`): Settings that are to be different.
+    """
+    asked = [row["prompt"][-1]["content"] for row in HARMFUL]
+    materials = Materials(HARMFUL, REFUSED, unaligned, aligned, asked, ["Say it nicely."])
+    method = METHODS[name].card.example(materials)
+    return type(method)(**{**method.settings(), **SMALL.get(name, {}), **changes})
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

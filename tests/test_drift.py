@@ -26,11 +26,10 @@ from safe_trainer import (
     from_json,
     measure_drift,
     testbed,
-    to_html,
 )
 from safe_trainer.analysis.drift import Drift, LayerDrift, Subspaces, adapter_factors, draw
 from safe_trainer.analysis.refusal_direction import RefusalChange, refusal_changes, refusal_directions
-from safe_trainer.evaluation import to_json
+from safe_trainer.evaluation import to_html, to_json
 from safe_trainer.evaluation.prompting import encode
 from safe_trainer.linalg import TopDirections, random_basis
 from safe_trainer.lora.updates import linear_layers, weight

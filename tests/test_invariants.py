@@ -1,11 +1,12 @@
 """What holds for every method in METHODS: an ordinary adapter comes out, and nothing of the method stays behind.
 
-A new method is in all of this as soon as `BUILD` says how to make it for a tiny model.
+A new method is in all of this by its card.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import subprocess
@@ -31,6 +32,7 @@ from runs import (
     given,
     history,
     lora,
+    method_of,
     run,
     weights,
 )
@@ -40,37 +42,21 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTTrainer
 
-from safe_trainer import METHODS, SafeSFTTrainer, SafetyMethod, conversation
+from safe_trainer import METHODS, SafeSFTTrainer, SafetyMethod
 
-HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
-REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]
-
-# For each method, and for variants that go another way through it: from the paths of an aligned model and of the same
-# before its alignment to the method, set so that it has something to do in a run of a few steps.
+# For each method as its card builds it, and for variants that go another way through it: from the paths of an aligned
+# model and of the same before its alignment to the method.
 BUILD: dict[str, Callable[[str, str], SafetyMethod]] = {
-    "asft": lambda aligned, unaligned: METHODS["asft"](unaligned_model=unaligned, weight=0.5),
-    "salora": lambda aligned, unaligned: METHODS["salora"](safety_data=REFUSED, rank=4, task_rank=4),
-    "salora: both sides": lambda aligned, unaligned: METHODS["salora"](
-        safety_data=REFUSED, rank=4, task_rank=0, protect="both"
-    ),
-    "security_vectors": lambda aligned, unaligned: METHODS["security_vectors"](harmful_data=HARMFUL, fitting=SHORT),
-    "refusal_anchor": lambda aligned, unaligned: METHODS["refusal_anchor"](
-        prompts=REFUSED, benign_prompts=["Say it nicely"], answer_tokens=3
-    ),
-    "drift_penalty": lambda aligned, unaligned: METHODS["drift_penalty"](safety_data=REFUSED, rank=8),
+    **{name: functools.partial(method_of, name) for name in METHODS},
+    "salora: both sides": functools.partial(method_of, "salora", task_rank=0, protect="both"),
 }
-SHORT = {"rank": 2, "max_steps": 3, "learning_rate": 0.05}
-VARIANTS = [name for name in BUILD if name.split(":")[0] in METHODS]
+VARIANTS = list(BUILD)
 ENDS: dict[str, BaseException | None] = {
     "well": None,
     "failed": RuntimeError("disk full"),
     "interrupted": KeyboardInterrupt(),
 }
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
-
-
-def test_every_method_is_in_the_matrix():
-    assert METHODS.keys() <= BUILD.keys(), "say in BUILD how to make the new method for a tiny model"
 
 
 @pytest.fixture(scope="module")

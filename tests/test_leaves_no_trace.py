@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from runs import given, lora
+from runs import HARMFUL, REFUSED, given, lora, method_of
 from torch import nn
 
 from safe_trainer import (
@@ -29,20 +29,11 @@ from safe_trainer import (
     train_security_vectors,
 )
 from safe_trainer.analysis.scan import score_rows
-from safe_trainer.data import conversation
 from safe_trainer.evaluation import Decoding
-from safe_trainer.methods import Materials, SafetyMethod
+from safe_trainer.methods import SafetyMethod
 
-HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(4)]
-REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(4)]
 ASKED = PromptSet("asked", "harmful", ("Make a bad thing.", "Make another."))
 SHORT = {"rank": 2, "max_steps": 2}
-# What does not fit a tiny model by default.
-SMALL: dict[str, dict[str, Any]] = {
-    "salora": {"rank": 4, "task_rank": 4},
-    "security_vectors": {"fitting": SHORT},
-    "drift_penalty": {"rank": 4},
-}
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -162,14 +153,6 @@ def pair(tmp_path_factory) -> tuple[str, str]:
     return tiny.save_pair(tmp_path_factory.mktemp("pair"))
 
 
-def built(name: str, pair: tuple[str, str]) -> SafetyMethod:
-    """Return the method that the card builds, with settings that fit a tiny model."""
-    asked = [row["prompt"][-1]["content"] for row in HARMFUL]
-    materials = Materials(HARMFUL, REFUSED, pair[1], pair[0], asked, ["How do I bake bread?"])
-    method = METHODS[name].card.example(materials)
-    return type(method)(**{**method.settings(), **SMALL.get(name, {})})
-
-
 def model_for(method: SafetyMethod, pair: tuple[str, str]) -> Any:
     """Return the adapted model that the trainer would make, in mixed modes."""
     config = method.adapt_peft_config(lora(lora_dropout=0.1))
@@ -186,7 +169,7 @@ def tokens() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_leaves_no_trace_when_it_is_attached_and_when_training_is_over(name, pair):
-    method = built(name, pair)
+    method = method_of(name, *pair)
     model = model_for(method, pair)
     before = state(model)
     method.attach(model, tiny.tokenizer(), tokens())
@@ -207,7 +190,7 @@ def test_a_method_leaves_no_trace_when_it_is_attached_and_when_training_is_over(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_leaves_no_trace_when_training_fails(name, pair):
-    method = built(name, pair)
+    method = method_of(name, *pair)
     model = model_for(method, pair)
     method.attach(model, tiny.tokenizer(), tokens())
     before = state(model)

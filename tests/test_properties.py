@@ -17,7 +17,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from safe_trainer import ReadOptions, conversation, load_rows, stream_rows
+from safe_trainer import ReadOptions, conversation, load_rows
+from safe_trainer.data import stream_rows
 from safe_trainer.recipe import RecipeError, read_recipe
 from safe_trainer.recipe.document import Document, assignment, dotted
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from safe_trainer import Fitting, PromptSet, TrainedVectors, conversation, train_security_vectors
-from safe_trainer.artifacts import VectorFactors, active, row_losses
+from safe_trainer import PromptSet, TrainedVectors, conversation, train_security_vectors
+from safe_trainer.artifacts import Fitting, VectorFactors, active, row_losses
 from safe_trainer.data.encoding import collate, encode_row, encode_rows
 from safe_trainer.lora.updates import linear_layers
 
