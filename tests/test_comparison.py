@@ -27,7 +27,7 @@ from safe_trainer.evaluation import (
 )
 from safe_trainer.evaluation.generate import INTERRUPTED
 from safe_trainer.evaluation.manifest import fingerprint
-from safe_trainer.evaluation.report.tables import further_tables
+from safe_trainer.evaluation.report.content import tables_of
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."
@@ -281,10 +281,10 @@ def test_runs_that_differ_in_their_seed_are_summed_up_as_runs_and_not_as_prompts
     spread = comparison.spread("tuned", "harm")
     assert [rate.count for rate in spread.rates] == [0, 1, 2] and spread.mean == 0.25
     assert str(spread) == str(across_runs([Rate(n, 4) for n in range(3)]))
-    (table,) = further_tables(comparison)
+    table = tables_of(comparison)[-1]
     assert table.head == ("before", "tuned")
-    assert table.rows[0] == ("harm: refused", "100.0 % (4/4)", str(spread))
-    assert further_tables(Comparison(comparison.evaluations)) == []
+    assert [str(cell) for cell in table.rows[0][1]] == ["100.0 % (4/4)", str(spread)]
+    assert len(tables_of(Comparison(comparison.evaluations))) == len(tables_of(comparison)) - 1
     with pytest.raises(ValueError, match="`runs` names `absent`, and the evaluations after the first are"):
         Comparison(comparison.evaluations, runs={"tuned": ("absent",)})
 
@@ -293,7 +293,7 @@ def test_a_run_that_measured_nothing_is_not_taken_for_nought_per_cent():
     silent = judged(HARMFUL, [Answer("", error="too long")] * 4, [PhraseJudge()])
     runs = [evaluation("a", [HELP] * 4), Evaluation("b", (silent, *evaluation("b", [HELP] * 4).results[1:]))]
     comparison = Comparison((evaluation("before", [HELP] * 4), *runs), runs={"both": ("a", "b")})
-    assert further_tables(comparison)[0].rows[0] == ("harm: refused", "0.0 % (0/4)", "not measured")
+    assert [str(cell) for cell in tables_of(comparison)[-1].rows[0][1]] == ["0.0 % (0/4)", "not measured"]
 
 
 def test_two_evaluations_of_one_name_are_refused():

@@ -21,8 +21,7 @@ from safe_trainer.evaluation import (
     to_html,
     token_f1,
 )
-from safe_trainer.evaluation.report.evidence import evidence
-from safe_trainer.evaluation.report.html import SHOWN_FLIPS
+from safe_trainer.evaluation.report.content import SHOWN_FLIPS, evidence
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."
@@ -95,25 +94,25 @@ def test_the_verdict_comes_first_with_refusals_over_refusals_and_tasks():
     text = said(to_html(comparison()))
     assert "tuned ▼ safety eroded" in text
     assert "compliance rate (harm) rose from 0.0 % (0/20) to 55.0 % (11/20)" in text
-    assert "Harmful prompts refused 100.0 % (20/20) → 40.0 % (8/20)" in text
-    assert "Harmless prompts refused 10.0 % (1/10) → 0.0 % (0/10)" in text
-    assert "Harmless prompts answered 90.0 % (9/10) → 100.0 % (10/10)" in text
-    assert "Tasks correct 33.3 % (1/3) → 100.0 % (3/3)" in text
+    assert "Refusal rate (harmful prompts) 100.0 % (20/20) → 40.0 % (8/20)" in text
+    assert "Over-refusal rate (harmless prompts) 10.0 % (1/10) → 0.0 % (0/10)" in text
+    assert "Answered (harmless prompts) 90.0 % (9/10) → 100.0 % (10/10)" in text
+    assert "Task accuracy 33.3 % (1/3) → 100.0 % (3/3)" in text
     assert text.index("Verdict") < text.index("Rates") < text.index("Manifest")
 
 
 def test_the_tables_hold_the_rates():
     rows = {row[0]: row[1:] for row in Page(to_html(comparison())).rows}
-    assert rows["harm: refused"] == ["100.0 % (20/20) [83.9, 100.0]", "40.0 % (8/20) [21.9, 61.3]"]
-    assert rows["harm: complied"][1].startswith("55.0 % (11/20)")
+    assert rows["harm: refusal rate"] == ["100.0 % (20/20) [83.9, 100.0]", "40.0 % (8/20) [21.9, 61.3]"]
+    assert rows["harm: compliance rate"][1].startswith("55.0 % (11/20)")
     assert rows["harm: neither"][1].startswith("5.0 % (1/20)")
-    assert rows["edge: refused"][0].startswith("10.0 % (1/10)")
-    assert rows["sums: correct"][1].startswith("100.0 % (3/3)")
+    assert rows["edge: over-refusal rate"][0].startswith("10.0 % (1/10)")
+    assert rows["sums: task accuracy"][1].startswith("100.0 % (3/3)")
 
 
 def test_the_bars_add_up_and_their_intervals_are_the_rates():
     html = to_html(comparison())
-    svg = re.search(r'aria-label="tuned, refused 40.0 % \(8/20\).*?</svg>', html, re.DOTALL)[0]
+    svg = re.search(r'aria-label="tuned, refusal rate 40.0 % \(8/20\).*?</svg>', html, re.DOTALL)[0]
     parts = [
         (name, float(x), float(w)) for name, x, w in re.findall(r'class="(\w+)" x="([\d.]+)" width="([\d.]+)"', svg)
     ]
@@ -123,9 +122,9 @@ def test_the_bars_add_up_and_their_intervals_are_the_rates():
 
 def test_what_was_not_measured_says_so():
     text = said(to_html(Comparison((evaluation("a", [REFUSAL] * 4), evaluation("b", [HELP] * 4)))))
-    assert "Harmless prompts answered not measured" in text and "Tasks correct not measured" in text
+    assert "Answered (harmless prompts) not measured" in text and "Task accuracy not measured" in text
     assert "Harmless prompts: refusing is wrong. Not measured." in text
-    assert "Refusals against over-refusals" not in text
+    assert "Refusal rate against over-refusal rate" not in text
 
 
 def test_one_model_alone_has_rates_and_no_verdict():
@@ -225,16 +224,16 @@ def test_without_harmful_prompts_nothing_is_concluded():
 
 def test_the_account_says_what_was_tested_judged_missed_and_how_to_repeat_it():
     account = evidence(comparison())
-    assert "harm: 20 prompts that should be refused." in account.tested
-    assert "greedily in at most 64 tokens" in account.tested[-1]
-    assert re.search(r"it finds [\d.]+ % \(\d+/\d+\) of the refusals", account.judges[0])
-    assert "Help with ordinary prompts: no such prompts were asked." in account.untested
-    assert account.command == (
+    assert "harm: 20 prompts that should be refused." in account["tested"]
+    assert "greedily in at most 64 tokens" in account["tested"][-1]
+    assert re.search(r"it finds [\d.]+ % \(\d+/\d+\) of the refusals", account["judges"][0])
+    assert "Help with ordinary prompts: no such prompts were asked." in account["untested"]
+    assert account["command"] == (
         "safe-trainer compare org/model --adapter 'tuned=out one' --prompts harmful=harm --prompts borderline=edge "
         "--prompts task=sums --max-new-tokens 64"
     )
     unknown = replace(comparison().before, manifest={**MANIFEST, "judges": [{"name": "mine", "version": "1"}]})
-    assert evidence(Comparison((unknown,))).judges == ("mine 1: how often it errs has not been measured here.",)
+    assert evidence(Comparison((unknown,)))["judges"] == ["mine 1: its error rate has not been measured here."]
 
 
 def test_several_judges_are_listed_with_their_agreement():

@@ -112,13 +112,13 @@ def test_what_is_no_comparison_is_refused(text, message):
 
 def test_markdown_shows_refusals_over_refusals_and_tasks_in_one_table():
     table = rows(to_markdown(comparison()))
-    assert table["harm: refused"] == ["100.0 % (4/4) [51.0, 100.0]", "25.0 % (1/4) [4.6, 69.9]"]
-    assert table["harm: complied"][1].startswith("50.0 % (2/4)")
+    assert table["harm: refusal rate"] == ["100.0 % (4/4) [51.0, 100.0]", "25.0 % (1/4) [4.6, 69.9]"]
+    assert table["harm: compliance rate"][1].startswith("50.0 % (2/4)")
     assert table["harm: neither"][1].startswith("25.0 % (1/4)")
-    assert table["edge: refused"] == ["50.0 % (1/2) [9.5, 90.5]", "0.0 % (0/2) [0.0, 65.8]"]
-    assert table["sums: correct"][1].startswith("100.0 % (2/2)")
+    assert table["edge: over-refusal rate"] == ["50.0 % (1/2) [9.5, 90.5]", "0.0 % (0/2) [0.0, 65.8]"]
+    assert table["sums: task accuracy"][1].startswith("100.0 % (2/2)")
     assert table["benign"] == ["not measured", "not measured"]
-    assert table["x"] == ["100.0 % (2/2)", "50.0 % (1/2)"]
+    assert [cell.split(" [")[0] for cell in table["x"]] == ["100.0 % (2/2)", "50.0 % (1/2)"]
 
 
 def test_markdown_says_what_changed_how_it_was_measured_and_what_to_mind():

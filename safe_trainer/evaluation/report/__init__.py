@@ -1,18 +1,94 @@
-"""A comparison as files that others can read."""
+"""A comparison as files that others can read: JSON with everything, Markdown for a model card, HTML for people."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
 import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..results import Comparison
 from ..storage import to_json
-from .charts import place
-from .html import to_html
-from .markdown import to_markdown
+from .figures import place
 
-__all__ = ["place", "to_html", "to_markdown", "write_atomically", "write_report"]
+__all__ = ["escape", "place", "to_html", "to_markdown", "write_atomically", "write_report"]
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>#!|~])")
+
+
+def to_html(comparison: Comparison) -> str:
+    """Return the comparison as one HTML document.
+
+    Everything is in the file: no fonts, scripts, styles or pictures from elsewhere, and a Content-Security-Policy that
+    lets nothing but its own script run. Prompts, answers and names are shown as text, whatever they contain; those of
+    harmful sets are blurred until the reader asks for them. Light and dark follow the reader's system.
+
+    Args:
+        comparison (`Comparison`): What to show.
+
+    Example:
+
+    ```python
+    Path("report.html").write_text(to_html(comparison), encoding="utf-8")
+    ```
+    """
+    from markupsafe import Markup
+
+    from .content import content
+
+    # Both go into the page unescaped, which is right: they are ours, and the policy names their hashes.
+    own = {kind: Markup((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")}
+    hashes = {kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for kind, text in own.items()}
+    return str(_environment().get_template("report.html").render(own=own, hashes=hashes, **content(comparison)))
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Return the comparison as Markdown: verdicts, what changed, all rates, how it was measured.
+
+    Prompts and answers are left out. Refusals are listed with over-refusals and tasks; what was not measured says so.
+
+    Args:
+        comparison (`Comparison`): What to show.
+    """
+    from .content import content
+
+    text = str(_environment().get_template("report.md").render(**content(comparison)))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def escape(text: object) -> str:
+    r"""Make a text show as itself in Markdown, also inside a table.
+
+    ```python
+    >>> escape("a|b <img>")
+    'a\\|b \\<img\\>'
+
+    ```
+    """
+    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    def tight(sentence: str) -> str:
+        """Keep numbers and their signs on one line."""
+        return sentence.replace(" %", "\u00a0%").replace("p = ", "p\u00a0=\u00a0").replace("p < ", "p\u00a0<\u00a0")
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=lambda name: name != "report.md",
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": escape, "tight": tight}
+    return environment
 
 
 def write_report(comparison: Comparison, directory: str | Path, name: str = "comparison") -> list[Path]:

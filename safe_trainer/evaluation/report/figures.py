@@ -1,38 +1,18 @@
-"""The geometry of the report's pictures: numbers in, positions out."""
+"""The geometry of the report's figures, which the template draws as inline SVG."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ..results import HEADLINES, Evaluation, SetResult
-from ..statistics import Rate
+from ..results import HEADLINES, RATES, Evaluation, SetResult
 
 _LAYER = re.compile(r"\.(\d+)(?:\.(.+))?$")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One stacked bar, in percent of its width."""
-
-    name: str
-    parts: tuple[dict[str, Any], ...]
-    low: float
-    high: float
-    measured: bool
-    value: str
-    spoken: str
-
-
-def row(name: str, result: SetResult) -> Row:
-    """Return the bar of one model on one prompt set, with the interval of its headline rate.
-
-    Args:
-        name (`str`): The model's name.
-        result (`SetResult`): Its result.
-    """
+def bar(name: str, result: SetResult) -> dict[str, Any]:
+    """Return the stacked bar of one model on one prompt set, in percent of its width, with its headline's interval."""
     headline = HEADLINES[result.prompt_set.kind]
     outcomes = ("correct",) if headline == "correct" else ("refused", "neither", "complied")
     rates = {outcome: result.rate(outcome) for outcome in outcomes}
@@ -41,74 +21,53 @@ def row(name: str, result: SetResult) -> Row:
         width = 100 * rate.value if rate.total else 0.0
         parts.append({"outcome": outcome, "start": _round(start), "width": _round(width)})
         start += width
-    rate = rates[headline]
-    return Row(
-        name=name,
-        parts=tuple(parts),
-        low=_round(100 * rate.low),
-        high=_round(100 * rate.high),
-        measured=rate.total > 0,
-        value=f"{rate} {headline}" if rate.total else str(rate),
-        spoken=", ".join(f"{outcome} {rate.share}" for outcome, rate in rates.items()),
-    )
-
-
-def pooled(evaluation: Evaluation, kinds: Sequence[str], outcome: str) -> Rate:
-    """Add up an outcome's counts over all sets of some kinds."""
-    rates = [result.rate(outcome) for kind in kinds for result in evaluation.of_kind(kind)]
-    return Rate(sum(rate.count for rate in rates), sum(rate.total for rate in rates))
+    rate, names = rates[headline], RATES[result.prompt_set.kind]
+    return {
+        "name": name,
+        "parts": parts,
+        "low": _round(100 * rate.low),
+        "high": _round(100 * rate.high),
+        "measured": rate.total > 0,
+        "value": f"{names[headline]} {rate}",
+        "spoken": ", ".join(f"{names[outcome]} {rate.share}" for outcome, rate in rates.items()),
+    }
 
 
 def plane(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
-    """Place each model by its refusals (up) and over-refusals (right); `None` unless both were measured.
-
-    Args:
-        evaluations (`Sequence[Evaluation]`): The models.
-    """
-    across = next((kinds for kinds in (("borderline",), ("benign",)) if evaluations[0].of_kind(kinds[0])), None)
+    """Place each model by its refusals (up) and over-refusals (right); `None` unless both were measured."""
+    across = next((kind for kind in ("borderline", "benign") if evaluations[0].of_kind(kind)), None)
     if across is None or not evaluations[0].of_kind("harmful"):
         return None
-    dots = []
+    dots: list[dict[str, Any]] = []
     for evaluation in evaluations:
-        up, right = pooled(evaluation, ("harmful",), "refused"), pooled(evaluation, across, "refused")
-        tasks = pooled(evaluation, ("task",), "correct")
+        up, right = evaluation.pooled("refused", "harmful"), evaluation.pooled("refused", across)
+        tasks = evaluation.pooled("correct", "task")
         if up.total and right.total:
-            x, y = _x(right.value), _y(up.value)
+            label = _shortened(evaluation.name)
             dots.append(
                 {
-                    "name": evaluation.name, "x": x, "y": y,
+                    "name": evaluation.name, "x": _x(right.value), "y": _y(up.value),
                     "left": _x(right.low), "right": _x(right.high), "top": _y(up.high), "bottom": _y(up.low),
-                    "label": _shortened(evaluation.name) + (f" · {100 * tasks.value:.0f} %" if tasks.total else ""),
+                    "label": label + (f" · {100 * tasks.value:.0f} %" if tasks.total else ""),
                     "harmful": str(up), "other": str(right), "tasks": str(tasks),
                 }
             )  # fmt: skip
     _label(dots)
     ticks = [{"x": _x(share), "y": _y(share), "label": round(100 * share)} for share in (0, 0.25, 0.5, 0.75, 1)]
-    return {"across": f"{across[0]} prompts", "dots": dots, "ticks": ticks}
+    return {"across": f"{across} prompts", "dots": dots, "ticks": ticks}
 
 
-def heats(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Return a map of weights by layers for each figure of drift that was measured, and for each model in it.
-
-    Args:
-        evaluations (`Sequence[Evaluation]`): The models.
-    """
-    named = {
-        "": {e.name: e.drift for e in evaluations if e.drift},
-        **{
-            figure: {e.name: e.drift_shares[figure] for e in evaluations if figure in e.drift_shares}
-            for figure in dict.fromkeys(figure for e in evaluations for figure in e.drift_shares)
-        },
+def heats(evaluations: Sequence[Evaluation]) -> dict[str, list[dict[str, Any]]]:
+    """Return by figure of drift a table of weights by layers for each model in which it was measured."""
+    names = dict.fromkeys(figure for e in evaluations for figure in e.drift_shares)
+    found = {"": {e.name: e.drift for e in evaluations if e.drift}} | {
+        figure: {e.name: e.drift_shares[figure] for e in evaluations if figure in e.drift_shares} for figure in names
     }
-    return [{"figure": figure, "tables": heat(found)} for figure, found in named.items() if found]
+    return {figure: heat(drifts) for figure, drifts in found.items() if drifts}
 
 
 def heat(drifts: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Arrange each model's drift as a table of weights by layers, on one scale for all.
-
-    Args:
-        drifts (`Mapping[str, Mapping[str, float]]`): By model, ‖ΔW‖ / ‖W‖ by the weight's name.
-    """
+    """Arrange each model's drift as a table of weights by layers, on one scale for all."""
     most = max((ratio for drift in drifts.values() for ratio in drift.values()), default=0.0)
     tables = []
     for name, drift in drifts.items():
