@@ -12,10 +12,16 @@ from safe_trainer.data.formats import (
     format_named,
     format_of,
     format_with,
-    prompt_of,
-    row_of,
     safety_label,
 )
+
+
+def row_of(style, columns):
+    return conversation_of(style, columns).rows()[-1]
+
+
+def prompt_of(style, columns):
+    return conversation_of(style, columns, answered=False).asked()
 
 
 def user(text):
@@ -300,3 +306,12 @@ def test_answers_within_a_prompt_are_context():
 )
 def test_labels_of_answers_are_understood(record, label):
     assert safety_label(record) is label
+
+
+def test_values_of_any_kind_in_memory_are_content_or_none():
+    np = pytest.importorskip("numpy")
+    columns = columns_of(
+        {"prompt": "Hi", "completion": "Hello", "vector": np.ones(3), "none": np.float32("nan"), "n": 0}
+    )
+    found = conversation_of(format_of(columns), columns)
+    assert found.rows() == [row(user("Hi"), answer="Hello")] and found.unused == ["vector", "n"]

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from safe_trainer import ReadOptions, conversation, load_rows
-from safe_trainer.data import stream_rows
 from safe_trainer.recipe import RecipeError, read_recipe
 from safe_trainer.recipe.document import Document, assignment, dotted
 
@@ -84,18 +83,6 @@ def test_what_is_read_and_what_cannot_be_used_add_up_to_what_was_written(rows, p
     assert [trouble.line for trouble in report.examples] == [
         n for n, line in enumerate(lines, 1) if line.endswith("half")
     ][:5]
-
-
-@steady
-@given(pairs, some.sampled_from([".jsonl", ".csv"]))
-def test_rows_that_are_streamed_are_those_that_are_loaded(rows, suffix):
-    content = (
-        as_csv(rows)
-        if suffix == ".csv"
-        else "\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in rows).encode()
-    )
-    path = written(f"rows{suffix}", content)
-    assert list(stream_rows(path)[0]) == list(load_rows(path)[0])
 
 
 @settings(steady, max_examples=150)

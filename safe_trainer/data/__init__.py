@@ -2,44 +2,19 @@
 
 `loaders` gets records out of files and datasets (`parsing` out of their text); `formats` knows what columns mean;
 `reading` has the options and the report; `rows` is the one conversion to training rows, `prompts` that to prompt
-sets; `encoding` turns rows into tokens.
+sets, `suites` has published ones; `encoding` turns rows into tokens.
 """
 
-from .encoding import (
-    Batch,
-    EncodedRow,
-    TemplateError,
-    collate,
-    encode_row,
-    encode_rows,
-)
-from .formats import BadRowError, Columns, Format, Message, Row, conversation_of, row_of
-from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, is_file, is_folder, kind_of, read_records
-from .parsing import Record, RowError, shortened
+from .encoding import Batch, EncodedRow, TemplateError, collate, encode_row, encode_rows
+from .formats import BadRowError, Columns, Format, Row, conversation_of
+from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, is_file, kind_of, read_records
+from .parsing import Record, RowError
 from .prompts import Kind, PromptSet, as_prompts, general_prompts, leaked_rows, load_prompts
 from .reading import DataReport, ReadOptions, converted_records, named, open_source
-from .rows import (
-    as_rows,
-    conversation,
-    labels_of,
-    load_rows,
-    poison,
-    rows_sha256,
-    split_by_label,
-    stream_rows,
-)
+from .rows import as_rows, conversation, labels_of, load_rows, poison, rows_sha256, split_by_label
 from .suites import Suite, load_suite, suites
 
 __all__ = [
-    "Suite",
-    "load_suite",
-    "suites",
-    "conversation_of",
-    "open_source",
-    "named",
-    "as_prompts",
-    "is_folder",
-    "hub_dataset",
     "KINDS",
     "PREFIX",
     "BadRowError",
@@ -50,32 +25,36 @@ __all__ = [
     "Format",
     "HubDataset",
     "Kind",
-    "Message",
     "PromptSet",
     "ReadOptions",
     "Record",
     "Row",
     "RowError",
+    "Suite",
     "TemplateError",
+    "as_prompts",
     "as_rows",
     "collate",
     "conversation",
+    "conversation_of",
     "converted_records",
     "encode_row",
     "encode_rows",
     "encoding_of",
     "general_prompts",
+    "hub_dataset",
     "is_file",
     "kind_of",
     "labels_of",
     "leaked_rows",
     "load_prompts",
     "load_rows",
+    "load_suite",
+    "named",
+    "open_source",
     "poison",
     "read_records",
-    "row_of",
     "rows_sha256",
-    "shortened",
     "split_by_label",
-    "stream_rows",
+    "suites",
 ]

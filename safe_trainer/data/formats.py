@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 from .parsing import shortened
@@ -151,7 +152,7 @@ class Conversation:
 def columns_of(value: Any) -> Columns:
     """Return a record's columns by lower-case name; a bare list is taken for turns, a bare text for a prompt."""
     if isinstance(value, Mapping):
-        found = {str(key).strip().lower(): None if content != content else content for key, content in value.items()}
+        found = {str(key).strip().lower(): None if _is_nan(content) else content for key, content in value.items()}
         if len(found) < len(value):
             raise BadRowError("a column twice", ", ".join(map(str, value)), "names that differ not only in their case")
         return found
@@ -247,16 +248,6 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
     return Conversation(turns, style.whole, [*unused, *inner])
 
 
-def row_of(style: Format, columns: Columns) -> Row:
-    """Return a row to learn from: the last answer is the completion, all before it the prompt."""
-    return conversation_of(style, columns).rows()[-1]
-
-
-def prompt_of(style: Format, columns: Columns) -> Asked:
-    """Return the prompt to examine a model with, and what belongs to it."""
-    return conversation_of(style, columns, answered=False).asked()
-
-
 def safety_label(columns: Columns) -> bool | None:
     """Return whether a record's labels call its answer safe; `None` where there is no label that says so."""
     for name, sign in (("is_safe", True), ("is_unsafe", False), ("is_harmful", False), ("harmful", False)):
@@ -276,7 +267,13 @@ def safety_label(columns: Columns) -> bool | None:
 def _has_content(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
-    return value not in (None, [], {}, False) and value == value
+    if isinstance(value, list | tuple | Mapping):
+        return len(value) > 0
+    return value is not None and value is not False and not _is_nan(value)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, Real) and value != value
 
 
 def _check_meaning(name: str, value: Any) -> None:
@@ -295,7 +292,7 @@ def _text(columns: Columns, name: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value) if value == value else ""
+        return "" if _is_nan(value) else str(value)
     raise BadRowError("wrong type", f"{shortened(value)} in `{name}`", "text")
 
 

@@ -291,7 +291,7 @@ def _load_folder(
 
 
 def _examined(style: Format, columns: Columns) -> tuple[str, str | None, tuple[Message, ...], str | None]:
-    asked = formats.prompt_of(style, columns)
+    asked = formats.conversation_of(style, columns, answered=False).asked()
     category = next((columns[name] for name in _CATEGORIES if columns.get(name)), None)
     if isinstance(category, Mapping):  # BeaverTails: a flag for each category
         category = ", ".join(name for name, flag in category.items() if flag) or "none"

@@ -100,7 +100,6 @@ class DataReport:
         duplicates (`int`): How many of the rows are the same as an earlier one, but for case, punctuation and spaces.
         troubles (`Counter[str]`): How many rows cannot be used, by what is wrong with them.
         examples (`list[RowError]`): The first of these of each kind.
-        kept (`int`): How many of each kind that are.
         notes (`list[str]`): What was guessed about the source.
         unused (`Counter[str]`): Columns with content that is not used, with the number of rows that have it.
         answers (`int`): How many turns by the assistant there are.
@@ -117,7 +116,6 @@ class DataReport:
     duplicates: int = 0
     troubles: Counter[str] = field(default_factory=Counter)
     examples: list[RowError] = field(default_factory=list)
-    kept: int = SHOWN
     notes: list[str] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
     answers: int = 0
@@ -133,7 +131,7 @@ class DataReport:
     def add(self, error: RowError) -> None:
         """Count a row that cannot be used."""
         self.troubles[error.kind] += 1
-        if self.troubles[error.kind] <= self.kept:
+        if self.troubles[error.kind] <= SHOWN:
             self.examples.append(error)
 
     def count(self, conversation: Conversation, rows: list[Row]) -> None:

@@ -24,7 +24,7 @@ from . import formats
 from .formats import Columns, Format, Row
 from .loaders import HubDataset
 from .parsing import Records
-from .reading import SHOWN, DataReport, ReadOptions, Source, converted_records, named, open_source
+from .reading import DataReport, ReadOptions, Source, converted_records, named, open_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,33 +112,6 @@ def _loaded(source: Source, argument: str, options: ReadOptions | None) -> tuple
     for note in opened.report.warnings():
         logger.warning("%s: %s.", opened.report.source, note)
     return rows, opened.report
-
-
-def stream_rows(
-    path: str | Path, options: ReadOptions | None = None, *, kept_troubles: int = SHOWN
-) -> tuple[Iterator[Row], DataReport]:
-    """Read training rows from a source one by one, for a caller who may stop at any of them.
-
-    Args:
-        path (`str` or `Path`): A source, as for [`as_rows`].
-        options ([`ReadOptions`], *optional*): How to read it; left out, everything is found out from the source.
-        kept_troubles (`int`, *optional*, defaults to `5`): How many rows that cannot be used the report keeps of each
-            kind of error; it counts all of them.
-
-    Returns:
-        `tuple[Iterator[Row], DataReport]`: The rows, and a report that is filled in while they go by and complete when
-        they have ended. The iterator raises what [`load_rows`] raises.
-
-    Example:
-
-    ```python
-    rows, report = stream_rows("rows.csv", ReadOptions(on_bad_row="skip"))
-    print(next(rows), report.format)
-    ```
-    """
-    opened = open_source(path, argument="path", options=options)
-    opened.report.kept = kept_troubles
-    return rows_of(opened.records, opened.options, opened.report), opened.report
 
 
 def rows_sha256(rows: Source) -> str:
