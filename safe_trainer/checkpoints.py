@@ -63,10 +63,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_checkpoint(output: str | Path) -> str | None:
-    """Return the last complete checkpoint of a run, or `None` if there is none at all; warn about those after it.
-
-    Args:
-        output (`str` or `Path`): The run's `output_dir`.
+    """Return the last complete checkpoint in a run's `output_dir`, or `None` if there is none at all.
 
     Raises:
         ValueError: If there are checkpoints, but none is complete.
@@ -98,15 +95,7 @@ def _state_of(checkpoint: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def saving(checkpoint: str | Path, is_first_process: bool) -> Iterator[None]:
-    """Surround the saving of a checkpoint; one that cannot be saved is removed, and the error says what to do.
-
-    Args:
-        checkpoint (`str` or `Path`): The folder that is about to be written.
-        is_first_process (`bool`): Whether this process writes what all share: the first of all, or of each machine.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written.
-    """
+    """Surround the saving of a checkpoint; one that cannot be saved is removed, and the error says what to do."""
     checkpoint = Path(checkpoint)
     try:
         if is_first_process:  # one of this name may be left from a run that was resumed from an earlier one
@@ -138,14 +127,8 @@ def _is_of_the_disk(error: Exception) -> bool:
 class RunFingerprint(TrainerCallback, ExportableState):
     """What a run with methods shares with the runs that resume it, saved in each checkpoint's `trainer_state.json`.
 
-    Args:
-        methods (`Sequence[SafetyMethod]`, *optional*): The run's methods, after `attach`. All rows are hashed here, as
-            a file may change or go while the model is trained.
-        strategy ([`~distributed.Strategy`], *optional*): The distributed strategy.
-        processes (`int`, *optional*, defaults to `1`): The number of processes.
-
-    Attributes:
-        content (`dict`): By method its settings and `made_from`, and the launch; JSON, without any data or paths.
+    Made after `attach`, when all rows are hashed: a file may change or go while the model is trained. `content` is
+    JSON: by method its settings and `made_from`, and the launch, without any data or paths.
     """
 
     def __init__(
@@ -172,13 +155,8 @@ class RunFingerprint(TrainerCallback, ExportableState):
 def resolve_checkpoint(wanted: Any, output: str | Path, fingerprint: RunFingerprint, model: nn.Module) -> Any:
     """Return what to resume from, the same in all processes, if the run may resume from it.
 
-    Args:
-        wanted (`bool` or `str`, *optional*): What `train(resume_from_checkpoint=...)` was given. `True` is the last
-            complete checkpoint.
-        output (`str` or `Path`): The run's `output_dir`.
-        fingerprint ([`RunFingerprint`]): The run's own. Without methods the choice is left to transformers, and only
-            a checkpoint that was made with methods is refused.
-        model (`PreTrainedModel` or `PeftModel`): The run's model, to compare its adapter.
+    `wanted` is what `train(resume_from_checkpoint=...)` was given; `True` is the last complete checkpoint. Without
+    methods the choice is left to transformers, and only a checkpoint that was made with methods is refused.
 
     Raises:
         ValueError: If the checkpoint is incomplete, another process does not find it, or it was made with other
@@ -300,16 +278,11 @@ def damaged(checkpoint: str | Path, error: Exception | str) -> str:
 
 
 class GracefulStop(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once a signal has reached one of the processes.
-
-    Attributes:
-        received (`signal.Signals` or `None`): The signal that has reached this process.
-        agreed (`signal.Signals` or `None`): The signal for which all processes stop.
-    """
+    """Ends training after the current step, with a checkpoint, once a signal has reached one of the processes."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.agreed: signal.Signals | None = None
+        self.received: signal.Signals | None = None  # by this process
+        self.agreed: signal.Signals | None = None  # by all
         self._saved = -1  # the step of the last checkpoint
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -329,11 +302,8 @@ class GracefulStop(TrainerCallback):
             args.load_best_model_at_end, args.save_total_limit = False, None
 
     def lacks_checkpoint(self, trainer: Any) -> bool:
-        """Return whether training ended and was to stop, without a checkpoint of its last step.
-
-        So it is if the signal came after the last step, or only the best checkpoints are saved. Where the best model
-        is loaded at the end, it is too late for one.
-        """
+        """Return whether training ended and was to stop, without a checkpoint of its last step."""
+        # The signal came after the last step, or only the best are saved; a best model loaded by now is not the last.
         lacks = self._is_agreed(trainer.args.device) and self._saved < trainer.state.global_step
         return lacks and not trainer.args.load_best_model_at_end
 
@@ -366,10 +336,6 @@ def graceful_stop(trainer: Any, resume_command: str) -> Iterator[GracefulStop]:
     With several processes all stop after the same step, and a second signal changes nothing: their launcher repeats
     the first, and ends them itself if they take too long. A signal that already has a handler, such as that of
     transformers' just-in-time checkpoint, is left to it; outside the main thread all are.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        resume_command (`str`): The command that resumes the run, for messages.
 
     Raises:
         KeyboardInterrupt: When all is done, if Ctrl-C has stopped training.

@@ -174,7 +174,6 @@ def test_a_method_leaves_no_trace_when_it_is_attached_and_when_training_is_over(
     before = state(model)
     method.attach(model, tiny.tokenizer(), tokens())
     method.self_check(model)
-    method.covered_layers(model)
     assert changed(before, state(model)) == set()
     with method.training(model):
         during = state(model)

@@ -152,6 +152,7 @@ class AsFT(PenaltyMethod):
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Load or compute the direction and match it with the trained layers by name."""
         self._updates = adapters.updates(model, self.name, self.scaled)
+        self.covered_layers = list(self._updates)
         self._operators, self._spans, self._energies = {}, {}, []
         if self.projector == "none":
             return
@@ -181,10 +182,6 @@ class AsFT(PenaltyMethod):
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return `‖(I − C) ΔW‖_F²` of each layer."""
         return {name: self._norm_outside(name) for name in self._updates}
-
-    def covered_layers(self, model: nn.Module) -> list[str]:
-        """Return the layers whose update is penalized."""
-        return list(self._updates)
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return for each layer the share of `‖ΔW‖_F²` outside the span of the direction's top `rank` vectors.

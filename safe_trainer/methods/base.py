@@ -22,13 +22,7 @@ LOW_COVERAGE = 0.9
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from; shown on the model card of everything trained with it.
-
-    Args:
-        title (`str`): Title of the paper.
-        arxiv (`str`): arXiv identifier, such as `"2506.08473"`.
-        citation (`str`): BibTeX entry.
-    """
+    """Where a method comes from, for model cards: title, arXiv identifier and BibTeX entry."""
 
     title: str
     arxiv: str
@@ -37,15 +31,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class FormField:
-    """One setting of a method that a form shows.
-
-    Args:
-        name (`str`): The dataclass field that it sets.
-        label (`str`): What the form calls it.
-        minimum, maximum, step (`float`, *optional*): Range of a number, and its increment.
-        choices (`tuple[str, ...]`, *optional*): Values of a selection.
-        help (`str`, *optional*): One sentence next to the field.
-    """
+    """One setting of a method that a form shows: a number with its range, or a selection with its `choices`."""
 
     name: str
     label: str
@@ -61,12 +47,9 @@ class Materials:
     """What a demo, a form or a test has at hand to build a method from; data in any form that methods take.
 
     Args:
-        harmful_data (`Any`): Harmful prompts with answers that comply: rows, or a file.
-        safety_data (`Any`): Harmful prompts with refusals: rows, or a file.
-        unaligned_model (`str`, *optional*): The checkpoint before alignment.
-        aligned_model (`str`, *optional*): The model to fine-tune.
-        harmful_prompts (`Any`, *optional*): Harmful prompts without answers.
-        benign_prompts (`Any`, *optional*): Benign prompts without answers.
+        harmful_data, safety_data (`Any`): Harmful prompts with answers that comply, and with refusals.
+        unaligned_model, aligned_model (`str`, *optional*): The checkpoint before alignment, and the model to train.
+        harmful_prompts, benign_prompts (`Any`, *optional*): Prompts without answers.
     """
 
     harmful_data: Any
@@ -82,11 +65,8 @@ class MethodCard:
     """What users are shown of a method. App cards, demo, recipe schema, docs and test matrix are made from it.
 
     Args:
-        title (`str`): The method's name for readers.
-        summary (`str`): One sentence: what it does.
-        needs (`str`): What the user has to provide.
-        cost (`str`): What it costs, in time, memory and quality.
-        avoid (`str`): When not to use it.
+        title, summary (`str`): The method's name for readers, and one sentence on what it does.
+        needs, cost, avoid (`str`): What the user provides, what it costs, and when not to use it.
         fields (`tuple[FormField, ...]`): The settings that a form shows.
         example (`Callable[[Materials], SafetyMethod]`): Builds the method as the demo uses it.
         needs_unaligned (`bool`, *optional*, defaults to `False`): Whether it needs the checkpoint before alignment.
@@ -104,12 +84,7 @@ class MethodCard:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What a method measured of its own protection at the end of `attach`.
-
-    Args:
-        figures (`Mapping[str, float]`): By name; logged, and shown in the model card and the report.
-        warnings (`tuple[str, ...]`, *optional*): One sentence each where the protection is likely void.
-    """
+    """What a method measured of its own protection: figures by name, and a sentence where it is likely void."""
 
     figures: Mapping[str, float]
     warnings: tuple[str, ...] = ()
@@ -169,6 +144,9 @@ class SafetyMethod:
     provenance: Mapping[str, Any] | None = None
     """What the tensors in use were made from, once the method is attached: the provenance of its basis, direction or
     vectors. Saved with checkpoints, so that a resumed run may give them instead of the data they were made from."""
+    covered_layers: Collection[str] | None = None
+    """Names of the modules (in the base model) whose update the method acts on, once it is attached; `None` for all.
+    The trainer reports which share of the trained parameters this is, and warns below 90 %."""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, as a recipe lists them next to `method`."""
@@ -178,71 +156,49 @@ class SafetyMethod:
         return {name: value for name, (value, default) in found.items() if value is not default and value != default}
 
     def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
-        """Return the PEFT configuration to wrap the model with.
+        """Return the PEFT configuration to wrap the model with, or refuse it.
 
         Args:
             config (`PeftConfig` or `None`): A copy of the user's, free to be changed; `None` where the model is
                 trained in full or is a `PeftModel` already.
-
-        Raises:
-            ValueError: If the method cannot work with it.
         """
         return config
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that the settings do not fit, as far as its layers' names and shapes tell.
 
-        Recipes call it before any weights are loaded; `attach` must refuse the same.
-
-        Args:
-            model (`PreTrainedModel` or `PeftModel`): The model without weights: they are on the meta device.
-
-        Raises:
-            ValueError: With the setting in backticks, and what would fit.
+        Recipes call it with a model on the meta device, before any weights are loaded; `attach` must refuse the same.
         """
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Refuse a distributed strategy under which the method would fail or be wrong.
 
-        Args:
-            strategy ([`~distributed.Strategy`]): The strategy.
-
         Raises:
-            ValueError: With what to use instead. Here for FSDP1, for weights that are split as they are loaded, where
-                no adapter would be saved, for a method that needs weights which are not in memory, for a penalty
-                under ZeRO-3 and for `after_backward` under DeepSpeed.
+            ValueError: With what to use instead.
         """
-        if strategy.name == "FSDP1":
-            raise ValueError(
-                f"{self.name} does not work with FSDP1, which keeps all weights of a layer in one flat piece. Use "
-                "FSDP2: `fsdp_version: 2` in the configuration of accelerate."
-            )
-        if strategy.name == SPLIT_AT_LOADING:
-            raise ValueError(
-                f"{self.name} does not work with {strategy.name} (tensor, expert, context or sequence parallelism, or "
-                "a `distributed_config` of transformers). Load the complete model, and use DDP, FSDP2 or ZeRO-2."
-            )
-        if not strategy.saves_adapter:
-            raise ValueError(
-                f"Under {strategy.name} with this `fsdp_state_dict_type` no adapter would be saved at the end. Set "
-                "`fsdp_state_dict_type: FULL_STATE_DICT` in the configuration of accelerate."
-            )
-        if self.needs_weights and not strategy.has_weights:
-            raise ValueError(
-                f"{self.name} needs the model's weights in every process when training begins, and {strategy.name} "
-                "with this configuration does not have them there. Use FSDP2 with "
-                "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2."
-            )
-        if strategy.name == "ZeRO-3" and overrides(self, "penalty") and not self.penalty_works_with_zero3:
-            raise ValueError(
-                f"{self.name} does not work with ZeRO-3, which has split the weights again when the penalty is "
-                "computed. Use FSDP2 or ZeRO-2."
-            )
-        if strategy.name.startswith("ZeRO") and overrides(self, "after_backward"):
-            raise ValueError(
-                f"{self.name} reads gradients after the backward pass, and DeepSpeed ({strategy.name}) keeps them in "
-                "buffers of its own. Use DDP or FSDP2."
-            )
+        sharding = (
+            "(tensor, expert, context or sequence parallelism, or a `distributed_config` of transformers). Load the "
+            "complete model, and use DDP, FSDP2 or ZeRO-2."
+        )
+        reasons = {
+            "which keeps all weights of a layer in one flat piece. Use FSDP2: `fsdp_version: 2` in the configuration "
+            "of accelerate.": strategy.name == "FSDP1",
+            sharding: strategy.name == SPLIT_AT_LOADING,
+            "with this `fsdp_state_dict_type`: no adapter would be saved. Set `fsdp_state_dict_type: "
+            "FULL_STATE_DICT` in the configuration of accelerate.": not strategy.saves_adapter,
+            "with this configuration: it needs the model's weights in every process when training begins. Use FSDP2 "
+            "with `fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2.": self.needs_weights
+            and not strategy.has_weights,
+            "which has split the weights again when the penalty is computed. Use FSDP2 or ZeRO-2.": (
+                strategy.name == "ZeRO-3" and overrides(self, "penalty") and not self.penalty_works_with_zero3
+            ),
+            "which keeps gradients in buffers of its own after the backward pass. Use DDP or FSDP2.": (
+                strategy.name.startswith("ZeRO") and overrides(self, "after_backward")
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"{self.name} does not work with {strategy.name} {reason}")
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Prepare for this model; called once, when the trainer has been built and before any optimizer exists.
@@ -251,25 +207,11 @@ class SafetyMethod:
             model (`PreTrainedModel` or `PeftModel`): The model that will be trained.
             tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with the chat template in use.
             train_dataset (`Dataset` or `IterableDataset`): The rows as TRL prepared them (`input_ids`, `labels`).
-
-        Raises:
-            ValueError: If the method does not fit the model.
         """
 
     def self_check(self, model: nn.Module) -> SelfCheck:
-        """Measure how strong the protection is likely to be, right after `attach`.
-
-        Args:
-            model (`PreTrainedModel` or `PeftModel`): The model that will be trained.
-        """
+        """Measure how strong the protection is likely to be, right after `attach`."""
         return SelfCheck({})
-
-    def covered_layers(self, model: nn.Module) -> Collection[str] | None:
-        """Return the names of the modules (in the base model) whose update the method acts on; `None` for all.
-
-        The trainer reports which share of the trained parameters this is, and warns below 90 %.
-        """
-        return None
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
@@ -388,10 +330,9 @@ def check_report(method: SafetyMethod, model: nn.Module) -> dict[str, Any]:
 
 def coverage(method: SafetyMethod, model: nn.Module) -> float:
     """Return the share of the trained weights whose update a method acts on."""
-    layers = method.covered_layers(model)
-    if layers is None:
+    if method.covered_layers is None:
         return 1.0
-    within = tuple(f"{layer}." for layer in layers)
+    within = tuple(f"{layer}." for layer in method.covered_layers)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # DeepSpeed's ZeRO-3 leaves an empty tensor in place of a weight that it has split.
     sizes = {
@@ -418,12 +359,7 @@ def default_of(field: Any) -> Any:
 
 
 def check_whole(method: Any, **least: int) -> None:
-    """Make sure that settings are whole numbers, each of at least the number that is given for it.
-
-    Raises:
-        TypeError: If one is not a whole number.
-        ValueError: If one is below its smallest value.
-    """
+    """Refuse settings that are not whole numbers, each of at least the number that is given for it."""
     for name, smallest in least.items():
         value = getattr(method, name)
         if not isinstance(value, Integral) or isinstance(value, bool):
@@ -433,12 +369,7 @@ def check_whole(method: Any, **least: int) -> None:
 
 
 def check_number(method: Any, name: str, usual: str, *, above: float | None = None) -> None:
-    """Make sure that a setting is a finite number of at least 0, or above a bound; `usual` ends the message.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is out of range, infinite or NaN.
-    """
+    """Refuse a setting that is not a finite number of at least 0, or above a bound; `usual` ends the message."""
     value = getattr(method, name)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}. {usual}")
@@ -449,11 +380,7 @@ def check_number(method: Any, name: str, usual: str, *, above: float | None = No
 
 
 def check_choices(method: Any, **choices: Any) -> None:
-    """Make sure that each setting is one of the values that its `Literal` type lists.
-
-    Raises:
-        ValueError: If one is not; lists those that are.
-    """
+    """Refuse settings that are not among the values that their `Literal` type lists."""
     for name, known in choices.items():
         if (value := getattr(method, name)) not in get_args(known):
             raise ValueError(f"`{name}` must be one of {', '.join(get_args(known))}, got {value!r}.")

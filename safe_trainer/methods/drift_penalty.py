@@ -103,6 +103,7 @@ class DriftPenalty(PenaltyMethod):
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Measure or load the layers' inputs at harmful prompts, in units of their outputs' energy."""
         self._updates = adapters.updates(model, self.name)
+        self.covered_layers = list(self._updates)
         layers = {name: layer for name, layer in adapters.linear_layers(model).items() if name in self._updates}
         narrowest = min(layer.shape[1] for layer in layers.values())
         wanted: dict[str, Any] = {"samples": self.samples, "max_length": self.max_length, "seed": self.seed}
@@ -132,10 +133,6 @@ class DriftPenalty(PenaltyMethod):
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return each layer's part of the mean share of the outputs' energy that the update changes."""
         return {name: self._drift(name) / len(self._updates) for name in self._updates}
-
-    def covered_layers(self, model: nn.Module) -> list[str]:
-        """Return the layers whose update is penalized."""
-        return list(self._updates)
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return for each layer the share of its outputs' energy on harmful prompts that the update changes."""

@@ -56,7 +56,7 @@ def _origin(method: SafetyMethod) -> dict[str, Any]:
         found.pop("rank", None)  # of a larger basis a method takes the top directions
     for role in found.keys() & {"aligned", "unaligned"}:
         found[role] = found[role].get("weights_sha256")  # under whatever name they were found
-    return {MADE_FROM: json.loads(_ENCODER.encode(found))} if found else {}
+    return {MADE_FROM: json.loads(_encoded(found))} if found else {}
 
 
 def _as_json(value: Any, may_be_path: bool = False) -> Any:
@@ -68,7 +68,7 @@ def _as_json(value: Any, may_be_path: bool = False) -> Any:
     provenance = getattr(value, "provenance", None)
     if isinstance(provenance, Mapping):  # a direction, a basis, vectors: tensors that know where they come from
         kept = {name: entry for name, entry in provenance.items() if name not in _VOLATILE}
-        return {"kind": type(value).__name__, "sha256": _digest([kept])}
+        return {"kind": type(value).__name__, "sha256": _sha256([kept])}
     if hasattr(value, "tolist"):  # a number or an array of NumPy or torch
         return _as_json(value.tolist())
     if isinstance(value, Mapping):
@@ -76,7 +76,7 @@ def _as_json(value: Any, may_be_path: bool = False) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return _as_json(asdict(value))
     if isinstance(value, Iterable) and isinstance(value, Sized):
-        return {"rows": len(value), "sha256": _digest(value)}
+        return {"rows": len(value), "sha256": _sha256(value)}
     return {"kind": type(value).__name__}  # an iterator that is read once, or something of a user's own
 
 
@@ -102,21 +102,19 @@ def _plain(value: Any) -> Any:
     """Return what JSON does not know as something that it does, the same in every process."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, Mapping):
-        return dict(value)
     if isinstance(value, Set):
-        return sorted(_ENCODER.encode(entry) for entry in value)
-    return _ADDRESS.sub("", repr(value))
+        return sorted(map(_encoded, value))
+    return dict(value) if isinstance(value, Mapping) else _ADDRESS.sub("", repr(value))
 
 
-_ENCODER = json.JSONEncoder(sort_keys=True, default=_plain)
+def _encoded(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=_plain)
 
 
-def _digest(values: Iterable[Any]) -> str:
-    values = _plain(values) if isinstance(values, Set) else values  # a set has another order in every process
+def _sha256(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for value in values:
-        digest.update(_ENCODER.encode(value).encode() + b"\n")
+    for value in _plain(values) if isinstance(values, Set) else values:
+        digest.update(_encoded(value).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""SaLoRA: a LoRA that cannot write into the directions in which a model speaks when it refuses."""
+"""SaLoRA: a LoRA that cannot write into the directions that layers write to when the model refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import linalg as subspace
+from .. import linalg
 from ..artifacts import calibration
 from ..artifacts.calibration import InputTokens, Side
 from ..artifacts.safety_basis import SafetyBasis, check_rank, load_or_measure_basis
@@ -30,35 +30,34 @@ Directions = Literal["safety", "random"]
 
 @dataclass
 class SaLoRA(SafetyMethod):
-    """Safety-alignment preserved LoRA: trains `ΔW = C (B A − B0 A0)`, where `C` removes what refusals are made of.
+    """Safety-alignment preserved LoRA: trains `ΔW = C (B A − B0 A0)`, where `C` removes the directions of refusals.
 
     The *fixed safety module*: with `X_s` a layer's inputs while the aligned model answers harmful prompts safely, and
-    `U_s` the leading left singular vectors of `W X_s`, the projector `C = I − U_s U_sᵀ` lets an update write into all
-    directions but these. The *task-specific initialisation*: with `U_t` the same for the task's rows, and `U_w S_w
+    `U_s` the top left singular vectors of `W X_s`, the projector `C = I − U_s U_sᵀ` lets an update write into all
+    directions but these. The *task-specific initialization*: with `U_t` the same for the task's rows, and `U_w S_w
     V_wᵀ` the rank-r part of `W`, training starts from `B0 = U_t U_tᵀ U_w √S_w` and `A0 = √S_w V_wᵀ`; what they
     contribute is subtracted, so the model is unchanged at step 0. With increments `dA`, `dB` that start at zero,
 
         C (B A − B0 A0)  =  [C dB, C B0] · [A0 + dA ; dA],
 
-    an ordinary LoRA of rank 2r on the untouched base model, and that is what is saved: **the adapter has twice the
-    rank that you gave**, at the same scaling. `compact_adapter` cuts it to the smallest rank that is exact.
+    an ordinary LoRA of rank 2r on the untouched base model: **the saved adapter has twice the rank that you gave**, at
+    the same scaling. `compact_adapter` cuts it to the smallest rank that is exact.
 
-    When to use it: to keep refusals through *benign* fine-tuning. It is not made to stop data that teaches harm;
-    `protect="input"` goes further there. From its SVD start, steps go far: take a lower learning rate than for plain
-    LoRA, and compare with that at the same one. Controls: `rank=0` and `directions="random"`. Biases and
-    `modules_to_save` are trained as always, unprotected.
+    When to use it: to keep refusals through *benign* fine-tuning, with a lower learning rate than for plain LoRA. It
+    is not made to stop data that teaches harm; `protect="input"` goes further there. Controls: `rank=0` and
+    `directions="random"`. Biases and `modules_to_save` are trained as usual, unprotected.
 
     Args:
         rank (`int`, *optional*, defaults to `32`): `r_s`, protected directions of each layer; `0` for none, a control.
-        energy (`float`, *optional*): Of these, only the fewest that hold this share of a layer's energy, e.g. `0.95`.
+        energy (`float`, *optional*): Of these, only the fewest that explain this share of variance, such as `0.95`.
         task_rank (`int`, *optional*, defaults to `32`):
-            `r_t`, directions of the task that `B0` is restricted to. `0` leaves the initialisation out: LoRA's own
-            start, `ΔW = C B A`, and no doubled rank.
+            `r_t`, directions of the task that `B0` is restricted to. `0` is LoRA's own start, `ΔW = C B A`, and no
+            doubled rank.
         safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*): Harmful prompts with refusals, or their file.
         basis ([`SafetyBasis`], `str` or `Path`, *optional*): Instead of these, directions measured before.
         protect (`str`, *optional*, defaults to `"output"`):
             `"output"`: as above, the paper's. `"input"`: `ΔW = (B A − B0 A0)(I − V_s V_sᵀ)`, with `V_s` (d_in x r_s)
-            the layer's leading inputs at the tokens of the *prompts*, which it then reads as before. `"both"`: both.
+            the layer's top input directions at the tokens of the *prompts*. `"both"`: both.
         input_tokens (`str`, *optional*, defaults to `"prompt"`): Tokens of which these are, or `"answer"`, or `"all"`.
         directions (`str`, *optional*, defaults to `"safety"`):
             `"random"` protects as many random directions: the control for the measured ones. Needs no data.
@@ -181,13 +180,14 @@ class SaLoRA(SafetyMethod):
         """Measure or load the directions of every adapted layer, and set `A0` and `B0`."""
         self.check_model(model)
         self._updates = adapters.lora_updates(model, self.name, scaled=False)
+        self.covered_layers = list(self._updates)
         layers = {name: layer for name, layer in adapters.linear_layers(model).items() if name in self._updates}
         self.safety_basis = None
         self._bases = self._protected(model, tokenizer, layers)
         if self._continues:
             self._check_trained()
             return
-        task: dict[str, subspace.TopDirections] = {}
+        task: dict[str, linalg.TopDirections] = {}
         if self.task_rank:
             examples = calibration.examples_from(train_dataset, tokenizer, argument="train_dataset", **self._sampling)
             task = calibration.top_directions(model, layers, examples, rank=self.task_rank)["output"]
@@ -204,18 +204,13 @@ class SaLoRA(SafetyMethod):
         """Return how many directions are protected, and how much of the layers' activity they hold."""
         if not self.rank:
             return SelfCheck({}, ("`rank=0` protects no directions; nothing is protected.",))
-        held = [self._bases[name][side == "input"].shape[1] for name in self._bases for side in self._sides]
-        figures = {"protected directions (mean)": sum(held) / len(held)}
+        places = [(name, side) for name in self._bases for side in self._sides]
+        counts = [self._bases[name][side == "input"].shape[1] for name, side in places]
+        figures = {"protected directions (mean)": sum(counts) / len(counts)}
         if self.safety_basis is not None:
-            shares = [
-                self.safety_basis.side(side)[name].explained_variance for name in self._bases for side in self._sides
-            ]
+            shares = [self.safety_basis.side(side)[name].explained_variance for name, side in places]
             figures["explained variance (mean)"] = sum(shares) / len(shares)
         return SelfCheck(figures)
-
-    def covered_layers(self, model: nn.Module) -> list[str]:
-        """Return the layers whose update is projected."""
-        return list(self._updates)
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return the largest share of a layer's `‖ΔW‖_F` in protected directions, which is of the size of rounding."""
@@ -223,9 +218,9 @@ class SaLoRA(SafetyMethod):
         with torch.no_grad():
             for name, (U_s, V_s) in self._bases.items():
                 B, A = self._updates[name].factors()
-                whole = subspace.product_norm_squared(B, A).clamp(min=1e-30)
+                whole = linalg.product_norm_squared(B, A).clamp(min=1e-30)
                 for inside in ((U_s.to(B.device).mT @ B, A), (B, A @ V_s.to(A.device))):
-                    shares.append((subspace.product_norm_squared(*inside) / whole).sqrt().item())
+                    shares.append((linalg.product_norm_squared(*inside) / whole).sqrt().item())
         return {"salora/leak": max(shares)}
 
     def _rules(self, name: str) -> tuple[nn.Module, nn.Module]:
@@ -246,20 +241,18 @@ class SaLoRA(SafetyMethod):
                     found = self.safety_basis.side(side)[name].top(self.rank, self.energy)
                 else:  # each layer has a seed of its own, so that layers of one shape do not share one subspace
                     seed = self.seed + zlib.crc32(f"{name}.{side}".encode())
-                    found = subspace.random_basis(layer.shape[side == "input"], self.rank, seed)
+                    found = linalg.random_basis(layer.shape[side == "input"], self.rank, seed)
                 bases[name][side == "input"] = found
-        counts = [size for pair in bases.values() for U in pair if (size := U.shape[1])] or [0]
-        logger.info("SaLoRA protects %d to %d directions of a layer.", min(counts), max(counts))
         return {name: (pair[0], pair[1]) for name, pair in bases.items()}
 
     def _start(
-        self, name: str, update: adapters.LoraUpdate, task: subspace.TopDirections | None
+        self, name: str, update: adapters.LoraUpdate, task: linalg.TopDirections | None
     ) -> tuple[Tensor, Tensor]:
         """Return the factors to start from: `[0, C B0]` and `[A0 P ; 0]`, or LoRA's own, `C B` and `A P`."""
         U_s, V_s = self._bases[name]
         if task is None:
             B, A = (factor.cpu() for factor in update.factors())
-            return subspace.outside(B, U_s), subspace.outside(A.mT, V_s).mT
+            return linalg.outside(B, U_s), linalg.outside(A.mT, V_s).mT
         W = adapters.weight(update.layer)
         r = update.layer.r[update.adapter] // 2
         if r > min(W.shape):
@@ -267,9 +260,9 @@ class SaLoRA(SafetyMethod):
                 f"`r` of `LoraConfig` must be at most {min(W.shape)}, the smaller side of `{name}`, got {r}: training "
                 "starts from the rank-r part of the weight. Lower `r`, for this layer in `rank_pattern`."
             )
-        B0, A0 = (factor.cpu() for factor in subspace.balanced_factors(W, r))
+        B0, A0 = (factor.cpu() for factor in linalg.balanced_factors(W, r))
         U_t = task.basis
-        B0, A0 = subspace.outside(U_t @ (U_t.mT @ B0), U_s), subspace.outside(A0.mT, V_s).mT
+        B0, A0 = linalg.outside(U_t @ (U_t.mT @ B0), U_s), linalg.outside(A0.mT, V_s).mT
         return torch.cat([torch.zeros_like(B0), B0], dim=1), torch.cat([A0, torch.zeros_like(A0)])
 
     def _check_trained(self) -> None:

@@ -163,19 +163,15 @@ class SecurityVectors(SafetyMethod):
             "target loss": target,
             "share of harmful rows below the target": report.get("below_target"),
         }
-        figures = {name: value for name, value in named.items() if value is not None}
-        if not report:
-            return SelfCheck(figures, ("these vectors do not say how well they were fitted.",))
+        warning = "" if report else "these vectors do not say how well they were fitted."
         if not report.get("reached_target", True):
-            reached = f"a loss of {report['loss_on']:.3g} on the harmful rows, above the target of {target:.3g}"
-            return SelfCheck(
-                figures,
-                (
-                    f"fitting ended at {reached}: these rows still teach something. Raise "
-                    "`max_passes`, `learning_rate` or `rank` in `fitting`.",
-                ),
+            warning = (
+                f"fitting ended at a loss of {report['loss_on']:.3g} on the harmful rows, above the target of "
+                f"{target:.3g}: these rows still teach something. Raise `max_passes`, `learning_rate` or `rank` in "
+                "`fitting`."
             )
-        return SelfCheck(figures)
+        figures = {name: value for name, value in named.items() if value is not None}
+        return SelfCheck(figures, (warning,) if warning else ())
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
