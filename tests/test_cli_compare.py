@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from safe_trainer.cli import app
-from safe_trainer.cli.asking import check_judges, prompt_sets
+from safe_trainer.cli.options import check_judges, prompt_sets
 from safe_trainer.evaluation import from_json
 from safe_trainer.testbed import ALIGNED
 

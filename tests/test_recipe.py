@@ -26,8 +26,6 @@ from safe_trainer.recipe.document import Document
 from safe_trainer.recipe.load import moved
 from safe_trainer.recipe.run import barely_learned, protection
 from safe_trainer.recipe.schema import recipe_schema
-from safe_trainer.recipe.tokens import count_tokens
-from safe_trainer.recipe.trainer import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -500,7 +498,7 @@ def test_rows_whose_answer_is_cut_away_are_counted_and_named(recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
     result = invoke("train", path, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
-    assert "3 of 8 rows teach nothing: their answer starts after `max_length=64`" in result.stderr
+    assert "the answers of 3 are cut away entirely" in result.stderr and "`max_length=64`" in result.stderr
     assert "(rows 6, 7, 8)" in result.stderr
     plan = json.loads(result.stdout)
     assert plan["lost"] == 3 and 0 < plan["learned"] < 1
@@ -512,22 +510,35 @@ def test_rows_of_which_no_answer_is_left_are_refused(more, recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LONG)))
     result = invoke("train", path, *more)
     assert result.exit_code == 1 and "nothing can be learned" in result.stderr, result.output
-    assert "training.max_length" in result.stderr
+    assert "max_length" in result.stderr
 
 
-def test_earlier_turns_of_the_assistant_count_as_answers_that_are_not_learned(recipe, tmp_path):
+def test_rows_of_methods_say_how_they_are_read(recipe, tmp_path):
+    """Where only some rows of a file are harmful, a recipe says so as it does under `data`."""
+    rows = [{"prompt": f"Do {n}.", "response": "Sure.", "is_safe": n % 2 == 0} for n in range(10)]
+    (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": "labelled.jsonl", "where": {"is_safe": False}, "limit": 3}
+    read = read_recipe(recipe({"safety": {"method": "security_vectors", "harmful_data": source}}))
+    assert len(read.safety[0].harmful_data) == 3
+    (found,) = problems(recipe({"safety": {"method": "security_vectors", "harmful_data": {**source, "wher": 1}}}))
+    assert "safety.harmful_data.wher: " in found and "did you mean `where`?" in found
+    (found,) = problems(recipe({"safety": {"method": "security_vectors", "harmful_data": {"path": "absent.csv"}}}))
+    assert "safety.harmful_data.path: there is no file" in found
+
+
+def test_rows_of_methods_are_read_before_a_model_is_loaded(recipe, tmp_path):
+    (tmp_path / "harmful.jsonl").write_text('{"prompt": "Harm.", "completion": "Sure."}\n{"prompt": 3}\n')
+    path = recipe({"safety": {"method": "security_vectors", "harmful_data": "harmful.jsonl"}})
+    result = invoke("train", path, "--dry-run")
+    assert result.exit_code == 1 and "harmful.jsonl" in result.stderr and "line 2" in result.stderr
+
+
+def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(recipe):
     from safe_trainer.recipe.sources import load_data
 
-    turns = ["What is a tree?", "A plant with a trunk.", "And a shrub?", "Smaller."]
-    row = {"messages": [{"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, turns, strict=True)]}
-    path = recipe()
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    read = read_recipe(path)
-    loaded = load_data(read)
-    if len(loaded.rows) > 1:
-        pytest.skip("each answer of a conversation is a row of its own")
-    counted = count_tokens(read, loaded.rows, arguments(read))
-    assert counted.learned_share < 1 and "of the answers' tokens are learned" in counted.messages()[-1]
+    asked = {"kind": "harmful", "path": "ask.csv", "system_prompt": "Be brief.", "template": "AOA: {prompt}"}
+    (found,) = load_data(read_recipe(recipe({"evaluation": {"prompts": [asked]}}))).prompt_sets
+    assert (found.system_prompt, found.template) == ("Be brief.", "AOA: {prompt}")
 
 
 def test_a_dry_run_counts_the_text_part_of_a_model_for_images_and_text(recipe, tmp_path):

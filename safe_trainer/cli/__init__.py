@@ -10,15 +10,13 @@ from typing import Annotated
 import typer
 
 from .app import app as serve_app
-from .card import card
+from .artifacts import basis, direction, vectors
 from .compare import compare, evaluate
-from .direction import direction
+from .console import CommandGroup
+from .demo import demo, testbed_app
 from .drift import drift
-from .embedded import demo, testbed_app
-from .export import export
-from .measuring import basis, vectors
+from .publish import card, export
 from .scan import scan
-from .shell import CommandGroup
 from .train import train
 
 __all__ = ["app"]
@@ -27,16 +25,14 @@ app = typer.Typer(
     cls=CommandGroup,
     name="safe-trainer",
     help="Fine-tune an aligned chat model without fine-tuning its safety away, and see what changed.",
-    epilog="Start with: safe-trainer demo",
+    epilog="Compare any adapter with its base: safe-trainer compare BASE --adapter DIR. Offline: safe-trainer demo",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,  # locals may hold prompts, paths and tokens
 )
-app.command(epilog="Example: safe-trainer demo --quick --methods asft")(demo)
+app.command(epilog="Example: safe-trainer compare Qwen/Qwen2.5-0.5B-Instruct --adapter out")(compare)
 app.command(epilog="Example: safe-trainer train recipes/testbed/asft.yaml --set training.max_steps=50")(train)
-app.command(
-    epilog="Example: safe-trainer compare Qwen/Qwen2.5-0.5B-Instruct --adapter tuned=out --prompts harmful=asked.csv"
-)(compare)
+app.command(epilog="Example: safe-trainer demo --quick --methods asft")(demo)
 app.command(epilog="Example: safe-trainer evaluate Qwen/Qwen2.5-0.5B-Instruct --prompts harmful=asked.csv")(evaluate)
 app.command(
     epilog="Example: safe-trainer direction Qwen/Qwen2.5-0.5B-Instruct Qwen/Qwen2.5-0.5B -o direction.safetensors"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
 import typer
 
-from .shell import errors, pairs
+from .console import errors, pairs
 
 PASSWORD = "SAFE_TRAINER_PASSWORD"  # noqa: S105, the name of a variable
 
@@ -29,7 +30,7 @@ def app(
         list[str] | None, typer.Option("--model", help="A model on disk, as NAME=FOLDER; may be repeated.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Where to keep files; by default they go when the app ends.", file_okay=False)
+        Path | None, typer.Option(help="Where to keep files; by default they are deleted at the end.", file_okay=False)
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the browser.")] = True,
 ) -> None:
@@ -42,16 +43,32 @@ def app(
     server = _server()
 
     def say(address: str) -> None:
-        errors.print(f"The app is at {address} until Ctrl-C.", soft_wrap=True)
+        errors.print(f"The app runs at {address}. Press Ctrl-C to stop it.", soft_wrap=True)
 
     server.serve(host, port, password=password, models=models, folder=folder, browser=browser, on_ready=say)
 
 
 def _server() -> ModuleType:
-    """Find the app: in the installed package, or beside it in a checkout."""
+    """Return the app's server: of the app that was installed with this package, or of the checkout it is part of.
+
+    The checkout's app is found by its path, since another package may have its name.
+    """
     if find_spec("gradio") is None:
-        raise ValueError("The app needs Gradio. Install it with: pip install 'safe-trainer[app]'")
-    for name in ("safe_trainer.app", "app"):
-        if find_spec(name) is not None:
-            return import_module(f"{name}.server")
-    raise ValueError("The app is not part of this installation. Install safe-trainer from its wheel or a checkout.")
+        raise ValueError("The app needs Gradio. In a checkout of safe_trainer, install it with: pip install '.[app]'")
+    package = Path(__file__).parents[1]
+    if (package / "app" / "server.py").is_file():
+        return import_module("safe_trainer.app.server")
+    checkout = package.parent
+    if not ((checkout / "app" / "server.py").is_file() and (checkout / "pyproject.toml").is_file()):
+        raise ValueError(
+            "The app is not part of this installation. Install safe_trainer from a checkout or its wheel."
+        )
+    init = checkout / "app" / "__init__.py"
+    if getattr(sys.modules.get("app"), "__file__", None) != str(init):
+        for name in [name for name in sys.modules if name == "app" or name.startswith("app.")]:
+            del sys.modules[name]
+        spec = spec_from_file_location("app", init, submodule_search_locations=[str(init.parent)])
+        assert spec is not None and spec.loader is not None  # the file is there
+        sys.modules["app"] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["app"])
+    return import_module("app.server")

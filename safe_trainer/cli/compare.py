@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .asking import (
+from .console import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
+from .options import (
     BatchSize,
     Judges,
     MaxNewTokens,
     Prompts,
+    PromptSystem,
+    PromptTemplate,
     Suites,
     SystemPrompt,
     check_folder,
     check_judges,
+    check_model,
     load_judges,
     load_model,
     prompt_sets,
 )
-from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
     from ..analysis.drift_monitor import DriftFigures
@@ -35,12 +38,12 @@ def compare(  # noqa: PLR0913, each is an option with a name
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=FOLDER of an adapter that was trained on it; may be given several times. One name given "
-            "several times is several training runs, which are summed up."
+            help="FOLDER or NAME=FOLDER of an adapter that was trained on it, by any program; may be repeated. One "
+            "name given several times is several training runs, which are summed up."
         ),
     ] = None,
     tuned_model: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER of a whole model that was made from it; as --adapter.")
+        list[str] | None, typer.Option(help="FOLDER or NAME=FOLDER of a full fine-tuned model; as --adapter.")
     ] = None,
     prompts: Prompts = None,
     suite: Suites = None,
@@ -55,6 +58,8 @@ def compare(  # noqa: PLR0913, each is an option with a name
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
     system_prompt: SystemPrompt = None,
+    prompt_system: PromptSystem = None,
+    prompt_template: PromptTemplate = None,
     max_harmful_rise: Annotated[
         float | None, typer.Option(min=0, help=_LIMIT.format("compliance with harmful prompts rises"))
     ] = None,
@@ -67,14 +72,18 @@ def compare(  # noqa: PLR0913, each is an option with a name
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a model the same prompts before and after fine-tuning, and show what changed."""
+    """Ask a model the same prompts before and after fine-tuning, and show what changed.
+
+    Works for any LoRA adapter or model, also one trained elsewhere. Without --prompts, built-in prompts are asked.
+    """
     adapters, models = _grouped(adapter, "--adapter"), _grouped(tuned_model, "--tuned-model")
     _check_names([*adapters, *models])
     judges = check_judges(judge)
-    sets = prompt_sets(prompts, model, suite)
+    check_model("MODEL", model)
+    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template)
     for option, given, what in (("--adapter", adapters, "adapter"), ("--tuned-model", models, "model")):
         for source in (source for sources in given.values() for source in sources):
-            check_folder(option, source, what)
+            (check_model if what == "model" else check_folder)(option, source)
 
     quiet_libraries()
     from ..analysis.drift_monitor import DriftFigures
@@ -95,16 +104,17 @@ def compare(  # noqa: PLR0913, each is an option with a name
 
 
 def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
-    """Collect the folders that are given under each name."""
+    """Collect the folders that are given under each name; a folder without a name is named after itself."""
     found: dict[str, list[str]] = {}
-    for name, folder in pairs(listed or [], option, "tuned=out/adapter"):
+    named = [item if "=" in item else f"{Path(item).resolve().name}={item}" for item in listed or []]
+    for name, folder in pairs(named, option, "tuned=out/adapter"):
         found.setdefault(name, []).append(folder)
     return found
 
 
 def _check_names(names: list[str]) -> None:
     if not names:
-        problem = "name what was fine-tuned, as in --adapter tuned=out (or --tuned-model tuned=out)."
+        problem = "name what was fine-tuned, as in --adapter out (or --tuned-model out)."
         raise typer.BadParameter(problem, param_hint="'--adapter'")
     if len(set(names)) < len(names):
         raise typer.BadParameter("an adapter and a model have the same name.", param_hint="'--tuned-model'")
@@ -118,31 +128,41 @@ def _compared(
     judges: list[tuple[str, str]],
     drift: DriftFigures,
 ) -> Comparison:
-    """Examine the base with each adapter, then each whole model, which takes the place of the one before it."""
+    """Examine the base with each adapter, then what brings its own tokenizer and each whole model, one at a time."""
     from ..evaluation import compare as compare_adapters
     from ..evaluation import evaluate as evaluate_model
 
-    loaded_judges = load_judges(judges)
+    settings = {key: value for key, value in asked.items() if key != "prompt_sets"} | {"judges": load_judges(judges)}
     base, tokenizer = load_model(model)
-    sources: dict[str, Any] = {name: paths if len(paths) > 1 else paths[0] for name, paths in adapters.items()}
-    settings = {key: value for key, value in asked.items() if key != "prompt_sets"}
-    comparison = compare_adapters(
-        base, tokenizer, asked["prompt_sets"], sources, judges=loaded_judges, drift=drift, **settings
-    )
-    if comparison.interrupted:
-        return comparison
+    alone = {n: paths for n, paths in adapters.items() if any(_brings_tokenizer(path, tokenizer) for path in paths)}
+    together: dict[str, Any] = {
+        n: paths if len(paths) > 1 else paths[0] for n, paths in adapters.items() if n not in alone
+    }
+    comparison = compare_adapters(base, tokenizer, asked["prompt_sets"], together, drift=drift, **settings)
     del base
     evaluations, runs = list(comparison.evaluations), dict(comparison.runs)
-    for name, paths in models.items():
+    for name, paths in [] if comparison.interrupted else [*alone.items(), *models.items()]:
         names = [f"{name}, run {number}" for number in range(1, len(paths) + 1)] if len(paths) > 1 else [name]
         if len(paths) > 1:
             runs[name] = tuple(names)
         for run, path in zip(names, paths, strict=True):
-            whole, tokenizer = load_model(path)
-            evaluations.append(
-                evaluate_model(whole, tokenizer, asked["prompt_sets"], name=run, judges=loaded_judges, **settings)
-            )
+            tuned, its_tokenizer = load_model(model, path) if name in alone else load_model(path)
+            found = evaluate_model(tuned, its_tokenizer, asked["prompt_sets"], name=run, **settings)
+            if name in alone:
+                figures = drift(tuned, its_tokenizer, path)
+                found = dataclasses.replace(found, drift=figures.pop("relative", {}), drift_shares=figures)
+            evaluations.append(found)
     return dataclasses.replace(comparison, evaluations=tuple(evaluations), runs=runs)
+
+
+def _brings_tokenizer(adapter: str, tokenizer: Any) -> bool:
+    """Return whether a tokenizer with another vocabulary or chat template is saved next to an adapter."""
+    if not (Path(adapter) / "tokenizer_config.json").is_file():
+        return False
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(adapter)
+    return len(own) != len(tokenizer) or own.chat_template not in (None, tokenizer.chat_template)
 
 
 def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
@@ -151,7 +171,7 @@ def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
 
     if output is not None:
         files = write_report(comparison, output)
-        errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+        errors.print(f"Wrote {', '.join(map(str, files))}", markup=False, soft_wrap=True)
     if as_json:
         print_json(summary(comparison))
         return
@@ -180,19 +200,22 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
     system_prompt: SystemPrompt = None,
+    prompt_system: PromptSystem = None,
+    prompt_template: PromptTemplate = None,
     as_json: Json = False,
 ) -> None:
     """Ask one model, and show how often it refuses and how often it is right."""
     judges = check_judges(judge)
-    sets = prompt_sets(prompts, model, suite)
+    check_model("MODEL", model)
+    if adapter is not None:
+        check_folder("--adapter", adapter)
+    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template)
 
     quiet_libraries()
     from ..evaluation import agreements
     from ..evaluation import evaluate as evaluate_model
 
-    examined, tokenizer = load_model(model)
-    if adapter is not None:
-        examined.load_adapter(adapter)
+    examined, tokenizer = load_model(model, adapter)
     with progress_bar("Asking the model") as show:
         found = evaluate_model(
             examined,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .asking import check_folder, prompt_sets
-from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .console import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .options import check_folder, check_model, prompt_sets
 
 if TYPE_CHECKING:
     from ..analysis.drift import Drift
@@ -49,7 +49,8 @@ def drift(  # noqa: PLR0913, each is an option with a name
     A layer's drift is ‖ΔW‖/‖W‖, the size of its change beside that of its weight.
     Linear layers are counted; embeddings, norms and the output head are not.
     """
-    check_folder("tuned", tuned, "model")
+    check_model("BASE", base)
+    check_folder("TUNED", tuned, "model")
     quiet_libraries()
     from ..analysis.drift import measure_drift, write_drift
 
@@ -58,7 +59,7 @@ def drift(  # noqa: PLR0913, each is an option with a name
         found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=show)
     if output is not None:
         files = [found.save(output / "drift.json"), write_drift(found, output, f"Drift of {Path(tuned).name}")]
-        errors.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+        errors.print(f"Wrote {', '.join(map(str, files))}", markup=False, soft_wrap=True)
     if as_json:
         print_json(found.to_dict())
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .shell import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
+from .console import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
     from ..analysis.scan import ScanResult

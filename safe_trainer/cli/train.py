@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .shell import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .console import Json, console, errors, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
     from ..methods import SafetyMethod
@@ -128,7 +128,7 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         "model": recipe.parts.model.path,
         "protected by": "\n".join(map(_described, recipe.safety)) or "nothing: plain fine-tuning",
         "rows": f"{made.rows:,}",
-        "tokens": f"{made.tokens:,} per epoch; {made.learned:.1%} of the answers' tokens are learned; "
+        "tokens": f"{made.tokens:,} per epoch; {_share(made.learned)} of the answers' tokens are learned; "
         f"{made.cut:.1%} of the rows are cut off at `max_length`",
         "steps": f"{made.steps:,} on {made.processes} process{'es' if made.processes > 1 else ''}",
         "learning rate": f"{made.learning_rate:g}{_default_rate(recipe)}",
@@ -142,6 +142,10 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         table.add_row(name, fact)
     console.print(table)
     console.print("Nothing was trained. Leave out --dry-run to start.")
+
+
+def _share(value: float | None) -> str:
+    return "an unknown share" if value is None else f"{value:.1%}"
 
 
 def _default_rate(recipe: Recipe) -> str:

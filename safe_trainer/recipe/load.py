@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from ..data import KINDS, PREFIX, is_file, kind_of
 from .document import Document, Place, RecipeError, assignment, did_you_mean
 from .fields import Hints, check_field, is_torch_loaded, method_fields, peft_fields, short, training_fields
-from .schema import NOT_UNDER_PEFT, NOT_UNDER_TRAINING, PARTS, RecipePart
+from .schema import NOT_UNDER_PEFT, NOT_UNDER_TRAINING, PARTS, RecipePart, SourcePart
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -145,7 +145,9 @@ def _check_settings(
     elsewhere, checked = elsewhere or {}, {}
     known = {name: hint for name, hint in known.items() if name not in elsewhere}
     for name, value in settings.items() if isinstance(settings, dict) else ():
-        if name in known:
+        if name in known and place[0] == "safety" and _is_data(name, value):
+            right, message = _data_source(value, (*place, name), document), None
+        elif name in known:
             right, message = check_field(name, value, known[name], in_range=place[0] != "safety")
         else:
             right, message = None, elsewhere.get(name) or f"unknown setting; {did_you_mean(name, known)}"
@@ -154,6 +156,20 @@ def _check_settings(
         else:
             document.problem((*place, name), message)
     return checked
+
+
+def _data_source(value: dict[str, Any], place: Place, document: Document) -> SourcePart | None:
+    """Return the source of a method's rows."""
+    try:
+        return SourcePart.model_validate(value)
+    except ValidationError as error:
+        for found in error.errors():
+            inner = (*place, *found["loc"])
+            hint = (
+                f"; {did_you_mean(inner[-1], SourcePart.model_fields)}" if found["type"] == "extra_forbidden" else ""
+            )
+            document.problem(inner, f"{found['msg'].removeprefix('Value error, ')}{hint}, got {short(found['input'])}")
+    return None
 
 
 def _check_training(values: dict[str, Any], document: Document) -> dict[str, Any]:
@@ -210,6 +226,7 @@ def _make_methods(
     methods: list[SafetyMethod] = []
     for place, name, settings in entries:
         try:
+            settings = {key: _rows_of(value, key) for key, value in settings.items()}
             made = _recommended(values, **settings) if name == "recommended" else [METHODS[name](**settings)]
         except (ValueError, TypeError, OSError) as error:
             hint = "" if "safety" in values else " Or write `safety: null` to train without protection."
@@ -226,6 +243,15 @@ def _make_methods(
                 document.problem((*place, "method"), f"`{twice}` is listed a second time")
             methods.append(method)
     return methods
+
+
+def _rows_of(value: Any, name: str) -> Any:
+    """Return the rows of a source that says how it is read; other settings as they are."""
+    if not isinstance(value, SourcePart):
+        return value
+    from ..data import as_rows
+
+    return as_rows(value.source(), argument=name, options=value.options())[0]
 
 
 def _recommended(values: dict[str, Any], harmful_data: str | None = None) -> list[SafetyMethod]:
@@ -270,6 +296,8 @@ def _is_path(value: str, place: Place, folder: Path) -> bool:
         return False
     if value.startswith(("./", "../")) or keys in _FILES:
         return True
+    if keys[0] == "safety" and keys[-1] == "path":
+        return True
     if len(keys) > 1 and keys[-1] != "method" and keys[0] in ("safety", "training", "peft"):
         suffixes = [suffix.lower() for suffix in Path(value).suffixes if suffix.lower() != ".gz"]
         return suffixes[-1:] != [] and suffixes[-1] in (*KINDS, ".safetensors") or (
@@ -295,30 +323,37 @@ def _check_files(values: dict[str, Any], document: Document) -> None:
 
     for place, source in _named(values):
         for key, value in source.items():
-            if not isinstance(value, str):
-                continue
-            is_given = value.startswith(("/", "~"))
-            if key in ("path", "hub") and (place[0] == "model" or key == "hub"):
-                if is_given and not _is_folder(value):
-                    document.problem((*place, key), f"there is no folder `{value}`")
-            elif key == "path" and not (place[0] == "evaluation" and _is_folder(value)):
-                _explained(document, (*place, key), lambda path=value: _check_data_file(path))  # type: ignore[misc]
-            elif is_given and not _exists(value):
-                hint = f"; `safe-trainer {key}` makes one" if key in ARTIFACTS else ""
-                document.problem((*place, key), f"there is no file or folder `{value}`{hint}")
-            elif key in ARTIFACTS and _exists(value):
-                _explained(document, (*place, key), lambda path=value, key=key: _check_artifact(path, key))  # type: ignore[misc]
+            if isinstance(value, str) and (problem := _file_problem(place, key, value)):
+                document.problem((*place, key), problem)
         settings = {name: source[name] for name in ("format", "columns") if source.get(name) is not None}
-        if settings and place[0] != "safety":
-            made = (*place, next(iter(settings)))
-            _explained(document, made, lambda settings=settings: ReadOptions(**settings).chosen_format())  # type: ignore[misc]
+        if settings and ("path" in source or "hub" in source):
+            try:
+                ReadOptions(**settings).chosen_format()
+            except (ValueError, TypeError, AttributeError) as error:
+                document.problem((*place, next(iter(settings))), str(error))
 
 
-def _explained(document: Document, place: Place, check: Callable[[], object]) -> None:
+def _file_problem(place: Place, key: str, value: str) -> str:
+    """Return what is wrong with the file or folder that a key names; an empty text if nothing is."""
+    is_given = value.startswith(("/", "~"))
+    if key == "hub" or (place, key) == (("model",), "path"):
+        if is_given and not _is_folder(value):
+            return f"there is no folder `{value}`"
+        return model_problem(value) if key == "path" else ""
     try:
-        check()
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        document.problem(place, str(error))
+        if key == "path" and not (place[0] == "evaluation" and _is_folder(value)):  # a folder of prompts by category
+            _check_data_file(value)
+        elif key != "path" and is_given and not _exists(value):
+            return f"there is no file or folder `{value}`" + _makes(key)
+        elif key in ARTIFACTS and _exists(value):
+            _check_artifact(value, key)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _makes(key: str) -> str:
+    return f"; `safe-trainer {key}` makes one" if key in ARTIFACTS else ""
 
 
 def _check_data_file(path: str) -> None:
@@ -351,6 +386,32 @@ def _check_artifact(path: str, key: str) -> None:
         raise ValueError(f"`{path}` is {found}, not {ARTIFACTS[key]}; `safe-trainer {key}` makes them")
 
 
+def model_problem(source: str) -> str:
+    """Return what is wrong with the folder of a model, as far as its files tell; an empty text if nothing is.
+
+    Args:
+        source (`str`): Folder or Hub id; of an id nothing is known.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return f"`{source}` is a file, not the folder of a model" if folder.is_file() else ""
+    if not any(folder.iterdir()):
+        return f"the folder `{source}` is empty"
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return f"`{source}` is an adapter, not a model: give its base model here, and the adapter as such"
+    if not (folder / "config.json").is_file():
+        return f"the folder `{source}` holds no model: there is no config.json in it"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except SafetensorError as error:
+            return f"the weights `{file}` are incomplete or damaged ({error}). Save or download the model again"
+    return ""
+
+
 def _named(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Yield each mapping that names files, with its place."""
     evaluation = values.get("evaluation")
@@ -361,8 +422,17 @@ def _named(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
         (("monitor",), values.get("monitor")),
         (("safety",), values.get("safety")),
     ):
-        if isinstance(found, dict):
-            yield place, found
-        for position, source in enumerate(found if isinstance(found, list) else ()):
+        listed = [
+            (place, found),
+            *(((*place, n), item) for n, item in enumerate(found if isinstance(found, list) else ())),
+        ]
+        for inner, source in listed:
             if isinstance(source, dict):
-                yield (*place, position), source
+                yield inner, source
+                rows = source.items() if place == ("safety",) else ()
+                yield from (((*inner, key), data) for key, data in rows if _is_data(key, data))
+
+
+def _is_data(key: str, value: Any) -> bool:
+    """Return whether a method's setting is rows with options for how they are read, as under `data`."""
+    return key.endswith("_data") and isinstance(value, dict)

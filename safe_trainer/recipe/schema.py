@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..data import Kind
+from ..data import HubDataset, Kind, ReadOptions
 from .fields import json_schema, method_fields, peft_fields, training_fields
 
 
@@ -41,6 +41,10 @@ class ReadingPart(Part):
         "last", description="Which answers of a conversation are learned; all makes a row of each."
     )
 
+    def options(self) -> ReadOptions:
+        """Return how the source is to be read."""
+        return ReadOptions(**{name: getattr(self, name) for name in ReadingPart.model_fields})
+
 
 class SourcePart(ReadingPart):
     """A file, or a dataset on the Hub."""
@@ -62,6 +66,13 @@ class SourcePart(ReadingPart):
         if self.path is not None and (self.subset or "split" in self.model_fields_set):
             raise ValueError("`subset` and `split` are of a dataset on the Hub; a file, in `path`, has none")
         return self
+
+    def source(self) -> str | HubDataset:
+        """Return the file or dataset."""
+        if self.path is not None:
+            return self.path
+        assert self.hub is not None  # the validator has seen to it that there is one
+        return HubDataset(self.hub, self.subset, self.split)
 
 
 class DataPart(SourcePart):
@@ -173,11 +184,14 @@ def recipe_schema() -> dict[str, Any]:
     methods = []
     for name, hints in method_fields().items():
         method = json_schema(hints)
+        for key in [key for key in method["properties"] if key.endswith("_data")]:
+            method["properties"][key] = {"anyOf": [method["properties"][key], {"$ref": "#/$defs/SourcePart"}]}
         method["properties"] = {"method": {"const": name}, **method["properties"]}
         title = METHODS[name].name if name in METHODS else name
         methods.append({**method, "title": title, "required": ["method"]})
     one = {"anyOf": methods}
     schema = RecipePart.model_json_schema()
+    schema["$defs"]["SourcePart"] = SourcePart.model_json_schema()
     properties = schema["properties"]
     properties["training"] |= json_schema(training_fields(), NOT_UNDER_TRAINING)
     peft = {"anyOf": [json_schema(peft_fields(), NOT_UNDER_PEFT), {"type": "null"}]}

@@ -1,16 +1,15 @@
-"""The data of a recipe: training rows of all sources, and the prompts that the model is asked."""
+"""The data of a recipe: training rows of all sources, the methods' rows, and the prompts that the model is asked."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import (
     DataReport,
-    HubDataset,
     PromptSet,
-    ReadOptions,
+    as_rows,
     general_prompts,
     leaked_rows,
     load_prompts,
@@ -19,10 +18,10 @@ from ..data import (
 )
 from .fitting import adapted, skeleton
 from .load import Recipe
-from .schema import ReadingPart, SourcePart
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ def load_data(recipe: Recipe) -> LoadedData:
     _check_model(recipe)
     reports: list[DataReport] = []
     rows = _training_rows(recipe, reports)
+    reports += _method_reports(recipe)
     sets = []
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
         if part.built_in is not None:
@@ -67,12 +67,21 @@ def load_data(recipe: Recipe) -> LoadedData:
         elif part.suite is not None:
             found = load_suite(part.suite, part.path, kinds=(part.kind,), limit=part.limit)[0]
         else:
-            found, report = load_prompts(source_of(part), part.kind, part.name, reading_of(part))
+            found, report = load_prompts(part.source(), part.kind, part.name, part.options())
             reports.append(report)
-        said = {name: getattr(part, name) for name in ("name", "system_prompt", "template")}
-        sets.append(replace(found, **{name: value for name, value in said.items() if value is not None}))
+        framed = {key: v for key in ("name", "system_prompt", "template") if (v := getattr(part, key)) is not None}
+        sets.append(replace(found, **framed))
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
     return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
+
+
+def _method_reports(recipe: Recipe) -> list[DataReport]:
+    """Read the rows that methods are given by file, so that a fault in them is known before a model is loaded."""
+    files: dict[str, str] = {}
+    for method in recipe.safety:
+        settings = {name: value for name, value in vars(method).items() if name.endswith("_data")}
+        files |= {str(value): name for name, value in settings.items() if isinstance(value, str | Path)}
+    return [as_rows(source, argument=name)[1] for source, name in files.items()]
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -100,7 +109,7 @@ def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
     seed = recipe.training.get("seed", 42)
     parts: list[Dataset] = []
     for source in recipe.parts.data:
-        rows, report = load_rows(source_of(source), reading_of(source))
+        rows, report = load_rows(source.source(), source.options())
         reports.append(report)
         whole, rest = divmod(source.weight, 1)
         parts += [rows] * int(whole)
@@ -111,18 +120,3 @@ def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
         formats = ", ".join(f"{report.source} ({report.format})" for report in reports)
         raise ValueError(f"Texts and conversations cannot be mixed in one run: {formats}. Bring them into one form.")
     return concatenate_datasets(parts)
-
-
-def source_of(part: SourcePart) -> str | HubDataset:
-    """Return the file or dataset that a part of a recipe names."""
-    if part.path is not None:
-        return part.path
-    assert part.hub is not None  # the schema has seen to it that there is one
-    return HubDataset(part.hub, part.subset, part.split)
-
-
-def reading_of(part: ReadingPart) -> ReadOptions:
-    """Return how a source of a recipe is to be read."""
-    fields = (field.name for field in dataclasses.fields(ReadOptions))
-    settings: dict[str, Any] = {name: getattr(part, name) for name in fields if hasattr(part, name)}
-    return ReadOptions(**settings)

@@ -1,4 +1,4 @@
-"""What `compare` and `evaluate` share: who is asked what, and who judges the answers."""
+"""Options that several commands share: models, rows, prompts and judges, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .shell import errors, pairs
+from .console import errors, pairs
 
 if TYPE_CHECKING:
     from ..data import PromptSet
@@ -46,11 +46,31 @@ Judges = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="prompt=NAME or answer=NAME of a column, where the format is not recognized."),
+]
+Where = Annotated[
+    list[str] | None, typer.Option("--where", help="Take only rows with this value, such as is_safe=false.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take the first so many rows.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="System turn before each prompt.")]
+PromptSystem = Annotated[
+    list[str] | None, typer.Option(help="NAME=TEXT, a system turn for one prompt set; may be repeated.")
+]
+PromptTemplate = Annotated[
+    list[str] | None, typer.Option(help="NAME=TEXT around each prompt of one set, with {prompt} in it.")
+]
 
 
-def prompt_sets(listed: list[str] | None, model: str, suites: list[str] | None = None) -> list[PromptSet]:
-    """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model."""
+def prompt_sets(
+    listed: list[str] | None,
+    model: str,
+    suites: list[str] | None = None,
+    systems: list[str] | None = None,
+    templates: list[str] | None = None,
+) -> list[PromptSet]:
+    """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model; shows what was read."""
     sources = pairs(listed or [], "--prompts", "harmful=asked.csv")
     unknown = [kind for kind, _ in sources if kind not in KINDS]
     if unknown:
@@ -58,7 +78,19 @@ def prompt_sets(listed: list[str] | None, model: str, suites: list[str] | None =
     if not sources and not suites:
         fitting = "testbed" if _is_embedded(model) else "general"
         sources = [(kind, fitting) for kind in KINDS[:3]]
-    return [_prompt_set(kind, source) for kind, source in sources] + _suites(suites or [])
+    sets = [_prompt_set(kind, source) for kind, source in sources] + _suites(suites or [])
+    for option, field, given in (
+        ("--prompt-system", "system_prompt", systems),
+        ("--prompt-template", "template", templates),
+    ):
+        for name, text in pairs(given or [], option, "asked=TEXT"):
+            if name not in (found := [prompts.name for prompts in sets]):
+                raise _misused(option, f"there is no prompt set {name!r}, only {', '.join(found)}.")
+            try:
+                sets = [dataclasses.replace(s, **{field: text}) if s.name == name else s for s in sets]  # type: ignore[arg-type]
+            except ValueError as error:
+                raise _misused(option, str(error)) from error
+    return sets
 
 
 def _suites(listed: list[str]) -> list[PromptSet]:
@@ -151,6 +183,16 @@ def _guard(name: str, model: str) -> Judge:
     return GuardJudge(*load_model(model), GUARDS[name])
 
 
+def check_new(output: Path, option: str = "--output") -> None:
+    """Refuse to write over a file, or into a folder that holds something.
+
+    Raises:
+        BadParameter: If so.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise _misused(option, f"{output} exists already. Name another, or remove it.")
+
+
 def check_folder(option: str, source: str, what: str = "adapter") -> None:
     """Refuse what can only be a folder and is none, before anything is loaded.
 
@@ -162,14 +204,33 @@ def check_folder(option: str, source: str, what: str = "adapter") -> None:
         raise _misused(option, f"there is no folder `{source}`. Give the folder of the {what}, or its Hub id.")
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """Return a model and its tokenizer.
+def check_model(option: str, source: str) -> None:
+    """Refuse a folder that is missing, empty, or holds no complete model, before anything is loaded.
 
     Raises:
-        ValueError: If they cannot be had; names the model, which messages of libraries leave out.
+        BadParameter: If so; a Hub id is taken as it is.
     """
+    from ..recipe.load import model_problem
+
+    check_folder(option, source, "model")
+    if problem := model_problem(source):
+        raise _misused(option, problem)
+
+
+def load_model(name: str, adapter: str | None = None) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, or both with an adapter and what is saved next to it.
+
+    Raises:
+        ValueError: If they could not be loaded; names the model, which messages of libraries leave out.
+    """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..lora.io import load_adapted
+
+    if adapter is not None:
+        model, tokenizer = load_adapted(adapter, name)
+        return (model.to("cuda") if torch.cuda.is_available() else model), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return AutoModelForCausalLM.from_pretrained(name, device_map="auto"), tokenizer
@@ -178,6 +239,18 @@ def load_model(name: str) -> tuple[Any, Any]:
             f"The model `{name}` could not be loaded: {str(error).strip()} Give a folder or a Hub id; for a private "
             "or gated model, log in with `hf auth login`."
         ) from error
+
+
+def read_options(column: list[str] | None, where: list[str] | None, limit: int | None, skip_bad: bool = False) -> Any:
+    """Return how rows are read, from `--column`, `--where`, `--limit` and `--skip-bad`."""
+    from ruamel.yaml import YAML
+
+    from ..data import ReadOptions
+
+    columns = dict(pairs(column or [], "--column", "prompt=question"))
+    values = {key: YAML(typ="safe").load(text) for key, text in pairs(where or [], "--where", "is_safe=false")}
+    bad = "skip" if skip_bad else "raise"
+    return ReadOptions(columns=columns or None, where=values or None, limit=limit, on_bad_row=bad)  # type: ignore[arg-type]
 
 
 def _misused(option: str, problem: str) -> typer.BadParameter:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import Json, console, errors, print_json
+from .console import Json, console, errors, print_json
 
 testbed_app = typer.Typer(help="The embedded pair of tiny models.", no_args_is_help=True)
 

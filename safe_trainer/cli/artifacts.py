@@ -1,0 +1,158 @@
+"""`safe-trainer direction`, `basis` and `vectors`: what methods read, made once for a model and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .console import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .options import Columns, Limit, Where, check_model, check_new, load_model, read_options
+
+
+def direction(  # noqa: PLR0913, each is an option with a name
+    aligned: Annotated[str, typer.Argument(help="The aligned (chat) model: folder or Hub id.")],
+    unaligned: Annotated[str, typer.Argument(help="The model before alignment: folder or Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")] = Path(
+        "direction.safetensors"
+    ),
+    modules: Annotated[
+        str | None, typer.Option(help="Regular expression of module names; all linear layers if left out.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Keep at most so many directions of each weight.")] = None,
+    max_error: Annotated[float, typer.Option(help="Upper bound of the error, relative to an update.")] = 0.01,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights too; they can run code.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compute the alignment direction of a model from two checkpoints, one tensor at a time, and save it for AsFT."""
+    check_new(output)
+    check_model("ALIGNED", aligned)
+    check_model("UNALIGNED", unaligned)
+    quiet_libraries()
+    from .. import AlignmentDirection
+
+    with progress_bar("Computing the direction") as show:
+        found = AlignmentDirection.from_checkpoints(
+            aligned,
+            unaligned,
+            modules=modules,
+            rank=rank,
+            max_error=max_error,
+            allow_pickle=allow_pickle,
+            output=output,
+            progress=lambda done, total, _: show(done, total),
+        )
+    rows = found.summary()
+    if as_json:
+        print_json({"output": str(output), "modules": rows, "provenance": found.provenance})
+        return
+    from rich.table import Table
+
+    table = Table("module", "shape", "directions kept", "error bound", "norm of d", box=None)
+    table.columns[0].overflow, table.columns[0].min_width = "fold", 24  # the end tells q from k
+    for row in rows:
+        shape = " × ".join(map(str, row["shape"]))
+        table.add_row(row["module"], shape, str(row["rank"]), f"{row['error_bound']:.2g}", f"{row['norm']:.3g}")
+    console.print(table)
+    console.print(f"Saved {len(rows)} modules to {output}, for AsFT(direction={str(output)!r}).", markup=False)
+
+
+def basis(  # noqa: PLR0913, each is an option with a name
+    model: Annotated[str, typer.Argument(help="The aligned model: folder or Hub id.")],
+    safety_data: Annotated[str, typer.Argument(help="Harmful prompts with safe answers: a file, or hf:owner/name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")] = Path(
+        "basis.safetensors"
+    ),
+    rank: Annotated[int, typer.Option(min=1, help="Directions of each layer.")] = 32,
+    side: Annotated[
+        Literal["output", "input", "both"], typer.Option(help="What SaLoRA's `protect` will need.")
+    ] = "both",
+    samples: Annotated[int, typer.Option(min=1, help="Rows to draw.")] = 128,
+    column: Columns = None,
+    where: Where = None,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Measure in one pass the directions in which a model's layers work while it refuses, and save them."""
+    check_new(output)
+    check_model("MODEL", model)
+    quiet_libraries()
+    from ..artifacts import SafetyBasis
+    from ..data import as_rows
+
+    rows, report = as_rows(safety_data, argument="safety_data", options=read_options(column, where, limit))
+    errors.print(str(report), markup=False, soft_wrap=True)
+    loaded, tokenizer = load_model(model)
+    sides: Any = ("output", "input") if side == "both" else (side,)
+    errors.print("Measuring the directions")
+    found = SafetyBasis.from_rows(loaded, tokenizer, rows, sides=sides, rank=rank, samples=samples)
+    found.save(output)
+    layers = len(found.outputs or found.inputs)
+    if as_json:
+        print_json({"output": str(output), "layers": layers, "provenance": found.provenance})
+        return
+    console.print(f"Saved {layers} layers to {output}, for SaLoRA(basis={str(output)!r}).", markup=False)
+
+
+def vectors(  # noqa: PLR0913, each is an option with a name
+    model: Annotated[str, typer.Argument(help="The aligned model: folder or Hub id.")],
+    harmful_data: Annotated[
+        str, typer.Argument(help="About a hundred harmful prompts with answers that comply: a file, or hf:owner/name.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist yet.")] = Path(
+        "vectors"
+    ),
+    retain_data: Annotated[
+        Path | None, typer.Option(help="File of harmless rows on which they should change nothing.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of harmful prompts to ask without the vectors and with them.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the vectors.")] = 8,
+    target_loss: Annotated[
+        float, typer.Option(help="Loss on the harmful rows at which to stop, in nats per token.")
+    ] = 0.02,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps at most.")] = 300,
+    inner_steps: Annotated[int, typer.Option(min=0, help="Steps of the bi-level form; 0 is the plain one.")] = 0,
+    column: Columns = None,
+    where: Where = None,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Fit security vectors to harmful rows and save them. They are harmful by construction: never publish them."""
+    check_new(output)
+    check_model("MODEL", model)
+    quiet_libraries()
+    from .. import load_prompts, train_security_vectors
+    from ..data import as_rows
+
+    asked = load_prompts(prompts, "harmful")[0] if prompts is not None else None
+    rows, read = as_rows(harmful_data, argument="harmful_data", options=read_options(column, where, limit))
+    errors.print(str(read), markup=False, soft_wrap=True)
+    with progress_bar("Fitting security vectors") as show:
+        found = train_security_vectors(
+            model,
+            rows,
+            retain_rows=retain_data,
+            prompts=asked,
+            progress=lambda done, total, _: show(done, total),
+            rank=rank,
+            target_loss=target_loss,
+            max_steps=max_steps,
+            inner_steps=inner_steps,
+        )
+    found.save(output)
+    if as_json:
+        print_json({"output": str(output), "provenance": found.provenance})
+        return
+    report = found.provenance["report"]
+    reached = "reached" if report["reached_target"] else "not reached"
+    console.print(f"The target of {target_loss:g} was {reached} in {report['steps']} steps.")
+    console.print(f"Loss on the harmful rows: {report['loss_off']:.4f} without, {report['loss_on']:.4f} with them.")
+    if asked is not None:
+        scores = report["harmful_score_off"], report["harmful_score_on"]
+        console.print("Complied with: {} without, {} with them.".format(*scores), markup=False)
+    console.print(f"Saved to {output}, for SecurityVectors({str(output)!r}).", markup=False)

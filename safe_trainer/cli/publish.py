@@ -1,0 +1,92 @@
+"""`safe-trainer export` and `card`: an adapter merged or made smaller, its model card, and the upload to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .console import Json, console, print_json, quiet_libraries
+from .options import check_folder, check_model, check_new
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="The adapter: folder or Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")],
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Write an adapter again, with the smallest rank that is exact.")
+    ] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="In which a merged model is saved.")
+    ] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="The base model, if it is not where the adapter says: folder or Hub id.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base model, for programs that do not know adapters; or make it smaller.
+
+    The tokenizer next to the adapter, with added tokens and chat template, goes with it.
+    """
+    check_new(output, "--output")
+    if compact and (dtype != "auto" or model is not None):
+        raise typer.BadParameter("a compact adapter keeps its type and needs no model.", param_hint="'--compact'")
+    check_folder("ADAPTER", adapter)
+    if model is not None:
+        check_model("--model", model)
+    quiet_libraries()
+    from ..lora.io import compact_adapter, merge_adapter
+
+    if compact:
+        rank = max(compact_adapter(adapter, output).values())
+        if as_json:
+            print_json({"output": str(output), "rank": rank})
+        else:
+            console.print(f"Saved a compacted adapter (rank ≤ {rank}) to {output}.", markup=False)
+        return
+    merged = merge_adapter(adapter, output, model, dtype=dtype)
+    if as_json:
+        print_json({"output": str(output), "dtype": str(merged.dtype).removeprefix("torch.")})
+    else:
+        console.print(f"Saved the merged model to {output}; it loads like any other.", markup=False)
+
+
+def card(  # noqa: PLR0913, each is an option with a name
+    folder: Annotated[Path, typer.Argument(help="Folder of a fine-tuned adapter or model.", exists=True)],
+    comparison: Annotated[
+        Path | None,
+        typer.Option(help="comparison.json of a report about it; left out, the one in the folder.", exists=True),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the comparison calls it; left out, the last model in it.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Upload weights, tokenizer and card to this repository, such as me/my-model.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, where it was trained on a local copy.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model card with rates before and after, recipe and citations. What you have written in it stays."""
+    quiet_libraries()
+    from ..evaluation import from_json
+    from ..recipe.model_card import publish, write_model_card
+
+    compared = from_json(comparison.read_text(encoding="utf-8")) if comparison is not None else None
+    written = write_model_card(folder, compared, name=name, base_model=base_model, repository=push)
+    address = publish(folder, push, private=private) if push is not None else None
+    if as_json:
+        print_json({"card": str(written), "uploaded": address})
+        return
+    console.print(f"Wrote {written}.", markup=False, soft_wrap=True)
+    if compared is None and not (folder / "comparison.json").is_file():
+        console.print(
+            "It has no rates, since no comparison was found. Make one with `safe-trainer compare … --output DIR` and "
+            "name its comparison.json with --comparison.",
+            markup=False,
+        )
+    if address is not None:
+        console.print(f"Uploaded to {address}.", markup=False, soft_wrap=True)
