@@ -793,7 +793,7 @@ def test_without_a_word_on_safety_the_recommended_methods_are_taken(recipe, tmp_
     path = recipe()
     path.write_text(path.read_text().replace("safety: null\n", ""))
     read = read_recipe(path, ["peft.target_modules=all-linear"])
-    assert [type(method).__name__ for method in read.safety] == ["SecurityVectors", "DriftPenalty"]
+    assert [type(method).__name__ for method in read.safety] == ["SecurityVectors", "RefusalAnchor"]
     assert str(read.safety[0].harmful_data).endswith("safety/harmful.jsonl")
 
 
@@ -805,14 +805,13 @@ def test_they_can_be_asked_for_by_name(recipe, safety):
 def test_harmful_rows_of_ones_own_are_looked_for_beside_the_recipe(recipe, tmp_path):
     (tmp_path / "harmful.jsonl").write_text(json.dumps({"prompt": "Harm.", "completion": "Sure."}))
     read = read_recipe(recipe({"safety": {"method": "recommended", "harmful_data": "./harmful.jsonl"}}))
-    assert str(read.safety[1].safety_data) == str(tmp_path / "harmful.jsonl")
+    assert {str(read.safety[0].harmful_data), str(read.safety[1].prompts)} == {str(tmp_path / "harmful.jsonl")}
 
 
-def test_a_model_that_brings_no_harmful_rows_asks_for_them_or_for_plain_training(recipe):
+def test_a_model_that_brings_no_harmful_rows_is_protected_by_built_in_ones(recipe):
     path = recipe({"model": {"path": str(testbed.UNALIGNED)}})
     path.write_text(path.read_text().replace("safety: null\n", ""))
-    (problem,) = problems(path)
-    assert "harmful_data: harmful.jsonl" in problem and "safety: null" in problem
+    assert len(read_recipe(path).safety[0].harmful_data) > 100
 
 
 def test_a_method_that_is_recommended_already_is_listed_twice(recipe):

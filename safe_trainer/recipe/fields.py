@@ -41,10 +41,15 @@ class Recommended:
     """The settings of `recommended` in a recipe.
 
     Args:
-        harmful_data (`str`, *optional*): File of harmful prompts with answers that comply. Left out, the model's own.
+        harmful_data (`str`, *optional*): File of harmful prompts with answers that comply. Left out, the model's own,
+            or built-in ones.
+        prompts (`str`, *optional*): File of harmful prompts for the anchor.
+        benign_prompts (`str`, *optional*): File of harmless prompts for the anchor.
     """
 
     harmful_data: str | None = None
+    prompts: str | None = None
+    benign_prompts: str | None = None
 
 
 def is_torch_loaded() -> bool:

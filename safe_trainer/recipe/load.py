@@ -146,8 +146,10 @@ def _check_settings(
     known = {name: hint for name, hint in known.items() if name not in elsewhere}
     for name, value in settings.items() if isinstance(settings, dict) else ():
         if name in known and place[0] == "safety" and _is_data(name, value):
-            right, message = _data_source(value, (*place, name), document), None
-        elif name in known:
+            if (source := _data_source(value, (*place, name), document)) is not None:
+                checked[name] = source
+            continue
+        if name in known:
             right, message = check_field(name, value, known[name], in_range=place[0] != "safety")
         else:
             right, message = None, elsewhere.get(name) or f"unknown setting; {did_you_mean(name, known)}"
@@ -225,6 +227,8 @@ def _make_methods(
 
     methods: list[SafetyMethod] = []
     for place, name, settings in entries:
+        if document.is_faulty(place):
+            continue
         try:
             settings = {key: _rows_of(value, key) for key, value in settings.items()}
             made = _recommended(values, **settings) if name == "recommended" else [METHODS[name](**settings)]
@@ -246,22 +250,26 @@ def _make_methods(
 
 
 def _rows_of(value: Any, name: str) -> Any:
-    """Return the rows of a source that says how it is read; other settings as they are."""
+    """Return the rows or prompts of a source that says how it is read; other settings as they are."""
     if not isinstance(value, SourcePart):
         return value
-    from ..data import as_rows
+    from ..data import Kind, as_prompts, as_rows
 
+    if name.endswith("prompts"):
+        kind: Kind = "benign" if name.startswith("benign") else "harmful"
+        return as_prompts(value.source(), kind, argument=name, options=value.options())
     return as_rows(value.source(), argument=name, options=value.options())[0]
 
 
-def _recommended(values: dict[str, Any], harmful_data: str | None = None) -> list[SafetyMethod]:
-    from ..methods.recommended import recommended, recommended_for
+def _recommended(values: dict[str, Any], **settings: Any) -> list[SafetyMethod]:
+    from ..data.protection import own_file
+    from ..methods.recommended import recommended
 
-    if harmful_data is not None:
-        return recommended(harmful_data)
-    model = values.get("model")
-    path = model.get("path") if isinstance(model, dict) else model
-    return recommended_for(str(path)) if path else []
+    if settings.get("harmful_data") is None:
+        model = values.get("model")
+        path = model.get("path") if isinstance(model, dict) else None
+        settings["harmful_data"] = own_file(str(path), "harmful") if path else None
+    return recommended(**settings)
 
 
 def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
@@ -326,7 +334,7 @@ def _check_files(values: dict[str, Any], document: Document) -> None:
             if isinstance(value, str) and (problem := _file_problem(place, key, value)):
                 document.problem((*place, key), problem)
         settings = {name: source[name] for name in ("format", "columns") if source.get(name) is not None}
-        if settings and ("path" in source or "hub" in source):
+        if settings and (place[0] in ("data", "evaluation") or _is_data(str(place[-1]), source)):
             try:
                 ReadOptions(**settings).chosen_format()
             except (ValueError, TypeError, AttributeError) as error:
@@ -435,4 +443,4 @@ def _named(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
 
 def _is_data(key: str, value: Any) -> bool:
     """Return whether a method's setting is rows with options for how they are read, as under `data`."""
-    return key.endswith("_data") and isinstance(value, dict)
+    return key.endswith(("_data", "prompts")) and isinstance(value, dict)

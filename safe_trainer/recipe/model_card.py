@@ -203,7 +203,7 @@ class _About:
         for entry in listed if isinstance(listed, list) else [listed]:
             name = entry if isinstance(entry, str) else entry.get("method")
             if name == RECOMMENDED:
-                found += map(type, recommended("harmful.jsonl"))  # asked for its kinds alone
+                found += map(type, recommended())
             elif name in METHODS:
                 found.append(METHODS[name])
         return found

@@ -184,7 +184,7 @@ def recipe_schema() -> dict[str, Any]:
     methods = []
     for name, hints in method_fields().items():
         method = json_schema(hints)
-        for key in [key for key in method["properties"] if key.endswith("_data")]:
+        for key in [key for key in method["properties"] if key.endswith(("_data", "prompts"))]:
             method["properties"][key] = {"anyOf": [method["properties"][key], {"$ref": "#/$defs/SourcePart"}]}
         method["properties"] = {"method": {"const": name}, **method["properties"]}
         title = METHODS[name].name if name in METHODS else name

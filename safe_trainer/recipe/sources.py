@@ -77,11 +77,15 @@ def load_data(recipe: Recipe) -> LoadedData:
 
 def _method_reports(recipe: Recipe) -> list[DataReport]:
     """Read the rows that methods are given by file, so that a fault in them is known before a model is loaded."""
-    files: dict[str, str] = {}
+    reports = {}
     for method in recipe.safety:
-        settings = {name: value for name, value in vars(method).items() if name.endswith("_data")}
-        files |= {str(value): name for name, value in settings.items() if isinstance(value, str | Path)}
-    return [as_rows(source, argument=name)[1] for source, name in files.items()]
+        for name, value in vars(method).items():
+            if isinstance(value, str | Path) and str(value) not in reports:
+                if name.endswith("_data"):
+                    reports[str(value)] = as_rows(value, argument=name)[1]
+                elif name.endswith("prompts"):
+                    reports[str(value)] = load_prompts(value, "harmful")[1]
+    return list(reports.values())
 
 
 def _check_model(recipe: Recipe) -> None:
