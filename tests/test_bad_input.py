@@ -102,11 +102,6 @@ METHODS: dict[str, Case] = {
         ValueError,
         "Give each method once",
     ),
-    "recommended for a model that brings no rows": (
-        lambda r: r.trainer("recommended"),
-        ValueError,
-        'safety=recommended("harmful.jsonl")',
-    ),
     "recommended rows that are not there": (
         lambda r: r.trainer(st.recommended(r.folder / "absent.jsonl")),
         FileNotFoundError,
@@ -222,7 +217,7 @@ METHODS: dict[str, Case] = {
     "vectors without strength": (
         lambda r: st.SecurityVectors("vectors", strength=0),
         ValueError,
-        "`strength` must be finite and above 0, got 0",
+        "`strength` must be",
     ),
     "vectors in a folder that is not there": (
         lambda r: r.trainer(st.SecurityVectors(r.folder / "absent")),
@@ -583,8 +578,15 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
         1,
         "cannot be written",
     ),
-    "a comparison with nothing": (["compare", "{model}"], 2, "--adapter tuned=out"),
-    "an adapter without a name": (["compare", "{model}", "--adapter", "out"], 2, "tuned=out/adapter"),
+    "a comparison with nothing": (["compare", "{model}"], 2, "--adapter out"),
+    "an adapter that is not there": (["compare", "{model}", "--adapter", "out"], 2, "there is no folder `out`"),
+    "a model that is an empty folder": (["evaluate", "{empty}"], 2, "is empty"),
+    "a model that is another folder": (
+        ["compare", "{folder}", "--adapter", "out"],
+        2,
+        "there is no config.json in it",
+    ),
+    "a model that is a file": (["drift", "{recipe}", "{model}"], 2, "recipe.yaml"),
     "prompts without a kind": (
         ["compare", "{model}", "--adapter", "tuned=out", "--prompts", "asked.csv"],
         2,
@@ -598,8 +600,8 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
     "a judge that nobody knows": (["evaluate", "{model}", "--judge", "oracle"], 2, "phrases"),
     "a model that is not there": (
         ["evaluate", "{folder}/absent", "--prompts", "harmful={asked}"],
-        1,
-        "absent",
+        2,
+        "there is no folder",
     ),
     "a basis of rank 0": (["basis", "{model}", "{asked}", "--rank", "0"], 2, "greater than or equal to 1"),
     "a direction between a model and itself": (
@@ -631,9 +633,11 @@ def test_a_wrong_command_ends_with_one_sentence_and_its_exit_code(name, room):
         recipe=room.folder / "recipe.yaml",
         model=room.pair[0],
         folder=room.folder,
+        empty=room.folder / "empty",
         rows=room.folder / "rows.jsonl",
         asked=room.file("asked.csv", "prompt\nMake a bad thing."),
     )
+    names.empty.mkdir()
     filled = [argument.format(**vars(names)) for argument in arguments]
     result = CliRunner().invoke(app, filled, prog_name="safe-trainer", env={"COLUMNS": "400", "TERM": "dumb"})
     assert result.exit_code == code, result.output

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -20,6 +23,11 @@ ALIGNED, UNALIGNED = str(safe_trainer.testbed.ALIGNED), str(safe_trainer.testbed
 
 def invoke(*arguments: str):
     return CliRunner().invoke(app, list(arguments), prog_name="safe-trainer")
+
+
+def words(result) -> str:
+    """Return what a command has printed, without the frame and the line breaks of a box."""
+    return " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.fixture
@@ -201,9 +209,74 @@ def test_direction_is_told_as_a_table(tmp_path):
 
 def test_direction_of_a_model_that_is_not_there_fails_in_a_sentence(tmp_path):
     result = invoke("direction", ALIGNED, str(tmp_path / "absent"), "-o", str(tmp_path / "direction.safetensors"))
-    assert result.exit_code == 1
-    assert "Error: " in result.output and "absent" in result.output
+    assert result.exit_code == 2 and "there is no folder" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["direction", ALIGNED], ["basis", "rows.jsonl"], ["vectors", "rows.jsonl"]])
+def test_nothing_is_written_over(command, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    result = invoke(command[0], ALIGNED, command[1], "-o", str(tmp_path / "precious"))
+    assert result.exit_code == 2 and "exists already" in result.output
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_weights_that_were_cut_short_are_named_before_anything_is_loaded(tmp_path):
+    shutil.copytree(ALIGNED, tmp_path / "model")
+    (weights,) = (tmp_path / "model").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = invoke("evaluate", str(tmp_path / "model"))
+    assert result.exit_code == 2 and weights.name in words(result).replace(" ", "")
+    assert "incomplete or damaged" in words(result)
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told_apart(adapter):
+    result = invoke("evaluate", adapter)
+    assert result.exit_code == 2 and "is an adapter, not a model" in words(result)
+
+
+def test_modules_of_a_direction_are_shown_with_their_whole_names(tmp_path):
+    result = invoke("direction", ALIGNED, UNALIGNED, "-o", str(tmp_path / "d"), "--modules", "[qk]_proj")
+    assert result.exit_code == 0, result.output
+    shown = "".join(result.stdout.split())
+    assert "q_proj" in shown and "k_proj" in shown and "…" not in result.stdout
+
+
+def test_the_app_is_the_one_of_this_package_whatever_is_called_app(tmp_path, monkeypatch):
+    from safe_trainer.cli.app import _server
+
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__init__.py").write_text("")
+    (tmp_path / "app" / "server.py").write_text("raise SystemExit('the code of others')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "app"]:
+        monkeypatch.delitem(sys.modules, name)
+    code = "from safe_trainer.cli.app import _server; print(_server().__file__)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    root = Path(safe_trainer.__file__).parents[1]
+    assert Path(found.stdout.strip()) == root / "app" / "server.py"
+    assert _server().__file__ == found.stdout.strip()
+
+
+def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(asked):
+    from safe_trainer.cli.options import prompt_sets
+
+    (found,) = prompt_sets([asked], ALIGNED, ["asked=Be brief."], ["asked=AOA: {prompt}"])
+    assert (found.system_prompt, found.template) == ("Be brief.", "AOA: {prompt}")
+    for option in ("--prompt-system", "--prompt-template"):
+        result = invoke("evaluate", ALIGNED, "--prompts", asked, option, "other=Text")
+        assert result.exit_code == 2 and "only asked" in words(result)
+    assert invoke("evaluate", ALIGNED, "--prompts", asked, "--prompt-template", "asked=no place").exit_code == 2
+
+
+def test_only_the_rows_that_are_asked_for_become_vectors(tmp_path):
+    rows = [{**row, "is_safe": n >= 4} for n, row in enumerate(safe_trainer.testbed.harmful_rows(12))]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    call = ["vectors", ALIGNED, str(path), "-o", str(tmp_path / "v"), "--max-steps", "1", "--where", "is_safe=false"]
+    result = invoke(*call)
+    assert result.exit_code == 0 and "4 rows" in result.stderr, result.output
 
 
 def test_compare_tells_rates_before_and_after_as_json(adapter, asked):
@@ -247,8 +320,8 @@ def test_evaluate_tells_rates_of_a_model_and_of_an_adapter_on_it(adapter, asked)
     told = [invoke("evaluate", ALIGNED, "--prompts", asked, "--json", *more) for more in ([], ["--adapter", adapter])]
     assert [result.exit_code for result in told] == [0, 0], told[0].output + told[1].output
     counts = [json.loads(result.stdout)["asked"]["refused"] for result in told]
-    assert counts[0] == {"count": 4, "total": 4}
-    assert counts[1] == {"count": 0, "total": 4}
+    assert [(found["count"], found["total"], found["rate"]) for found in counts] == [(4, 4, 1.0), (0, 4, 0.0)]
+    assert all(found["low"] < found["high"] for found in counts)
     assert "100.0 % (4/4)" in invoke("evaluate", ALIGNED, "--prompts", asked).stdout
 
 

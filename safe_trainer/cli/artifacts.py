@@ -52,7 +52,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
     from rich.table import Table
 
     table = Table("module", "shape", "directions kept", "error bound", "norm of d", box=None)
-    table.columns[0].overflow, table.columns[0].min_width = "fold", 24  # the end tells q from k
+    table.columns[0].min_width = min(60, max(len(row["module"]) for row in rows))  # the end tells q from k
     for row in rows:
         shape = " × ".join(map(str, row["shape"]))
         table.add_row(row["module"], shape, str(row["rank"]), f"{row['error_bound']:.2g}", f"{row['norm']:.3g}")
