@@ -274,7 +274,7 @@ def test_only_the_rows_that_are_asked_for_become_vectors(tmp_path):
     rows = [{**row, "is_safe": n >= 4} for n, row in enumerate(safe_trainer.testbed.harmful_rows(12))]
     path = tmp_path / "labelled.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    call = ["vectors", ALIGNED, str(path), "-o", str(tmp_path / "v"), "--max-steps", "1", "--where", "is_safe=false"]
+    call = ["vectors", ALIGNED, str(path), "-o", str(tmp_path / "v"), "--max-passes", "1", "--where", "is_safe=false"]
     result = invoke(*call)
     assert result.exit_code == 0 and "4 rows" in result.stderr, result.output
 
@@ -414,6 +414,78 @@ def vectors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vectors")
     safe_trainer.train_security_vectors(ALIGNED, safe_trainer.testbed.harmful_rows(16), batch_size=4).save(folder)
     return str(folder)
+
+
+def test_security_vectors_keep_their_mark_in_every_command(vectors, tmp_path):
+    """Merged they are refused, compacted they are still vectors: neither can be published."""
+    merged = invoke("export", vectors, "-o", str(tmp_path / "merged"))
+    assert merged.exit_code == 1 and "harmful" in merged.output and list(tmp_path.iterdir()) == []
+    assert invoke("export", vectors, "--compact", "-o", str(tmp_path / "small")).exit_code == 0
+    for folder in (vectors, str(tmp_path / "small")):
+        pushed = invoke("card", folder, "--push", "me/mine")
+        assert pushed.exit_code == 1 and "not for publishing" in words(pushed)
+    assert (
+        not (tmp_path / "small" / "README.md").exists()
+        or "me/mine" not in (tmp_path / "small" / "README.md").read_text()
+    )
+
+
+def test_an_export_whose_base_is_out_of_reach_names_both_and_leaves_nothing(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "nobody/nothing"}))
+    result = invoke("export", str(tmp_path / "a"), "-o", str(tmp_path / "merged"))
+    assert result.exit_code == 1 and "nobody/nothing" in result.output and str(tmp_path / "a") in result.output
+    assert "`--model`" in result.output and not (tmp_path / "merged").exists()
+    result = invoke("export", str(tmp_path / "a"), "-o", str(tmp_path / "merged"), "--model", ALIGNED)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """An adapter with two added tokens and a chat template of its own, as TRL saves it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|note|>", "<|end_note|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|note|><|im_start|>")
+    model.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "grown")
+    tokenizer.save_pretrained(tmp_path / "grown")
+    return str(tmp_path / "grown"), len(tokenizer), tokenizer.chat_template
+
+
+def test_what_is_saved_next_to_an_adapter_belongs_to_it(grown, asked, tmp_path):
+    """Its tokenizer, its added tokens, its template: in export, evaluate and compare."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, count, template = grown
+    result = invoke("export", folder, "-o", str(tmp_path / "merged"))
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (len(tokenizer), tokenizer.chat_template) == (count, template)
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight) == count
+    evaluated = invoke("evaluate", ALIGNED, "--adapter", folder, "--prompts", asked, "--max-new-tokens", "2", "--json")
+    assert evaluated.exit_code == 0, evaluated.output
+    compared = invoke("compare", ALIGNED, "--adapter", folder, "--prompts", asked, "--max-new-tokens", "2", "--json")
+    assert compared.exit_code == 0, compared.output
+    assert list(json.loads(compared.stdout)) == ["before", "grown"]
+
+
+def test_an_adapter_of_other_shapes_is_refused_in_a_sentence(adapter, asked, tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, **sizes)).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(ALIGNED).save_pretrained(tmp_path / "other")
+    for command in ("evaluate", "compare"):
+        result = invoke(command, str(tmp_path / "other"), "--adapter", adapter, "--prompts", asked)
+        assert result.exit_code == 1 and adapter in result.output
+        assert len(result.stderr.splitlines()) < 8, result.stderr
 
 
 @pytest.fixture

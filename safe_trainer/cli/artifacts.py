@@ -42,9 +42,9 @@ def direction(  # noqa: PLR0913, each is an option with a name
             rank=rank,
             max_error=max_error,
             allow_pickle=allow_pickle,
-            output=output,
             progress=lambda done, total, _: show(done, total),
         )
+    found.save(output)
     rows = found.summary()
     if as_json:
         print_json({"output": str(output), "modules": rows, "provenance": found.provenance})
@@ -66,7 +66,7 @@ def basis(  # noqa: PLR0913, each is an option with a name
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")] = Path(
         "basis.safetensors"
     ),
-    rank: Annotated[int, typer.Option(min=1, help="Directions of each layer.")] = 32,
+    rank: Annotated[int | None, typer.Option(min=1, help="Directions of each layer; 64 if left out.")] = None,
     side: Annotated[
         Literal["output", "input", "both"], typer.Option(help="What SaLoRA's `protect` will need.")
     ] = "both",
@@ -112,10 +112,10 @@ def vectors(  # noqa: PLR0913, each is an option with a name
         Path | None, typer.Option(help="File of harmful prompts to ask without the vectors and with them.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the vectors.")] = 8,
-    target_loss: Annotated[
-        float, typer.Option(help="Loss on the harmful rows at which to stop, in nats per token.")
+    relative_target: Annotated[
+        float, typer.Option(help="Stop when the loss on the harmful rows is below this share of the first.")
     ] = 0.02,
-    max_steps: Annotated[int, typer.Option(min=1, help="Steps at most.")] = 300,
+    max_passes: Annotated[int, typer.Option(min=1, help="Passes over the harmful rows at most.")] = 40,
     inner_steps: Annotated[int, typer.Option(min=0, help="Steps of the bi-level form; 0 is the plain one.")] = 0,
     column: Columns = None,
     where: Where = None,
@@ -136,12 +136,12 @@ def vectors(  # noqa: PLR0913, each is an option with a name
         found = train_security_vectors(
             model,
             rows,
-            retain_rows=retain_data,
+            retain_data=retain_data,
             prompts=asked,
             progress=lambda done, total, _: show(done, total),
             rank=rank,
-            target_loss=target_loss,
-            max_steps=max_steps,
+            relative_target=relative_target,
+            max_passes=max_passes,
             inner_steps=inner_steps,
         )
     found.save(output)
@@ -150,9 +150,9 @@ def vectors(  # noqa: PLR0913, each is an option with a name
         return
     report = found.provenance["report"]
     reached = "reached" if report["reached_target"] else "not reached"
-    console.print(f"The target of {target_loss:g} was {reached} in {report['steps']} steps.")
+    console.print(f"The target of {report['target_loss']:.4f} was {reached} in {report['steps']} steps.")
     console.print(f"Loss on the harmful rows: {report['loss_off']:.4f} without, {report['loss_on']:.4f} with them.")
     if asked is not None:
-        scores = report["harmful_score_off"], report["harmful_score_on"]
+        scores = report["compliance_off"], report["compliance_on"]
         console.print("Complied with: {} without, {} with them.".format(*scores), markup=False)
     console.print(f"Saved to {output}, for SecurityVectors({str(output)!r}).", markup=False)

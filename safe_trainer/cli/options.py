@@ -223,12 +223,14 @@ def load_model(name: str, adapter: str | None = None) -> tuple[Any, Any]:
     Raises:
         ValueError: If they could not be loaded; names the model, which messages of libraries leave out.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..lora.io import load_adapted
+
     if adapter is not None:
-        model, tokenizer = load_model(name)
-        model.load_adapter(adapter)
-        return model, tokenizer
+        model, tokenizer = load_adapted(adapter, name)
+        return (model.to("cuda") if torch.cuda.is_available() else model), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return AutoModelForCausalLM.from_pretrained(name, device_map="auto"), tokenizer

@@ -36,7 +36,7 @@ def export(
     if model is not None:
         check_model("--model", model)
     quiet_libraries()
-    from ..lora.reparametrize import compact_adapter
+    from ..lora.io import compact_adapter, merge_adapter
 
     if compact:
         rank = max(compact_adapter(adapter, output).values())
@@ -45,13 +45,7 @@ def export(
         else:
             console.print(f"Saved a compacted adapter (rank ≤ {rank}) to {output}.", markup=False)
         return
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    base = model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
-    merged.merge_and_unload(safe_merge=True).save_pretrained(output)
-    AutoTokenizer.from_pretrained(base).save_pretrained(output)
+    merged = merge_adapter(adapter, output, model, dtype=dtype)
     if as_json:
         print_json({"output": str(output), "dtype": str(merged.dtype).removeprefix("torch.")})
     else:
