@@ -201,11 +201,13 @@ def _load(model: Any, path: str | Path) -> None:
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """Say which adapter it was that PEFT found fault with."""
+    from ..lora.io import shape_mismatch
+
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"The adapter `{path}` cannot be used on this model: {error} Give an adapter that was trained on it."
+            f"The adapter `{path}` cannot be used on this model: {shape_mismatch(error) or error} Give an adapter that was trained on it."
         ) from error
 
 

@@ -48,10 +48,21 @@ def naming(source: str | Path) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
+        if unfit := shape_mismatch(error):
+            raise ValueError(f"The adapter `{source}` does not fit the model: {unfit} Give its own base.") from error
         raise ValueError(
             f"The adapter `{source}` could not be read: {error or type(error).__name__}. It was cut short or damaged, "
             "or is not an adapter; save or copy it again."
         ) from error
+
+
+def shape_mismatch(error: Exception) -> str:
+    """Return torch's list of weights of other shapes, two lines for each layer, as one sentence; or an empty text."""
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch for " in line]
+    if not lines:
+        return ""
+    first = lines[0].partition("size mismatch for ")[2].rstrip(".")
+    return f"{len(lines)} of its weights have other shapes, the first of them {first}."
 
 
 def read_config(source: str | Path) -> PeftConfig:
