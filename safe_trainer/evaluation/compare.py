@@ -206,8 +206,9 @@ def _naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        reason = shape_mismatch(error) or error
         raise ValueError(
-            f"The adapter `{path}` cannot be used on this model: {shape_mismatch(error) or error} Give an adapter that was trained on it."
+            f"The adapter `{path}` cannot be used on this model: {reason} Give an adapter that was trained on it."
         ) from error
 
 
