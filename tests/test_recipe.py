@@ -498,7 +498,7 @@ def test_rows_whose_answer_is_cut_away_are_counted_and_named(recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
     result = invoke("train", path, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
-    assert "the answers of 3 are cut away entirely" in result.stderr and "`max_length=64`" in result.stderr
+    assert "3 of 8 rows teach nothing: their answer starts after `max_length=64`" in result.stderr
     assert "(rows 6, 7, 8)" in result.stderr
     plan = json.loads(result.stdout)
     assert plan["lost"] == 3 and 0 < plan["learned"] < 1

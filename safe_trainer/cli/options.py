@@ -70,7 +70,7 @@ def prompt_sets(
     systems: list[str] | None = None,
     templates: list[str] | None = None,
 ) -> list[PromptSet]:
-    """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model; shows what was read."""
+    """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model."""
     sources = pairs(listed or [], "--prompts", "harmful=asked.csv")
     unknown = [kind for kind, _ in sources if kind not in KINDS]
     if unknown:

@@ -6,16 +6,13 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..data import encode_row
 from .fitting import adapted, skeleton
 from .load import Recipe
-from .sources import LoadedData, coverage_of, load_data, sampled, tokenizer_of
+from .sources import LoadedData, load_data
+from .tokens import TokenCount, count_tokens
 from .trainer import arguments
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _BYTES = {"4bit": 0.5, "8bit": 1.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
@@ -65,39 +62,29 @@ def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
     loaded = loaded or load_data(recipe)
     args = arguments(recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    coverage = coverage_of(recipe, loaded.rows, args)
-    lengths, limit = _lengths(recipe, loaded.rows, args), args.max_length or math.inf
-    kept = [length if args.packing else min(length, limit) for length in lengths]
-    tokens = round(sum(kept) / len(kept) * len(loaded.rows))
+    counted = count_tokens(recipe, loaded.rows, args)
+    if counted is None:  # the template that would give the tokens is not the tokenizer's
+        counted = TokenCount(len(loaded.rows), [args.max_length or 1024], math.inf, 0, 0, [])
     packed = args.max_length if args.packing else None
-    steps, epochs = _steps(args, math.ceil(tokens / packed) if packed else len(loaded.rows), processes)
+    steps, epochs = _steps(args, math.ceil(counted.total / packed) if packed else len(loaded.rows), processes)
     config, parameters, trainable = _parameters(recipe)
     # Forward, and backward through the activations; the gradient of the weights only where they are trained.
-    products = 2 * tokens * epochs * (2 * parameters + trainable)
-    cut = coverage.check("data") if coverage else None
+    products = 2 * counted.total * epochs * (2 * parameters + trainable)
     return Plan(
         rows=len(loaded.rows),
-        tokens=tokens,
-        cut=sum(length > limit for length in lengths) / len(lengths),
-        learned=coverage.share if coverage else None,
-        lost=len(coverage.lost) if coverage else 0,
+        tokens=counted.total,
+        cut=counted.cut,
+        learned=counted.learned_share,
+        lost=len(counted.lost),
         steps=steps,
         processes=processes,
         learning_rate=args.learning_rate,
         parameters=parameters,
         trainable=trainable,
-        memory=_memory(recipe, args, config, (parameters, trainable), int(packed or max(kept))),
+        memory=_memory(recipe, args, config, (parameters, trainable), packed or counted.longest),
         seconds=products / _speed(args.device) / processes,
-        messages=(cut,) if cut else (),
+        messages=tuple(counted.messages()),
     )
-
-
-def _lengths(recipe: Recipe, rows: Dataset, args: Any) -> list[int]:
-    """Return how many tokens the rows have, or a sample of them."""
-    if getattr(args, "chat_template_path", None):  # the template that would give the tokens is not the tokenizer's
-        return [args.max_length or 1024]
-    tokenizer = tokenizer_of(recipe)
-    return [len(encode_row(tokenizer, rows[place]).ids) for place in sampled(rows)]
 
 
 def _steps(args: Any, sequences: int, processes: int) -> tuple[int, float]:

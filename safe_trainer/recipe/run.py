@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..data import PromptSet
 from .load import Recipe, moved
-from .sources import LoadedData, coverage_of, load_data
+from .sources import LoadedData, load_data
+from .tokens import count_tokens
 from .trainer import add_monitors, arguments, make_trainer
 
 if TYPE_CHECKING:
@@ -125,9 +126,8 @@ def run_recipe(
     check_output(recipe.parts.output, resume)
     callbacks.stage("loading")
     loaded = load_data(recipe)
-    coverage = coverage_of(recipe, loaded.rows, arguments(recipe))
-    cut = coverage.check("data") if coverage else None
-    for text in [*loaded.messages(), *([cut] if cut else ())]:
+    tokens = count_tokens(recipe, loaded.rows, arguments(recipe))
+    for text in [*loaded.messages(), *(tokens.messages() if tokens else ())]:
         callbacks.message(text)
     callbacks.stage("preparing")
     trainer = make_trainer(recipe, loaded.rows)

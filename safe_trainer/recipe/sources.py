@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data import (
     DataReport,
@@ -21,7 +21,6 @@ from .load import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
 
 
 @dataclass(frozen=True)

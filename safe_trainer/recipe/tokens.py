@@ -55,9 +55,9 @@ class TokenCount:
         return sum(length > self.limit for length in self.lengths) / len(self.lengths)
 
     @property
-    def learned_share(self) -> float:
-        """Share of the answers' tokens that the loss covers."""
-        return self.learned / self.answers if self.answers else 1.0
+    def learned_share(self) -> float | None:
+        """Share of the answers' tokens that the loss covers, if there are answers."""
+        return self.learned / self.answers if self.answers else None
 
     def messages(self) -> list[str]:
         """Return what a user should read about the tokens before training."""
@@ -69,7 +69,7 @@ class TokenCount:
                 f"{of} teach nothing: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
                 "Shorten them, or raise `training.max_length`."
             )
-        if self.learned_share < 0.995:
+        if self.learned_share is not None and self.learned_share < 0.995:
             told.append(f"{self.learned_share:.1%} of the answers' tokens are learned.")
         return told
 
