@@ -52,7 +52,7 @@ def test_a_card_holds_rates_recipe_and_citation_and_no_folder_of_this_machine(fo
     assert invoke("card", folder).exit_code == 0
     text = (folder / "README.md").read_text()
     assert "[More Information Needed]" not in text
-    assert "harm: complied" in text and "| plain LoRA |" in text
+    assert "harm: compliance rate" in text and "| plain LoRA |" in text
     assert 'PeftModel.from_pretrained(model, "my-adapter")' in text
     assert AsFT.paper.citation.strip() in text and "with its refusals protected by AsFT" in text
     assert "weight: 2.0" in text and "path: rows.jsonl" in text
@@ -152,7 +152,7 @@ def test_no_path_of_this_machine_is_in_what_is_published(folder, hub):
 
 def test_rates_and_a_warning_come_first(folder):
     text = write_model_card(folder).read_text()
-    assert text.index("> [!WARNING]") < text.index("harm: complied") < text.index("## Use")
+    assert text.index("> [!WARNING]") < text.index("harm: compliance rate") < text.index("## Use")
     (folder / "comparison.json").unlink()
     (folder / "README.md").unlink()
     assert "refusals was not measured" in write_model_card(folder).read_text()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from safe_trainer.cli.options import prompt_sets
 
+from safe_trainer.cli.options import prompt_sets
 from safe_trainer.data import load_suite, suites
 from safe_trainer.recipe.schema import PromptsPart
 
