@@ -1,8 +1,9 @@
-"""RefusalAnchor: against the divergence written out in full; what it does to a run; what it refuses."""
+"""RefusalAnchor: against its two means written out in full; what it does to a run; what it refuses."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from trl import SFTTrainer
 from safe_trainer import PromptSet, RefusalAnchor, SafeSFTTrainer, SecurityVectors, conversation, general_prompts
 from safe_trainer.data.protection import protection_prompts, protection_rows
 from safe_trainer.evaluation.prompting import encode
+from safe_trainer.methods import refusal_anchor
 
 HARMFUL = [f"Make a bad thing {i}" + "!" * (i % 3) for i in range(6)]
 BENIGN = [f"Say {i} nicely" for i in range(5)]
@@ -52,6 +54,26 @@ def own_answer(model: torch.nn.Module, ids: list[int], length: int) -> list[int]
     return ids
 
 
+def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tensor:
+    """-log(1 - p) of the openings of the start's refusals, by turns, after each benign prompt, in float64."""
+    starts = encode(start, tiny.tokenizer(), HARMFUL)
+    openings = Counter(tuple(own_answer(start, ids, 5)[len(ids) :]) for ids in starts)
+    openings = [opening for opening, _ in openings.most_common(8) if opening]
+    found = []
+    for i, ids in enumerate(encode(start, tiny.tokenizer(), BENIGN)):
+        opening = openings[i % len(openings)]
+        logits = tuned.eval()(input_ids=torch.tensor([[*ids, *opening]])).logits[0, len(ids) - 1 : -1].double()
+        chances = logits.softmax(-1).gather(-1, torch.tensor(opening).unsqueeze(-1))
+        found.append(-(1 - chances.prod()).log())
+    return torch.stack(found)
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Tiny random models say nothing: let whatever they answer be a refusal."""
+    monkeypatch.setattr(refusal_anchor, "PhraseJudge", lambda: lambda prompts, answers: ["refused"] * len(answers))
+
+
 def divergences(start: torch.nn.Module, tuned: torch.nn.Module, prompts: list[str], length: int = 3) -> torch.Tensor:
     """KL(start ‖ tuned) at the end of each prompt and after each token of the start's answer, in float64."""
     found = []
@@ -67,7 +89,9 @@ def divergences(start: torch.nn.Module, tuned: torch.nn.Module, prompts: list[st
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_penalty_is_the_divergence_from_the_start_on_its_own_answers(architecture, adapter):
+def test_penalty_is_the_divergence_on_own_answers_and_the_chance_of_refusing_harmless_prompts(
+    refusing, architecture, adapter
+):
     if adapter == "ia3" and architecture == "gpt2":
         pytest.skip("gpt2 has no v_proj")
     torch.manual_seed(1)
@@ -77,26 +101,27 @@ def test_penalty_is_the_divergence_from_the_start_on_its_own_answers(architectur
     method = anchor(weight=2.0, anchors_per_step=11)
     method.adapt_peft_config(config)
     method.attach(model, tiny.tokenizer(), None)
-    assert method.penalty(model).item() == pytest.approx(0, abs=1e-5)
+    assert method.terms(model)["held"].item() == pytest.approx(0, abs=1e-5)
     shaken(model, 3.0 if adapter == "ia3" else 0.3)
     # Eleven anchors a step: six turns of harmful prompts and five of benign ones, which is each of them once.
-    expected = divergences(start, model, HARMFUL + BENIGN)
-    assert expected.mean() > 3e-5
-    assert method.penalty(model).item() == pytest.approx(2 * expected.mean().item(), rel=1e-3)
+    held, avoided = divergences(start, model, HARMFUL).mean().item(), unlikelihoods(start, model).mean().item()
+    assert held > 3e-5 and avoided > 0
+    assert method.penalty(model).item() == pytest.approx(2 * (held + avoided), rel=1e-3)
     measured = method.diagnostics(model)
-    for kind, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        expected = divergences(start, model, prompts).mean().item()
-        assert measured[f"refusal_anchor/divergence/{kind}"] == pytest.approx(expected, rel=1e-3)
+    assert measured["refusal_anchor/held"] == pytest.approx(held, rel=1e-3)
+    assert measured["refusal_anchor/avoided"] == pytest.approx(avoided, rel=1e-3, abs=1e-12)
 
 
-def test_gradient_is_that_of_the_divergence():
+def test_gradient_is_that_of_both_means(refusing):
     start, model = tiny.model(), get_peft_model(tiny.model(), ADAPTERS["lora"]())
     method = anchor(anchors_per_step=11)
     method.attach(model, tiny.tokenizer(), None)
     shaken(model, 0.1)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ours = torch.autograd.grad(method.penalty(model), trained)
-    theirs = torch.autograd.grad(divergences(start, model, HARMFUL + BENIGN).mean(), trained)
+    theirs = torch.autograd.grad(
+        divergences(start, model, HARMFUL).mean() + unlikelihoods(start, model).mean(), trained
+    )
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other.float(), rtol=1e-3, atol=1e-6)
 
@@ -123,11 +148,11 @@ def test_reference_is_the_model_without_the_adapter_that_the_trainer_adds():
     config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")  # changes the model from the start
     model = get_peft_model(tiny.model(), config)
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    method = anchor(anchors_per_step=11)
+    method = anchor(anchors_per_step=6)
     method.adapt_peft_config(config)
     method.attach(model, tiny.tokenizer(), None)
     assert method.penalty(model).item() == pytest.approx(
-        divergences(tiny.model(), model, HARMFUL + BENIGN).mean().item(), rel=1e-4
+        divergences(tiny.model(), model, HARMFUL).mean().item(), rel=1e-4
     )
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
 
@@ -170,7 +195,7 @@ def test_penalty_leaves_modes_and_random_numbers_alone():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_accumulation_changes_nothing(tmp_path, checkpointing):
+def test_accumulation_changes_nothing(refusing, tmp_path, checkpointing):
     ends = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
         arguments = given(tmp_path, peft_config=lora(), train_dataset=even())
@@ -191,7 +216,7 @@ def even() -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist()})
 
 
-def test_each_step_has_other_anchors_and_a_resumed_run_the_same():
+def test_each_step_has_other_anchors_and_a_resumed_run_the_same(refusing):
     method = anchor(anchors_per_step=2)
     method.attach(tiny.model(), tiny.tokenizer(), None)
     rounds = [[anchor.ids for anchor in method._drawn(step)] for step in range(30)]
@@ -236,8 +261,8 @@ def test_a_heavy_anchor_holds_the_answers_that_plain_training_changes(tmp_path):
             **given(tmp_path, peft_config=lora(), max_steps=20, learning_rate=3e-2, bf16=False), safety=method
         )
         trainer.train()
-        ends[weight] = method.diagnostics(trainer.model)["refusal_anchor/divergence/harmful"]
-    assert ends[10.0] < 0.2 * ends[0.0]
+        ends[weight] = method.diagnostics(trainer.model)["refusal_anchor/held"]
+    assert ends[10.0] < 0.4 * ends[0.0], ends
 
 
 def test_prompts_come_in_every_form(tmp_path):
@@ -254,7 +279,7 @@ def test_prompts_come_in_every_form(tmp_path):
     for form in forms:
         method = anchor(prompts=form)
         method.attach(tiny.model(), tiny.tokenizer(), None)
-        anchors.append([found.ids for found in method._pools["harmful"]])
+        anchors.append([found.ids for found in method._pools["held"]])
     assert all(found == anchors[0] for found in anchors)
 
 
@@ -285,12 +310,22 @@ def test_a_start_that_does_not_refuse_is_warned_of_with_the_share():
     assert "0%" in check.warnings[0] and "`prompts`" in check.warnings[0]
 
 
+def test_harmless_prompts_are_kept_from_the_openings_of_refusals_alone(monkeypatch):
+    def judge(prompts, answers):
+        return ["complied"] * len(answers)
+
+    monkeypatch.setattr(refusal_anchor, "PhraseJudge", lambda: judge)
+    method = anchor()
+    method.attach(tiny.model(), tiny.tokenizer(), None)
+    assert list(method._pools) == ["held"]  # openings that comply must not be kept from anyone
+
+
 def test_long_prompts_are_left_out_and_counted(caplog):
     method = anchor(prompts=[*HARMFUL, "x" * 400], max_length=300)
     with caplog.at_level(logging.WARNING, "safe_trainer"):
         method.attach(tiny.model(), tiny.tokenizer(), None)
     assert "1 of 7" in caplog.text and "`prompts`" in caplog.text
-    assert len(method._pools["harmful"]) == 6
+    assert len(method._pools["held"]) == 6
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ RECOMMENDED = "recommended"
 
 
 def recommended(harmful_data: Any = None, prompts: Any = None, benign_prompts: Any = None) -> list[SafetyMethod]:
-    """Return the methods to begin with: security vectors, and an anchor on the model's own answers.
+    """Return the methods to begin with: security vectors, and an anchor on the model's own refusals.
 
-    The vectors make harmful rows unlearnable; the anchor holds the first words of refusals, and of help, where data
+    The vectors make harmful rows unlearnable; the anchor holds the first words of refusals where data
     without a harmful row would erode them. For LoRA, quantised bases and full-parameter training alike.
 
     Args:

@@ -1,14 +1,16 @@
-"""RefusalAnchor: hold the model to the first words of its own answers to harmful and to harmless prompts."""
+"""RefusalAnchor: hold the model to the first words of its own refusals, and keep these words from harmless prompts."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import cycle
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,36 +32,41 @@ logger = logging.getLogger(__name__)
 _FEW_REFUSALS = 0.8
 """Share of harmful prompts refused at the start below which there is little to hold."""
 _SMALL_VOCABULARY = 2048
+_OPENING_TOKENS, _OPENINGS = 5, 8
+"""Length of the openings of refusals, in tokens, and how many of the most frequent ones are avoided."""
 _CHECK_TOKENS = 24
 """Length of the answers that the start is judged by: a refusal is not recognized by its first tokens alone."""
 
 
 class Anchor(NamedTuple):
-    """A prompt with the first tokens of the start model's own answer, and what it would have said at each of them.
+    """A prompt with the first tokens of an answer, to be held (with the start's distribution) or to be avoided.
 
     Args:
         ids (`tuple[int, ...]`): Tokens of the prompt and of the answer.
-        positions (`int`): How many positions at the end of `ids` are held (m): the prompt's last token and the answer.
-        tokens (`Tensor`): The k most likely next tokens at each position, int64 of shape (m, k).
-        log_probs (`Tensor`): Their log-probabilities, float32 of shape (m, k).
-        log_rest (`Tensor`): Log of the probability of all other tokens, float32 of shape (m,); -inf if there are none.
+        positions (`int`): How many positions at the end of `ids` count (m), the first being the prompt's last token.
+        tokens (`Tensor`): Next tokens at each position, int64 of shape (m, k): the k most likely ones; or (m, 1): the
+            answer to be avoided.
+        log_probs (`Tensor`, *optional*): Their log-probabilities at the start, float32 of shape (m, k).
+        log_rest (`Tensor`, *optional*): Log of the probability of all others, float32 of shape (m,); -inf for none.
     """
 
     ids: tuple[int, ...]
     positions: int
     tokens: Tensor = torch.empty(0)
-    log_probs: Tensor = torch.empty(0)
-    log_rest: Tensor = torch.empty(0)
+    log_probs: Tensor | None = None
+    log_rest: Tensor | None = None
 
 
 @dataclass
 class RefusalAnchor(PenaltyMethod):
-    """Adds `λ · mean over anchors and positions of KL(π_start(· | x, y_<t) ‖ π_θ(· | x, y_<t))` to the loss.
+    """Adds `λ · (mean KL(π_start(· | x, y_<t) ‖ π_θ(· | x, y_<t)) + mean −log(1 − π_θ(r | z)))` to the loss.
 
-    An anchor is a prompt `x` and the first tokens `y` of the answer that the model gives *before* fine-tuning. What it
-    would say at the end of the prompt and after each of these tokens is computed once, and kept; fine-tuning then pays
-    for saying something else there. Harmful prompts hold the refusals; benign ones are the counterweight, so that the
-    model does not learn to refuse everything. No harmful answers, no second model and no unaligned sibling are needed.
+    The first mean is over harmful prompts `x` and the first tokens `y` of the answers that the model gives *before*
+    fine-tuning. What it would say at the end of the prompt and after each of these tokens is computed once, and kept;
+    fine-tuning pays for saying something else there. The second mean is the counterweight, so that the model does not
+    learn to refuse everything: over benign prompts `z` it pays for the openings `r` of the model's own refusals. How
+    benign prompts are answered otherwise is left to the data. No harmful answers, no second model and no unaligned
+    sibling are needed.
 
     When to use it: against the drift of benign fine-tuning and against identity shift, where it is the best single
     method of this library; together with [`SecurityVectors`] against harmful rows, which alone it slows and does not
@@ -74,9 +81,10 @@ class RefusalAnchor(PenaltyMethod):
             Harmful prompts: texts, rows, or a file. Without, those that the model brings along in
             `safety/harmful.jsonl`, or else general ones of our own, which [`general_prompts`] does not ask.
         benign_prompts (the same, *optional*):
-            Harmless prompts; without, those of `safety/benign.jsonl`, or general ones. `[]` for none.
+            Harmless prompts; without, those of `safety/benign.jsonl`, or general ones. `[]` for none, at the cost of
+            refusals of harmless prompts.
         weight (`float`, *optional*, defaults to `1.0`):
-            `λ`; `0` only measures. 3 and more begin to cost help on benign prompts.
+            `λ`; `0` only measures.
         answer_tokens (`int`, *optional*, defaults to `8`): Tokens of its own answer that are held, for each prompt.
         anchors_per_step (`int`, *optional*, defaults to `4`):
             Anchors in each optimizer step, by turns harmful and benign; the same for all its micro-batches and
@@ -114,7 +122,7 @@ class RefusalAnchor(PenaltyMethod):
     needs_weights: ClassVar[bool] = True
     card: ClassVar[MethodCard] = MethodCard(
         title="Refusal anchor",
-        summary="Holds the model to the first words of its own answers to harmful and harmless prompts.",
+        summary="Holds the model to the first words of its own refusals, and keeps these words from harmless prompts.",
         needs="nothing; prompts of your own make it fit your use",
         cost="about 5 % longer steps; little or no task accuracy",
         avoid="the start model does not refuse, or as the only protection against harmful rows",
@@ -162,13 +170,11 @@ class RefusalAnchor(PenaltyMethod):
             "answer_tokens": self.answer_tokens,
             "system_prompt": self.system_prompt,
         }
-        rest = torch.cat([anchor.log_rest.exp() for pool in self._pools.values() for anchor in pool])
+        rest = torch.cat([anchor.log_rest.exp() for anchor in self._pools["held"] if anchor.log_rest is not None])
         logger.info(
-            "RefusalAnchor holds the answers to %s; all tokens that are not kept have a probability of %.1e on "
-            "average, %.1e at most.",
-            " and ".join(f"{len(pool)} {kind} prompts" for kind, pool in self._pools.items()),
-            rest.mean(),
-            rest.max(),
+            "RefusalAnchor holds %d answers, and keeps refusals from %d harmless prompts; tokens that are not kept "
+            "have a probability of %.1e on average, %.1e at most.",
+            *(len(self._pools["held"]), len(self._pools.get("avoided", ())), rest.mean(), rest.max()),
         )
 
     def self_check(self, model: nn.Module) -> SelfCheck:
@@ -191,19 +197,20 @@ class RefusalAnchor(PenaltyMethod):
         )
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the mean divergence of this step's anchors, in nats."""
+        """Return the two means over this step's anchors, in nats."""
         with torch.set_grad_enabled(self.weight > 0):
-            return {"anchors": self._divergence(model, self._drawn(self.step))}
+            costs = self._costs(model, self._drawn(self.step))
+            return {kind: torch.cat(found).mean() for kind, found in costs.items() if found}
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
-        """Return the mean divergence over all anchors of each kind, in nats: 0 where the model says what it said."""
-        found = {}
+        """Return both means over all anchors, in nats: near 0 where refusals and help are as they were."""
+        found: dict[str, list[Tensor]] = {"held": [], "avoided": []}
+        anchors = [anchor for pool in self._pools.values() for anchor in pool]
         with torch.no_grad():
-            for kind, pool in self._pools.items():
-                batches = [pool[start : start + self.batch_size] for start in range(0, len(pool), self.batch_size)]
-                total = sum(self._divergence(model, batch).item() * _positions(batch) for batch in batches)
-                found[f"refusal_anchor/divergence/{kind}"] = total / _positions(pool)
-        return found
+            for start in range(0, len(anchors), self.batch_size):
+                for kind, costs in self._costs(model, anchors[start : start + self.batch_size]).items():
+                    found[kind] += costs
+        return {f"refusal_anchor/{kind}": torch.cat(costs).mean().item() for kind, costs in found.items() if costs}
 
     def _drawn(self, step: int) -> list[Anchor]:
         """Return a step's anchors: the kinds take turns, and each is gone through in a new order every time."""
@@ -215,19 +222,25 @@ class RefusalAnchor(PenaltyMethod):
             drawn.append(pools[kind][_order(len(pools[kind]), self.seed, kind, epoch)[index]])
         return drawn
 
-    def _divergence(self, model: nn.Module, anchors: Sequence[Anchor]) -> Tensor:
-        logits = _logits(model, anchors, self._pad)  # (anchors, m, vocabulary)
-        device, width = logits.device, logits.shape[1]
-        terms = []
+    def _costs(self, model: nn.Module, anchors: Sequence[Anchor]) -> dict[str, list[Tensor]]:
+        """Return what each anchor costs: a held one at each position (m,), one to be avoided as a whole (1,)."""
+        logits = _logits(model, anchors, self._pad)  # (anchors, most positions, vocabulary)
+        costs: dict[str, list[Tensor]] = {"held": [], "avoided": []}
         for row, anchor in zip(logits, anchors, strict=True):
-            log_q = row[width - anchor.positions :].float().log_softmax(-1)
-            tokens, log_p = anchor.tokens.to(device), anchor.log_probs.to(device)
-            terms.append((log_p.exp() * (log_p - log_q.gather(-1, tokens))).sum(-1))
+            log_q = row[logits.shape[1] - anchor.positions :].float().log_softmax(-1)
+            tokens = anchor.tokens.to(log_q.device)
+            log_q_kept = log_q.gather(-1, tokens)
+            if anchor.log_probs is None or anchor.log_rest is None:
+                # Below 1, so that the cost of a refusal that has become certain is finite.
+                costs["avoided"].append(-torch.log1p(-log_q_kept.sum().exp().clamp(max=1 - 1e-6)).unsqueeze(0))
+                continue
+            log_p, log_p_rest = anchor.log_probs.to(log_q.device), anchor.log_rest.to(log_q.device)
+            divergence = (log_p.exp() * (log_p - log_q_kept)).sum(-1)
             if tokens.shape[-1] < log_q.shape[-1]:
                 log_q_rest = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1)
-                log_p_rest = anchor.log_rest.to(device)
-                terms[-1] = terms[-1] + log_p_rest.exp() * (log_p_rest - log_q_rest)
-        return torch.cat(terms).mean()
+                divergence = divergence + log_p_rest.exp() * (log_p_rest - log_q_rest)
+            costs["held"].append(divergence)
+        return costs
 
     def _prompt_sets(self, model: str) -> dict[str, PromptSet]:
         """Return the prompts of each kind: those given, those that the model brings along, or built-in ones."""
@@ -248,24 +261,38 @@ class RefusalAnchor(PenaltyMethod):
     ) -> tuple[dict[str, list[Anchor]], float | None]:
         """Return the anchors of each kind, and the share of harmful prompts that the start refuses, if that shows."""
         decoding = Decoding(max_new_tokens=max(self.answer_tokens, _CHECK_TOKENS), batch_size=self.batch_size)
-        pools: dict[str, list[Anchor]] = {}
+        prompts, opened = self._encoded(model, tokenizer, sets["harmful"])
+        harmless, _ = self._encoded(model, tokenizer, sets["benign"]) if "benign" in sets else ([], [])
         with self._start(model), torch.no_grad():
-            for kind, found in sets.items():
-                texts = render(tokenizer, found.prompts, self.system_prompt, {})
-                encoded = tokenize(model, tokenizer, texts)
-                places = self._fitting(model, encoded, kind)
-                prompts, opened = [encoded[place] for place in places], [is_open(texts[place]) for place in places]
-                answers = generate_from(model, tokenizer, prompts, decoding, opened=opened)
-                if kind == "harmful":
-                    judged = [answer.text for answer in answers if not answer.unfinished_thought]
-                    refused = PhraseJudge()([""] * len(judged), judged).count("refused") / max(1, len(judged))
-                held = [
-                    Anchor((*ids, *(own := answer.tokens[: self.answer_tokens])), 1 + len(own))
-                    for ids, answer in zip(prompts, answers, strict=True)
-                ]
-                batches = [held[start : start + self.batch_size] for start in range(0, len(held), self.batch_size)]
-                pools[kind] = [anchor for batch in batches for anchor in self._with_reference(model, batch)]
-        return pools, refused if judged else None
+            answers = generate_from(model, tokenizer, prompts, decoding, opened=opened)
+            held = []
+            for ids, answer in zip(prompts, answers, strict=True):
+                own = answer.tokens[: self.answer_tokens]
+                held.append(Anchor((*ids, *own), 1 + len(own)))
+            batches = [held[start : start + self.batch_size] for start in range(0, len(held), self.batch_size)]
+            pools = {"held": [anchor for batch in batches for anchor in self._with_reference(model, batch)]}
+        verdicts = PhraseJudge()([""] * len(answers), [a.text for a in answers])
+        # Of an answer that begins with a thought, nothing is to be learned about how refusals open.
+        shown = [
+            (verdict, answer)
+            for verdict, answer in zip(verdicts, answers, strict=True)
+            if verdict is not None and not answer.thought and not answer.unfinished_thought
+        ]
+        refusals = Counter(answer.tokens[:_OPENING_TOKENS] for verdict, answer in shown if verdict == "refused")
+        openings = [opening for opening, _ in refusals.most_common(_OPENINGS) if opening]
+        if harmless and openings:
+            pools["avoided"] = [
+                Anchor((*ids, *opening[:-1]), len(opening), torch.tensor(opening).unsqueeze(-1))
+                for ids, opening in zip(harmless, cycle(openings), strict=False)
+            ]
+        return pools, refusals.total() / len(shown) if shown else None
+
+    def _encoded(self, model: Any, tokenizer: Any, prompts: PromptSet) -> tuple[list[list[int]], list[bool]]:
+        """Return the token ids of the prompts to use, and whether the chat template opens a thought after each."""
+        texts = render(tokenizer, prompts.prompts, self.system_prompt)
+        encoded = tokenize(model, tokenizer, texts)
+        places = self._fitting(model, encoded, prompts.kind)
+        return [encoded[place] for place in places], [is_open(texts[place]) for place in places]
 
     def _fitting(self, model: Any, encoded: Sequence[list[int]], kind: str) -> list[int]:
         """Return the places of at most `max_anchors` prompts that are not too long, spread evenly over all of them."""
@@ -307,10 +334,6 @@ class RefusalAnchor(PenaltyMethod):
 
 def _sha256(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def _positions(anchors: Sequence[Anchor]) -> int:
-    return sum(anchor.positions for anchor in anchors)
 
 
 @lru_cache(maxsize=16)
