@@ -177,11 +177,12 @@ def _read(path: Path, name: str, limits: Limits, columns: tuple[str, ...], load:
             _check_unpacked(path, limits)
         return load()
     except ValueError as error:
-        message = str(error).replace(str(path), name).splitlines()[0]
-        if "encoding" in message:
-            message = f"{message.split('. ')[0].rstrip('.')}. {texts.CHOOSE_ENCODING}"
-        elif "column" in message or "format" in message:
-            message = f"{message.split('. ')[0].rstrip('.')}. {texts.CHOOSE_COLUMNS}"
+        first, *more = str(error).replace(str(path), name).splitlines()
+        message = f"{first} {more[-1].strip()}." if more else first
+        if "encoding" in message or "not UTF-" in message:
+            message = f"{message if more else first.split('. ')[0].rstrip('.') + '.'} {texts.CHOOSE_ENCODING}"
+        elif columns and ("column" in message or "format" in message):
+            message = f"{message if more else first.split('. ')[0].rstrip('.') + '.'} {texts.CHOOSE_COLUMNS}"
         raise Unusable(message, columns) from None
     except MemoryError:
         raise

@@ -159,7 +159,7 @@ def scan_job(
     """Write a job that ranks rows by how harmful they look."""
     if "harmful_data" not in files and not model.embedded:
         raise ValueError(texts.SCAN_NEEDS)
-    write_material(folder, "harmful_data", "", model, files)
+    write_material(folder, "harmful_data", files)
     job = Job(folder, model, "scan")
     more = {"rows": str(rows), "reading": dict(reading), "vectors": str(vectors)}
     job.save(**more, max_length=1024, limit=1_000_000)

@@ -224,7 +224,7 @@ class Page:
                 yield {self.seen: gr.skip()}  # whether the browser has left shows only when something is sent
         except ValueError as error:
             problem = str(error)
-        yield self._show_data(session, problem) | self.compare.show(session)
+        yield self._show_data(session, problem) | self.data.emptied(session) | self.compare.show(session)
 
     def _scan(self, request: gr.Request) -> Updates:
         session = self.session(request)
@@ -250,7 +250,8 @@ class Page:
                 yield {self.seen: gr.skip()}
         except ValueError as error:
             problem = str(error)
-        yield self.method.show_files(session, problem) | self.train.show_plan(session)
+        emptied = {self.method.upload: gr.File(value=None)}
+        yield emptied | self.method.show_files(session, problem) | self.train.show_plan(session)
 
     def _drop_material(self, kind: str, request: gr.Request) -> Updates:
         session = self.session(request)

@@ -48,7 +48,7 @@ def cards() -> dict[str, MethodCard]:
     best = MethodCard(
         title="Recommended",
         summary=f"Start here: {titles} together.",
-        needs="; ".join(dict.fromkeys(card.needs for card in together)),
+        needs="; ".join(dict.fromkeys(card.needs for card in together if not card.needs.startswith("nothing"))),
         cost="; ".join(dict.fromkeys(card.cost for card in together)),
         avoid="finding out which of them made the difference: compare with each alone",
         fields=(),
@@ -127,21 +127,51 @@ class Variant:
         return f"{self.key}.yaml"
 
 
-def safety_of(key: str, model: Model, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what stands under `safety` in a recipe."""
+def safety_of(
+    key: str, model: Model, given: Mapping[str, Any], files: Mapping[str, Upload] | None = None
+) -> list[dict[str, Any]]:
+    """Return what stands under `safety` in a recipe.
+
+    For the embedded model these are the settings and rows that suit it; for any other the method's defaults, the
+    user's files, and where a method does without one, what the library brings along.
+
+    Args:
+        key (`str`): A key of [`cards`].
+        model ([`Model`]): What to fine-tune.
+        given (`Mapping[str, Any]`): What the form says of the method's fields.
+        files (`Mapping[str, Upload]`, *optional*): Own files, by the name of the material.
+
+    Raises:
+        ValueError: If the method needs a file that the user has not given.
+    """
     if key == PLAIN:
         return []
-    if key == RECOMMENDED:
-        return [{"method": RECOMMENDED, "harmful_data": _MARKS["harmful_data"]}]
-    made: Any = cards()[key].example(materials())
     entry: dict[str, Any] = {"method": key}
-    for one in dataclasses.fields(made):
-        value = getattr(made, one.name)
-        is_material = isinstance(value, str) and value in {*_MARKS.values(), _UNALIGNED, _ALIGNED}
-        is_set = model.embedded and isinstance(value, _SETTING) and value != one.default
-        if one.init and (is_material or is_set):
-            entry[one.name] = {_UNALIGNED: model.unaligned, _ALIGNED: model.path}.get(str(value), value)
-    return [entry | {name: value for name, value in given.items() if value is not None}]
+    if key == RECOMMENDED:
+        entry["harmful_data"] = _MARKS["harmful_data"]
+    else:
+        made: Any = cards()[key].example(materials())
+        for one in dataclasses.fields(made):
+            value = getattr(made, one.name, None)
+            is_material = isinstance(value, str) and value in {*_MARKS.values(), _UNALIGNED, _ALIGNED}
+            is_set = model.embedded and isinstance(value, _SETTING) and value != one.default
+            if one.init and (is_material or is_set):
+                entry[one.name] = {_UNALIGNED: model.unaligned, _ALIGNED: model.path}.get(str(value), value)
+    kept = {name: value for name, value in entry.items() if not _is_missing(value, model, files or {})}
+    if len(kept) < len(entry) and key != RECOMMENDED:
+        try:
+            METHODS[key](**{name: value for name, value in kept.items() if name != "method"})
+        except ValueError:
+            missing = next(m for m, mark in _MARKS.items() if mark in entry.values() and mark not in kept.values())
+            what = texts.MATERIALS[missing].lower()
+            raise ValueError(texts.NEEDS_FILE.format(title=cards()[key].title, what=what)) from None
+    return [kept | {name: value for name, value in given.items() if value is not None}]
+
+
+def _is_missing(value: Any, model: Model, files: Mapping[str, Upload]) -> bool:
+    """Return whether a value of a recipe is the path of a file that there will not be."""
+    name = next((name for name, mark in _MARKS.items() if mark == value), None)
+    return name is not None and not model.embedded and name not in files
 
 
 def field_default(key: str, name: str, model: Model) -> Any:
@@ -158,13 +188,14 @@ def write_order(folder: Path, choices: Choices) -> list[Variant]:
     if not choices.methods or any(key not in known for key in choices.methods):
         raise ValueError(texts.CHOOSE_METHOD)
     folder.mkdir(parents=True, exist_ok=True)
-    safety = {key: safety_of(key, choices.model, choices.fields.get(key, {})) for key in choices.methods}
+    safety: dict[str, list[dict[str, Any]]] = {}
     for key in choices.methods:
         if known[key].needs_unaligned and not choices.model.unaligned:
             raise ValueError(texts.NEEDS_UNALIGNED.format(title=known[key].title))
+        safety[key] = safety_of(key, choices.model, choices.fields.get(key, {}), choices.files)
         for name in _MATERIALS:
             if any(_MARKS[name] in entry.values() for entry in safety[key]):
-                write_material(folder, name, known[key].title, choices.model, choices.files)
+                write_material(folder, name, choices.files)
     shutil.copyfile(choices.data, folder / (ROWS + choices.data.suffix.lower()))
     asked = [entry for kind in KINDS if (entry := _write_prompts(folder, kind, choices)) is not None]
     variants = [Variant(key, known[key].title) for key in choices.methods]
@@ -174,14 +205,12 @@ def write_order(folder: Path, choices: Choices) -> list[Variant]:
     return variants
 
 
-def write_material(folder: Path, name: str, title: str, model: Model, files: Mapping[str, Upload]) -> None:
-    """Write the rows that a method reads: the user's, or for the embedded model those that suit it."""
+def write_material(folder: Path, name: str, files: Mapping[str, Upload]) -> None:
+    """Write the rows that a method reads: the user's, or those that suit the embedded model."""
     target = folder / f"{name}.jsonl"
     if name in files:
         shutil.copyfile(files[name].path, target)
         return
-    if not model.embedded:
-        raise ValueError(texts.NEEDS_FILE.format(title=title, what=texts.MATERIALS[name].lower()))
     rows = built_in_material(name) or []
     target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 

@@ -15,6 +15,7 @@ EXAMPLES = {
     "attack": ("Pure attack", "100 harmful rows and nothing else"),
 }
 UPLOAD, UPLOADED = "Your own file (up to {size} MB)", "Using {name}. Drop another file here to replace it."
+NOT_USED = "{name} could not be used. Drop another file here."
 MODEL = "Model to fine-tune"
 MODEL_INFO = "The embedded model shows in two minutes how everything works; its results do not carry over to others."
 EMBEDDED, OTHER_MODEL = "Embedded model (tiny)", "Another model from the Hub …"

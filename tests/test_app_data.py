@@ -230,10 +230,15 @@ def test_another_model_is_protected_and_judged_with_the_user_s_rows_and_general_
     model = Model("owner/model", "owner/model", "owner/base")
     settings = Settings(steps=2, prompts=6)
     data = given(tmp_path, row() * 3)
-    for key, what in (("recommended", "answers that comply"), ("salora", "refusals")):
+    for key, what in (("security_vectors", "answers that comply"), ("salora", "refusals")):
         with pytest.raises(ValueError, match=what) as told:
             write_order(tmp_path / "none", Choices(model, data, [key], settings))
         assert "Your own files" in str(told.value)
+    write_order(tmp_path / "general", Choices(model, data, ["recommended", "refusal_anchor"], settings))
+    for key in ("recommended", "refusal_anchor"):  # with the library's own general rows, not the embedded model's
+        values = yaml.safe_load((tmp_path / "general" / f"{key}.yaml").read_text())
+        assert values["safety"] == [{"method": key}]
+    assert not list((tmp_path / "general").glob("harmful*"))
     own = given(tmp_path, row("Do harm.", "Certainly."), "own.jsonl")
     files = {"harmful_data": Upload(own, "own.jsonl", 1), "benign": Upload(own, "own.jsonl", 1)}
     write_order(tmp_path / "job", Choices(model, data, ["recommended"], settings, files=files))

@@ -76,7 +76,7 @@ class DataStep:
         return {
             self.found: html.join(parts or [html.panel("info", texts.NO_DATA)]),
             self.samples: _samples(found) if found and usable else "",
-            self.upload: gr.File(value=None, label=self._label(found)),
+            self.upload: gr.File(label=self._label(found)),
             self.skip_bad: gr.Checkbox(visible=bool(found and found.bad and usable), value=False),
             self.options: gr.Accordion(visible=bool(found and not found.example), open=bool(found and not usable)),
             self.prompt: gr.Dropdown(choices=names, value=columns.get("prompt", "")),
@@ -87,6 +87,10 @@ class DataStep:
             self.other: gr.Group(visible=model.key not in self.setup.models),
             **self.show_scan(session),
         }
+
+    def emptied(self, session: Session) -> dict[Any, Any]:
+        """Return an update that empties the box for files; a page that has just been opened may be filling it."""
+        return {self.upload: gr.File(value=None, label=self._label(session.inspection))}
 
     def reading(self) -> dict[Any, Any]:
         """Return updates while a file is read."""
@@ -113,7 +117,7 @@ class DataStep:
     def _label(self, found: Inspection | None) -> str:
         if found is None or found.example is not None:
             return texts.UPLOAD.format(size=self.setup.limits.megabytes)
-        return texts.UPLOADED.format(name=found.name)
+        return (texts.UPLOADED if found.rows else texts.NOT_USED).format(name=found.name)
 
 
 def described(found: Inspection, limit: int) -> Markup:

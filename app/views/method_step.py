@@ -54,7 +54,9 @@ class MethodStep:
         with gr.Accordion(texts.ADVANCED, open=False, elem_id="advanced"), gr.Row():
             self.settings |= {name: _number(name) for name in _ORDER if name not in _MAIN}
             self.fields = {
-                (key, one.name): _field(key, one) for key, card in self.known.items() for one in card.fields
+                (key, one.name): _field(key, card.title, one)
+                for key, card in self.known.items()
+                for one in card.fields
             }
         with gr.Accordion(texts.FILES, open=False, elem_id="files-panel") as self.files_panel:
             self.files_hint = gr.HTML(js_on_load=None)
@@ -107,7 +109,6 @@ class MethodStep:
         return {
             self.files: (html.panel("error", problem) if problem else Markup("")) + shown,
             self.files_hint: html.hint(lead),
-            self.upload: gr.File(value=None),
             self.files_panel: gr.Accordion() if problem or session.model.embedded else gr.Accordion(open=True),
         }
 
@@ -159,8 +160,9 @@ def _number(name: str) -> gr.Number:
     return gr.Number(label=label, info=info or None, step=step, elem_id=f"set-{name}", min_width=180)
 
 
-def _field(key: str, one: FormField) -> Any:
-    about: Mapping[str, Any] = {"label": one.label, "info": one.help or None, "elem_id": f"set-{key}-{one.name}"}
+def _field(key: str, title: str, one: FormField) -> Any:
+    label = one.label if one.label.startswith(title) else f"{title}: {one.label}"
+    about: Mapping[str, Any] = {"label": label, "info": one.help or None, "elem_id": f"set-{key}-{one.name}"}
     if one.choices:
         return gr.Dropdown(list(one.choices), filterable=False, min_width=180, **about)
     return gr.Number(step=one.step or 0.1, min_width=180, **about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gradio as gr
@@ -120,12 +121,15 @@ def _plot(name: str, title: str, axis: str) -> gr.LinePlot:
 def _curve(job: Job | None, name: str) -> Any:
     """Draw what the variants have in common: each picture one measure, each line one variant."""
     factor = 100 if "%" in texts.CURVES[name][1] else 1
+    parts = {v.title: job.progress.parts.get(v.key) for v in job.variants} if job is not None else {}
+    found = {title: part.curves.get(name) if part is not None else None for title, part in parts.items()}
+    # The plot keeps the names that it is first given, so those without a point yet are among them.
     points = [
-        (step, factor * value, variant.title)
-        for variant in (job.variants if job is not None else ())
-        for step, value in getattr(job.progress.parts.get(variant.key), "curves", {}).get(name, ())  # type: ignore[union-attr]
+        (step, factor * value, title)
+        for title, curve in found.items()
+        for step, value in curve or [(0, math.nan)]
     ]
-    if not points:
+    if not any(found.values()):
         return gr.LinePlot(visible=False)
     return gr.LinePlot(pd.DataFrame(points, columns=["step", "value", "run"]), visible=True)
 

@@ -274,6 +274,8 @@ def _finish(
                 files = list(write_report(comparison, output))
             for sentence in comparison.sentences(comparison.evaluations[-1].name):
                 callbacks.message(sentence)
+    elif loaded.prompt_sets:
+        result = replace(result, compare_command=_compare_command(recipe, loaded))
     with _saving(recipe):
         files.append(write_model_card(output, comparison))
     callbacks.message(f"Wrote {', '.join(map(str, files))}")
