@@ -125,9 +125,7 @@ def _curve(job: Job | None, name: str) -> Any:
     found = {title: part.curves.get(name) if part is not None else None for title, part in parts.items()}
     # The plot keeps the names that it is first given, so those without a point yet are among them.
     points = [
-        (step, factor * value, title)
-        for title, curve in found.items()
-        for step, value in curve or [(0, math.nan)]
+        (step, factor * value, title) for title, curve in found.items() for step, value in curve or [(0, math.nan)]
     ]
     if not any(found.values()):
         return gr.LinePlot(visible=False)
