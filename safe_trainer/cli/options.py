@@ -210,11 +210,13 @@ def check_model(option: str, source: str) -> None:
     Raises:
         BadParameter: If so; a Hub id is taken as it is.
     """
-    from ..recipe.load import model_problem
+    from ..recipe.paths import check_model as check_files
 
     check_folder(option, source, "model")
-    if problem := model_problem(source):
-        raise _misused(option, problem)
+    try:
+        check_files(source)
+    except ValueError as error:
+        raise _misused(option, str(error)) from error
 
 
 def load_model(name: str, adapter: str | None = None) -> tuple[Any, Any]:

@@ -11,11 +11,9 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from .fields import short
+from .paths import Place
 
 _LARGEST = 100_000  # values in a recipe, aliases counted each time: nested aliases make millions
-
-Place = tuple[str | int, ...]
-"""Where a value is: the keys and positions that lead to it, such as `("data", 0, "path")`."""
 
 
 class RecipeError(ValueError):
@@ -68,8 +66,9 @@ class Document:
         return any(found[: len(place)] == place for found, _ in self._found)
 
     def problem(self, place: Place, message: str) -> None:
-        """Note what is wrong with a value."""
-        self._found.append((place, message))
+        """Note what is wrong with a value, once."""
+        if (place, message) not in self._found:
+            self._found.append((place, message))
 
     def raise_problems(self) -> None:
         """Raise one error that lists all problems in the order of the file, if there are any."""

@@ -7,13 +7,11 @@ recipe. Importing them loads torch, which takes seconds: until it is loaded, the
 from __future__ import annotations
 
 import ast
-import builtins
 import collections.abc
 import dataclasses
 import math
 import sys
 import types
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -93,16 +91,15 @@ def fields_of(cls: type) -> Hints:
 
 @cache
 def _from_source(classes: tuple[tuple[str, str, str], ...]) -> Hints:
-    """Return the fields that classes declare in their source, the first class's before its bases'; or nothing."""
-    hints: Hints = {}
+    """Return the fields that classes and their bases declare in their source, of any type; or nothing."""
+    names: list[str] = []
     for package, file, name in classes:
         spec = find_spec(package)
-        path = Path((spec.submodule_search_locations or [""])[0], file) if spec else Path()
-        declared = _declared(path, name)
-        if declared is None:
+        declared = _declared(Path((spec.submodule_search_locations or [""])[0], file), name) if spec else []
+        if not declared:
             return {}  # another layout of the package: the class itself is asked
-        hints = {**declared, **hints}
-    return _plain_only(hints, otherwise=Any)
+        names += declared
+    return dict.fromkeys(names, Any)
 
 
 @cache
@@ -116,41 +113,20 @@ def _methods_from_source() -> dict[str, Hints]:
     for table in tables:
         for key, value in zip(table.keys, table.values, strict=True) if isinstance(table, ast.Dict) else ():
             if isinstance(key, ast.Constant) and isinstance(value, ast.Name) and value.id in homes:
-                found[str(key.value)] = _plain_only(_declared(folder / homes[value.id], value.id) or {}, otherwise=Any)
+                found[str(key.value)] = dict.fromkeys(_declared(folder / homes[value.id], value.id), Any)
     return found if all(found.values()) else {}
 
 
-def _declared(path: Path, name: str) -> Hints | None:
-    """Return the annotated fields of a class in a source file; `None` if it is not there."""
-    if not path.is_file():
-        return None
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            fields = (item for item in node.body if isinstance(item, ast.AnnAssign))
-            return {item.target.id: _evaluated(item) for item in fields if _is_setting(item)}  # type: ignore[union-attr]
-    return None
-
-
-def _is_setting(item: ast.AnnAssign) -> bool:
-    value = ast.unparse(item.value) if item.value else ""
-    return isinstance(item.target, ast.Name) and "ClassVar" not in ast.unparse(item.annotation) and (
-        "init=False" not in value
-    )  # fmt: skip
-
-
-class _Names(dict[str, Any]):
-    """Names that an annotation may use; one that would have to be imported is a type that YAML cannot hold."""
-
-    def __missing__(self, name: str) -> Any:
-        return type(name, (), {})
-
-
-def _evaluated(item: ast.AnnAssign) -> Any:
-    names = _Names({**vars(builtins), **vars(collections.abc), **vars(typing), "Path": Path})
-    try:
-        return eval(ast.unparse(item.annotation), {}, names)  # noqa: S307, source of an installed package
-    except (TypeError, AttributeError, NameError):
-        return Any
+def _declared(path: Path, name: str) -> list[str]:
+    """Return the names of the annotated fields of a class in a source file."""
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    fields = [item for body in bodies for item in body if isinstance(item, ast.AnnAssign)]
+    return [
+        ast.unparse(f.target)
+        for f in fields
+        if "ClassVar" not in ast.unparse(f) and "init=False" not in ast.unparse(f)
+    ]
 
 
 class Range(NamedTuple):
@@ -243,15 +219,13 @@ def _shown(hint: Any) -> str:
     return " or ".join(dict.fromkeys(parts))
 
 
-def _plain_only(hints: Hints, otherwise: Any = None) -> Hints:
-    """Leave of each annotation what YAML can express; a field of which nothing is left is `otherwise`, or left out."""
+def _plain_only(hints: Hints) -> Hints:
+    """Leave of each annotation what YAML can express; a field of which nothing is left is left out."""
     found = {}
     for name, hint in hints.items():
         members = tuple(member for member in _members(hint) if _is_plain(member))
         if any(member is not types.NoneType for member in members):
             found[name] = Union[members]  # noqa: UP007, made of a tuple
-        elif otherwise is not None:
-            found[name] = otherwise
     return found
 
 

@@ -6,7 +6,7 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
-from .document import Place
+from .paths import Place
 
 if TYPE_CHECKING:
     from .load import Recipe

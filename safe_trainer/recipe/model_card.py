@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation import Comparison, Evaluation, from_json, to_markdown
 from ..evaluation.report import write_atomically
+from .paths import ARTIFACTS, weights_kind
 
 if TYPE_CHECKING:
     from ..methods import SafetyMethod
@@ -24,7 +25,6 @@ BEGIN = "<!-- safe-trainer: this part is written anew by `safe-trainer card`; wr
 END = "<!-- safe-trainer: end -->"
 SAFETY_REPORT = "safety_report.json"
 """The methods' self-checks of a run, saved next to what it made."""
-HARMFUL_KIND = "security vectors"
 
 # What may leave this machine: weights and what is needed to use them. Reports hold harmful prompts and answers.
 PUBLISHED = ("README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
@@ -148,24 +148,14 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: If so.
     """
-    from safetensors import SafetensorError, safe_open
-
     weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file() and not weights:
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")) and not weights:
         raise ValueError(f"`{folder}` holds no adapter and no model. Give the folder that one was saved to.")
-    for file in weights:
-        try:
-            with safe_open(file, framework="np") as opened:
-                kind = (opened.metadata() or {}).get("kind") or ""
-        except SafetensorError as error:
-            raise ValueError(
-                f"`{file}` is not a complete safetensors file ({error}). Save or copy it again."
-            ) from error
-        if kind.startswith(HARMFUL_KIND):
-            raise ValueError(
-                f"`{folder}` holds security vectors, which make a model answer harmful requests. They are not for "
-                "publishing; give the folder of the adapter that was trained with them."
-            )
+    if any(str(weights_kind(file)).startswith(ARTIFACTS["vectors"]) for file in weights):
+        raise ValueError(
+            f"`{folder}` holds security vectors, which make a model answer harmful requests. They are not for "
+            "publishing; give the folder of the adapter that was trained with them."
+        )
 
 
 @dataclass

@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 
 from .. import __version__
 from ..data import PromptSet
-from .load import Recipe, moved
+from .load import Recipe
+from .paths import moved
 from .sources import LoadedData, load_data
 from .tokens import count_tokens
 from .trainer import add_monitors, arguments, make_trainer

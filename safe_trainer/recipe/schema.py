@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..data import HubDataset, Kind, ReadOptions
 from .fields import json_schema, method_fields, peft_fields, training_fields
+from .paths import check_artifact, check_data_file, check_model, exists, is_given
 
 
 class Part(BaseModel):
@@ -23,6 +25,8 @@ class ModelPart(Part):
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="In which the base is kept.")
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="Loads the base with bitsandbytes.")
+
+    _check_path = field_validator("path")(check_model)
 
 
 class ReadingPart(Part):
@@ -41,6 +45,12 @@ class ReadingPart(Part):
         "last", description="Which answers of a conversation are learned; all makes a row of each."
     )
 
+    @field_validator("format", "columns")
+    @classmethod
+    def _check_format(cls, value: Any, info: ValidationInfo) -> Any:
+        ReadOptions(**{str(info.field_name): value}).chosen_format()
+        return value
+
     def options(self) -> ReadOptions:
         """Return how the source is to be read."""
         return ReadOptions(**{name: getattr(self, name) for name in ReadingPart.model_fields})
@@ -56,8 +66,22 @@ class SourcePart(ReadingPart):
     subset: str | None = Field(None, description="Configuration of the dataset on the Hub.")
     split: str | None = Field(None, description="Split of the dataset; may be left out where there is only one.")
 
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, value: str | None) -> str | None:
+        folder_of_prompts = value is not None and "kind" in cls.model_fields and exists(value) and Path(value).is_dir()
+        return value if value is None or folder_of_prompts else check_data_file(value)
+
+    @field_validator("hub")
+    @classmethod
+    def _check_hub(cls, value: str | None) -> str | None:
+        if value is not None and is_given(value) and not exists(value):
+            raise ValueError(f"there is no folder `{value}`")
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> SourcePart:
+        self.options()  # refuses a format together with columns
         suite = getattr(self, "suite", None)
         given = [self.path if suite is None else None, self.hub, getattr(self, "built_in", None), suite]
         if sum(source is not None for source in given) != 1:
@@ -115,6 +139,11 @@ class MonitorPart(Part):
         None, description="File of an alignment direction, for the share of the update along it."
     )
     basis: str | None = Field(None, description="File of a safety basis, for the shares in the safety features.")
+
+    @field_validator("direction", "basis")
+    @classmethod
+    def _check_artifact(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return value if value is None else check_artifact(str(info.field_name), value)
 
 
 class RecipePart(Part):

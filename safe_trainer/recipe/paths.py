@@ -1,0 +1,141 @@
+"""The files and folders that a recipe names: where they are, and whether they hold what they are for."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..data import KINDS, PREFIX, kind_of
+
+Place = tuple[str | int, ...]
+"""Where a value is: the keys and positions that lead to it, such as `("data", 0, "path")`."""
+ARTIFACTS = {"direction": "alignment direction", "basis": "safety basis", "vectors": "security vectors"}
+"""What a file must hold that a recipe gives under one of these keys."""
+_FILES = (["data", "path"], ["evaluation", "prompts", "path"], ["monitor", "direction"], ["monitor", "basis"])
+
+
+def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
+    """Return a value of a recipe with the paths in it made absolute, or relative to another folder.
+
+    Paths are the files of data, prompts and monitor; elsewhere texts that begin with `./` or `../`; and in settings
+    the names of files (`harmful.jsonl`, `direction.safetensors`) and of what is in the recipe's folder. The output is
+    relative to the working directory, and absolute paths stay.
+
+    Args:
+        value (`Any`): The value, or several in lists and mappings.
+        place (`Place`): Where it is in the recipe; `()` for all of it.
+        folder (`Path`): The folder that its paths are relative to.
+        seat (`Path`, *optional*): The folder that they shall be relative to; left out, they become absolute.
+    """
+    if isinstance(value, dict):
+        return {key: moved(inner, (*place, key), folder, seat) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [moved(inner, (*place, n), folder, seat) for n, inner in enumerate(value)]
+    if not isinstance(value, str) or not _is_path(value, place, folder) or os.path.isabs(value):
+        return value
+    target = os.path.abspath(folder / os.path.expanduser(value))  # a user that there is not is left as it is
+    if seat is None:
+        return target
+    seen = Path(os.path.relpath(target, seat)).as_posix()
+    return seen if seen.startswith("../") else f"./{seen}"
+
+
+def _is_path(value: str, place: Place, folder: Path) -> bool:
+    keys = [key for key in place if isinstance(key, str)]
+    if keys == ["output"] or value.startswith(PREFIX) or not value:
+        return False
+    if value.startswith(("./", "../")) or keys in _FILES or (keys[0] == "safety" and keys[-1] == "path"):
+        return True
+    if len(keys) > 1 and keys[-1] != "method" and keys[0] in ("safety", "training", "peft"):
+        named = Path(value.lower().removesuffix(".gz")).suffix in (*KINDS, ".safetensors")
+        return named or (keys[0] == "safety" and exists(folder / value))
+    return keys in (["model", "path"], ["data", "hub"]) and exists(folder / value)
+
+
+def exists(path: str | Path) -> bool:
+    """Return whether there is such a file or folder; of a name that none can have, there is none."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, of no user, or with a null character
+        return False
+
+
+def is_given(path: str) -> bool:
+    """Return whether a text can only be a path, and no Hub id."""
+    return path.startswith(("/", "~"))
+
+
+def check_data_file(path: str) -> str:
+    """Return the path of a file of rows or prompts.
+
+    Raises:
+        ValueError: If there is none, or of no kind that can be read.
+    """
+    if path.startswith(PREFIX):
+        raise ValueError(f"a dataset is given under `hub`: `hub: {path.removeprefix(PREFIX)}`")
+    kind_of(path)
+    if not (exists(path) and Path(path).is_file()):
+        folder = Path(path).parent
+        beside = [file.name for file in folder.iterdir()] if exists(folder) and folder.is_dir() else []
+        near = get_close_matches(Path(path).name, beside)
+        raise ValueError(f"there is no file `{path}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+    return path
+
+
+def check_artifact(key: str, path: str) -> str:
+    """Return the path of an artifact, or of something else that a method reads.
+
+    Raises:
+        ValueError: If it can only be a path and is missing, or its header says that it holds something else.
+    """
+    makes = f"; `safe-trainer {key}` makes one" if key in ARTIFACTS else ""
+    if is_given(path) and not exists(path):
+        raise ValueError(f"there is no file or folder `{path}`{makes}")
+    if key in ARTIFACTS and exists(path):
+        file = Path(path).expanduser()
+        file = file / "adapter_model.safetensors" if file.is_dir() else file
+        kind = weights_kind(file) if file.is_file() else None
+        if not str(kind).startswith(ARTIFACTS[key]):
+            found = f"a file of kind {kind!r}" if kind else "an adapter or other weights"
+            raise ValueError(f"`{path}` is {found}, not {ARTIFACTS[key]}{makes}")
+    return path
+
+
+def check_model(path: str) -> str:
+    """Return the folder or Hub id of a model.
+
+    Raises:
+        ValueError: If it is a folder that is missing, empty, of an adapter, or with weights that are damaged.
+    """
+    if not exists(path) or not (folder := Path(path).expanduser()).is_dir():
+        if is_given(path) or exists(path):
+            raise ValueError(f"there is no folder `{path}`")
+        return path
+    if not any(folder.iterdir()):
+        raise ValueError(f"the folder `{path}` is empty")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"`{path}` is an adapter, not a model: give its base model here, and the adapter as such")
+        raise ValueError(f"the folder `{path}` holds no model: there is no config.json in it")
+    for file in folder.glob("*.safetensors"):
+        weights_kind(file)
+    return path
+
+
+def weights_kind(file: Path) -> str | None:
+    """Return what a file of weights says that it is, which artifacts do and models do not.
+
+    Raises:
+        ValueError: If the file is incomplete; names it.
+    """
+    try:
+        with safe_open(file, framework="np") as opened:
+            return (opened.metadata() or {}).get("kind")
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights `{file}` are incomplete or damaged ({error}); make or copy them again"
+        ) from error
