@@ -189,7 +189,7 @@ def test_a_card_shows_what_the_methods_measured_of_themselves(folder):
     report = {"AsFT": {"coverage": 0.875, "figures": {"energy": 0.25}, "warnings": ["Little to protect."]}}
     (folder / "safety_report.json").write_text(json.dumps(report))
     text = write_model_card(folder).read_text()
-    assert "- AsFT: acts on 88% of the trained weights, energy 0.25, Little to protect." in text
+    assert "- AsFT (acts on 88% of the trained weights, energy 0.25) Little to protect." in text
 
 
 def test_vectors_are_never_published(tmp_path, hub):

@@ -11,7 +11,7 @@ from typing import Any
 from .fitting import adapted, skeleton
 from .load import Recipe
 from .sources import LoadedData, load_data
-from .tokens import TokenCount, count_tokens
+from .tokens import count_tokens
 from .trainer import arguments
 
 _BYTES = {"4bit": 0.5, "8bit": 1.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -63,25 +63,25 @@ def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
     args = arguments(recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     counted = count_tokens(recipe, loaded.rows, args)
-    if counted is None:  # the template that would give the tokens is not the tokenizer's
-        counted = TokenCount(len(loaded.rows), [args.max_length or 1024], math.inf, 0, 0, [])
+    kept = [min(length, counted.limit) for length in counted.lengths]
+    tokens = round(sum(kept) / len(kept) * len(loaded.rows))
     packed = args.max_length if args.packing else None
-    steps, epochs = _steps(args, math.ceil(counted.total / packed) if packed else len(loaded.rows), processes)
+    steps, epochs = _steps(args, math.ceil(tokens / packed) if packed else len(loaded.rows), processes)
     config, parameters, trainable = _parameters(recipe)
     # Forward, and backward through the activations; the gradient of the weights only where they are trained.
-    products = 2 * counted.total * epochs * (2 * parameters + trainable)
+    products = 2 * tokens * epochs * (2 * parameters + trainable)
     return Plan(
         rows=len(loaded.rows),
-        tokens=counted.total,
-        cut=counted.cut,
-        learned=counted.learned_share,
+        tokens=tokens,
+        cut=sum(length > counted.limit for length in counted.lengths) / len(kept),
+        learned=counted.learned / counted.answers if counted.answers else None,
         lost=len(counted.lost),
         steps=steps,
         processes=processes,
         learning_rate=args.learning_rate,
         parameters=parameters,
         trainable=trainable,
-        memory=_memory(recipe, args, config, (parameters, trainable), packed or counted.longest),
+        memory=_memory(recipe, args, config, (parameters, trainable), int(packed or max(kept))),
         seconds=products / _speed(args.device) / processes,
         messages=tuple(counted.messages()),
     )

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
 
 from ..evaluation import Comparison, Evaluation, from_json, to_markdown
 from ..evaluation.report import write_atomically
@@ -72,7 +75,6 @@ def write_model_card(
     ```
     """
     from huggingface_hub import ModelCard
-    from ruamel.yaml import YAML
 
     folder = Path(folder)
     check_folder(folder)
@@ -84,25 +86,18 @@ def write_model_card(
         tuned = comparison[name] if name else comparison.evaluations[-1]
         comparison = Comparison((comparison.before, tuned), comparison.notes, comparison.seed)
     path = folder / "README.md"
-    card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\n{}\n---\n",
-                     ignore_metadata_errors=True)  # fmt: skip
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    card = ModelCard(text or "---\n{}\n---\n", ignore_metadata_errors=True)
     is_generated = any(sign in card.text for sign in _GENERATED)
     written = {key: v for key, v in card.data.to_dict().items() if v not in (None, [], "") and not is_generated}
-    known = written.get("base_model")
-    about = _About(folder, base_model or (known if isinstance(known, str) and _HUB_ID.fullmatch(known) else None))
-    metadata = {**about.metadata(comparison), **written}
-    metadata["tags"] = list(dict.fromkeys([*_listed(written.get("tags")), *about.metadata(comparison)["tags"]]))
-    if comparison is not None:
-        metadata["model-index"] = about.metadata(comparison)["model-index"]
-    if about.base_id is not None:
-        metadata["base_model"] = about.base_id
-    text = f"# {folder.resolve().name}" if is_generated or not card.text.strip() else card.text
-    body = _placed(text, about.part(comparison, repository))
-    from io import StringIO
-
-    front = StringIO()
-    YAML(typ="safe").dump(metadata, front)
-    return write_atomically(path, f"---\n{front.getvalue()}---\n{body}")
+    about = _About(folder, base_model or written.get("base_model"))
+    made = about.metadata(comparison)
+    metadata = {**made, **written, **{key: made[key] for key in ("model-index", "base_model") if key in made}}
+    tags = written.get("tags") or []
+    metadata["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *made["tags"]]))
+    own = f"# {folder.resolve().name}" if is_generated or not card.text.strip() else card.text
+    body = _placed(own, about.part(comparison, repository))
+    return write_atomically(path, f"---\n{_yaml(metadata)}---\n{body}")
 
 
 def publish(folder: str | Path, repository: str, *, private: bool = False) -> str:
@@ -132,11 +127,9 @@ def publish(folder: str | Path, repository: str, *, private: bool = False) -> st
     api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), allow_patterns=files)
     config = folder / "adapter_config.json"
     if config.is_file():
-        card = folder / "README.md"
-        known = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+        known = ModelCard.load(folder / "README.md").data.base_model if (folder / "README.md").is_file() else None
         settings = json.loads(config.read_text(encoding="utf-8"))
-        about = _About(folder, known if isinstance(known, str) else None)
-        settings["base_model_name_or_path"] = about.base_id or about.base_name
+        settings["base_model_name_or_path"] = _About(folder, known).base_name
         content = json.dumps(settings, indent=2).encode()
         api.upload_file(path_or_fileobj=content, path_in_repo=config.name, repo_id=made.repo_id)
     return str(made)
@@ -168,16 +161,15 @@ class _About:
     def __post_init__(self) -> None:
         from ..evaluation.manifest import shown_id
 
-        self.recipe = _without_folders(_read_yaml(self.folder / "recipe.yaml"))
+        path = self.folder / "recipe.yaml"
+        self.recipe = _without_folders(YAML(typ="safe").load(path)) if path.is_file() else {}
         self.is_adapter = (self.folder / "adapter_config.json").is_file()
+        found = self.recipe.get("model", {}).get("path")
         if self.is_adapter:
             config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
             found = config.get("base_model_name_or_path")
-        else:
-            found = self.recipe.get("model", {}).get("path")
-        local = not found or os.path.isabs(found) or found.startswith((".", "~")) or Path(found).exists()
-        if not local and _HUB_ID.fullmatch(found):
-            self.base_id = self.base_id or found
+        ids = [name for name in (self.base_id, found) if name and _HUB_ID.fullmatch(name) and not Path(name).exists()]
+        self.base_id = ids[0] if ids else None
         self.base_name = self.base_id or (shown_id(found) if found else "its base model")
 
     @property
@@ -218,35 +210,18 @@ class _About:
         what = "A PEFT adapter on" if self.is_adapter else "A fine-tune of"
         parts = [f"{what} `{self.base_name}`, fine-tuned with [TRL](https://huggingface.co/docs/trl){protected}."]
         parts += [_warning(comparison), *([] if comparison is None else [to_markdown(comparison).strip()])]
-        parts += [*self._self_checks(), "## Use", f"```python\n{self._code(repository)}\n```"]
+        path = self.folder / SAFETY_REPORT
+        checks = self_checks(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+        if checks:
+            parts += ["## Self-checks of the protection", "\n".join(f"- {line}" for line in checks)]
+        parts += ["## Use", f"```python\n{self._code(repository)}\n```"]
         if self.recipe:
-            from io import StringIO
-
-            from ruamel.yaml import YAML
-
-            written = StringIO()
-            YAML(typ="safe").dump(self.recipe, written)
-            parts += [
-                "## Recipe",
-                f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{written.getvalue().strip()}\n```",
-            ]
+            parts += ["## Recipe", f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{_yaml(self.recipe)}```"]
         papers = [method.paper for method in methods if method.paper is not None]
         if papers:
             cited = "\n\n".join(paper.citation.strip() for paper in papers)
             parts += ["## Cite", f"```bibtex\n{cited}\n```"]
         return "\n\n".join(parts)
-
-    def _self_checks(self) -> list[str]:
-        """Return what the methods measured of their own protection when training began."""
-        path = self.folder / SAFETY_REPORT
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        lines = []
-        for name, found in report.items():
-            coverage = found.get("coverage")
-            figures = [] if coverage is None else [f"acts on {coverage:.0%} of the trained weights"]
-            figures += [f"{key.replace('_', ' ')} {value:.3g}" for key, value in found.get("figures", {}).items()]
-            lines.append(f"- {name}: {', '.join([*figures, *found.get('warnings', ())]) or 'nothing to measure'}")
-        return ["## Self-checks of the protection", "\n".join(lines)] if lines else []
 
     def _code(self, repository: str | None) -> str:
         """Return Python that loads it."""
@@ -286,11 +261,25 @@ def _warning(comparison: Comparison | None) -> str:
     return f"> [!WARNING]\n> {verdict.headline}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
+def self_checks(report: Mapping[str, Any]) -> list[str]:
+    """Return a line for each method: what it measured of its own protection when training began, with its warnings.
 
-    values = YAML(typ="safe").load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values if isinstance(values, dict) else {}
+    Args:
+        report (`Mapping[str, Any]`): The trainer's `safety_report`: coverage, figures and warnings by method.
+    """
+    lines = []
+    for name, found in report.items():
+        acts = [] if found.get("coverage") is None else [f"acts on {found['coverage']:.0%} of the trained weights"]
+        figures = [f"{key.replace('_', ' ')} {value:.3g}" for key, value in found.get("figures", {}).items()]
+        said = ", ".join([*acts, *figures])
+        lines.append(" ".join([f"{name} ({said})" if said else name, *found.get("warnings", ())]))
+    return lines
+
+
+def _yaml(values: Any) -> str:
+    written = StringIO()
+    YAML(typ="safe").dump(values, written)
+    return written.getvalue()
 
 
 def _without_folders(value: Any) -> Any:
@@ -320,10 +309,6 @@ def _results(comparison: Comparison, tuned: Evaluation) -> list[dict[str, Any]]:
         if metrics:
             results.append({"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics})
     return results
-
-
-def _listed(tags: Any) -> Sequence[str]:
-    return [tags] if isinstance(tags, str) else list(tags or ())
 
 
 def _placed(text: str, part: str) -> str:

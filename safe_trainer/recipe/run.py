@@ -128,7 +128,7 @@ def run_recipe(
     callbacks.stage("loading")
     loaded = load_data(recipe)
     tokens = count_tokens(recipe, loaded.rows, arguments(recipe))
-    for text in [*loaded.messages(), *(tokens.messages() if tokens else ())]:
+    for text in [*loaded.messages(), *tokens.messages()]:
         callbacks.message(text)
     callbacks.stage("preparing")
     trainer = make_trainer(recipe, loaded.rows)
@@ -317,12 +317,9 @@ def protection(report: Mapping[str, Any], comparison: Comparison | None, compare
         comparison ([`Comparison`], *optional*): What was asked before and after.
         compare_command (`str`, *optional*): How to ask afterwards, where the run could not.
     """
-    methods = []
-    for name, found in report.items():
-        figures = [f"{key.replace('_', ' ')} {value:.3g}" for key, value in found.get("figures", {}).items()]
-        coverage = found.get("coverage")
-        acts = [] if coverage is None else [f"acts on {coverage:.0%} of the trained weights"]
-        methods.append(f"{name} ({', '.join([*acts, *figures])})" if acts or figures else name)
+    from .model_card import self_checks
+
+    methods = self_checks(report)
     protected = f"Protected by {' and '.join(methods)}." if methods else "Nothing protected this run (`safety: null`)."
     results = [] if comparison is None else [r for r in comparison.before.results if r.prompt_set.kind == "harmful"]
     if comparison is None or not results:

@@ -27,37 +27,15 @@ class TokenCount:
         limit (`float`): TRL's `max_length`; infinite where nothing is cut off.
         answers (`int`): Tokens of all answers in the sample, earlier turns of the assistant among them.
         learned (`int`): Those that the loss covers.
-        lost (`list[int]`): Positions, from 0, of rows in the sample whose answer begins after `limit`: they teach
-            nothing.
+        lost (`list[int]`): Positions, from 0, of rows whose answer begins after `limit`: they teach nothing.
     """
 
     rows: int
     lengths: list[int]
-    limit: float
-    answers: int
-    learned: int
-    lost: list[int]
-
-    @property
-    def total(self) -> int:
-        """Tokens of an epoch; an estimate if there are more rows than in the sample."""
-        kept = sum(min(length, self.limit) for length in self.lengths)
-        return round(kept / len(self.lengths) * self.rows)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row, after it is cut off."""
-        return int(min(max(self.lengths), self.limit))
-
-    @property
-    def cut(self) -> float:
-        """Share of the rows that are cut off at `limit`."""
-        return sum(length > self.limit for length in self.lengths) / len(self.lengths)
-
-    @property
-    def learned_share(self) -> float | None:
-        """Share of the answers' tokens that the loss covers, if there are answers."""
-        return self.learned / self.answers if self.answers else None
+    limit: float = math.inf
+    answers: int = 0
+    learned: int = 0
+    lost: tuple[int, ...] = ()
 
     def messages(self) -> list[str]:
         """Return what a user should read about the tokens before training."""
@@ -69,21 +47,18 @@ class TokenCount:
                 f"{of} teach nothing: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
                 "Shorten them, or raise `training.max_length`."
             )
-        if self.learned_share is not None and self.learned_share < 0.995:
-            told.append(f"{self.learned_share:.1%} of the answers' tokens are learned.")
+        if self.learned < 0.995 * self.answers:
+            told.append(f"{self.learned / self.answers:.1%} of the answers' tokens are learned.")
         return told
 
 
-def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount | None:
+def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
     """Count the tokens of the training rows as TRL's trainer will see them.
 
     Args:
         recipe ([`Recipe`]): Gives the tokenizer.
         rows (`Dataset`): Rows as `load_rows` returns them.
-        args (`SFTConfig`): Gives `max_length`.
-
-    Returns:
-        [`TokenCount`]: Or `None` where the chat template comes from elsewhere (`chat_template_path`).
+        args (`SFTConfig`): Gives `max_length`, and `chat_template_path`, with which nothing can be counted.
 
     Raises:
         ValueError: If a row does not fit the tokenizer's chat template, or no row would teach anything.
@@ -91,32 +66,25 @@ def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount | None:
     from transformers import AutoTokenizer
 
     if getattr(args, "chat_template_path", None):
-        return None
+        return TokenCount(len(rows), [args.max_length or 1024])
     tokenizer = AutoTokenizer.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
-    places = range(len(rows))
-    if len(rows) > SAMPLE:
-        places = sorted(random.Random(0).sample(places, SAMPLE))  # type: ignore[assignment]
-    limit = args.max_length or math.inf
-    limit = math.inf if args.packing else limit
+    limit = math.inf if args.packing or not args.max_length else args.max_length
     lengths, lost, answers, learned = [], [], 0, 0
-    for place in places:
-        row = rows[place]
+    for place in sorted(random.Random(0).sample(range(len(rows)), min(SAMPLE, len(rows)))):
         try:
-            encoded = encode_row(tokenizer, row)
+            ids, start = encode_row(tokenizer, rows[place])
         except ValueError as error:
             raise ValueError(f"Row {place + 1} of the training data cannot be used: {error}.") from error
-        length = len(encoded.ids)
-        lengths.append(length)
-        answers += length - encoded.answer_start + _earlier_answers(tokenizer, row)
-        learned += max(0, int(min(length, limit)) - encoded.answer_start)
-        if encoded.answer_start >= limit:
-            lost.append(place)
+        lengths.append(len(ids))
+        answers += len(ids) - start + _earlier_answers(tokenizer, rows[place])
+        learned += max(0, int(min(len(ids), limit)) - start)
+        lost += [place] if start >= limit else []
     if len(lost) == len(lengths):
         raise ValueError(
             f"Every row's answer starts after `max_length={limit:g}` tokens, so nothing can be learned (the shortest "
             f"row has {min(lengths):,} tokens). Raise `training.max_length`, or shorten the prompts."
         )
-    return TokenCount(len(rows), lengths, limit, answers, learned, lost)
+    return TokenCount(len(rows), lengths, limit, answers, learned, tuple(lost))
 
 
 def _earlier_answers(tokenizer: Any, row: Any) -> int:
