@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,8 @@ from .recipes import Choices, Settings, Upload, Variant, estimate, packed_recipe
 from .sessions import Session, Sessions
 from .setup import EMBEDDED, Model, Setup, hub_model
 
-logger = logging.getLogger(__name__)
-
 ASKED_TOKENS = 128
 _PICKLED = {"training_args.bin"}  # of no use elsewhere, and nothing that others should load
-_KEPT_BACK = [*_PICKLED, "checkpoint-*", "*.log"]
 
 
 @dataclass
@@ -269,24 +265,6 @@ def _packed(folder: Path, target: Path) -> Path:
                     packed.write(path, path.name)
         fresh.replace(target)
     return target
-
-
-def push(folder: Path, repository: str, token: str | None = None) -> str:
-    """Push an adapter as a private repository and return what to tell the user."""
-    from huggingface_hub import HfApi, get_token
-
-    name = hub_model(repository.strip()).path
-    token = token or get_token()
-    if not token:
-        raise ValueError(texts.PUSH_LOGIN)
-    try:
-        api = HfApi(token=token)
-        api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=_KEPT_BACK)
-    except Exception as error:  # whatever the network or the Hub makes of it; their texts may hold addresses and keys
-        logger.info("Pushing failed: %s", type(error).__name__)
-        raise ValueError(texts.PUSH_FAILED.format(name=type(error).__name__)) from None
-    return texts.PUSH_DONE.format(repo=name)
 
 
 def _forget_data(session: Session) -> None:

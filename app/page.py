@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from . import texts
-from .actions import Services, adapters, changed, push
+from .actions import Services, changed
 from .recipes import defaults
 from .sessions import Session, cookie_of
 from .setup import EMBEDDED
@@ -47,9 +47,7 @@ class Page:
                     self.compare = CompareStep(services.setup)
             self.timer = gr.Timer(1.0, active=False)
             self.seen = gr.State("")
-            tabs = [self.steps, self.to_method, self.to_train, self.to_compare]
-            views = (self.data, self.method, self.train, self.compare)
-            self.all = [*tabs, self.timer, self.seen, *(one for view in views for one in view.components)]
+            self.all = [one for one in self.blocks.blocks.values() if not isinstance(one, gr.Row)]
             self._connect_data()
             self._connect_method()
             self._connect_training()
@@ -111,10 +109,6 @@ class Page:
         on(compare.run.input, self._show_run, compare.run, api_name="show_run")
         on(compare.rename.click, self._rename, compare.name, api_name="rename")
         on(compare.delete.click, self._delete, api_name="delete")
-        setup = self.services.setup
-        if setup.push or setup.space:
-            pushing = self._push if setup.push else self._push_as_user
-            compare.push.click(pushing, [compare.which, compare.repository], compare.pushed, api_name="push")
         on(self.blocks.load, self._load, api_name="load")
 
     # What is shown
@@ -327,25 +321,6 @@ class Page:
         session = self.session(request)
         self.services.delete(session)
         return self.compare.show(session) | self._show_jobs(session)
-
-    def _push(self, title: str, repository: str, request: gr.Request) -> str:
-        return self._pushed(title, repository, request, None)
-
-    def _push_as_user(self, title: str, repository: str, request: gr.Request, token: gr.OAuthToken | None) -> str:
-        """Push an adapter with the login that the user has given to the Space."""
-        return self._pushed(title, repository, request, token.token if token else "")
-
-    def _pushed(self, title: str, repository: str, request: gr.Request, token: str | None) -> str:
-        job = self.session(request).compared
-        folder = adapters(job).get(title) if job is not None else None
-        try:
-            if folder is None:
-                raise ValueError(texts.NO_COMPARISON)
-            if token == "":
-                raise ValueError(texts.PUSH_LOGIN)
-            return html.panel("good", push(folder, repository, token))
-        except ValueError as error:
-            return html.panel("error", str(error))
 
 
 def _problem(wish: Callable[[], Any]) -> str:

@@ -259,47 +259,6 @@ def _training(model: Model, s: Settings) -> dict[str, Any]:
     return shared | batch | {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5} | saving
 
 
-def python_code(folder: Path, variant: Variant) -> str:
-    """Return Python code that does what a variant's recipe does."""
-    import torch
-
-    values = yaml.safe_load((folder / variant.recipe).read_text(encoding="utf-8"))
-    safety, imports = _safety_code(values["safety"])
-    options = {key: value for key, value in values["data"][0].items() if key != "path"}
-    reading = f", ReadOptions({_arguments(options)})" if options else ""
-    names = sorted({"SafeSFTTrainer", "load_rows", *imports, *(["ReadOptions"] if reading else [])})
-    training = {"output_dir": values["output"], **values["training"], "report_to": "none"}
-    if not torch.accelerator.is_available():
-        training |= {"use_cpu": True, "bf16": False}
-    return texts.CODE.format(
-        names=", ".join(names),
-        data=values["data"][0]["path"],
-        reading=reading,
-        model=values["model"]["path"],
-        training=" " * 8 + _arguments(training, ",\n" + " " * 8) + ",",
-        peft=_arguments({**values["peft"], "task_type": "CAUSAL_LM"}),
-        safety=safety,
-    )
-
-
-def _safety_code(safety: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    if not safety:
-        return "None", []
-    calls, imports = [], []
-    for entry in safety:
-        several = entry["method"] == RECOMMENDED
-        name = RECOMMENDED if several else METHODS[entry["method"]].__name__
-        settings = {key: value for key, value in entry.items() if key != "method"}
-        calls.append(f"{'*' * several}{name}({_arguments(settings)})")
-        imports.append(name)
-    inner = "".join(f"        {call},\n" for call in calls)
-    return f"[\n{inner}    ]", imports
-
-
-def _arguments(values: dict[str, Any], between: str = ", ") -> str:
-    return between.join(f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in values.items())
-
-
 def estimate(folder: Path, variants: Sequence[Variant]) -> recipe.Plan:
     """Return what the first variant takes; the others take about the same."""
     checked = [recipe.read_recipe(folder / variant.recipe) for variant in variants]

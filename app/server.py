@@ -141,7 +141,7 @@ def serve(  # noqa: PLR0913, each is a setting with a name
     import uvicorn
 
     with contextlib.closing(_bound(host, port)) as listening:
-        setup = local_setup(models, shared=shared)
+        setup = local_setup(models)
         app = create_app(setup, folder=folder, password=password, hosts=None if shared else ())
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(app.state.services):

@@ -145,31 +145,27 @@ class Setup:
         models (`Mapping[str, Model]`): What can be fine-tuned, by key; all that there is on a Space.
         any_model (`bool`): Whether other models of the Hub can be named.
         space (`bool`): Whether it runs as a Space, in a frame of another site and behind a proxy.
-        push (`bool`): Whether adapters can be pushed with the login of this machine.
         limits ([`Limits`]): What is let in.
     """
 
     models: Mapping[str, Model] = field(default_factory=lambda: {EMBEDDED.key: EMBEDDED})
     any_model: bool = False
     space: bool = False
-    push: bool = False
     limits: Limits = Limits()
 
 
-def local_setup(folders: Mapping[str, str] | None = None, *, shared: bool = False) -> Setup:
+def local_setup(folders: Mapping[str, str] | None = None) -> Setup:
     """Return how the app is run on one's own machine; without a network nothing of the Hub is offered.
 
     Args:
         folders (`Mapping[str, str]`, *optional*): Models on disk, by the name to show.
-        shared (`bool`, *optional*, defaults to `False`): Whether others can reach it; then nobody pushes with the
-            owner's login.
     """
     own = {name: Model(name, str(Path(path).resolve())) for name, path in (folders or {}).items()}
     models = {EMBEDDED.key: EMBEDDED, **own}
     online = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("", "0", "false", "no", "off")
     if online:
         models |= {model.key: model for model in HUB_MODELS}
-    return Setup(models, any_model=online, push=online and not shared)
+    return Setup(models, any_model=online)
 
 
 def space_setup() -> Setup:

@@ -109,28 +109,8 @@ NEEDS_SHORT = "needs the checkpoint before alignment"
 CHECK = "Check and continue"
 CHOOSE_METHOD = "Choose at least one method."
 NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known for this model."
-RECIPE, CODE_LABEL = "Recipe (YAML)", "The same in Python"
-RECIPES, SHOWN_FOR = "Recipe and code of these runs", "Show"
+RECIPE, RECIPES, SHOWN_FOR = "Recipe (YAML)", "Recipes of these runs", "Show"
 RECIPE_HEADER = "# {title}\n# safe-trainer train {file}\n"
-CODE = """\
-from peft import LoraConfig
-from trl import SFTConfig
-
-from safe_trainer import {names}
-
-rows, report = load_rows("{data}"{reading})
-trainer = SafeSFTTrainer(
-    model="{model}",
-    args=SFTConfig(
-{training}
-    ),
-    train_dataset=rows,
-    peft_config=LoraConfig({peft}),
-    safety={safety},
-)
-trainer.train()
-trainer.save_model()
-"""
 PLAN = ("Rows", "Steps", "Trained weights", "Memory", "Time to train")
 PLAN_TIME, PLAN_TIME_ONE = (
     "about {each} per run ({count} runs), plus the comparison",
@@ -211,7 +191,6 @@ TABLE_CAPTION, NOT_MEASURED = (
     "Rates with counts and 95 % intervals",
     "not measured",
 )
-CATEGORIES_HEADING, CATEGORY = "Harmful prompts refused, by category", "Category"
 FLIPS_HEADING = "Prompts whose outcome changed"
 NO_FLIPS, FLIPS_ALL = "No outcome changed.", "{count} changed"
 FLIPS_SHOWN = "{count} changed; the first {shown} are shown, the report lists all"
@@ -235,10 +214,6 @@ DOWNLOAD = {
     "ranking": "full ranking (CSV)",
 }
 TINY = "The embedded model has one million weights: results do not carry over to other models."
-PUSH, PUSH_DONE = "Push an adapter to the Hub", "Pushed to {repo}."
-PUSH_REPO, PUSH_BUTTON, PUSH_WHICH = "Repository (owner/name)", "Push as private", "Adapter"
-PUSH_LOGIN = "Log in first: `hf auth login` on this machine, or the button on a Space."
-PUSH_FAILED = "The Hub refused the upload ({name})."
 
 # Around it
 MODEL_NOT_ALLOWED = "This model is not available here."

@@ -18,7 +18,7 @@ import yaml
 from app import inspection, recipes, texts
 from app.inspection import apart, inspect, material, tokenizer_of, write_example
 from app.progress import Progress
-from app.recipes import Choices, Settings, Upload, cards, defaults, field_default, python_code, write_order
+from app.recipes import Choices, Settings, Upload, cards, defaults, field_default, write_order
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, hub_model
 from app.views import compare_step, data_step, html, train_step
 from app.views.method_step import MethodStep
@@ -172,21 +172,6 @@ def form(step, *chosen):
     settings += [getattr(Settings(), n) for n in ("lora_rank", "batch_size", "max_length", "seed", "prompts")]
     fields = [field_default(key, name, EMBEDDED) for key, name in step.fields]
     return [*(key in chosen for key in step.cards), *settings, Settings().answer_tokens, *fields]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", ["plain", "asft", "recommended"])
-def test_the_code_that_is_shown_trains_the_same_weights_as_the_recipe(tmp_path, monkeypatch, key):
-    from safetensors.torch import load_file
-
-    [variant] = write_order(tmp_path / "job", choices(tmp_path, [key]))
-    code = python_code(tmp_path / "job", variant)
-    monkeypatch.chdir(tmp_path / "job")
-    recipe.run_recipe(recipe.read_recipe(f"{key}.yaml", ["output=of-recipe"]), compare=False)
-    exec(compile(code, "shown", "exec"), {})
-    expected, found = (load_file(Path(name, "adapter_model.safetensors")) for name in ("of-recipe", key))
-    assert expected.keys() == found.keys()
-    assert all((expected[name] == found[name]).all() for name in expected)
 
 
 def test_recipes_of_other_models_save_checkpoints_and_keep_the_batch(tmp_path):

@@ -279,7 +279,7 @@ def test_a_folder_of_this_machine_is_not_taken_for_a_model_of_the_hub(tmp_path, 
 def test_without_a_network_nothing_of_the_hub_is_offered(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     setup = local_setup({"mine": "models/mine"})
-    assert list(setup.models) == ["embedded", "mine"] and not setup.any_model and not setup.push
+    assert list(setup.models) == ["embedded", "mine"] and not setup.any_model
 
 
 def test_a_space_takes_only_the_models_it_allows(monkeypatch, tmp_path):
@@ -294,29 +294,6 @@ def test_a_space_takes_only_the_models_it_allows(monkeypatch, tmp_path):
 def test_nothing_runs_code_that_comes_with_a_model():
     for path in Path(__file__).parents[1].joinpath("app").rglob("*.py"):
         assert not re.search(r"trust_remote_code\s*=\s*True", path.read_text()), path
-
-
-def test_a_token_is_neither_shown_nor_logged(monkeypatch, tmp_path, caplog):
-    import huggingface_hub
-
-    from app.actions import push
-
-    class Broken:
-        def __init__(self, token):
-            self.token = token
-
-        def create_repo(self, *args, **kwargs):
-            raise RuntimeError(f"https://user:{self.token}@hub refused {self.token}")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Broken)
-    with pytest.raises(ValueError) as told:
-        push(tmp_path, "owner/name", "hf_secret")
-    assert "hf_secret" not in f"{told.value} {caplog.text}"
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="Log in first"):
-        push(tmp_path, "owner/name")
-    with pytest.raises(ValueError, match="not a valid Hub model ID"):
-        push(tmp_path, "../../etc", "hf_secret")
 
 
 def test_nothing_calls_home(url):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import gradio as gr
@@ -47,23 +46,6 @@ class CompareStep:
             with gr.Row(elem_classes="actions"):
                 self.rename = gr.Button(texts.RENAME, elem_id="rename")
                 self.delete = gr.Button(texts.DELETE, variant="stop", elem_id="delete")
-        self._build_push(setup)
-
-    def _build_push(self, setup: Setup) -> None:
-        with gr.Accordion(texts.PUSH, open=False, visible=setup.push or setup.space, elem_id="push-panel"):
-            if setup.space and "OAUTH_CLIENT_ID" in os.environ:
-                gr.LoginButton()
-            with gr.Row():
-                self.which = gr.Dropdown([], label=texts.PUSH_WHICH, elem_id="push-which", filterable=False)
-                self.repository = gr.Textbox(label=texts.PUSH_REPO, max_length=200, elem_id="push-repo")
-            self.push = gr.Button(texts.PUSH_BUTTON, interactive=False, elem_id="push")
-            self.pushed = gr.HTML(elem_id="pushed", js_on_load=None)
-
-    @property
-    def components(self) -> list[Any]:
-        """What [`show`] changes."""
-        shown = [self.run, self.result, self.details, self.trying, self.whom, self.downloads]
-        return [*shown, self.history, self.name, self.which, self.push]
 
     def show(self, session: Session) -> dict[Any, Any]:
         """Return updates that show the run that the user has chosen, or the newest."""
@@ -78,8 +60,6 @@ class CompareStep:
             self.whom: gr.CheckboxGroup(choices=everybody, value=everybody),
             self.history: gr.Accordion(visible=job is not None),
             self.name: job.name if job else "",
-            self.which: gr.Dropdown(choices=titles, value=titles[-1] if titles else None),
-            self.push: gr.Button(interactive=bool(titles)),
         }
         if job is None or comparison is None:
             empty = html.panel("info", texts.NO_COMPARISON)
@@ -88,7 +68,7 @@ class CompareStep:
         note = html.panel("warning", texts.OLDER_RUN.format(name=job.label)) if older else Markup("")
         return shown | {
             self.result: note + described(comparison, embedded=job.model.embedded),
-            self.details: html.join((_categories(comparison), _flips(comparison))),
+            self.details: _flips(comparison),
             self.downloads: _downloads(job),
         }
 
@@ -123,19 +103,6 @@ def _rates(comparison: Comparison) -> Markup:
             cells.append(html.rate(results[0].rate(outcome)) if results else Markup(texts.NOT_MEASURED))
         rows.append([evaluation.name, *cells])
     return html.table(texts.TABLE_CAPTION, [texts.MODEL_COLUMN, *texts.TABLE_COLUMNS.values()], rows)
-
-
-def _categories(comparison: Comparison) -> Markup:
-    harmful = comparison.before.of_kind("harmful")
-    names = list(harmful[0].by_category("refused")) if harmful else []
-    if not names:
-        return Markup("")
-    rows = [
-        [name, *(html.rate(e.of_kind("harmful")[0].rate("refused", category=name)) for e in comparison.evaluations)]
-        for name in names
-    ]
-    head = [texts.CATEGORY, *(e.name for e in comparison.evaluations)]
-    return html.folded(texts.CATEGORIES_HEADING, html.table(texts.CATEGORIES_HEADING, head, rows))
 
 
 def _flips(comparison: Comparison) -> Markup:

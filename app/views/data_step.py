@@ -56,13 +56,6 @@ class DataStep:
         self.leave_out = gr.Button(visible=False, elem_id="leave-out")
         self.samples = gr.HTML(elem_id="samples", js_on_load=None)
 
-    @property
-    def components(self) -> list[Any]:
-        """What [`show`] and [`show_scan`] change."""
-        shown = [self.upload, self.model, self.other, self.found, self.skip_bad, self.options, self.prompt]
-        shown += [self.answer, self.encoding, self.proceed, self.scan, self.stop, self.ranking, self.leave_out]
-        return [*shown, self.samples]
-
     def show(self, session: Session, limit: int, problem: str = "") -> dict[Any, Any]:
         """Return updates."""
         found = session.inspection

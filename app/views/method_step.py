@@ -77,11 +77,6 @@ class MethodStep:
         """What [`read`] reads."""
         return [*self.cards.values(), *(self.settings[name] for name in _ORDER), *self.fields.values()]
 
-    @property
-    def components(self) -> list[Any]:
-        """What [`show`] changes."""
-        return [*self.form, self.files_panel, self.files_hint, self.upload, self.files, self.problem]
-
     def show(self, session: Session, defaults: Settings) -> dict[Any, Any]:
         """Return updates: what the model lacks cannot be chosen; what the user has entered stays."""
         model = session.model

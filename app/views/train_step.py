@@ -14,7 +14,7 @@ from safe_trainer import recipe
 from .. import texts
 from ..jobs import Job
 from ..progress import Progress
-from ..recipes import Variant, python_code
+from ..recipes import Variant
 from ..sessions import Session
 from . import html
 
@@ -38,18 +38,12 @@ class TrainStep:
             self.curves = {name: _plot(name, *titles) for name, titles in texts.CURVES.items()}
         with gr.Accordion(texts.RECIPES, open=False, elem_id="recipes"):
             self.which = gr.Dropdown([], label=texts.SHOWN_FOR, elem_id="shown-for", filterable=False)
-            with gr.Row():
-                self.yaml = _copyable(texts.RECIPE, "yaml")
-                self.code = _copyable(texts.CODE_LABEL, "code")
+            self.yaml = gr.Textbox(
+                label=texts.RECIPE, elem_id="yaml", lines=12, max_lines=24, interactive=False, buttons=["copy"]
+            )
             self.archive = gr.HTML(elem_id="archive", js_on_load=None)
         with gr.Accordion(texts.LOG_HEADING, open=False, elem_id="log-panel"):
             self.log = gr.HTML(elem_id="log", js_on_load=None)
-
-    @property
-    def components(self) -> list[Any]:
-        """What [`show`], [`show_plan`] and [`show_recipe`] change."""
-        shown = [self.plan, self.which, self.yaml, self.code, self.archive, self.problem]
-        return [*shown, self.status, self.log, self.start, self.cancel, self.proceed, *self.curves.values()]
 
     def show_plan(self, session: Session) -> dict[Any, Any]:
         """Return updates of what was checked."""
@@ -68,12 +62,11 @@ class TrainStep:
         }
 
     def show_recipe(self, session: Session, key: str) -> dict[Any, Any]:
-        """Return updates that show the recipe and the code of a variant."""
+        """Return updates that show the recipe of a variant."""
         variant = next((v for v in session.variants if v.key == key), None)
         if variant is None or session.draft is None:
-            return {self.yaml: "", self.code: ""}
-        text = (session.draft / variant.recipe).read_text(encoding="utf-8")
-        return {self.yaml: text, self.code: python_code(session.draft, variant)}
+            return {self.yaml: ""}
+        return {self.yaml: (session.draft / variant.recipe).read_text(encoding="utf-8")}
 
     def show(self, session: Session, place: int | None, *, curves: bool = True) -> dict[Any, Any]:
         """Return updates of the newest training."""
@@ -92,12 +85,6 @@ class TrainStep:
             return shown
         log = Markup("<pre>{}</pre>").format("\n".join(job.progress.log if job is not None else ()))
         return shown | {self.log: log} | {plot: _curve(job, name) for name, plot in self.curves.items()}
-
-
-def _copyable(label: str, name: str) -> gr.Textbox:
-    return gr.Textbox(
-        label=label, elem_id=name, lines=12, max_lines=24, interactive=False, buttons=["copy"], min_width=300
-    )
 
 
 def _plot(name: str, title: str, axis: str) -> gr.LinePlot:
