@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from safe_trainer import Comparison, from_json
 
 from . import texts
-from .progress import CANCEL, COMPARISON, JOB, LOG, SCAN, STOPPING, Progress, Reader
+from .progress import CANCEL, COMPARISON, JOB, LOG, SCAN, STOPPING, Progress
 from .recipes import Choices, Upload, Variant, write_material, write_order
 from .setup import Model
 
@@ -96,7 +96,6 @@ class Job:
         if not self.ended and self._cancelled_at is None:
             self._cancelled_at = time.monotonic()
             (self.folder / CANCEL).touch()
-            self.progress.note(texts.LOG_CANCELLING)
 
     def comparison(self) -> Comparison | None:
         """Return what came of it, if it came that far."""
@@ -130,12 +129,12 @@ class Job:
     def _follow(self) -> None:
         """Read what the process reports until it is gone."""
         self.progress.begin()
-        reader = Reader(self.folder)
         work = threading.Thread(target=_process, args=(str(self.folder), self.model.embedded), name="work")
         work.start()
         while work.is_alive():
             work.join(0.1)
-            self.progress.take(reader.new())
+            self.progress = Progress.read(self.folder) or self.progress
+        self.progress = Progress.read(self.folder) or self.progress
         if not self.progress.ended:
             if self._cancelled_at is not None:
                 self.progress.end("cancelled")
@@ -174,7 +173,9 @@ def jobs_in(folder: Path) -> list[Job]:
             values = json.loads(path.read_text(encoding="utf-8"))
             variants = [Variant(**variant) for variant in values["variants"]]
             job = Job(path.parent, Model(**values["model"]), "train", variants, values["name"], values["made"])
-            job.progress.restore(Reader(path.parent).new())
+            job.progress = Progress.read(path.parent) or job.progress
+            if not job.progress.ended:
+                job.progress.end("failed", texts.SERVER_LOST)
         except (ValueError, KeyError, TypeError, AttributeError):
             logger.warning("The job in %s could not be read back.", path.parent.name)
             continue

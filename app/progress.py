@@ -1,6 +1,7 @@
 """How a job's process and the server talk: files in the job's folder, which outlive the page and the server.
 
-`Events` and `Stop` belong to the process, `Progress` and `Reader` to the server.
+The process writes its `Progress` and watches with `Stop` for the wish to end; the server reads the one and makes the
+file of the other.
 """
 
 from __future__ import annotations
@@ -9,67 +10,30 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from . import texts
 
-JOB, EVENTS, LOG = "job.json", "events.jsonl", "worker.log"
-"""What is to be done; what happens, a line each; what the libraries print."""
+JOB, PROGRESS, LOG = "job.json", "progress.json", "worker.log"
+"""What is to be done; how far it is; what the libraries print."""
 CANCEL, STOPPING = "cancel", "stopping"
 """Where this file appears, the job ends; this one, when only a checkpoint is left to be written."""
 COMPARISON, SCAN, RANKING, CLEANED = "comparison", "scan.json", "ranking.csv", "cleaned.jsonl"
 """Stem of the report's files; what a scan found, its table, and the rows that it did not find suspicious."""
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-Curve = list[tuple[int, float]]
 
 _CURVES = {"loss": "loss", "safety_penalty": "penalty"}
 _LONGEST = 500  # points of a curve, and lines of the log
+_PAUSE = 0.2  # seconds between two writes of what changes often
 
 
 class Cancelled(Exception):  # noqa: N818, it is no error
     """The user has cancelled the job."""
-
-
-class Events:
-    """What a job reports, written by its process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / EVENTS).open("a", encoding="utf-8", buffering=1)
-        self._next = 0.0
-
-    def tell(self, kind: str, **values: Any) -> None:
-        """Write one event."""
-        self._file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
-
-    def tell_sometimes(self, kind: str, **values: Any) -> None:
-        """Write an event of which there are many, at most five a second."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.2
-            self.tell(kind, **values)
-
-
-class Reader:
-    """Reads the events of a job as they come, from the server."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path, self._place = folder / EVENTS, 0
-
-    def new(self) -> list[dict[str, Any]]:
-        """Return the complete lines that have been written since the last call."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._place)
-                found = file.read()
-        except FileNotFoundError:
-            return []
-        complete = found[: found.rfind(b"\n") + 1]
-        self._place += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
 
 
 class Stop:
@@ -113,12 +77,12 @@ class Part:
     step: int = 0
     total: int = 0
     started: float = 0.0
-    curves: dict[str, Curve] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
 @dataclass
 class Progress:
-    """State of a job. It is changed by the thread that follows the job and read by all others."""
+    """State of a job, `phase` being a key of `texts.PHASES`; `version` grows with every change."""
 
     titles: Mapping[str, str] = field(default_factory=dict)
     state: State = "waiting"
@@ -132,7 +96,27 @@ class Progress:
     ended_at: float = 0.0
     parts: dict[str, Part] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _written: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> Progress | None:
+        """Return what a job's process has written, if it has."""
+        try:
+            values = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        parts = {key: Part(**part) for key, part in values.pop("parts").items()}
+        return cls(**values, parts=parts)
+
+    def write(self, folder: Path, *, seldom: bool = False) -> None:
+        """Write it, complete or not at all; at most five times a second if `seldom`."""
+        self.version += 1
+        if seldom and time.monotonic() < self._written + _PAUSE:
+            return
+        self._written = time.monotonic()
+        fresh = folder / f"{PROGRESS}.new"
+        fresh.write_text(json.dumps({**asdict(self), "_written": 0.0}), encoding="utf-8")
+        fresh.replace(folder / PROGRESS)
 
     @property
     def ended(self) -> bool:
@@ -149,34 +133,19 @@ class Progress:
         self.state, self.started = "running", time.time()
         self.note(texts.LOG_BEGUN)
 
-    def end(self, state: State, message: str = "", at: float | None = None) -> None:
+    def end(self, state: State, message: str = "") -> None:
         """It has ended."""
-        self.state, self.message, self.ended_at = state, message, at or time.time()
-        self.note(" ".join(filter(None, (texts.LOG_ENDED[state], message))), at)
+        for part in self.parts.values():
+            if part.state == "running":
+                part.state = state
+        self.state, self.message, self.ended_at = state, message, time.time()
+        self.note(" ".join(filter(None, (texts.LOG_ENDED[state], message))))
 
-    def note(self, text: str, at: float | None = None) -> None:
+    def note(self, text: str) -> None:
         """Add a line to the log."""
-        with self._lock:
-            self.log.append(f"{datetime.fromtimestamp(at or time.time()):%H:%M:%S}  {text}")
-            del self.log[:-_LONGEST]
-            self.version += 1
-
-    def take(self, events: Iterable[dict[str, Any]]) -> None:
-        """Take in what the process reported."""
-        for event in events:
-            self.started = self.started or event.get("time", 0.0)
-            getattr(self, f"_take_{event['kind']}")(event)
-            self.version += 1
-
-    def restore(self, events: Iterable[dict[str, Any]]) -> None:
-        """Take in what the process of an earlier server reported: what had not ended was lost with it."""
-        self.state = "running"
-        at = 0.0
-        for event in events:
-            self.take([event])
-            at = event["time"]
-        if not self.ended:
-            self.end("failed", texts.SERVER_LOST, at)
+        self.log.append(f"{datetime.now():%H:%M:%S}  {text}")
+        del self.log[:-_LONGEST]
+        self.version += 1
 
     def seconds_left(self) -> float | None:
         """Return an estimate for the training of the running variant."""
@@ -190,58 +159,33 @@ class Progress:
         found = [part.curves["harmful"][0] for part in self.parts.values() if part.curves.get("harmful")]
         return found[0][1] if found and found[0][0] == 0 else None
 
-    def _part(self, event: dict[str, Any]) -> Part:
-        return self.parts.setdefault(event["variant"], Part())
+    def enter(self, phase: str, variant: str = "") -> None:
+        """Note that a phase begins."""
+        self.phase, self.variant, self.done, self.total = phase, variant, 0, 0
+        if phase == "training":
+            self.part(variant).started = time.time()
+        words = (self.titles.get(variant, ""), texts.PHASES.get(phase, phase))
+        self.note(": ".join(filter(None, words)))
 
-    def _take_phase(self, event: dict[str, Any]) -> None:
-        self.phase, self.done, self.total = event["phase"], 0, 0
-        self.variant = event.get("variant", "")
-        if self.phase == "training":
-            self._part(event).started = event["time"]
-        words = (self.titles.get(self.variant, ""), texts.PHASES.get(self.phase, self.phase))
-        self.note(": ".join(filter(None, words)), event.get("time"))
+    def part(self, variant: str) -> Part:
+        """Return how far a variant is."""
+        return self.parts.setdefault(variant, Part())
 
-    def _take_variant(self, event: dict[str, Any]) -> None:
-        part = self._part(event)
-        part.state, part.message = event["state"], event.get("message", "")
-        if part.state != "running":
-            line = texts.LOG_VARIANT[part.state].format(title=self.titles.get(event["variant"], event["variant"]))
-            self.note(" ".join(filter(None, (line, part.message))), event.get("time"))
+    def turn(self, variant: str, state: str, message: str = "") -> None:
+        """Note that a variant begins or ends."""
+        part = self.part(variant)
+        part.state, part.message = state, message
+        if state != "running":
+            line = texts.LOG_VARIANT[state].format(title=self.titles.get(variant, variant))
+            self.note(" ".join(filter(None, (line, message))))
 
-    def _take_step(self, event: dict[str, Any]) -> None:
-        part = self._part(event)
-        part.step, part.total = event["step"], event["total"]
-
-    def _take_point(self, event: dict[str, Any]) -> None:
-        part, step = self._part(event), event["step"]
-        part.step = max(part.step, step)
-        for name, value in event["values"].items():
+    def point(self, variant: str, entry: Mapping[str, Any]) -> None:
+        """Add an entry of the trainer's log to the curves of a variant."""
+        for name, value in entry.items():
             shown = _CURVES.get(name)
             if name.startswith("safety/") and name.endswith("_refused"):
                 shown = name.removeprefix("safety/").removesuffix("_refused")
             if shown in texts.CURVES:
-                part.curves.setdefault(shown, []).append((step, float(value)))
-                del part.curves[shown][:-_LONGEST]
-
-    def _take_message(self, event: dict[str, Any]) -> None:
-        self.note(event["text"], event.get("time"))
-
-    def _take_progress(self, event: dict[str, Any]) -> None:
-        self.done, self.total = event["done"], event["total"]
-
-    def _take_stopping(self, event: dict[str, Any]) -> None:
-        part = self._part(event)
-        part.state = "cancelled"
-        self.note(texts.LOG_STOPPED.format(step=part.step), event.get("time"))
-
-    def _take_done(self, event: dict[str, Any]) -> None:
-        self.end("done", at=event.get("time"))
-
-    def _take_cancelled(self, event: dict[str, Any]) -> None:
-        for part in self.parts.values():
-            if part.state == "running":
-                part.state = "cancelled"
-        self.end("cancelled", at=event.get("time"))
-
-    def _take_failed(self, event: dict[str, Any]) -> None:
-        self.end("failed", event["message"], event.get("time"))
+                curve = self.part(variant).curves.setdefault(shown, [])
+                curve.append((int(entry["step"]), float(value)))
+                del curve[:-_LONGEST]

@@ -10,14 +10,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safe_trainer import recipe
 
 from . import texts
-from .progress import CLEANED, COMPARISON, JOB, RANKING, SCAN, Cancelled, Events, Stop
+from .progress import CLEANED, COMPARISON, JOB, RANKING, SCAN, Cancelled, Progress, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -27,96 +27,113 @@ def main(folder: Path) -> None:
     os.chdir(folder)
     logging.basicConfig(level=logging.INFO)
     warnings.filterwarnings("ignore")
-    events, stop = Events(folder), Stop(folder)
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    progress = Progress({variant["key"]: variant["title"] for variant in job["variants"]})
+    stop = Stop(folder)
     try:
-        events.tell("phase", phase="starting")
-        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        progress.begin()
+        _enter(progress, "starting")
         _quiet()
         if job["kind"] == "scan":
-            scan(job, events)
+            scan(job, progress)
         else:
-            train(job, events, stop)
+            train(job, progress, stop)
         stop.check()
-        events.tell("done")
+        progress.end("done")
     except (Cancelled, KeyboardInterrupt):
-        events.tell("cancelled")
+        progress.end("cancelled")
     except Exception as error:  # which the server shows the user
         logger.exception("The job has failed.")
-        events.tell("failed", message=for_user(error, folder))
+        progress.end("failed", for_user(error, folder))
+    progress.write(folder)
     sys.stdout.flush()
     os._exit(0)  # threads of libraries may not hold up the next job
 
 
-class Reporter(recipe.RunCallbacks):
-    """Passes on what the run of a variant reports."""
+def _enter(progress: Progress, phase: str, variant: str = "") -> None:
+    progress.enter(phase, variant)
+    progress.write(Path.cwd())
 
-    def __init__(self, key: str, events: Events, stop: Stop) -> None:
-        self.key, self.events, self.stop, self.name = key, events, stop, ""
+
+def _counted(progress: Progress) -> Callable[[int, int], None]:
+    """Return what notes how far a phase is."""
+
+    def count(done: int, total: int) -> None:
+        progress.done, progress.total = done, total
+        progress.write(Path.cwd(), seldom=True)
+
+    return count
+
+
+class Reporter(recipe.RunCallbacks):
+    """Notes what the run of a variant reports."""
+
+    def __init__(self, key: str, progress: Progress, stop: Stop) -> None:
+        self.key, self.shown, self.stop = key, progress, stop
 
     def stage(self, name: str) -> None:
         """Note a stage; training ends between two steps, with a checkpoint."""
         self.stop.patient = name == "training"
         self.stop.check()
-        self.name = name
-        self.events.tell("phase", variant=self.key, phase=name)
+        _enter(self.shown, name, self.key)
 
     def progress(self, done: int, total: int) -> None:
-        """Note steps while training, and otherwise how far the stage is."""
-        kind = "step" if self.name == "training" else "progress"
-        tell = self.events.tell if done in (0, total) else self.events.tell_sometimes
-        values = {"step": done} if kind == "step" else {"done": done}
-        tell(kind, variant=self.key, total=total, **values)
+        """Note steps while training."""
+        if self.shown.phase == "training":
+            part = self.shown.part(self.key)
+            part.step, part.total = done, total
+            self.shown.write(Path.cwd(), seldom=done not in (0, total))
 
     def log(self, entry: Mapping[str, float]) -> None:
-        """Pass on the curves."""
-        step = int(entry["step"])
-        self.events.tell("point", variant=self.key, step=step, values=dict(entry))
+        """Note the curves."""
+        self.shown.point(self.key, entry)
+        self.shown.write(Path.cwd(), seldom=True)
 
     def message(self, text: str) -> None:
-        """Pass on a sentence, without the folders of this machine."""
-        self.events.tell("message", text=text.replace(f"{Path.cwd()}{os.sep}", ""))
+        """Note a sentence, without the folders of this machine."""
+        self.shown.note(text.replace(f"{Path.cwd()}{os.sep}", ""))
 
     def should_stop(self) -> bool:
         """Return whether the user has cancelled."""
         if self.stop.wanted.is_set() and not self.stop.told:
             self.stop.saving()
-            self.events.tell("stopping", variant=self.key)
+            self.shown.note(texts.LOG_STOPPED.format(step=self.shown.part(self.key).step))
         return self.stop.wanted.is_set()
 
 
-def train(job: Mapping[str, Any], events: Events, stop: Stop) -> None:
+def train(job: Mapping[str, Any], progress: Progress, stop: Stop) -> None:
     """Carry out the recipe of every variant; one that fails leaves the others as they are. Then compare them all."""
     finished: dict[str, str] = {}
     for variant in job["variants"]:
         key = variant["key"]
-        events.tell("variant", variant=key, state="running")
+        progress.turn(key, "running")
         try:
-            recipe.run_recipe(recipe.read_recipe(f"{key}.yaml"), Reporter(key, events, stop), compare=False)
+            recipe.run_recipe(recipe.read_recipe(f"{key}.yaml"), Reporter(key, progress, stop), compare=False)
             stop.check()
         except (Cancelled, KeyboardInterrupt):
             raise
         except Exception as error:
             logger.exception("`%s` has failed.", key)
             stop.check()
-            events.tell("variant", variant=key, state="failed", message=for_user(error, Path.cwd()))
+            progress.turn(key, "failed", for_user(error, Path.cwd()))
         else:
-            events.tell("variant", variant=key, state="done")
+            progress.turn(key, "done")
             finished[variant["title"]] = key
         finally:
             stop.patient = False
     if not finished:
         raise ValueError(texts.NOTHING_FINISHED)
-    examine(finished, events)
+    examine(finished, progress)
 
 
-def examine(adapters: Mapping[str, str], events: Events) -> None:
+def examine(adapters: Mapping[str, str], progress: Progress) -> None:
     """Ask the model before and every model after, and write the report and the cards."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from safe_trainer import compare, write_model_card, write_report
 
-    events.tell("phase", phase="comparing")
+    _enter(progress, "comparing")
     checked = recipe.read_recipe(f"{next(iter(adapters.values()))}.yaml")
     path, asked = checked.parts.model.path, checked.parts.evaluation
     model = AutoModelForCausalLM.from_pretrained(path, dtype=checked.parts.model.dtype)
@@ -124,33 +141,32 @@ def examine(adapters: Mapping[str, str], events: Events) -> None:
         model = model.to(torch.accelerator.current_accelerator())
     decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"}) if asked else {}
 
-    def progress(done: int, total: int) -> None:
-        events.tell_sometimes("progress", done=done, total=total)
-
     sets = recipe.load_data(checked).prompt_sets
-    comparison = compare(model, AutoTokenizer.from_pretrained(path), sets, adapters, progress=progress, **decoding)
+    comparison = compare(
+        model, AutoTokenizer.from_pretrained(path), sets, adapters, progress=_counted(progress), **decoding
+    )
     write_report(comparison, Path.cwd(), COMPARISON)
     for title, folder in adapters.items():
         write_model_card(folder, comparison, name=title)
 
 
-def scan(job: Mapping[str, Any], events: Events) -> None:
+def scan(job: Mapping[str, Any], progress: Progress) -> None:
     """Rank the rows of a file by how harmful they look; vectors are trained first where there are none yet."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from safe_trainer import ReadOptions, load_rows, read_records, scan_file, train_security_vectors
 
-    events.tell("phase", phase="loading")
+    _enter(progress, "loading")
     model = AutoModelForCausalLM.from_pretrained(job["model"]["path"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"]["path"])
     vectors = Path(job["vectors"])
     if not vectors.exists():
-        events.tell("phase", phase="fitting")
+        _enter(progress, "fitting")
         harmful, _ = load_rows("harmful_data.jsonl")
         fresh = Path("vectors").resolve()
         train_security_vectors(model, list(harmful), tokenizer).save(fresh)
         fresh.rename(vectors)  # complete or not at all
-    events.tell("phase", phase="scanning")
+    _enter(progress, "scanning")
     reading = {name: job["reading"].get(name) for name in ("columns", "encoding")}
     result = scan_file(
         job["rows"],
@@ -161,7 +177,7 @@ def scan(job: Mapping[str, Any], events: Events) -> None:
         reading=ReadOptions(**reading, on_bad_row="skip"),
         top=job["limit"],
         max_length=job["max_length"],
-        progress=lambda done, total: events.tell_sometimes("progress", done=done, total=total),
+        progress=_counted(progress),
     )
     suspicious = {entry["line"] for entry in result.top if entry["share"] > result.threshold}
     with Path(CLEANED).open("w", encoding="utf-8") as file:

@@ -238,8 +238,7 @@ def test_the_start_s_refusal_rate_is_shown_and_a_low_one_is_warned_of():
     for rate, kind in ((1.0, "info"), (0.1, "warning")):
         progress = Progress({"plain": "Plain LoRA"})
         progress.begin()
-        values = {"safety/harmful_refused": rate}
-        progress.take([{"kind": "point", "variant": "plain", "step": 0, "values": values, "time": 1.0}])
+        progress.point("plain", {"step": 0, "safety/harmful_refused": rate})
         shown = str(train_step._start(progress))
         assert f"{rate:.0%}" in shown and f"panel {kind}" in shown
 

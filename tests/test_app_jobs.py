@@ -10,7 +10,7 @@ import pytest
 
 from app import jobs
 from app.jobs import Job, JobQueue, train_job
-from app.progress import EVENTS, JOB, Events, Progress, Reader
+from app.progress import JOB, PROGRESS, Progress
 from app.recipes import Choices, Settings, Variant
 from app.sessions import Sessions
 from app.setup import EMBEDDED, EXAMPLES
@@ -165,47 +165,40 @@ def test_a_full_queue_says_so_and_a_closed_one_ends_everything(tmp_path):
         queue.submit(jobs[2])
 
 
-def test_a_half_written_event_waits_for_its_end(tmp_path):
-    reader = Reader(tmp_path)
-    assert reader.new() == []
-    Events(tmp_path).tell("done")
-    with (tmp_path / EVENTS).open("ab") as file:
-        file.write(b'{"kind": "fai')
-        file.flush()
-        assert [event["kind"] for event in reader.new()] == ["done"]
-        file.write(b'led", "message": "x"}\n')
-        file.flush()
-        assert [event["kind"] for event in reader.new()] == ["failed"]
-
-
-def test_progress_is_what_the_events_say():
-    progress = Progress()
+def test_progress_is_what_its_process_has_written(tmp_path):
+    assert Progress.read(tmp_path) is None
+    progress = Progress({"plain": "Plain LoRA"})
     progress.begin()
-    now = time.time()
-    training = {"kind": "phase", "phase": "training", "variant": "plain", "time": now - 10}
-    point = {"kind": "point", "variant": "plain", "step": 5, "values": {"loss": 1.5, "safety/harmful_refused": 0.5}}
-    step = {"kind": "step", "variant": "plain", "step": 10, "total": 20}
-    progress.take([training, point, step])
-    part = progress.parts["plain"]
-    assert part.curves == {"loss": [(5, 1.5)], "harmful": [(5, 0.5)]}
-    assert progress.seconds_left() == pytest.approx(10, abs=1)
-    progress.take([{"kind": "failed", "message": "no memory"}])
-    assert progress.ended and progress.message == "no memory" and "no memory" in progress.log[-1]
+    progress.turn("plain", "running")
+    progress.enter("training", "plain")
+    part = progress.part("plain")
+    part.started, part.step, part.total = time.time() - 10, 10, 20
+    progress.point("plain", {"step": 5, "loss": 1.5, "safety/harmful_refused": 0.5, "learning_rate": 1.0})
+    progress.write(tmp_path)
+    found = Progress.read(tmp_path)
+    assert found.parts["plain"].curves == {"loss": [[5, 1.5]], "harmful": [[5, 0.5]]}
+    assert found.seconds_left() == pytest.approx(10, abs=1)
+    progress.end("failed", "no memory")
+    progress.write(tmp_path)
+    found = Progress.read(tmp_path)
+    assert found.ended and found.message == "no memory" and "no memory" in found.log[-1]
+    assert found.parts["plain"].state == "failed"
+    assert [path.name for path in tmp_path.iterdir()] == [PROGRESS]  # written complete, or not at all
 
 
 def test_runs_of_an_earlier_server_are_found_again(tmp_path):
     sessions = Sessions(tmp_path)
     cookie = sessions.new_cookie()
     session = sessions.get(cookie)
-    for number, events in enumerate((("done",), ())):
+    for number, states in enumerate((("done",), ())):
         job = Job(session.new_folder("job"), EMBEDDED, "train", [Variant("plain", "Plain LoRA")], f"run {number}")
         job.made = float(number)
         job.save()
-        writer = Events(job.folder)
-        writer.tell("variant", variant="plain", state="running")
-        writer.tell("step", variant="plain", step=3, total=20)
-        for kind in events:
-            writer.tell(kind)
+        job.progress.begin()
+        job.progress.part("plain").step = 3
+        for state in states:
+            job.progress.end(state)
+        job.progress.write(job.folder)
     (session.new_folder("job") / JOB).write_text("{broken")
     later = Sessions(tmp_path)
     found = later.get(cookie).jobs
