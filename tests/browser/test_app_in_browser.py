@@ -164,7 +164,10 @@ def what_a_change_invalidates(page):
     assert page.locator("#start").is_disabled()
     page.reload()
     page.wait_for_selector("#result .panel.warning:has-text('earlier choice')")
+    page.get_by_role("tab", name="2 Method").click()
+    page.wait_for_selector("#set-steps input")
     assert page.locator("#set-steps input").input_value() == "77"  # settings outlive a reload
+    page.get_by_role("tab", name="4 Compare").click()
     page.locator("#history button").first.click()
     page.locator("#run-name textarea, #run-name input").fill("my first run")
     page.click("#rename")
