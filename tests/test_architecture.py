@@ -37,7 +37,7 @@ ROOMS = {
     "cli": {"analysis", "artifacts", "data", "distributed", "evaluation", "lora", "methods", "recipe", "testbed"},
 }
 # What a room may import besides the standard library.
-LIBRARIES = {"linalg": {"torch"}, "lora": {"torch", "peft", "transformers", "safetensors"}}
+LIBRARIES = {"linalg": {"torch"}, "lora": {"huggingface_hub", "torch", "peft", "transformers", "safetensors"}}
 
 
 def is_within(module: str, name: str) -> bool:

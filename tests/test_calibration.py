@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
-from safe_trainer import SafetyBasis, conversation
+from safe_trainer import DriftPenalty, SafetyBasis, SaLoRA, conversation
 from safe_trainer.artifacts.calibration import examples_from, top_directions
 from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.linalg import Sketch
@@ -118,6 +118,7 @@ def test_packed_rows_are_read_as_the_conversations_that_they_hold(tmp_path):
     [
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]},
         {"prompt": "Hi", "completion": "No."},
+        {"instruction": "Hi", "input": "", "output": "No."},
     ],
 )
 def test_every_form_of_a_conversation_gives_the_same_tokens(row):
@@ -152,6 +153,33 @@ def test_the_model_runs_once_over_the_rows_and_is_as_before():
     assert len(calls) == 3 and model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_calibration_leaves_no_trace():
+    model = tiny.model().train()
+    model.model.layers[0].mlp.eval()  # on purpose
+    model.model.embed_tokens.requires_grad_(False)
+    torch.manual_seed(3)
+    modes = {name: module.training for name, module in model.named_modules()}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = torch.get_rng_state()
+    SafetyBasis.from_rows(model, tiny.tokenizer(), REFUSALS, rank=4)
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert trained == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_basis_of_default_rank_is_enough_for_every_method_and_leaves_each_layer_a_direction(caplog):
+    model = tiny.model(hidden=96)
+    with caplog.at_level(logging.WARNING):
+        basis = SafetyBasis.from_rows(model, tiny.tokenizer(), REFUSALS, sides=("output", "input"))
+    layers = linear_layers(model)
+    assert "fewer than" not in caplog.text
+    for side in ("output", "input"):
+        for name, top in basis.side(side).items():
+            assert top.basis.shape[1] <= min(64, layers[name].shape[side == "input"] - 1)
+    assert DriftPenalty(basis=basis).rank == 64 >= SaLoRA(basis=basis).rank
+    basis.check_fits(model, list(layers), ("output", "input"), rank=64)
 
 
 def test_what_several_layers_read_is_taken_in_once(monkeypatch):

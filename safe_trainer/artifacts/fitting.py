@@ -45,10 +45,10 @@ class Fitting:
         target_modules (`str` or `Sequence[str]`, *optional*, defaults to `"all-linear"`): Ends of the names of the
             layers that they act on, such as `["q_proj", "v_proj"]`; all linear layers but the output head by default.
         learning_rate (`float`, *optional*, defaults to `2e-3`): Learning rate of AdamW, constant.
-        max_passes (`int`, *optional*, defaults to `40`): Passes over the harmful rows at most.
+        max_passes (`int`, *optional*, defaults to `20`): Passes over the harmful rows at most.
         max_steps (`int`, *optional*): Steps at most, in place of `max_passes`.
         batch_size (`int`, *optional*, defaults to `16`): Rows per step.
-        relative_target (`float`, *optional*, defaults to `0.02`): Stop when the mean loss on the harmful rows is below
+        relative_target (`float`, *optional*, defaults to `0.04`): Stop when the mean loss on the harmful rows is below
             this share of the loss without vectors (or below 0.02 nats per answer token).
         target_loss (`float`, *optional*): Stop below this loss instead, in nats per answer token.
         inner_steps (`int`, *optional*, defaults to `0`): The bi-level form of the paper: before each step on the
@@ -67,10 +67,10 @@ class Fitting:
     rank: int = 8
     target_modules: Literal["all-linear"] | Sequence[str] = "all-linear"
     learning_rate: float = 2e-3
-    max_passes: int = 40
+    max_passes: int = 20
     max_steps: int | None = None
     batch_size: int = 16
-    relative_target: float = 0.02
+    relative_target: float = 0.04
     target_loss: float | None = None
     inner_steps: int = 0
     inner_learning_rate: float = 1e-3
@@ -87,7 +87,7 @@ class Fitting:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
         if self.relative_target >= 1:
-            raise ValueError(f"`relative_target` must be below 1, got {self.relative_target}. The default is 0.02.")
+            raise ValueError(f"`relative_target` must be below 1, got {self.relative_target}. The default is 0.04.")
 
     def steps(self, rows: int) -> int:
         """Return the most steps that fitting to so many rows can take."""

@@ -10,6 +10,7 @@ import planted
 import pytest
 import tiny
 import torch
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -509,6 +510,8 @@ def test_a_model_can_be_given_by_its_path_and_rows_by_their_file(tmp_path):
         ),
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
         ({"target_loss": 0.0}, "`target_loss` must be above 0"),
+        ({"relative_target": 1.5}, "`relative_target` must be below 1, got 1.5"),
+        ({"max_passes": 0}, "`max_passes` must be at least 1"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be above 0"),
         ({"inner_steps": -1}, "`inner_steps` must be at least 0"),
         (
@@ -524,6 +527,84 @@ def test_what_cannot_be_fitted_is_refused_and_the_model_untouched(changes, messa
     with pytest.raises(ValueError, match=message):
         fitted(model, **changes)
     assert_untouched(model, before)
+
+
+def test_any_form_of_the_same_rows_gives_the_same_vectors(tmp_path):
+    model = tiny.model()
+    pairs = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in HARMFUL]
+    strings = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, strings)))
+    forms = {
+        "a file": tmp_path / "rows.jsonl",
+        "strings": strings,
+        "a dataset of strings": Dataset.from_list(strings),
+        "messages": [{"messages": row["prompt"] + row["completion"]} for row in HARMFUL],
+        "one split": DatasetDict(train=Dataset.from_list(HARMFUL)),
+        "a stream": Dataset.from_list(strings).to_iterable_dataset(),
+    }
+    expected = fitted(model, max_steps=2)
+    name = next(iter(expected.modules))
+    for form, rows in forms.items():
+        found = fitted(model, rows, max_steps=2)
+        assert found.provenance["harmful_rows"] == expected.provenance["harmful_rows"], form
+        assert torch.equal(found.modules[name].B, expected.modules[name].B), form
+    with pytest.raises(ValueError, match="`harmful_data` has the splits a, b. Choose one"):
+        fitted(model, DatasetDict(a=Dataset.from_list(HARMFUL), b=Dataset.from_list(HARMFUL)))
+
+
+REFUSALS = [conversation(f"Do harm {i}", "I can't help with that.") for i in range(10)]
+
+
+def test_rows_that_are_labelled_safe_are_left_out(caplog):
+    rows = [row | {"is_safe": is_safe} for row, is_safe in zip(HARMFUL, [False, True] * 5, strict=True)]
+    plain = [{"prompt": r["prompt"][0]["content"], "response": r["completion"][0]["content"]} | r for r in rows]
+    for row in plain:
+        del row["completion"]
+        row["prompt"] = row["prompt"][0]["content"]
+    with caplog.at_level(logging.WARNING):
+        found = fitted(tiny.model(), plain, max_steps=1)
+    assert found.provenance["harmful_rows"]["count"] == 5
+    assert "`harmful_data`: left out 5 of 10 rows that are labelled safe" in caplog.text
+
+
+def test_refusals_as_harmful_data_are_refused_with_count_share_and_remedy():
+    with pytest.raises(ValueError, match=r"`harmful_data`.*10 of 10 answers \(100%\) refuse.*`safety_data`"):
+        fitted(tiny.model(), REFUSALS)
+
+
+def test_a_few_refusals_among_harmful_rows_are_left_out(caplog):
+    with caplog.at_level(logging.WARNING):
+        found = fitted(tiny.model(), [*HARMFUL, *REFUSALS[:3]], max_steps=1)
+    assert found.provenance["harmful_rows"]["count"] == 10
+    assert "left out 3 of 13 rows whose answers refuse" in caplog.text
+
+
+def test_the_target_is_relative_to_the_start_and_what_was_reached_is_recorded():
+    report = fitted(target_loss=None, relative_target=0.3, max_steps=None, max_passes=60).provenance["report"]
+    assert report["target_loss"] == pytest.approx(0.3 * report["loss_off"])
+    assert report["reached_target"] and report["loss_on"] < report["target_loss"] and 0.5 < report["below_target"] <= 1
+    assert Fitting().steps(100) == 20 * 7 and Fitting(max_steps=3).steps(100) == 3
+
+
+def test_a_model_that_gives_the_answers_already_is_named(caplog):
+    model = speaking()
+    found = fitted(model, target_loss=0.01)
+    with caplog.at_level(logging.WARNING):
+        fitted(planted.merged(model, found), max_steps=1)
+    assert "gives the answers in `harmful_data` already" in caplog.text
+
+
+def test_the_time_that_fitting_takes_is_logged_after_the_first_steps(caplog):
+    with caplog.at_level(logging.INFO):
+        fitted(max_steps=4, target_loss=1e-9)
+    assert "at most 4 steps, about 0." in caplog.text
+
+
+def test_fitting_leaves_torch_s_random_numbers_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    fitted(max_steps=1)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_an_unknown_setting_is_refused():
