@@ -169,14 +169,14 @@ class TopDirections(NamedTuple):
 
 
 class Sketch:
-    """The leading left singular vectors of a matrix whose columns come in blocks and are seen once.
+    """The top left singular vectors of a matrix whose columns come in blocks and are seen once.
 
     `X Xᵀ` (d x d) is modelled as `Q H Qᵀ + α (I − Q Qᵀ)`: exact numbers `H` within a basis `Q` of `width` columns, and
     outside of it the mean `α` of what was seen there, so that the trace is always that of `X Xᵀ`. A new block is added
     to the model, and `Q` turned towards the leading directions of the sum by subspace iteration, which starts from the
     old `Q` and so is nearly there. Memory is d x `width`, besides the block; nothing d x d is formed.
 
-    Where the k-th singular value stands out from the next, the k leading vectors come out to about
+    Where the k-th singular value stands out from the next, the k top vectors come out to about
     `(s_{k+1} / s_k)²` times the little by which the rest differs from its mean. If `width` reaches d, they are exact.
 
     Args:

@@ -1,7 +1,7 @@
 """A checkpoint's linear layers, read from disk a few rows at a time.
 
-The configuration builds the model without memory, on the meta device, and so tells which modules are linear layers,
-what they are called, and which way round their weight is stored. The weights themselves are never loaded as a whole.
+The configuration builds the model without memory, on the meta device, and so shows which modules are linear layers,
+what they are called, and which way round their weight is stored. The weights themselves are never loaded all at once.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Checkpoint:
             folder = self._download(revision, allow_pickle)
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ValueError(
-                f"{self.name} is a PEFT adapter, not a whole model. Merge it first: "
+                f"{self.name} is a PEFT adapter, not a complete model. Merge it first: "
                 "`AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`."
             )
         if not (folder / "config.json").exists():
@@ -133,8 +133,8 @@ class Checkpoint:
                 folder = Path(snapshot_download(self.source, revision=revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise OSError(
-                f"{self.name} is no folder here and could not be had from the Hub ({error}). Check the spelling; for "
-                "a gated model log in with `hf auth login`; offline, download it beforehand."
+                f"{self.name} is not a folder here and could not be loaded from the Hub ({error}). Check the spelling; "
+                "for a gated model log in with `hf auth login`; offline, download it beforehand."
             ) from error
         return folder
 

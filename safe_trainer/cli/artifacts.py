@@ -114,8 +114,8 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     rank: Annotated[int, typer.Option(min=1, help="Rank of the vectors.")] = 8,
     relative_target: Annotated[
         float, typer.Option(help="Stop when the loss on the harmful rows is below this share of the first.")
-    ] = 0.02,
-    max_passes: Annotated[int, typer.Option(min=1, help="Passes over the harmful rows at most.")] = 40,
+    ] = 0.04,
+    max_passes: Annotated[int, typer.Option(min=1, help="Passes over the harmful rows at most.")] = 20,
     inner_steps: Annotated[int, typer.Option(min=0, help="Steps of the bi-level form; 0 is the plain one.")] = 0,
     column: Columns = None,
     where: Where = None,

@@ -1,4 +1,4 @@
-"""What training adds to a model's linear layers, by name: the only file that touches PEFT's layers.
+"""What training adds to a model's linear layers, by name: with `io`, all that touches PEFT's layers.
 
 Two kinds of update exist. A LoRA layer holds its update in two factors, `ΔW = scaling · B A`; a layer that is trained
 in full holds it as the difference to the weights it started from. Both give *factors*, so that a method need not know.
@@ -189,7 +189,7 @@ def weight(layer: Any) -> Tensor:
     if base.weight.is_meta or not base.weight.numel():
         raise ValueError(
             f"The weight of a {type(base).__name__} is not in memory: it is offloaded, or split by DeepSpeed ZeRO-3. "
-            "Load the model whole; for several processes use DDP, FSDP2 or ZeRO-2."
+            "Load all of its weights; for several processes use DDP, FSDP2 or ZeRO-2."
         )
     if get_bnb_param_type(base.weight):  # PEFT's helper for any module breaks 8-bit layers on the CPU that have run
         return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None)).detach()
