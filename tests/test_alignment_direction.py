@@ -225,7 +225,7 @@ def test_commit_of_a_checkpoint_in_the_hub_cache_is_recorded(llama, tmp_path, mo
     assert direction.provenance["aligned"]["source"] == "someone/chat"
     assert direction.provenance["aligned"]["revision"] == commit
     with pytest.raises(
-        OSError, match="`aligned` .`someone/else`. is no folder here and could not be had from the Hub"
+        OSError, match="`aligned` .`someone/else`. is not a folder here and could not be loaded from the Hub"
     ):
         from_checkpoints(("someone/else", llama[1]))
 

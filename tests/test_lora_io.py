@@ -100,7 +100,7 @@ def test_a_quantized_base_is_refused_before_anything_is_written(base, tmp_path):
 
 def test_a_base_out_of_reach_is_named_with_the_adapter(base, tmp_path):
     adapter(base, tmp_path / "a")
-    with pytest.raises(OSError, match=f"`{tmp_path}/a` belongs to the base model `house/nowhere`.*`--model`"):
+    with pytest.raises(OSError, match=f"(?s)`{tmp_path}/a` belongs to the base model `house/nowhere`.*`--model`"):
         merge_adapter(tmp_path / "a", tmp_path / "merged", "house/nowhere")
     assert not (tmp_path / "merged").exists()
 

@@ -133,8 +133,8 @@ class Checkpoint:
                 folder = Path(snapshot_download(self.source, revision=revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise OSError(
-                f"{self.name} is not a folder here and could not be loaded from the Hub ({error}). Check the spelling; "
-                "for a gated model log in with `hf auth login`; offline, download it beforehand."
+                f"{self.name} is not a folder here and could not be loaded from the Hub ({error}). Check the "
+                "spelling; for a gated model log in with `hf auth login`; offline, download it beforehand."
             ) from error
         return folder
 
