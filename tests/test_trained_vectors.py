@@ -601,9 +601,10 @@ def test_the_time_that_fitting_takes_is_logged_after_the_first_steps(caplog):
 
 
 def test_fitting_leaves_torch_s_random_numbers_alone():
+    model = speaking()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    fitted(max_steps=1)
+    fitted(model, max_steps=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
