@@ -35,20 +35,20 @@ class SafeSFTTrainer(SFTTrainer):
     it is TRL's trainer.
 
     Args:
-        *args, **kwargs:
-            Everything that [`~trl.SFTTrainer`] takes, unchanged: `model`, `args` (TRL's own `SFTConfig`),
-            `train_dataset`, `eval_dataset`, `peft_config` and so on.
+        *args, **kwargs: Everything that [`~trl.SFTTrainer`] takes, unchanged.
         safety ([`SafetyMethod`] or list of them or `"recommended"`, *optional*):
             The methods that protect the model, such as [`AsFT`]. A list runs each moment in its order. `"recommended"`
-            is [`recommended`] with the harmful rows that the model brings along; for a model that brings none, give
-            `recommended("harmful.jsonl")`. `None` is plain `SFTTrainer`.
+            is [`recommended`] with the prompts and rows that the model brings along, or built-in ones. `None` is plain
+            `SFTTrainer`.
 
     Attributes:
         safety_methods (`list[SafetyMethod]`): The methods in order; empty without any.
         safety_report (`dict`): By method, what it measured of its own protection when it was attached: `coverage`
             (share of the trained weights that it acts on), `figures`, `warnings`. JSON.
         resume_command (`str`): The command that messages name to resume a run that was stopped.
-        stops_gracefully (`bool`): Whether Ctrl-C and SIGTERM finish the step and save a checkpoint. Set with methods.
+        stops_gracefully (`bool`): Whether Ctrl-C and SIGTERM (which a cluster's scheduler sends) finish the step and
+            save a checkpoint, unless a handler of your own or `enable_jit_checkpoint=True` has taken them; a second
+            Ctrl-C stops at once. On where there are methods.
 
     Raises:
         TypeError: If `safety` holds something that is not a [`SafetyMethod`].
@@ -59,22 +59,12 @@ class SafeSFTTrainer(SFTTrainer):
     The methods' settings are saved with each checkpoint, and a run that resumes from it with others, or on another
     number of processes, is refused. `train(resume_from_checkpoint=True)` resumes from the last complete checkpoint.
 
-    With methods, Ctrl-C and SIGTERM, which a cluster's scheduler sends, finish the step and save a checkpoint, unless
-    a handler of your own or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once.
-
     Example:
 
     ```python
-    from datasets import load_dataset
-    from peft import LoraConfig
-    from safe_trainer import AsFT, SafeSFTTrainer
-
-    trainer = SafeSFTTrainer(
-        model="Qwen/Qwen2.5-0.5B-Instruct",
-        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
-        safety=AsFT(unaligned_model="Qwen/Qwen2.5-0.5B"),
-    )
+    config = LoraConfig(target_modules="all-linear")
+    safety = AsFT(unaligned_model="Qwen/Qwen2.5-0.5B")
+    trainer = SafeSFTTrainer("Qwen/Qwen2.5-0.5B-Instruct", train_dataset=rows, peft_config=config, safety=safety)
     trainer.train()
     ```
     """
@@ -290,8 +280,7 @@ def _as_methods(safety: Any) -> list[SafetyMethod]:
         if not isinstance(method, SafetyMethod):
             raise TypeError(
                 f"`safety` takes a method, a list of them, {RECOMMENDED!r} or None, got {type(method).__name__} "
-                f"({method!r}). "
-                "Example: `safety=AsFT(unaligned_model=...)`."
+                f"({method!r}). Example: `safety=AsFT(unaligned_model=...)`."
             )
     names = [type(method).__name__ for method in methods]
     for name in names:

@@ -69,7 +69,7 @@ RUNS = {
     f"zero3: {SHIPPED}": ["security_vectors: loaded"],
 }
 METHODS = [*EVERYWHERE[1:], "security_vectors: loaded"]
-SPLIT = "Load the model whole, and use DDP, FSDP2 or ZeRO-2"
+SPLIT = "Load the complete model, and use DDP, FSDP2 or ZeRO-2"
 AT_HAND = "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2"
 BEFOREHAND = "Fit them beforehand with `safe-trainer vectors`"
 REFUSED = {

@@ -176,29 +176,25 @@ class SafetyMethod:
         Raises:
             ValueError: With what to use instead.
         """
-        sharding = (
-            "(tensor, expert, context or sequence parallelism, or a `distributed_config` of transformers). Load the "
-            "complete model, and use DDP, FSDP2 or ZeRO-2."
-        )
-        reasons = {
-            "which keeps all weights of a layer in one flat piece. Use FSDP2: `fsdp_version: 2` in the configuration "
-            "of accelerate.": strategy.name == "FSDP1",
-            sharding: strategy.name == SPLIT_AT_LOADING,
-            "with this `fsdp_state_dict_type`: no adapter would be saved. Set `fsdp_state_dict_type: "
-            "FULL_STATE_DICT` in the configuration of accelerate.": not strategy.saves_adapter,
-            "with this configuration: it needs the model's weights in every process when training begins. Use FSDP2 "
-            "with `fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2.": self.needs_weights
-            and not strategy.has_weights,
-            "which has split the weights again when the penalty is computed. Use FSDP2 or ZeRO-2.": (
-                strategy.name == "ZeRO-3" and overrides(self, "penalty") and not self.penalty_works_with_zero3
-            ),
-            "which keeps gradients in buffers of its own after the backward pass. Use DDP or FSDP2.": (
-                strategy.name.startswith("ZeRO") and overrides(self, "after_backward")
-            ),
-        }
-        for reason, applies in reasons.items():
+        used = strategy.name
+        weights_missing = self.needs_weights and not strategy.has_weights
+        penalty_split = used == "ZeRO-3" and overrides(self, "penalty") and not self.penalty_works_with_zero3
+        reasons = (
+            (used == "FSDP1", "which keeps all weights of a layer in one flat piece. Use FSDP2: `fsdp_version: 2` in "
+             "the configuration of accelerate."),
+            (used == SPLIT_AT_LOADING, "(tensor, expert, context or sequence parallelism, or a `distributed_config` "
+             "of transformers). Load the complete model, and use DDP, FSDP2 or ZeRO-2."),
+            (not strategy.saves_adapter, "with this `fsdp_state_dict_type`: no adapter would be saved. Set "
+             "`fsdp_state_dict_type: FULL_STATE_DICT` in the configuration of accelerate."),
+            (weights_missing, "with this configuration: it needs the model's weights in every process when training "
+             "begins. Use FSDP2 with `fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2."),
+            (penalty_split, "which has split the weights again when the penalty is computed. Use FSDP2 or ZeRO-2."),
+            (used.startswith("ZeRO") and overrides(self, "after_backward"), "which keeps gradients in buffers of its "
+             "own after the backward pass. Use DDP or FSDP2."),
+        )  # fmt: skip
+        for applies, reason in reasons:
             if applies:
-                raise ValueError(f"{self.name} does not work with {strategy.name} {reason}")
+                raise ValueError(f"{self.name} does not work with {used} {reason}")
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Prepare for this model; called once, when the trainer has been built and before any optimizer exists.
