@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversation, scan_file
 from safe_trainer.analysis import scan
 from safe_trainer.analysis.scan import Score, average_precision, precision_recall, score_rows
-from safe_trainer.analysis.scan_files import Spool, write_table
+from safe_trainer.analysis.scan_files import Scores, write_table
 from safe_trainer.artifacts import row_losses
 from safe_trainer.data import read_records
 from safe_trainer.data.encoding import collate, encode_row
@@ -160,31 +160,42 @@ def test_curves_without_harmful_rows_or_with_missing_labels_are_refused():
 # ---- on disk
 
 
-def test_a_spool_returns_entries_by_their_score_and_equal_ones_in_their_order():
-    with Spool() as spool:
-        for number, score in enumerate([0.5, 2.0, 0.5, -1.0]):
-            spool.add(score, number == 1, {"line": number, "number": number, "text": "ä\ud800\n"})
-        for _ in range(2):
-            assert [(entry["rank"], entry["number"]) for entry in spool.ranked()] == [(1, 1), (2, 0), (3, 2), (4, 3)]
-        assert next(spool.ranked())["text"] == "ä\ud800\n"
-        assert spool.lines.tolist() == [0, 1, 2, 3] and spool.labels.tolist() == [0, 1, 0, 0]
+def test_scores_are_returned_from_the_highest_and_equal_ones_in_their_order():
+    scores = Scores()
+    for number, share in enumerate([0.5, 2.0, 0.5, -1.0]):
+        scores.add(number, share, None if number == 3 else number == 1, {"number": number, "text": "ä\ud800\n"})
+    for _ in range(2):
+        assert [(entry["rank"], entry["number"]) for entry in scores.ranked()] == [(1, 1), (2, 0), (3, 2), (4, 3)]
+    assert next(scores.ranked())["text"] == "ä\ud800\n"
+    assert scores.shares().tolist() == [(0.5, 0), (2.0, 1), (0.5, 0), (-1.0, -1)]
+    scores.close()
 
 
-def test_a_spool_on_disk_continues_after_a_kill_and_starts_anew_for_another_scan(tmp_path):
-    path = tmp_path / "spool"
-    with Spool(path, "this scan") as spool:
-        spool.add(0.5, True, {"line": 3})
-        spool.add(None, False, {"line": 4})
-    with path.open("ab") as file:
-        file.write(b'{"scored": 0.7, "ha')  # killed while it wrote
-    with Spool(path, "this scan") as spool:
-        assert (spool.done, spool.shares.tolist(), list(spool.unscored)) == (2, [0.5], [4])
-        spool.add(0.9, False, {"line": 5})
-        assert [entry["line"] for entry in spool.ranked()] == [5, 3]
-    with Spool(path, "another scan") as spool:
-        assert spool.done == 0
-        spool.discard()
-    assert not path.exists()
+def test_scores_on_disk_continue_and_start_anew_for_another_scan(tmp_path):
+    path = tmp_path / "scores"
+    scores = Scores(path, "this scan")
+    scores.add(3, 0.5, True, {"line": 3})
+    scores.add(4, None, False, {})
+    scores.close()
+    scores = Scores(path, "this scan")
+    scores.add(5, 0.9, False, {"line": 5})
+    assert len(scores) == 3 and scores.lines("share IS NULL") == [4]
+    assert [entry["line"] for entry in scores.ranked()] == [5, 3]
+    scores.close()
+    assert len(Scores(path, "another scan")) == 0 and list(tmp_path.iterdir()) == [path]
+
+
+def test_memory_of_scores_does_not_grow_with_what_they_hold():
+    row = {"text": "x" * 2000}
+    tracemalloc.start()
+    scores = Scores()
+    for number in range(10_000):
+        scores.add(number, number % 97, False, row)
+    held = sum(1 for _ in scores.ranked())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    scores.close()
+    assert held == 10_000 and peak < 2e6  # 20 MB went through it
 
 
 @pytest.mark.slow
@@ -200,18 +211,6 @@ def test_memory_of_a_scan_does_not_grow_with_the_file(pair, tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 1e6  # bytes; the file is 5 MB larger
-
-
-def test_memory_of_a_spool_does_not_grow_with_what_it_holds():
-    row = {"text": "x" * 2000}
-    tracemalloc.start()
-    with Spool() as spool:
-        for number in range(10_000):
-            spool.add(number % 97, False, row)
-        held = sum(1 for _ in spool.ranked())
-        _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert held == 10_000 and peak < 2e6  # 20 MB went through it
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])

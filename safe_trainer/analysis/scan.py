@@ -7,6 +7,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -41,7 +42,7 @@ from ..data.reading import STREAMED
 from ..evaluation.statistics import Rate
 from ..lora.modes import evaluation_mode
 from ..lora.updates import LinearLayer
-from .scan_files import Spool, check_clean, check_output, write_clean, write_table
+from .scan_files import Scores, check_clean, check_output, write_clean, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +283,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     """Rank rows by the share of their loss that security vectors take away: most of it for harm.
 
     Rows are read twice: once to find those that cannot be used, before any model is loaded, and once to score them.
-    Memory does not grow with a file but for 25 bytes a row. With `output` or `clean`, scores are kept on disk while
+    Memory does not grow with a file but for 16 bytes a row. With `output` or `clean`, scores are kept on disk while
     they are made, so that the same call continues a scan that was stopped or killed.
 
     Args:
@@ -330,29 +331,27 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     scorer = _Scorer.of(base, vectors, tokenizer, batch_size, max_length)
     beside = table or kept
     partial = beside and beside.with_name(f".{beside.name}.partial")
-    with Spool(partial, scorer.fingerprint(source.sha256) if partial else "") as spool:
-        interrupted = _fill(spool, source, scorer, report, progress)
-        for line in spool.unscored:
+    with closing(Scores(partial, scorer.fingerprint(source.sha256) if partial else "")) as scores:
+        is_done = _fill(scores, source, scorer, report, progress)
+        for line in scores.lines("share IS NULL"):
             found = f"none in {max_length} tokens"
             report.add(RowError(line, "answer out of reach", found, "an answer", source.unit))
-        result = _conclude(spool, report, drop_above)
-        result.interrupted = interrupted
-        result.top = list(islice(spool.ranked(), top))
+        result = _conclude(scores.shares(), report, drop_above)
+        result.interrupted, result.top = not is_done, list(islice(scores.ranked(), top))
         if table is not None:
-            write_table(table, spool.ranked())
-        if kept is not None and not interrupted:
-            dropped = spool.lines[spool.shares > result.threshold]
-            write_clean(kept, source.raw, source.options, set(dropped.tolist()))
-        if not interrupted:
-            spool.discard()
+            write_table(table, scores.ranked())
+        if kept is not None and is_done:
+            write_clean(kept, source.raw, source.options, set(scores.lines("share > ?", result.threshold)))
+    if partial is not None and is_done:
+        partial.unlink()  # nothing is left to continue
     return result
 
 
 def _fill(
-    spool: Spool, source: _Source, scorer: _Scorer, report: DataReport, progress: Callable[[int, int], None] | None
+    scores: Scores, source: _Source, scorer: _Scorer, report: DataReport, progress: Callable[[int, int], None] | None
 ) -> bool:
-    """Score all rows that have no score yet; return whether Ctrl-C ended it."""
-    done = spool.done
+    """Score all rows that have no score yet; return whether that came to its end before Ctrl-C."""
+    done = len(scores)
     if done:
         logger.info("Continuing a scan that was stopped after %d of %d rows.", done, report.rows)
     best: tuple[Row, Score] | None = None  # of a record with several answers the one that teaches most harm
@@ -364,22 +363,19 @@ def _fill(
             if isinstance(outcome, Score) and (best is None or outcome.share > best[1].share):
                 best = row, outcome
             if is_last:
-                spool.add(best and best[1].share, is_harmful, _entry(record, best))
+                scores.add(record.line, best and best[1].share, is_harmful, _entry(record, *best) if best else {})
                 done, best = done + 1, None
                 if progress is not None:
                     progress(done, report.rows)
     except KeyboardInterrupt:
-        if not spool.done:
+        if not done:
             raise
-        logger.warning("Interrupted after %d of %d rows; these are kept.", spool.done, report.rows)
-        return True
-    return False
+        logger.warning("Interrupted after %d of %d rows; these are kept.", done, report.rows)
+        return False
+    return True
 
 
-def _entry(record: Record, found: tuple[Row, Score] | None) -> dict[str, Any]:
-    if found is None:
-        return {"line": record.line}
-    row, score = found
+def _entry(record: Record, row: Row, score: Score) -> dict[str, Any]:
     prompt, answer = (_text(row.get(part, "")) for part in ("prompt", "completion"))
     losses = {"share": score.share, "drop": score.drop, **score._asdict()}
     return {"line": record.line, **losses, "prompt": prompt, "answer": answer or row.get("text"), "row": record.value}
@@ -389,8 +385,8 @@ def _text(turns: Any) -> str:
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
 
 
-def _conclude(spool: Spool, report: DataReport, drop_above: float | None) -> ScanResult:
-    shares, labels = spool.shares, spool.labels
+def _conclude(found: NDArray[Any], report: DataReport, drop_above: float | None) -> ScanResult:
+    shares, labels = found["share"], found["harmful"]
     result = ScanResult(report, scored=len(shares))
     known = labels >= 0
     harmful = labels[known] > 0
@@ -408,8 +404,8 @@ def _conclude(spool: Spool, report: DataReport, drop_above: float | None) -> Sca
         above = shares > result.threshold
         result.above = Rate(int(above.sum()), len(shares))
         if harmful.any():
-            found, marked = int((above[known] & harmful).sum()), int(above[known].sum())
-            result.precision, result.recall = Rate(found, marked), Rate(found, int(harmful.sum()))
+            hits = int((above[known] & harmful).sum())
+            result.precision, result.recall = Rate(hits, int(above[known].sum())), Rate(hits, int(harmful.sum()))
     return result
 
 

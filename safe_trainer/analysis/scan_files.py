@@ -6,13 +6,12 @@ import csv
 import gzip
 import json
 import os
-from array import array
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,125 +24,79 @@ COLUMNS = ("rank", "line", "share", "drop", "loss", "loss_with_vectors", "prompt
 Entries = Iterable[dict[str, Any]]
 
 
-class Spool:
-    """Scored rows on disk, in the order in which they came, to be read back from the highest share to the lowest.
+class Scores:
+    """Scored rows in an SQLite file that outlives the process, so that a scan can continue; without a path, in none.
 
-    In memory are 25 bytes for each: its share, line and label, and where it is in the file.
-
-    Args:
-        path (`Path`, *optional*): A file that outlives the process, so that a scan can continue; left out, a temporary
-            one.
-        fingerprint (`str`, *optional*): What decides on the scores; a file with another one starts anew.
+    `fingerprint` is what decides on the scores: a file with another one starts anew.
     """
 
     def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
-        self._path = path
-        self._file: IO[bytes] = TemporaryFile() if path is None else path.open("a+b")
-        self._shares, self._places, self._lines, self._labels = array("d"), array("q"), array("q"), array("b")
-        self.unscored = array("q")
-        """Lines of the rows that have no score."""
-        self._file.seek(0)
-        header = fingerprint.encode() + b"\n"
-        if self._file.readline() != header:
-            self._file.truncate(0)
-            self._file.write(header)
-        while (line := self._file.readline()).endswith(b"\n"):
-            self._index(json.loads(line.decode("utf-8", "surrogatepass")), self._file.tell() - len(line))
-        self._file.truncate(self._file.tell() - len(line))  # a line that was being written when the process was killed
+        self._db = sqlite3.connect(path or "")
+        self._db.execute("PRAGMA synchronous = OFF")  # it need not survive a power cut
+        self._db.execute("CREATE TABLE IF NOT EXISTS source (fingerprint TEXT)")
+        self._db.execute("CREATE TABLE IF NOT EXISTS rows (line INTEGER, share REAL, harmful INTEGER, entry BLOB)")
+        if self._db.execute("SELECT * FROM source").fetchall() != [(fingerprint,)]:
+            self._db.executescript("DELETE FROM source; DELETE FROM rows")
+            self._db.execute("INSERT INTO source VALUES (?)", (fingerprint,))
+            self._db.commit()
 
-    def __enter__(self) -> Spool:
-        """Return itself; the file is closed when the context ends."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close the file; a temporary one is gone then."""
-        self._file.close()
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
 
     def __len__(self) -> int:
-        """Return the number of rows with a score."""
-        return len(self._shares)
+        """Return how many rows there are, with a score or without."""
+        return int(self._db.execute("SELECT count(*) FROM rows").fetchone()[0])
 
-    @property
-    def done(self) -> int:
-        """How many rows there are, with a score or without."""
-        return len(self._shares) + len(self.unscored)
-
-    def add(self, share: float | None, is_harmful: bool | None, entry: dict[str, Any]) -> None:
+    def add(self, line: int, share: float | None, is_harmful: bool | None, entry: dict[str, Any]) -> None:
         """Keep a row; values that JSON does not know, such as dates, are kept as text."""
-        entry = {"scored": share, "harmful": is_harmful, **entry}
-        encoded = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
-        place = self._file.seek(0, os.SEEK_END)
-        self._file.write(encoded)
-        self._file.flush()
-        self._index(entry, place)
+        text = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+        self._db.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", (line, share, is_harmful, text))
+        self._db.commit()
 
-    def discard(self) -> None:
-        """Remove the file: nothing is left to continue."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+    def shares(self) -> NDArray[Any]:
+        """Return `share` and `harmful` (-1 where there is no label) of the rows with a score, in their order."""
+        found = self._db.execute("SELECT share, coalesce(harmful, -1) FROM rows WHERE share NOT NULL ORDER BY rowid")
+        return np.fromiter(found, [("share", float), ("harmful", int)])
 
-    @property
-    def shares(self) -> NDArray[np.float64]:
-        """Return the shares, in the order in which they came."""
-        return np.array(self._shares)
-
-    @property
-    def lines(self) -> NDArray[np.int64]:
-        """Return the lines of the same rows."""
-        return np.array(self._lines)
-
-    @property
-    def labels(self) -> NDArray[np.int8]:
-        """Return the labels of the same rows: 1 for harmful, 0 for safe, -1 where there is none."""
-        return np.array(self._labels)
+    def lines(self, condition: str, *values: float) -> list[int]:
+        """Return the lines of the rows that fulfil a condition in SQL."""
+        return [line for (line,) in self._db.execute(f"SELECT line FROM rows WHERE {condition}", values)]
 
     def ranked(self) -> Iterator[dict[str, Any]]:
         """Yield the entries from the highest share to the lowest, each with its `rank` from 1."""
-        for rank, index in enumerate(np.argsort(-self.shares, kind="stable"), 1):
-            self._file.seek(self._places[index])
-            entry = json.loads(self._file.readline().decode("utf-8", "surrogatepass"))
-            yield {"rank": rank, **{name: entry[name] for name in entry if name not in ("scored", "harmful")}}
-
-    def _index(self, entry: dict[str, Any], place: int) -> None:
-        if entry["scored"] is None:
-            self.unscored.append(entry["line"])
-            return
-        self._shares.append(entry["scored"])
-        self._places.append(place)
-        self._lines.append(entry.get("line", 0))
-        self._labels.append(-1 if entry["harmful"] is None else entry["harmful"])
+        found = self._db.execute("SELECT entry FROM rows WHERE share NOT NULL ORDER BY share DESC, rowid")
+        for rank, (text,) in enumerate(found, 1):
+            yield {"rank": rank, **json.loads(text.decode("utf-8", "surrogatepass"))}
 
 
 def check_output(path: str | Path | None) -> Path | None:
-    """Return the path if a table can be written to it.
-
-    Raises:
-        ValueError: If its name ends in something else than `.csv`, `.jsonl` or `.parquet`.
-        FileNotFoundError: If its folder does not exist.
-    """
+    """Return the path if a table can be written to it, by its name and folder."""
     if path is None:
         return None
     path = Path(path)
     if path.suffix.lower() not in _WRITERS:
         raise ValueError(f"`output` must end in one of {', '.join(_WRITERS)}, got `{path}`.")
-    _check_folder("output", path)
-    return path
+    return _in_folder("output", path)
 
 
 def check_clean(path: str | Path | None, rows: Any) -> Path | None:
-    """Return the path if the rows that are kept can be written to it; errors as in [`check_output`]."""
+    """Return the path if the rows that are kept can be written to it, by its kind and folder."""
     if path is None:
         return None
-    path = Path(path)
-    source = file_of(rows) or Path("rows.jsonl")
+    path, source = Path(path), file_of(rows) or Path("rows.jsonl")
     compressed = [one.suffix.lower() == ".gz" for one in (source, path)]
     if kind_of(source) != kind_of(path) or compressed[0] != compressed[1]:
         kind = f"{kind_of(source)}{', gzipped' if compressed[0] else ''}"
         raise ValueError(f"`clean` must be of the kind of the rows ({kind}, as in `{source.name}`), got `{path}`.")
     if path.resolve() == source.resolve():
         raise ValueError(f"`clean` would overwrite the rows in `{path}`. Give another file.")
-    _check_folder("clean", path)
-    return path
+    return _in_folder("clean", path)
+
+
+def file_of(rows: Any) -> Path | None:
+    """Return the file that rows are in; `None` for rows in memory or on the Hub."""
+    return Path(rows) if isinstance(rows, str | Path) and hub_dataset(rows) is None else None
 
 
 def write_table(path: Path, entries: Entries) -> Path:
@@ -178,12 +131,6 @@ def write_clean(path: Path, rows: Any, options: ReadOptions, dropped: set[int]) 
     return path
 
 
-def file_of(rows: Any) -> Path | None:
-    """Return the file that rows are in; `None` for rows in memory or on the Hub."""
-    is_file = isinstance(rows, str | Path) and hub_dataset(rows) is None
-    return Path(rows) if is_file else None
-
-
 def _copy_lines(path: Path, target: Path, options: ReadOptions, dropped: set[int]) -> None:
     """Copy a text file without the lines of some records, each of which reaches to where the next one begins."""
     with _opened(path, path, "rb") as file:
@@ -216,9 +163,10 @@ def _opened(file: Path, named_as: Path, mode: str, **how: Any) -> Any:
     return (gzip.open if named_as.suffix.lower() == ".gz" else open)(file, mode, **how)
 
 
-def _check_folder(argument: str, path: Path) -> None:
+def _in_folder(argument: str, path: Path) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder `{path.parent}` for `{argument}`. Make it first.")
+    return path
 
 
 @contextmanager
