@@ -660,10 +660,10 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(recipe):
     seen += process.communicate(timeout=120)[0]
     assert process.returncode == 130, seen
     assert "Traceback" not in seen
-    assert f"Go on with: safe-trainer train {path} --resume" in seen
+    assert f"Resume with: safe-trainer train {path} --resume" in seen
     (checkpoint,) = (path.parent / "out").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
-    assert f"behind step {step};" in seen and 0 < step < 400
+    assert f"after step {step}" in seen and 0 < step < 400
 
     changes = ["--set", f"training.max_steps={step + 2}", "--set", "training.lr_scheduler_type=constant"]
     result = invoke("train", path, "--resume", "--json", *changes)
