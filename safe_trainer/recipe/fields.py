@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -129,59 +129,35 @@ def _declared(path: Path, name: str) -> list[str]:
     ]
 
 
-class Range(NamedTuple):
-    """The numbers that a setting may have: from `least` to `most`, above the least if `above`."""
-
-    least: float
-    most: float = math.inf
-    above: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:  # not a number, or of any size
-            return False
-        return self.least <= value <= self.most and not (self.above and value == self.least)
-
-    def __str__(self) -> str:
-        if self.most < math.inf:
-            return f"a number from {self.least:,} to {self.most:,}"
-        return f"{'above' if self.above else 'at least'} {self.least:g}"
-
-
-def _ranges(text: str, allowed: Range) -> dict[str, Range]:
-    return dict.fromkeys(text.split(), allowed)
+def _ranges(text: str, least: float, most: float = math.inf, words: str = "") -> dict[str, tuple[float, float, str]]:
+    return dict.fromkeys(text.split(), (least, most, words or f"at least {least:g}"))
 
 
 # Neither TRL nor PEFT checks these before training has begun, or ever.
 RANGES = {
-    **_ranges("learning_rate weight_decay warmup_steps adam_epsilon label_smoothing_factor logging_steps save_steps "
-              "save_total_limit dataset_num_proc dataloader_num_workers", Range(0)),
+    **_ranges("learning_rate weight_decay warmup_steps adam_epsilon logging_steps save_steps save_total_limit "
+              "dataset_num_proc dataloader_num_workers", 0),
     **_ranges("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length "
-              "max_steps r", Range(1)),
-    **_ranges("warmup_ratio adam_beta1 adam_beta2 label_smoothing_factor lora_dropout", Range(0, 1)),
-    **_ranges("num_train_epochs lora_alpha", Range(0, above=True)),
-    **_ranges("seed data_seed", Range(0, 2**32 - 1)),
+              "max_steps r", 1),
+    **_ranges("warmup_ratio adam_beta1 adam_beta2 label_smoothing_factor lora_dropout", 0, 1, "a number from 0 to 1"),
+    **_ranges("num_train_epochs lora_alpha", sys.float_info.min, words="above 0"),
+    **_ranges("seed data_seed", 0, 2**32 - 1, f"a number from 0 to {2**32 - 1:,}"),
 }  # fmt: skip
 _UNSET = {("max_steps", -1)}  # what TRL takes for not set, where it is not null
 
 
 def check_field(name: str, value: Any, hint: Any, in_range: bool) -> tuple[Any, str | None]:
-    """Return a setting with its type put right, and what is wrong with it.
-
-    Args:
-        name (`str`): The setting.
-        value (`Any`): What the recipe says.
-        hint (`Any`): The annotation of the field.
-        in_range (`bool`): Whether `RANGES` is about it.
-    """
+    """Return a setting with its type put right, and what is wrong with it; `in_range` if `RANGES` is about it."""
     try:
         if isinstance(value, bool) and bool not in _members(hint):
             raise ValueError("pydantic would take it for 0 or 1")
         checked = TypeAdapter(hint).validate_python(value)
     except ValueError:  # pydantic's `ValidationError` is one
         return None, f"expected {_shown(hint)}, got {short(value)}"
-    if in_range and name in RANGES and checked is not None and (name, checked) not in _UNSET:
-        if checked not in RANGES[name]:
-            return None, f"must be {RANGES[name]}, got {checked!r:.60}"
+    if in_range and name in RANGES and isinstance(checked, int | float) and (name, checked) not in _UNSET:
+        least, most, words = RANGES[name]
+        if not (least <= checked <= most and abs(checked) <= sys.float_info.max):
+            return None, f"must be {words}, got {checked!r:.60}"
     return checked, None
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import logging
 import os
 import shlex
 import tempfile
@@ -38,8 +37,6 @@ from .trainer import add_monitors, arguments, make_trainer
 if TYPE_CHECKING:
     from ..evaluation import Comparison
     from ..trainer import SafeSFTTrainer
-
-logger = logging.getLogger(__name__)
 
 TUNED = "fine-tuned"
 
@@ -85,7 +82,7 @@ class RunResult:
         steps (`int`): Optimizer steps taken.
         metrics (`dict[str, float]`): What the trainer measured: runtime, loss.
         comparison ([`Comparison`], *optional*): The model before and after; `None` without an evaluation.
-        files (`list[Path]`): DataReport and model card.
+        files (`list[Path]`): Report and model card.
         stopped (`bool`): Whether `RunCallbacks.should_stop` ended training; then only a checkpoint is saved.
         compare_command (`str`, *optional*): The command to compare with afterwards, where several processes each hold
             a part of the model.
@@ -155,12 +152,7 @@ def _is_first_process() -> bool:
 
 
 def check_output(output: str, resume: bool) -> None:
-    """Fail before training, not after, if the output is not writable, holds a run, or nothing to resume from.
-
-    Raises:
-        ValueError: If it is a file, holds a run already, or holds no checkpoint although `resume` is set.
-        OSError: If it cannot be written.
-    """
+    """Fail before training, not after, if the output is not writable, holds a run, or nothing to resume from."""
     from ..checkpoints import checkpoints_of
 
     if Path(output).exists() and not Path(output).is_dir():
@@ -207,10 +199,7 @@ def _train(
 
 
 def _report_to(trainer: SafeSFTTrainer, asked: RunCallbacks, shown: RunCallbacks) -> Callable[[], bool]:
-    """Hand steps and log entries to `shown`, and return how to know whether `asked` has stopped training.
-
-    It takes the place of what transformers prints to standard output, which is for results.
-    """
+    """Hand steps and log entries to `shown`, in place of transformers' printing; return whether `asked` stopped it."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Events(TrainerCallback):
@@ -289,12 +278,7 @@ def _finish(
 
 
 def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
-    """Return a warning if the training loss hardly fell between the first and the last entries of a trainer's log.
-
-    Args:
-        history (`list[dict]`): The trainer's `log_history`.
-        learning_rate (`float`): What it was trained with.
-    """
+    """Return a warning if the loss hardly fell between the first and the last entries of a trainer's log."""
     losses = [entry["loss"] - entry.get("safety_penalty", 0.0) for entry in history if "loss" in entry]
     if len(losses) < 4:
         return ""
@@ -310,13 +294,7 @@ def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
 
 
 def protection(report: Mapping[str, Any], comparison: Comparison | None, compare_command: str | None) -> str:
-    """Return one line: what protected the run and how strongly it was tested.
-
-    Args:
-        report (`Mapping[str, Any]`): The trainer's `safety_report`: coverage, figures and warnings by method.
-        comparison ([`Comparison`], *optional*): What was asked before and after.
-        compare_command (`str`, *optional*): How to ask afterwards, where the run could not.
-    """
+    """Return one line: what protected the run (the trainer's `safety_report`) and how strongly it was tested."""
     from .model_card import self_checks
 
     methods = self_checks(report)

@@ -53,15 +53,9 @@ class TokenCount:
 
 
 def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
-    """Count the tokens of the training rows as TRL's trainer will see them.
+    """Count the tokens of the training rows as TRL's trainer will see them; refused if no row would teach anything.
 
-    Args:
-        recipe ([`Recipe`]): Gives the tokenizer.
-        rows (`Dataset`): Rows as `load_rows` returns them.
-        args (`SFTConfig`): Gives `max_length`, and `chat_template_path`, with which nothing can be counted.
-
-    Raises:
-        ValueError: If a row does not fit the tokenizer's chat template, or no row would teach anything.
+    With `chat_template_path`, whose template is not the tokenizer's own, nothing is counted.
     """
     from transformers import AutoTokenizer
 

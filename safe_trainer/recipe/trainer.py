@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def arguments(recipe: Recipe) -> Any:
-    """Return TRL's arguments for a recipe.
-
-    Raises:
-        RecipeError: If they contradict each other, or ask for what this machine does not have.
-    """
+    """Return TRL's arguments for a recipe; refused if they contradict each other or do not fit this machine."""
     import torch
     from trl import SFTConfig
 
