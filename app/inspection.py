@@ -9,7 +9,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -122,7 +122,8 @@ def inspect(
     tokenizer = tokenizer_of(model)
     columns = _columns(path, reading.get("encoding"))
     rows, report = _read(path, name, limits, columns, lambda: load_rows(path, _options(reading)))
-    _check_rows(rows, limits)
+    if len(rows) > limits.rows:
+        raise Unusable(texts.TOO_MANY_ROWS.format(count=len(rows), limit=limits.rows))
     lengths, samples = _measured(tokenizer, rows)
     leaked = {s.name: len(leaked_rows(rows, s)) for s in _asked(model, example)}
     by_kind: dict[str, list[Any]] = {}
@@ -199,8 +200,8 @@ def _check_unpacked(path: Path, limits: Limits) -> None:
     for batch in ParquetFile(path).iter_batches(batch_size=100, use_threads=False):
         columns = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
         total += sum(column.nbytes for column in columns)
-        if total > limits.total:
-            raise Unusable(texts.TOO_MUCH.format(limit=limits.total))
+        if total > limits.characters:
+            raise Unusable(texts.TOO_MUCH.format(limit=limits.characters))
 
 
 def _columns(path: Path, encoding: str | None) -> tuple[str, ...]:
@@ -211,23 +212,6 @@ def _columns(path: Path, encoding: str | None) -> tuple[str, ...]:
             value = getattr(record, "value", None)
             names |= dict.fromkeys(map(str, value)) if isinstance(value, dict) else {}
     return tuple(names)[:100]
-
-
-def _check_rows(rows: Any, limits: Limits) -> None:
-    if len(rows) > limits.rows:
-        raise Unusable(texts.TOO_MANY_ROWS.format(count=len(rows), limit=limits.rows))
-    for number, row in enumerate(rows, 1):
-        count = sum(len(text) for text in _texts(row))
-        if count > limits.characters:
-            raise Unusable(texts.TOO_LONG.format(row=number, count=count, limit=limits.characters))
-
-
-def _texts(row: dict[str, Any]) -> Iterator[str]:
-    for value in row.values():
-        if isinstance(value, str):
-            yield value
-        else:
-            yield from (str(turn.get("content") or "") for turn in value or ())
 
 
 def _measured(tokenizer: Any, rows: Any) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -193,59 +194,49 @@ class JobQueue:
     def __init__(self, limit: int = 20) -> None:
         self.limit = limit
         self._jobs: list[Job] = []
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "jobs")
 
     def submit(self, job: Job) -> None:
-        """Put a job at the end."""
-        with self._changed:
-            if self._closed or len(self._jobs) > self.limit:
+        """Put a job at the end, or raise `ValueError` if too many wait already."""
+        with self._lock:
+            if self._pool is None or len(self._jobs) > self.limit:
                 raise ValueError(texts.QUEUE_FULL)
             self._jobs.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="jobs")
-                self._thread.start()
-            self._changed.notify_all()
+            self._pool.submit(self._run, job)
 
     def place(self, job: Job) -> int | None:
         """Return how many jobs are before this one; `None` once it has ended."""
-        with self._changed:
+        with self._lock:
             return self._jobs.index(job) if job in self._jobs else None
 
     def cancel(self, job: Job) -> None:
         """End a job: at once if it waits, and else within two seconds, but for the writing of its checkpoint."""
         job.cancel()
-        with self._changed:
+        with self._lock:
             waiting = job in self._jobs[1:]
             if waiting:
                 self._jobs.remove(job)
         if waiting:
             job.run()
 
-    def close(self, timeout: float = 10.0) -> None:
+    def close(self) -> None:
         """End everything."""
-        with self._changed:
-            self._closed = True
-            jobs, thread = list(self._jobs), self._thread
-            self._changed.notify_all()
+        with self._lock:
+            pool, self._pool, jobs = self._pool, None, list(self._jobs)
         for job in reversed(jobs):
             self.cancel(job)
-        if thread is not None:
-            thread.join(timeout)
+        if pool is not None:
+            pool.shutdown()
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
-                if not self._jobs:
-                    return
-                job = self._jobs[0]
-            try:
-                job.run()
-            finally:
-                with self._changed:
-                    self._jobs.remove(job)
+    def _run(self, job: Job) -> None:
+        if job.ended:
+            return
+        try:
+            job.run()
+        finally:
+            with self._lock:
+                self._jobs.remove(job)
 
 
 @_lent

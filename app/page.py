@@ -35,7 +35,7 @@ class Page:
     def __init__(self, services: Services) -> None:
         self.services = services
         with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
-            gr.HTML(html.title(texts.TITLE, texts.LEAD), js_on_load=None)
+            gr.Markdown(f"# {texts.TITLE}\n{texts.LEAD}")
             with gr.Tabs(selected=DATA, elem_id="steps", overflow_behavior="wrap") as self.steps:
                 with gr.Tab(texts.STEPS[0], id=DATA, elem_id="step-data", render_children=True):
                     self.data = DataStep(services.setup)

@@ -113,10 +113,6 @@ class Sessions:
             session.seen = time.monotonic()
             return session
 
-    def is_ours(self, cookie: str | None) -> bool:
-        """Return whether we have given this cookie."""
-        return self._name(cookie) is not None
-
     def sweep(self) -> int:
         """Remove the files of sessions that have been idle for long, unless the folder was given; return how many."""
         now = time.monotonic()

@@ -119,8 +119,7 @@ class Limits:
 
     Args:
         megabytes (`int`): Of an uploaded file; a session holds one unused upload at a time.
-        rows (`int`), characters (`int`): Rows of a file, characters of a row.
-        total (`int`): Characters of a file, unpacked.
+        rows (`int`), characters (`int`): Of a file, unpacked.
         seconds (`int`): For reading a file.
         question (`int`): Characters of a question that is asked freely.
         waiting (`int`): Jobs in the queue.
@@ -129,8 +128,7 @@ class Limits:
 
     megabytes: int = 50
     rows: int = 100_000
-    characters: int = 100_000
-    total: int = 100_000_000
+    characters: int = 100_000_000
     seconds: int = 60
     question: int = 2_000
     waiting: int = 20

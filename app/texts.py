@@ -55,7 +55,6 @@ LEAVE_OUT, LEFT_OUT = "Leave out the {count} suspicious rows", "{name}, {count} 
 TO_METHOD = "Continue to the method"
 TOO_LARGE = "The file is too large: at most {size} MB."
 TOO_MANY_ROWS = "The file has {count:,} rows; at most {limit:,} are read. Split it into smaller files."
-TOO_LONG = "Row {row} has {count:,} characters; at most {limit:,} are read."
 TOO_MUCH = "The file unpacks to more than {limit:,} characters. Split it into smaller files."
 TOO_SLOW = "Reading the file took too long or too much memory. Split it into smaller files."
 WRONG_KIND = "This is not a JSON, JSON Lines, CSV, TSV or Parquet file. Its name should end in one of {endings}."

@@ -26,12 +26,12 @@ class CompareStep:
 
     def __init__(self, setup: Setup) -> None:
         limit = setup.limits.question
-        gr.HTML(html.heading(texts.COMPARE_HEADING), js_on_load=None)
+        gr.Markdown(f"## {texts.COMPARE_HEADING}")
         self.run = gr.Dropdown([], label=texts.RUNS, visible=False, elem_id="run", filterable=False)
         self.result = gr.HTML(html.panel("info", texts.NO_COMPARISON), elem_id="result", js_on_load=None)
         self.details = gr.HTML(elem_id="details", js_on_load=None)
         with gr.Column(visible=False) as self.trying:
-            gr.HTML(html.subheading(texts.ASK_HEADING), js_on_load=None)
+            gr.Markdown(f"### {texts.ASK_HEADING}")
             self.whom = gr.CheckboxGroup([], label=texts.ASK_WHOM, elem_id="whom")
             self.question = gr.Textbox(
                 label=texts.ASK_LABEL, placeholder=texts.ASK_HINT, max_length=limit, elem_id="question"

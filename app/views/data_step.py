@@ -23,7 +23,7 @@ class DataStep:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        gr.HTML(html.heading(texts.DATA_HEADING, texts.DATA_LEAD), js_on_load=None)
+        gr.Markdown(f"## {texts.DATA_HEADING}\n{texts.DATA_LEAD}")
         with gr.Row(elem_classes="examples"):
             self.examples = {
                 key: gr.Button(": ".join(texts.EXAMPLES[key]), elem_id=f"example-{key}") for key in EXAMPLES
@@ -41,7 +41,7 @@ class DataStep:
         self.found = gr.HTML(html.panel("info", texts.NO_DATA), elem_id="found", js_on_load=None)
         self.skip_bad = gr.Checkbox(label=texts.SKIP_BAD, visible=False, elem_id="skip-bad")
         with gr.Accordion(texts.OPTIONS, open=False, visible=False, elem_id="file-options") as self.options:
-            gr.HTML(html.hint(texts.OPTIONS_HINT), js_on_load=None)
+            gr.Markdown(texts.OPTIONS_HINT)
             with gr.Row():
                 self.prompt = _choice(texts.PROMPT_COLUMN, "prompt-column")
                 self.answer = _choice(texts.ANSWER_COLUMN, "answer-column")
@@ -51,7 +51,7 @@ class DataStep:
             self.proceed = gr.Button(texts.TO_METHOD, variant="primary", interactive=False, elem_id="to-method")
             self.scan = gr.Button(texts.SCAN, interactive=False, elem_id="scan")
             self.stop = gr.Button(texts.SCAN_STOP, visible=False, elem_id="scan-stop")
-        gr.HTML(html.hint(texts.SCAN_HINT), js_on_load=None)
+        gr.Markdown(texts.SCAN_HINT)
         self.ranking = gr.HTML(elem_id="ranking", js_on_load=None)
         self.leave_out = gr.Button(visible=False, elem_id="leave-out")
         self.samples = gr.HTML(elem_id="samples", js_on_load=None)

@@ -62,16 +62,6 @@ def size(count: float) -> str:
     return f"{count / 2**30:.1f} GB" if count > 2**29 else f"{count / 2**20:.0f} MB"
 
 
-def heading(title: str, lead: str = "") -> Markup:
-    """Return the heading of a step."""
-    return Markup('<div class="heading"><h2>{}</h2><p>{}</p></div>').format(title, lead)
-
-
-def hint(text: str) -> Markup:
-    """Return a remark."""
-    return Markup('<p class="hint">{}</p>').format(text)
-
-
 def working(what: str, done: int, total: int) -> Markup:
     """Return a bar, or only words where it is not known how much there is."""
     what = f"{what}: {texts.DONE_OF.format(done=done, total=total)}" if total else what
@@ -85,19 +75,9 @@ def short(text: str, most: int = 160) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def subheading(title: str) -> Markup:
-    """Return a heading within a step."""
-    return Markup("<h3>{}</h3>").format(title)
-
-
 def folded(title: str, content: Markup) -> Markup:
     """Return content under a heading that opens it."""
     return Markup("<details><summary>{}</summary>{}</details>").format(title, content)
-
-
-def title(name: str, lead: str) -> Markup:
-    """Return the head of the page."""
-    return Markup('<header class="title"><h1>{}</h1><p>{}</p></header>').format(name, lead)
 
 
 def plain(value: float | None) -> str:

@@ -37,7 +37,7 @@ class MethodStep:
     """The step's layout, and its updates. Cards and fields are those of the library's methods."""
 
     def __init__(self) -> None:
-        gr.HTML(html.heading(texts.METHOD_HEADING, texts.METHOD_LEAD), js_on_load=None)
+        gr.Markdown(f"## {texts.METHOD_HEADING}\n{texts.METHOD_LEAD}")
         self.known = cards()
         self.cards: dict[str, gr.Checkbox] = {}
         with gr.Row(elem_classes="cards"):
@@ -59,7 +59,7 @@ class MethodStep:
                 for one in card.fields
             }
         with gr.Accordion(texts.FILES, open=False, elem_id="files-panel") as self.files_panel:
-            self.files_hint = gr.HTML(js_on_load=None)
+            self.files_hint = gr.Markdown()
             kinds = [(label, kind) for kind, label in texts.MATERIALS.items()]
             self.kind = gr.Dropdown(
                 kinds, value=kinds[0][1], label=texts.FILES_KIND, elem_id="file-kind", filterable=False
@@ -103,7 +103,7 @@ class MethodStep:
         lead = texts.FILES_LEAD_TINY if session.model.embedded else texts.FILES_LEAD
         return {
             self.files: (html.panel("error", problem) if problem else Markup("")) + shown,
-            self.files_hint: html.hint(lead),
+            self.files_hint: lead,
             self.files_panel: gr.Accordion() if problem or session.model.embedded else gr.Accordion(open=True),
         }
 

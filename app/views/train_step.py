@@ -26,7 +26,7 @@ class TrainStep:
     """The step's layout, and its updates."""
 
     def __init__(self) -> None:
-        gr.HTML(html.heading(texts.TRAIN_HEADING), js_on_load=None)
+        gr.Markdown(f"## {texts.TRAIN_HEADING}")
         self.plan = gr.HTML(html.panel("info", texts.NOT_CHECKED), elem_id="plan", js_on_load=None)
         with gr.Row(elem_classes="actions"):
             self.start = gr.Button(texts.START, variant="primary", interactive=False, elem_id="start")
