@@ -149,7 +149,7 @@ _UNSET = {("max_steps", -1)}  # what TRL takes for not set, where it is not null
 def check_field(name: str, value: Any, hint: Any, in_range: bool) -> tuple[Any, str | None]:
     """Return a setting with its type put right, and what is wrong with it; `in_range` if `RANGES` is about it."""
     try:
-        if isinstance(value, bool) and bool not in _members(hint):
+        if isinstance(value, bool) and not {bool, Any} & {*_members(hint)}:
             raise ValueError("pydantic would take it for 0 or 1")
         checked = TypeAdapter(hint).validate_python(value)
     except ValueError:  # pydantic's `ValidationError` is one
