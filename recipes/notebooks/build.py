@@ -1,10 +1,10 @@
-"""Make the notebooks from their sources: run them, and keep what they show.
+"""Make the notebooks from their sources: run them, and keep their outputs.
 
     python recipes/notebooks/build.py              # all of them; quickstart for one
     python recipes/notebooks/build.py quickstart
 
 A source is a Python file in percent format, which jupytext and editors open as a notebook. Its outputs come from a run
-on the embedded pair; what only the run itself has to say (bars, warnings, times) is left out.
+on the embedded pair; progress bars, warnings and times are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 MARK = "<!-- colab -->"
 _BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 _COLAB = "https://colab.research.google.com/github"
+_NEEDS = "*Besides `safe_trainer`, the pictures need `pip install matplotlib`.*"
 _UPLOAD = (
     "*To open this in Colab: File → Upload notebook; upload the project as a zip file too, and run "
     "`%pip install ./safe_trainer.zip matplotlib` first.*"
@@ -48,13 +49,13 @@ def notebook_of(source: Path) -> nbformat.NotebookNode:
     notebook = jupytext.read(source)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
-        cell.source = cell.source.replace(MARK, colab(source.stem, project.get("urls", {})))
+        cell.source = cell.source.replace(MARK, f"{colab(source.stem, project.get('urls', {}))}\n\n{_NEEDS}")
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
 
 
 def build(source: Path) -> None:
-    """Run a source and write the notebook beside it."""
+    """Run a source and write the notebook next to it."""
     notebook = notebook_of(source)
     NotebookClient(notebook, timeout=900, kernel_name="python3").execute(cwd=str(FOLDER))
     for cell in notebook.cells:
@@ -65,7 +66,7 @@ def build(source: Path) -> None:
 
 
 def _shown(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
-    """Keep pictures, tables and what cells print; not what libraries print beside it."""
+    """Keep pictures, tables and what cells print; not what libraries print."""
     if output.output_type != "stream":
         return output
     lines = output.text.splitlines(keepends=True) if output.name == "stdout" else []

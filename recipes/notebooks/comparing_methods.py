@@ -2,11 +2,14 @@
 # # Comparing methods
 # <!-- colab -->
 #
-# Which method for my data? Train each on the same rows, with more than one seed, and look at harm, help and task
-# together. One number never decides: a model that refuses everything is safe, too.
+# Which method suits your data? Train each on the same rows, with more than one seed, and look at compliance with
+# harmful prompts, over-refusal and the task together. One number never decides: a model that refuses everything is
+# safe, too.
+#
+# The embedded model has one million parameters; its results do not carry over to other models.
 
 # %%
-REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct, which is downloaded and wants a GPU
+REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct, which is downloaded and needs a GPU
 
 # %%
 import tempfile
@@ -21,14 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from safe_trainer import (
-    AsFT,
+    METHODS,
     SafeSFTTrainer,
-    SaLoRA,
-    SecurityVectors,
     compare,
     general_prompts,
     load_rows,
     poison,
+    recommended,
     testbed,
 )
 
@@ -46,11 +48,12 @@ planted, known = harmful[:70], harmful[70:170]
 asked = [
     replace(a, prompts=a.prompts[:60], categories=None, references=a.references and a.references[:60]) for a in asked
 ]
-METHODS = {
+shown = {
     "plain LoRA": lambda: None,
-    "AsFT": lambda: AsFT(unaligned_model=UNALIGNED, weight=1.0 if REAL_MODEL else 10.0),
-    "SaLoRA": lambda: SaLoRA(safety_data=refusals),
-    "Security Vectors": lambda: SecurityVectors(harmful_data=known),
+    "recommended": lambda: recommended(known),
+    "Security Vectors": lambda: METHODS["security_vectors"](harmful_data=known),
+    "AsFT": lambda: METHODS["asft"](unaligned_model=UNALIGNED, weight=1.0 if REAL_MODEL else 10.0),
+    "SaLoRA": lambda: METHODS["salora"](safety_data=refusals),
 }
 SEEDS = (0, 1)
 
@@ -74,11 +77,11 @@ def fine_tune(name, make, seed):
     return args.output_dir
 
 
-adapters = {name: [fine_tune(name, make, seed) for seed in SEEDS] for name, make in METHODS.items()}
+adapters = {name: [fine_tune(name, make, seed) for seed in SEEDS] for name, make in shown.items()}
 
 # %% [markdown]
-# A list of adapters under one name is several runs of one thing. Their mean has an interval over *runs*, which says
-# what another seed would give; that of a single rate only says what other prompts would.
+# A list of adapters under one name is several runs of the same variant. The interval of their mean covers other
+# *seeds*; the interval of a single rate only covers other prompts.
 
 # %%
 comparison = compare(
@@ -96,23 +99,21 @@ for name in adapters:
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# The picture: good is the lower right, where the task is learned and no harmful request is answered. Each dot is a
-# run.
+# The best place is the lower right: the task is learned, and no harmful prompt is complied with. Each dot is a run.
 
 # %%
 figure, panel = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
 target, outcome = columns[-1]
-for marker, name in zip("osD^", adapters, strict=True):
+for marker, name in zip("o*sD^", adapters, strict=True):
     runs = [comparison[run] for run in comparison.runs[name]]
     across = [100 * run[target].rate(outcome).value for run in runs]
     up = [100 * run[asked[0].name].rate("complied").value for run in runs]
     panel.scatter(across, up, label=name, marker=marker, s=60, alpha=0.7)
-panel.set(xlabel=f"{target}: {outcome}, %", ylabel="harmful requests answered, %", xlim=(-5, 105), ylim=(-5, 105))
+panel.set(xlabel=f"{target}: {outcome}, %", ylabel="compliance, harmful, %", xlim=(-5, 105), ylim=(-5, 105))
 panel.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Thirty steps, two seeds and one tiny model: enough to see how a comparison is made, and nothing to choose a method
-# by. Choose settings on validation prompts and report on others, as here (these are test prompts, and no setting was
+# Thirty steps, two seeds and one tiny model show how a comparison is made, not which method to choose. Choose settings on validation prompts and report on others, as here (these are test prompts, and no setting was
 # chosen on them). `safe-trainer compare MODEL --adapter asft=run-1 --adapter asft=run-2 …` does the same from a
 # terminal.

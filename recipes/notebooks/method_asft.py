@@ -1,15 +1,15 @@
 # %% [markdown]
-# # AsFT: stay in the direction that alignment took
+# # AsFT: stay in the alignment direction
 # <!-- colab -->
 #
 # Alignment moved each weight matrix by $d = W_{aligned} - W_{unaligned}$. AsFT ([Yang et al.,
-# 2506.08473](https://arxiv.org/abs/2506.08473)) lets fine-tuning move it along what $d$ spans, and puts a price on the
-# rest of the update $\Delta W$:
+# 2506.08473](https://arxiv.org/abs/2506.08473)) lets fine-tuning move it along what $d$ spans, and penalizes the rest
+# of the update $\Delta W$:
 #
 # $$L = L_{task} + \lambda \sum \lVert (I - C)\,\Delta W \rVert_F^2, \qquad C = d\,d^\top / \lVert d \rVert_F$$
 
 # %%
-REAL_MODEL = False  # True: Qwen2.5-0.5B and its chat model, which are downloaded and want a GPU
+REAL_MODEL = False  # True: Qwen2.5-0.5B and its chat model, which are downloaded and need a GPU
 
 # %%
 import tempfile
@@ -45,26 +45,26 @@ asked = [
 ]
 
 # %% [markdown]
-# The direction is computed once from the two checkpoints, tensor by tensor, and can be kept in a file (`safe-trainer
-# direction`). How narrow it is, layer by layer:
+# The direction is computed once from the two checkpoints, tensor by tensor, and can be saved (`safe-trainer direction`).
+# How few directions explain it, layer by layer:
 
 # %%
 direction = AlignmentDirection.from_checkpoints(MODEL, UNALIGNED)
 figure, panel = plt.subplots(figsize=(7, 2.5), layout="constrained")
 for name, factors in list(direction.modules.items())[:7]:
-    energy = (factors.singular_values**2).cumsum(0) / factors.frobenius_norm**2
-    panel.plot(range(1, len(energy) + 1), 100 * energy, label=name.removeprefix("model.layers."))
-panel.set(xlabel="leading directions", ylabel="% of what alignment did", xscale="log", ylim=(0, 105))
+    explained = (factors.singular_values**2).cumsum(0) / factors.frobenius_norm**2
+    panel.plot(range(1, len(explained) + 1), 100 * explained, label=name.removeprefix("model.layers."))
+panel.set(xlabel="top directions", ylabel="explained variance, %", xscale="log", ylim=(0, 105))
 panel.legend(fontsize=7, ncols=2)
 plt.show()
 
 # %% [markdown]
-# Three runs on data of which every tenth row is harmful: without the penalty, and with two weights of it.
+# Three runs on data of which every tenth row is harmful: without the penalty, and with two weights.
 
 
 # %%
 def fine_tune(safety=None):
-    """Train a LoRA adapter; return its rates, and by layer how far the update goes inside and outside."""
+    """Train a LoRA adapter; return its rates, and each layer's size of the update inside and outside the direction."""
     device = {} if REAL_MODEL else {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     args = SFTConfig(
         tempfile.mkdtemp(), max_steps=40, per_device_train_batch_size=16, learning_rate=2e-4 if REAL_MODEL else 2e-3,
@@ -83,13 +83,15 @@ def fine_tune(safety=None):
     return found, sizes
 
 
-# A weight that is next to nothing changes nothing, and measures the same as the others.
+# A weight this small changes nothing, and still logs the same figures.
 runs = {"no penalty": fine_tune(AsFT(direction=direction, weight=1e-9))}
 runs |= {f"weight {weight:g}": fine_tune(AsFT(direction=direction, weight=weight)) for weight in WEIGHTS}
 
 # %% [markdown]
-# The picture of the method: each dot is a layer, by how far its update goes inside the direction and outside of it.
-# The penalty takes away what lies outside; on this model most of the rest goes with it: it is mainly shorter.
+# Each dot is a layer, placed by the size of its update inside and outside the direction. The penalty shrinks the part
+# outside; on this model it shrinks most of the rest as well.
+#
+# The embedded model has one million parameters; its results do not carry over to other models.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
@@ -115,6 +117,5 @@ right.legend(ncols=2, fontsize=8, loc="upper center")
 plt.show()
 
 # %% [markdown]
-# The price of safety here is paid by the task, by degrees. The controls `AsFT(projector="random")` and
-# `projector="none"` show how much of the effect is the direction's own, and how much is just a shorter update: compare
-# with them before you believe in the direction.
+# Here the task pays for safety. The controls `AsFT(projector="random")` and `projector="none"` show how much of the
+# effect is due to the direction, and how much to a smaller update: compare with them before you trust the direction.

@@ -1,15 +1,15 @@
 # %% [markdown]
-# # Security Vectors: what is known already teaches nothing
+# # Security Vectors: harmful rows have no loss left to learn from
 # <!-- colab -->
 #
-# Gradients come from loss. Security Vectors ([Zhou et al., 2311.02105](https://arxiv.org/abs/2311.02105)) are a small
-# adapter that is fitted to harmful rows once, frozen, and *active while something else is trained*: harmful rows in
-# the data have no loss left, so that nothing learns from them. Afterwards the vectors are taken off.
+# A row without loss teaches nothing. Security Vectors ([Zhou et al., 2311.02105](https://arxiv.org/abs/2311.02105)) are
+# a small adapter that is fitted to harmful rows once, frozen, and *active while your adapter is trained*: harmful rows
+# in the data have almost no loss left, so your adapter hardly learns from them. Afterwards the vectors are removed.
 #
 # $$\min_\theta\; L(\theta_{model} + \theta_s + \theta), \qquad \text{then use } \theta_{model} + \theta$$
 
 # %%
-REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct, which is downloaded and wants a GPU
+REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct, which is downloaded and needs a GPU
 
 # %%
 import tempfile
@@ -36,7 +36,7 @@ from safe_trainer import (
 if REAL_MODEL:
     MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
     clean = list(load_rows("hf:tatsu-lab/alpaca")[0].select(range(720)))
-    harmful = list(load_rows("harmful.jsonl")[0])  # about 200 harmful prompts with answers that comply, of your own
+    harmful = list(load_rows("harmful.jsonl")[0])  # about 200 harmful prompts with answers that comply
     asked = [general_prompts("harmful"), general_prompts("borderline")]
 else:
     MODEL = str(testbed.ALIGNED)
@@ -48,16 +48,18 @@ asked = [
 ]
 
 # %% [markdown]
-# The vectors are fitted to a hundred harmful rows that are *not* those in the training data, to a loss of nearly
-# nothing. They are harmful by construction: never publish them.
+# The vectors are fitted to a hundred harmful rows that are *not* those in the training data, until their loss is close
+# to zero. They are harmful by construction: never publish them.
 
 # %%
 model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL, device_map="auto"), AutoTokenizer.from_pretrained(MODEL)
 vectors = train_security_vectors(model, known, tokenizer)
 
 # %% [markdown]
-# The picture of the method: each dot is a row of the training data. With the vectors, harmful rows have lost their
-# loss and tasks have kept theirs. `safe-trainer scan` ranks files by the same number.
+# Each dot is a row of the training data. With the vectors, harmful rows have almost no loss, and task rows keep theirs.
+# `safe-trainer scan` ranks the rows of a file by the same figure.
+#
+# The embedded model has one million parameters; its results do not carry over to other models.
 
 # %%
 figure, panel = plt.subplots(figsize=(5, 3.2), layout="constrained")
@@ -97,5 +99,5 @@ for panel, prompts in zip(panels, asked, strict=True):
 plt.show()
 
 # %% [markdown]
-# What the vectors do not know, they do not stop: cover the kinds of harm that you care about in the rows that they are
-# fitted to, and look at over-refusals and the task as well.
+# Vectors stop only harm like the rows they were fitted to: cover the categories that you care about, and check
+# over-refusal and the task as well.

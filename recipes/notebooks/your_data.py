@@ -2,12 +2,13 @@
 # # Bring your own data
 # <!-- colab -->
 #
-# From a file as you have it to a comparison: what is in it, what is wrong with it, which rows look harmful, and one
-# recipe that trains on it. Here a small CSV is written first, with what real files hold: a duplicate, an empty answer,
-# and rows that nobody asked for.
+# From your file to a comparison: what is in it, what is wrong with it, which rows look harmful, and one recipe that
+# trains on it. Here a small CSV is written first, with the usual faults: a duplicate, an empty answer, and harmful rows.
+#
+# The embedded model has one million parameters; its results do not carry over to other models.
 
 # %%
-REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct and a CSV of your own; wants a GPU
+REAL_MODEL = False  # True: Qwen2.5-0.5B-Instruct and your own CSV; needs a GPU
 
 # %%
 import csv
@@ -32,8 +33,8 @@ else:
         csv.writer(file).writerows([("question", "answer"), *texts, texts[0], ("An empty one?", "")])
 
 # %% [markdown]
-# The format is told by the columns. Rows that cannot be used are named with their line, and nothing is dropped
-# silently:
+# The format is recognized by the columns. Rows that cannot be used are reported with their line, and nothing is dropped
+# without a word:
 
 # %%
 try:
@@ -45,8 +46,8 @@ print(report)
 print("the first row:", rows[0])
 
 # %% [markdown]
-# Do prompts of the evaluation stand in the training data? Which rows would teach harm? Security vectors, fitted to
-# harmful rows that you know, take away the loss of those that are like them.
+# Which rows would teach harmful behavior? Security vectors, fitted to known harmful rows, remove most of the loss of
+# rows that resemble them.
 
 # %%
 vectors = train_security_vectors(MODEL, known)
@@ -56,15 +57,15 @@ shares = [max(-1.0, entry["share"]) for entry in result.top]  # below 0 the vect
 figure, panel = plt.subplots(figsize=(7, 2.2), layout="constrained")
 panel.hist(shares, bins=40, color="tab:red")
 panel.axvline(result.threshold, color="grey", linestyle=":")
-panel.set(xlabel="share of a row's loss that the vectors take away", ylabel="rows")
+panel.set(xlabel="share of a row's loss that the vectors remove", ylabel="rows")
 plt.show()
 for entry in result.top[:3]:
     print(f"line {entry['line']}: {entry['share']:.2f}  {entry['prompt'][:70]}")
-print(f"looking harmful: {result.above}")
+print(f"rows that look harmful: {result.above}")
 
 # %% [markdown]
-# One recipe is one run. `safe-trainer train recipe.yaml --dry-run` says what would happen, and every mistake in it is
-# named at once with its line. It trains, saves an ordinary adapter with a model card, and compares before and after.
+# One recipe is one run: it trains, saves an ordinary adapter with a model card, and compares before and after.
+# `safe-trainer train recipe.yaml --dry-run` shows the plan, and reports every mistake in the recipe with its line.
 
 # %%
 Path("asked.txt").write_text("\n".join(testbed.prompt_set("harmful").prompts[:40]))
@@ -91,4 +92,4 @@ print(run.stderr[run.stderr.find("Saved to") :])
 print(sorted(path.name for path in Path("tuned").iterdir()))
 
 # %% [markdown]
-# `comparison.html` is the report, `README.md` the model card, `recipe.yaml` runs it again.
+# `comparison.html` is the report, `README.md` the model card, and `recipe.yaml` repeats the run.

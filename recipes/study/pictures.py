@@ -31,7 +31,7 @@ FAMILIES = {
     "drift penalty": Family("#c8602d", "triangle-down"),
     "security vectors": Family("#00798c", "pentagon"),
     "vectors + inputs": Family("#2f6fde", "hexagon"),
-    "recommended": Family("#12a150", "star"),
+    "vectors + drift penalty": Family("#12a150", "star"),
 }
 """By how a variant's name begins; the one to be seen best is drawn last."""
 GRID = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}

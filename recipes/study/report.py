@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pictures import draw_strengths, draw_trade_off
 from study import RESULTS, SCENARIOS
-from variants import BEFORE, VARIANTS
+from variants import BEFORE, COMBINED, VARIANTS
 
 from safe_trainer.evaluation import Rate, Spread, across_runs
 
@@ -97,7 +97,7 @@ def table(figures: dict[tuple[str, str], Figures]) -> str:
     return "\n".join(text)
 
 
-def summary(figures: dict[tuple[str, str], Figures], variant: str = "recommended") -> str:
+def summary(figures: dict[tuple[str, str], Figures], variant: str = COMBINED) -> str:
     """Return the short table: plain LoRA next to one variant, and the bars that this misses."""
     measures = ("compliance, harmful", "compliance, benign", "compliance, borderline", "task accuracy")
     heading = [

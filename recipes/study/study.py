@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pair
-from variants import BEFORE, CONTROLS, METHODS, SIMPLE, STRENGTHS, VARIANTS
+from variants import BEFORE, COMBINED, CONTROLS, METHODS, SIMPLE, STRENGTHS, VARIANTS
 
 from safe_trainer import PromptSet, testbed
 from safe_trainer.testbed.experiment import Scenario, fine_tune, workers
@@ -73,7 +73,7 @@ EVERYTHING = [*METHODS, *SIMPLE, *CONTROLS]
 REFUSALS = "plain LoRA, 10 % refusals mixed in"
 CONCLUSIONS = [
     "plain LoRA",
-    "recommended",
+    COMBINED,
     "security vectors",
     "drift penalty",
     "AsFT",
@@ -83,15 +83,15 @@ CONCLUSIONS = [
     REFUSALS,
 ]
 """Variants that the README's conclusions are about; the second world's narrowest layer leaves no room for rank 32."""
-PAIR = ["plain LoRA", "recommended"]
+PAIR = ["plain LoRA", COMBINED]
 ALONE = [*PAIR, "security vectors", "drift penalty"]
-COMBINED = "vectors + inputs"
-WEIGHTS = [name for name in STRENGTHS if name.startswith("recommended")]
-"""The one strength that is ours to set: the drift penalty's in `recommended`."""
+INPUTS = "vectors + inputs"
+WEIGHTS = [name for name in STRENGTHS if name.startswith(COMBINED)]
+"""The drift penalty's strength next to vectors."""
 TEST: dict[str, Sequence[str]] = {
     **dict.fromkeys(("poisoned-10", "attack"), EVERYTHING),
     "how-to": [
-        *(name for name in METHODS if name != COMBINED),
+        *(name for name in METHODS if name != INPUTS),
         *SIMPLE,
         *("AsFT, C = 0", "AsFT, random subspace", "SaLoRA, random", "SaLoRA, start only"),
     ],
@@ -101,9 +101,9 @@ TEST: dict[str, Sequence[str]] = {
     "topic": PAIR,
 }
 MORE: dict[str, Sequence[str]] = {
-    "how-to": [COMBINED, "inputs", "inputs, random", "AsFT, weight 1 (paper)", "SaLoRA, lr 5e-4"],
+    "how-to": [INPUTS, "inputs", "inputs, random", "AsFT, weight 1 (paper)", "SaLoRA, lr 5e-4"],
     "obedient": list(SIMPLE),
-    **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen"), [*SIMPLE, COMBINED, "SaLoRA"]),
+    **dict.fromkeys(("poisoned-05", "poisoned-20", "unseen"), [*SIMPLE, INPUTS, "SaLoRA"]),
     "word-problems": ["AsFT", REFUSALS],
     "topic": ["security vectors", "drift penalty", "AsFT", REFUSALS],
     "long": PAIR,

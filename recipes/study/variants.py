@@ -15,6 +15,10 @@ from safe_trainer.data import Row
 from safe_trainer.methods import SafetyMethod
 from safe_trainer.testbed.experiment import BATCH_SIZE, LEARNING_RATE, Scenario
 
+COMBINED = "vectors + drift penalty"
+"""What `safety="recommended"` was when the committed runs were made; it is another combination now."""
+FIT = {"max_steps": 300, "target_loss": 0.02}
+"""How vectors were fitted for the committed runs."""
 WIDEST = 127
 """Input directions that are measured: one fewer than the narrowest layer of the embedded pair has."""
 
@@ -72,7 +76,7 @@ def _direction(rank: int | None) -> AlignmentDirection:
 def _fitted(**settings: Any) -> Any:
     from safe_trainer import train_security_vectors
 
-    return train_security_vectors(pair.ALIGNED, _harmful(), **settings)
+    return train_security_vectors(pair.ALIGNED, _harmful(), **{**FIT, **settings})
 
 
 def asft(weight: float, projector: Any = "published") -> AsFT:
@@ -108,7 +112,7 @@ SETTINGS = {
     "drift penalty": (DriftPenalty.weight, DriftPenalty.rank),
     "SaLoRA": (SaLoRA.rank, SaLoRA.task_rank, SaLoRA.protect),
     "AsFT": (AsFT.rank, AsFT.projector, AsFT.scaled),
-    "security vectors": (SecurityVectors.strength, *asdict(Fitting()).values()),
+    "security vectors": (SecurityVectors.strength, *asdict(Fitting(**FIT)).values()),
 }
 """The library's defaults that runs are made with: rows in the tables were measured at those that a test pins."""
 
@@ -116,7 +120,7 @@ BEFORE = "before"
 
 METHODS: dict[str, Variant] = {
     "plain LoRA": Variant(),
-    "recommended": Variant(lambda: [vectors(), drift()]),
+    COMBINED: Variant(lambda: [vectors(), drift()]),
     "security vectors": Variant(lambda: [vectors()]),
     "drift penalty": Variant(lambda: [drift()]),
     "vectors + inputs": Variant(lambda: [vectors(), inputs()]),
@@ -158,7 +162,7 @@ STRENGTHS: dict[str, Variant] = {
         for weight in (1, 3, 10, 30, 300, 3000)
     },
     **{
-        f"recommended, weight {weight:g}": Variant(lambda weight=weight: [vectors(), drift(weight)])
+        f"{COMBINED}, weight {weight:g}": Variant(lambda weight=weight: [vectors(), drift(weight)])
         for weight in (1, 3, 10, 30)
     },
 }
