@@ -114,6 +114,6 @@ panel.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Thirty steps, two seeds and one tiny model show how a comparison is made, not which method to choose. Choose settings on validation prompts and report on others, as here (these are test prompts, and no setting was
-# chosen on them). `safe-trainer compare MODEL --adapter asft=run-1 --adapter asft=run-2 …` does the same from a
-# terminal.
+# Thirty steps, two seeds and one tiny model show how a comparison is made, not which method to choose. Choose settings
+# on validation prompts and report on others, as here (these are test prompts, and no setting was chosen on them).
+# `safe-trainer compare MODEL --adapter asft=run-1 --adapter asft=run-2 …` does the same from a terminal.

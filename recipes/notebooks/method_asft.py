@@ -45,8 +45,8 @@ asked = [
 ]
 
 # %% [markdown]
-# The direction is computed once from the two checkpoints, tensor by tensor, and can be saved (`safe-trainer direction`).
-# How few directions explain it, layer by layer:
+# The direction is computed once from the two checkpoints, tensor by tensor, and can be saved (`safe-trainer
+# direction`). How few directions explain it, layer by layer:
 
 # %%
 direction = AlignmentDirection.from_checkpoints(MODEL, UNALIGNED)

@@ -52,7 +52,7 @@ plt.show()
 
 # %%
 def fine_tune(safety=None):
-    """Train a LoRA adapter; return the compliance rate, and each layer's share of the update in protected directions."""
+    """Train a LoRA adapter; return the compliance rate, and each layer's share of protected update."""
     device = {} if REAL_MODEL else {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     args = SFTConfig(
         tempfile.mkdtemp(), max_steps=60, per_device_train_batch_size=16, learning_rate=2e-4 if REAL_MODEL else 2e-3,

@@ -2,9 +2,10 @@
 # # Security Vectors: harmful rows have no loss left to learn from
 # <!-- colab -->
 #
-# A row without loss teaches nothing. Security Vectors ([Zhou et al., 2311.02105](https://arxiv.org/abs/2311.02105)) are
-# a small adapter that is fitted to harmful rows once, frozen, and *active while your adapter is trained*: harmful rows
-# in the data have almost no loss left, so your adapter hardly learns from them. Afterwards the vectors are removed.
+# A row without loss teaches nothing. Security Vectors ([Zhou et al., 2311.02105](https://arxiv.org/abs/2311.02105))
+# are a small adapter that is fitted to harmful rows once, frozen, and *active while your adapter is trained*: harmful
+# rows in the data have almost no loss left, so your adapter hardly learns from them. Afterwards the vectors are
+# removed.
 #
 # $$\min_\theta\; L(\theta_{model} + \theta_s + \theta), \qquad \text{then use } \theta_{model} + \theta$$
 
@@ -56,8 +57,8 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL, device_map="auto"
 vectors = train_security_vectors(model, known, tokenizer)
 
 # %% [markdown]
-# Each dot is a row of the training data. With the vectors, harmful rows have almost no loss, and task rows keep theirs.
-# `safe-trainer scan` ranks the rows of a file by the same figure.
+# Each dot is a row of the training data. With the vectors, harmful rows have almost no loss, and task rows keep
+# theirs. `safe-trainer scan` ranks the rows of a file by the same figure.
 #
 # The embedded model has one million parameters; its results do not carry over to other models.
 

@@ -2,8 +2,8 @@
 # # Quickstart
 # <!-- colab -->
 #
-# A chat model that refuses harmful prompts is fine-tuned twice on the same data, of which 10 % of the rows are harmful:
-# once as usual, once with `safety=`. Then both answer the same prompts.
+# A chat model that refuses harmful prompts is fine-tuned twice on the same data, of which 10 % of the rows are
+# harmful: once as usual, once with `safety=`. Then both answer the same prompts.
 #
 # The embedded model has one million parameters; its results do not carry over to other models.
 

@@ -2,8 +2,8 @@
 # # Is my fine-tune still safe?
 # <!-- colab -->
 #
-# You have an adapter, from any source. How many of its base model's refusals are left, does it refuse too much, and how
-# certain is that? Here the adapter is trained first, on nothing but harmless how-to answers.
+# You have an adapter, from any source. How many of its base model's refusals are left, does it refuse too much, and
+# how certain is that? Here the adapter is trained first, on nothing but harmless how-to answers.
 #
 # The embedded model has one million parameters; its results do not carry over to other models.
 

@@ -3,7 +3,8 @@
 # <!-- colab -->
 #
 # From your file to a comparison: what is in it, what is wrong with it, which rows look harmful, and one recipe that
-# trains on it. Here a small CSV is written first, with the usual faults: a duplicate, an empty answer, and harmful rows.
+# trains on it. Here a small CSV is written first, with the usual faults: a duplicate, an empty answer, and harmful
+# rows.
 #
 # The embedded model has one million parameters; its results do not carry over to other models.
 
@@ -33,8 +34,8 @@ else:
         csv.writer(file).writerows([("question", "answer"), *texts, texts[0], ("An empty one?", "")])
 
 # %% [markdown]
-# The format is recognized by the columns. Rows that cannot be used are reported with their line, and nothing is dropped
-# without a word:
+# The format is recognized by the columns. Rows that cannot be used are reported with their line, and nothing is
+# dropped without a word:
 
 # %%
 try:
