@@ -759,6 +759,16 @@ def test_every_model_has_a_recipe_for_each_method_and_for_a_combination(folder):
     assert {path.stem for path in folder.glob("*.yaml")} >= {*METHODS, "recommended"}
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in SHIPPED if p.parent.name != "testbed"], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_recipes_for_real_models_ask_general_prompts_and_not_those_of_the_testbed(path):
+    sets = read_recipe(path).parts.evaluation.prompts
+    assert {(one.kind, one.built_in) for one in sets} == {
+        (kind, "general") for kind in ("harmful", "benign", "borderline")
+    }
+
+
 def test_shipped_data_is_what_the_testbed_makes(tmp_path):
     assert invoke("testbed", "data", "-o", tmp_path).exit_code == 0
     shipped = ROOT / "recipes" / "testbed" / "data"
