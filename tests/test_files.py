@@ -365,7 +365,7 @@ def test_a_file_that_is_almost_there_is_suggested(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(FileNotFoundError, match="Did you mean `rows.jsonl`"):
         list(read_records(tmp_path / "Rows.jsonl"))
-    with pytest.raises(FileNotFoundError, match="patterns are not expanded"):
+    with pytest.raises(FileNotFoundError, match="Patterns are not expanded"):
         list(read_records(tmp_path / "*.jsonl"))
     with pytest.raises(ValueError, match=r"For a dataset on the Hub, write `hf:owner/name`"):
         list(read_records("owner/name"))

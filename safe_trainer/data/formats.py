@@ -67,15 +67,10 @@ Turns = Callable[[Columns], list[Turn]]
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep conversations or prompts in columns.
+    """One way to keep conversations or prompts in columns: `turns` makes turns of a record, the answer last.
 
-    Args:
-        name (`str`): How reports and users call it.
-        columns (`tuple[str, ...]`): The columns that each of its records has, in lower case.
-        turns (`Callable`): From a record to its turns, the answer last if there is one.
-        uses (`tuple[str, ...]`, *optional*): Columns that it takes where they are there.
-        whole (`bool`, *optional*, defaults to `False`): Whether it is one text, learned from beginning to end.
-        alone (`bool`, *optional*, defaults to `False`): Whether no other columns may be there.
+    It needs `columns`, in lower case, takes those that it `uses` where they are there, and with `alone` no others.
+    With `whole` a record is one text, learned from beginning to end.
     """
 
     name: str
@@ -211,16 +206,7 @@ def format_with(columns: Mapping[str, str]) -> Format:
 
 
 def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -> Conversation:
-    """Return what a record says.
-
-    Args:
-        style ([`Format`]): The format that the record is in.
-        columns (`Mapping[str, Any]`): As [`columns_of`] returns them.
-        answered (`bool`, *optional*, defaults to `True`): Whether answers must have text.
-
-    Raises:
-        BadRowError: If it cannot be used.
-    """
+    """Return what a record says, or raise [`BadRowError`]; unless `answered`, answers may be empty."""
     missing = [name for name in style.columns if name not in columns]
     if missing:
         raise BadRowError("other columns", ", ".join(columns) or "none", f"{', '.join(style.columns)} ({style.name})")

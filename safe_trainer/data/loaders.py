@@ -83,19 +83,12 @@ def is_folder(path: str | Path) -> bool:
 
 def missing_file(path: str | Path) -> FileNotFoundError:
     """Return the error for a file that is not there, with what it may have been."""
-    path = Path(path)
-    if any(character in path.name for character in "*?["):
-        return FileNotFoundError(
-            f"There is no file `{path}`: patterns are not expanded. Check the path; name one file."
-        )
-    try:
-        near = difflib.get_close_matches(
-            path.name.lower(), names := [n.name.lower() for n in path.parent.iterdir()], 1
-        )
-        there = [n.name for n in path.parent.iterdir() if n.name.lower() in near] if names else []
-    except OSError:
-        there = []
-    hint = f" Did you mean `{there[0]}`?" if there else ""
+    path = Path(path).expanduser()
+    there = {file.name.lower(): file.name for file in path.parent.iterdir()} if is_folder(path.parent) else {}
+    near = difflib.get_close_matches(path.name.lower(), there, 1)
+    hint = f" Did you mean `{there[near[0]]}`?" if near else ""
+    if any(sign in path.name for sign in "*?["):
+        hint = " Patterns are not expanded: name one file."
     return FileNotFoundError(f"There is no file `{path}`.{hint} Check the path; it is looked for in {Path.cwd()}.")
 
 

@@ -140,33 +140,42 @@ def _values_of(line: Record) -> Records:
 
 def _document(text: str, notes: Notes) -> Records:
     """Yield the rows of one JSON text: an array, objects one after another, or one object in a shape of its own."""
-    position = _SPACE.match(text).end()  # type: ignore[union-attr]  # always matches
-    if text[position : position + 1] == "[":
-        yield from _array(text, position + 1)
-        return
-    found: list[Record | RowError] = []
-    while position < len(text):
-        record, position = _decoded(text, position, len(found) + 1)
-        found.append(record)
-    if len(found) == 1 and isinstance(found[0], Record) and isinstance(found[0].value, dict):
-        rows = _unwrapped(found[0].value, notes)
-        found = [Record(number, row, "row") for number, row in enumerate(rows, 1)]
+    found = _values(text)
+    if text.lstrip()[:1] != "[":
+        values = list(found)
+        if len(values) == 1 and isinstance(values[0], Record) and isinstance(values[0].value, dict):
+            values = [Record(n, row, "row") for n, row in enumerate(_unwrapped(values[0].value, notes), 1)]
+        found = iter(values)
     yield from found
 
 
-def _array(text: str, position: int) -> Records:
-    number, position = 0, _SPACE.match(text, position).end()  # type: ignore[union-attr]
-    while text[position : position + 1] != "]":
+def _values(text: str) -> Records:
+    """Yield the values of an array, or those that follow each other."""
+    position, number = _next(text, 0), 0
+    is_array = text[position : position + 1] == "["
+    position = _next(text, position + is_array)
+    while position < len(text) and not (is_array and text[position] == "]"):
         number += 1
         record, position = _decoded(text, position, number)
         yield record
-        if text[position : position + 1] not in (",", "]"):
+        separator = text[position : position + 1]
+        if is_array and separator not in (",", "]"):
             raise BrokenFileError(_place(text, position, number), _around(text, position), "`,` or `]` after a row")
-        position = _SPACE.match(text, position + (text[position] == ",")).end()  # type: ignore[union-attr]
-    rest = text[position + 1 :].strip()
-    if rest:
-        place = _place(text, len(text) - len(text[position + 1 :].lstrip()), number)
-        raise BrokenFileError(place, f"{shortened(rest[:60])} after the array", "the end, or a name in .jsonl")
+        position = _next(text, position + (separator == ","))
+    if is_array and position == len(text):
+        raise BrokenFileError(
+            _place(text, position, number + 1), "the end of the file", "a row, or `]` after the last"
+        )
+    rest = _next(text, position + is_array)
+    if rest < len(text):
+        found = f"{_around(text, rest)} after the array"
+        raise BrokenFileError(_place(text, rest, number), found, "the end, or a name in .jsonl")
+
+
+def _next(text: str, position: int) -> int:
+    """Return where the next character is that is no space."""
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
 
 
 def _decoded(text: str, position: int, number: int) -> tuple[Record | RowError, int]:
@@ -184,7 +193,7 @@ def _decoded(text: str, position: int, number: int) -> tuple[Record | RowError, 
         _, end = json.JSONDecoder(parse_int=str).raw_decode(text, position)
         kind, what, expected = error.args if isinstance(error, _TwiceError) else _LONG
         record = RowError(number, kind, what, expected, "row")
-    return record, _SPACE.match(text, end).end()  # type: ignore[union-attr]
+    return record, _next(text, end)
 
 
 def _unwrapped(value: dict[str, Any], notes: Notes) -> list[Any]:

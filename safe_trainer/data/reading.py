@@ -202,7 +202,7 @@ def open_source(source: Source, *, argument: str = "rows", options: ReadOptions 
         held, kind = _in_memory(source, argument, options)
         if kind == "stream":
             options = replace(options, limit=options.limit or STREAMED)
-        return OpenSource(held, options, DataReport(f"`{argument}`", kind), argument, argument)
+        return OpenSource(held, options, DataReport(argument, kind), argument, argument)
     split, subset = dataset.split or options.split, dataset.subset or options.subset
     dataset = replace(dataset, split=split, subset=subset)
     if dataset.column is not None:
@@ -241,12 +241,6 @@ def converted_records(
 ) -> Iterator[tuple[Record, T]]:
     """Yield each record with what `convert` makes of it, and fill in the report.
 
-    Args:
-        records (`Iterable[Record | RowError]`): What the source holds.
-        options ([`ReadOptions`]): How it is to be read.
-        report ([`DataReport`]): Is filled in while the records go by.
-        convert (`Callable`): From a format and a record's columns to what is wanted; raises [`BadRowError`].
-
     Raises:
         ValueError: At the beginning, if the records are in no known format; at the end, if there were none, or some
             that cannot be used and are not to be skipped.
@@ -279,7 +273,7 @@ def _elected_format(records: list[Record | RowError], report: DataReport) -> For
     """Let the first records vote, so that a bad one among them does not decide."""
     if not records:
         header = " after its header" if report.kind in ("CSV", "TSV") else ""
-        raise ValueError(f"`{report.source}` has no rows{header}. Was it written to the end?")
+        raise ValueError(f"`{report.source}` holds no rows{header}. Give at least one.")
     votes: Counter[Format] = Counter()
     errors: list[RowError] = []
     seen: list[str] = []

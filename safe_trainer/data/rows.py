@@ -98,7 +98,7 @@ def as_rows(
     >>> from safe_trainer.data import as_rows
     >>> rows, report = as_rows([{"prompt": "Say hello", "completion": "Hello!"}], argument="harmful_data")
     >>> rows[0]["prompt"], report.source
-    ([{'role': 'user', 'content': 'Say hello'}], '`harmful_data`')
+    ([{'role': 'user', 'content': 'Say hello'}], 'harmful_data')
 
     ```
     """
@@ -200,16 +200,7 @@ def poison(rows: Sequence[Row], harmful_rows: Sequence[Row], fraction: float, se
 
 
 def rows_of(records: Records, options: ReadOptions, report: DataReport) -> Iterator[Row]:
-    """Yield training rows one by one, and fill in the report.
-
-    Args:
-        records (`Iterator[Record | RowError]`): What the source holds, such as `read_records(path)` yields it.
-        options ([`ReadOptions`]): How it is to be read.
-        report ([`DataReport`]): Is filled in while the rows go by, the duplicates at the end.
-
-    Raises:
-        ValueError: As [`load_rows`].
-    """
+    """Yield training rows one by one, and fill in the report; duplicates are counted at the end."""
     seen = array("Q")
 
     def convert(style: Format, columns: Columns) -> list[Row]:
@@ -249,9 +240,7 @@ def fingerprint(text: str) -> int:
 def to_dataset(rows: Iterable[Row]) -> Dataset:
     """Return a dataset of the rows, which are written to a temporary Arrow file and mapped into memory from there.
 
-    Args:
-        rows (`Iterable[Row]`): At least one row; all of them conversations, or all of them texts. A label that no row
-            has is left out.
+    There must be a row, and all of them are conversations or all are texts. A label that no row has is left out.
     """
     import pyarrow as pa
     from datasets import Dataset
