@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import safe_trainer as st
 from safe_trainer import conversation
+from safe_trainer.artifacts.fitting import Fitting
 from safe_trainer.cli import app
 from safe_trainer.recipe import read_recipe
 
@@ -201,7 +202,7 @@ METHODS: dict[str, Case] = {
     "SaLoRA with data without answers": (
         lambda r: r.trainer(st.SaLoRA(safety_data=["Make a bad thing."], rank=4)),
         ValueError,
-        "no conversation with `prompt` and `completion`",
+        "no answer: found turns by user",
     ),
     "SaLoRA with no rows at all": (
         lambda r: r.trainer(st.SaLoRA(safety_data=[], rank=4)),
@@ -247,7 +248,7 @@ METHODS: dict[str, Case] = {
         "steps",
     ),
     "vectors fitted with a negative learning rate": (
-        lambda r: st.Fitting(learning_rate=-1),
+        lambda r: Fitting(learning_rate=-1),
         ValueError,
         "`learning_rate`",
     ),
