@@ -109,7 +109,7 @@ def test_the_committed_rows_were_measured_at_these_settings(study):
         "drift penalty": (10.0, 64),
         "SaLoRA": (32, 32, "output"),
         "AsFT": (16, "published", False),
-        "security vectors": (1.0, 8, "all-linear", 2e-3, 300, 16, 0.02, 0.02, 0, 1e-3, 1.0, 1024, 0),
+        "security vectors": (1.0, 8, "all-linear", 2e-3, 300, 16, 0.02, 0, 1e-3, 1.0, 1024, 0),
     }
 
 
