@@ -13,6 +13,7 @@ import pytest
 import runs
 import torch
 import yaml
+from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from test_report import comparison
 from trl import SFTTrainer
@@ -591,7 +592,7 @@ def test_a_shown_plan_says_that_nothing_was_trained(recipe):
     assert "prompt-completion: 20 rows" in result.stderr
 
 
-def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tmp_path):
+def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tmp_path, monkeypatch):
     import torch
     from safetensors.torch import load_file
 
@@ -609,6 +610,10 @@ def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tm
 
     over = invoke("train", path)
     assert over.exit_code == 1 and "holds a finished run. Choose another with --set output=FOLDER" in over.output
+    saved = output / "recipe.yaml"
+    assert YAML(typ="safe").load(saved)["training"]["save_strategy"] == "no"
+    assert yaml.safe_load(saved.read_text())["training"]["save_strategy"] == "no", "in YAML 1.1 a bare no is false"
+    monkeypatch.chdir(tmp_path.parent)  # the saved recipe runs from anywhere
     again = invoke("train", output / "recipe.yaml", "--set", f"output={tmp_path / 'again'}")
     assert again.exit_code == 0, again.output
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (output, tmp_path / "again"))

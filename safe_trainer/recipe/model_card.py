@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +96,7 @@ def write_model_card(
     metadata["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *made["tags"]]))
     own = f"# {folder.resolve().name}" if is_generated or not card.text.strip() else card.text
     body = _placed(own, about.part(comparison, repository))
-    return write_atomically(path, f"---\n{_yaml(metadata)}---\n{body}")
+    return write_atomically(path, f"---\n{yaml_text(metadata)}---\n{body}")
 
 
 def publish(folder: str | Path, repository: str, *, private: bool = False) -> str:
@@ -216,7 +215,7 @@ class _About:
             parts += ["## Self-checks of the protection", "\n".join(f"- {line}" for line in checks)]
         parts += ["## Use", f"```python\n{self._code(repository)}\n```"]
         if self.recipe:
-            parts += ["## Recipe", f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{_yaml(self.recipe)}```"]
+            parts += ["## Recipe", f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{yaml_text(self.recipe)}```"]
         papers = [method.paper for method in methods if method.paper is not None]
         if papers:
             cited = "\n\n".join(paper.citation.strip() for paper in papers)
@@ -276,10 +275,11 @@ def self_checks(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _yaml(values: Any) -> str:
-    written = StringIO()
-    YAML(typ="safe").dump(values, written)
-    return written.getvalue()
+def yaml_text(values: Any) -> str:
+    """Return values as YAML in their order, quoted so that readers of YAML 1.1 and 1.2 read the same."""
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=119)
 
 
 def _without_folders(value: Any) -> Any:

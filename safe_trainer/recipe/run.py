@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
 from safetensors import SafetensorError
 
 from .. import __version__
@@ -369,7 +368,9 @@ def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet
 
 
 def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
-    """Write the recipe beside what came of it, as it was run and with the versions, so that it can be run again."""
+    """Write the recipe next to what came of it, as it was run and with the versions, so that it can be run again."""
+    from .model_card import yaml_text
+
     output = Path(recipe.parts.output)
     values = moved(recipe.values, (), recipe.path.parent, output)
     made = {"seed": 42} | ({} if recipe.peft is None else {"learning_rate": recipe.training["learning_rate"]})
@@ -382,9 +383,7 @@ def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
         digest = f", sha256 {_sha256(report.source)}" if Path(report.source).is_file() else ""
         lines.append(f"# Read {Path(report.source).name}: {report.format}, {report.rows} rows{digest}")
     path = output / "recipe.yaml"
-    with path.open("w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        YAML(typ="safe").dump(values, file)
+    path.write_text("\n".join(lines) + "\n" + yaml_text(values), encoding="utf-8")
     return path
 
 
