@@ -140,7 +140,7 @@ def spread(place) -> Any:
 
     def carried_out(strategy: str) -> Place:
         if not is_installed(strategy):
-            pytest.skip('It needs a library: `pip install "safe-trainer[deepspeed,quantization]"`')
+            pytest.skip('It needs a library: `pip install ".[deepspeed,quantization]"`')
         together = [s for launched in LAUNCHES if strategy in launched for s in launched if is_installed(s)]
         if strategy not in done:
             done.update(together)

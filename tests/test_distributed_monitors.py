@@ -153,7 +153,7 @@ def together(alone) -> Any:
 
     def carried_out(strategy: str) -> Path:
         if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-            pytest.skip('DeepSpeed is not installed: `pip install "safe-trainer[deepspeed]"`')
+            pytest.skip("DeepSpeed is not installed: `pip install deepspeed`")
         launch = next(strategies for strategies in LAUNCHES if strategy in strategies)
         if strategy not in done:
             done.update(launch)

@@ -199,7 +199,7 @@ def test_two_processes_do_not_go_on_where_one_was(whole):
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_another_strategy_does_not_go_on_from_a_checkpoint(strategy, whole):
     if strategy == "zero2" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip('DeepSpeed is not installed: `pip install "safe-trainer[deepspeed]"`')
+        pytest.skip("DeepSpeed is not installed: `pip install deepspeed`")
     launched(whole, *([name, strategy, f"{strategy}-{name}", None, None] for name in ("recommended", "none")))
     assert is_complete(whole / f"{strategy}-none" / "checkpoint-4")
     for name in ("recommended", "none"):

@@ -47,7 +47,7 @@ def pair(tmp_path_factory) -> tuple[str, str]:
 
 def base(path: str, kind: str) -> Any:
     if importlib.util.find_spec(LIBRARY[kind]) is None:
-        pytest.skip(f'{LIBRARY[kind]} is not installed: `pip install "safe-trainer[quantization]"`')
+        pytest.skip(f'{LIBRARY[kind]} is not installed: `pip install ".[quantization]"`')
     model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=quantization(kind), dtype=torch.float32, device_map="cpu"
     )

@@ -512,6 +512,17 @@ def test_rows_of_which_no_answer_is_left_are_refused(more, recipe, tmp_path):
     assert "max_length" in result.stderr
 
 
+def test_earlier_turns_of_the_assistant_count_as_answers_that_are_not_learned(recipe, tmp_path):
+    turns = ["What is a tree?", "A plant with a trunk.", "And a shrub?", "Smaller."]
+    row = {"messages": [{"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, turns, strict=True)]}
+    path = recipe()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    told = invoke("train", path, "--dry-run", "--json")
+    assert json.loads(told.stdout)["learned"] < 1 and "of the answers' tokens are learned" in told.stderr
+    told = invoke("train", path, "--dry-run", "--json", "--set", "data.0.answers=all")
+    assert json.loads(told.stdout)["rows"] == 2
+
+
 def test_rows_of_methods_say_how_they_are_read(recipe, tmp_path):
     """Where only some rows of a file are harmful, a recipe says so as it does under `data`."""
     rows = [{"prompt": f"Do {n}.", "response": "Sure.", "is_safe": n % 2 == 0} for n in range(10)]
@@ -577,7 +588,7 @@ def test_a_run_whose_loss_hardly_fell_says_so(losses, warns):
 def test_a_run_ends_with_what_protected_it_and_how_that_was_tested():
     report = {"AsFT": {"coverage": 0.875, "figures": {"energy": 0.5}, "warnings": []}}
     assert protection(report, None, None) == (
-        "Protected by AsFT (acts on 88% of the trained weights, energy 0.5). Whether refusals were kept was not "
+        "Protected by AsFT (acts on 88% of the trained weights). Whether refusals were kept was not "
         "tested: add harmful prompts to `evaluation`."
     )
     told = protection({}, comparison(), None)

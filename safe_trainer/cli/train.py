@@ -81,7 +81,7 @@ def _show(stack: ExitStack) -> Any:
 
         def log(self, entry: Mapping[str, float]) -> None:
             if line := _log_line(entry):
-                errors.print(line, markup=False, highlight=False)
+                errors.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def message(self, text: str) -> None:
             errors.print(text, markup=False, highlight=False, soft_wrap=True)

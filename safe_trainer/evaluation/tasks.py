@@ -68,7 +68,7 @@ def rouge(kind: str = "rougeL") -> Scorer:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("ROUGE needs `rouge-score`: pip install 'safe-trainer[metrics]'.") from error
+        raise ImportError("ROUGE needs `rouge-score`: pip install rouge-score") from error
     library = RougeScorer([kind], use_stemmer=True)
     return lambda answer, reference: float(library.score(reference, answer)[kind].fmeasure)
 

@@ -261,7 +261,8 @@ def _finish(
             comparison = examine(recipe, trainer, loaded.prompt_sets, callbacks.progress)
             with _saving(recipe):
                 files = list(write_report(comparison, output))
-            for sentence in comparison.sentences(comparison.evaluations[-1].name):
+            name = comparison.evaluations[-1].name
+            for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
                 callbacks.message(sentence)
     elif loaded.prompt_sets:
         result = replace(result, compare_command=_compare_command(recipe, loaded))
@@ -294,9 +295,10 @@ def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
 
 def protection(report: Mapping[str, Any], comparison: Comparison | None, compare_command: str | None) -> str:
     """Return one line: what protected the run (the trainer's `safety_report`) and how strongly it was tested."""
-    from .model_card import self_checks
-
-    methods = self_checks(report)
+    methods = []
+    for name, found in report.items():
+        coverage = found.get("coverage")
+        methods.append(name if coverage is None else f"{name} (acts on {coverage:.0%} of the trained weights)")
     protected = f"Protected by {' and '.join(methods)}." if methods else "Nothing protected this run (`safety: null`)."
     results = [] if comparison is None else [r for r in comparison.before.results if r.prompt_set.kind == "harmful"]
     if comparison is None or not results:
