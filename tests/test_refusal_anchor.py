@@ -55,7 +55,7 @@ def own_answer(model: torch.nn.Module, ids: list[int], length: int) -> list[int]
 
 
 def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tensor:
-    """-log(1 - p) of the openings of the start's refusals, by turns, after each benign prompt, in float64."""
+    """The sum of -log(1 - p) over the openings of refusals, from one of them by turns, after each benign prompt."""
     starts = encode(start, tiny.tokenizer(), HARMFUL)
     openings = Counter(tuple(own_answer(start, ids, 5)[len(ids) :]) for ids in starts)
     openings = [opening for opening, _ in openings.most_common(8) if opening]
@@ -64,7 +64,7 @@ def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tenso
         opening = openings[i % len(openings)]
         logits = tuned.eval()(input_ids=torch.tensor([[*ids, *opening]])).logits[0, len(ids) - 1 : -1].double()
         chances = logits.softmax(-1).gather(-1, torch.tensor(opening).unsqueeze(-1))
-        found.append(-(1 - chances.prod()).log())
+        found.append(-len(openings) * (1 - chances.prod()).log())
     return torch.stack(found)
 
 
