@@ -48,7 +48,7 @@ class Anchor(NamedTuple):
             answer to be avoided.
         log_probs (`Tensor`, *optional*): Their log-probabilities at the start, float32 of shape (m, k).
         log_rest (`Tensor`, *optional*): Log of the probability of all others, float32 of shape (m,); -inf for none.
-        count (`int`, *optional*, defaults to `1`): How many openings one that is to be avoided stands for.
+        openings (`int`, *optional*, defaults to `1`): How many openings one that is to be avoided stands for.
     """
 
     ids: tuple[int, ...]
@@ -56,7 +56,7 @@ class Anchor(NamedTuple):
     tokens: Tensor = torch.empty(0)
     log_probs: Tensor | None = None
     log_rest: Tensor | None = None
-    count: int = 1
+    openings: int = 1
 
 
 @dataclass
@@ -235,7 +235,7 @@ class RefusalAnchor(PenaltyMethod):
             if anchor.log_probs is None or anchor.log_rest is None:
                 # Below 1, so that the cost of a refusal that has become certain is finite.
                 cost = -torch.log1p(-log_q_kept.sum().exp().clamp(max=1 - 1e-6))
-                costs["avoided"].append(anchor.count * cost.unsqueeze(0))
+                costs["avoided"].append(anchor.openings * cost.unsqueeze(0))
                 continue
             log_p, log_p_rest = anchor.log_probs.to(log_q.device), anchor.log_rest.to(log_q.device)
             divergence = (log_p.exp() * (log_p - log_q_kept)).sum(-1)
@@ -285,7 +285,7 @@ class RefusalAnchor(PenaltyMethod):
         openings = [opening for opening, _ in refusals.most_common(_OPENINGS) if opening]
         if harmless and openings:
             pools["avoided"] = [
-                Anchor((*ids, *opening[:-1]), len(opening), torch.tensor(opening).unsqueeze(-1), count=len(openings))
+                Anchor((*ids, *opening[:-1]), len(opening), torch.tensor(opening).unsqueeze(-1), openings=len(openings))
                 for ids, opening in zip(harmless, cycle(openings), strict=False)
             ]
         return pools, refusals.total() / len(shown) if shown else None
