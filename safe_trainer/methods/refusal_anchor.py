@@ -285,7 +285,9 @@ class RefusalAnchor(PenaltyMethod):
         openings = [opening for opening, _ in refusals.most_common(_OPENINGS) if opening]
         if harmless and openings:
             pools["avoided"] = [
-                Anchor((*ids, *opening[:-1]), len(opening), torch.tensor(opening).unsqueeze(-1), openings=len(openings))
+                Anchor(
+                    (*ids, *opening[:-1]), len(opening), torch.tensor(opening).unsqueeze(-1), openings=len(openings)
+                )
                 for ids, opening in zip(harmless, cycle(openings), strict=False)
             ]
         return pools, refusals.total() / len(shown) if shown else None
