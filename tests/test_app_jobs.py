@@ -20,7 +20,7 @@ def choices(folder, protections=("plain",), example="attack", **settings):
     data = folder / "given.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES[example].make()))
     quick = Settings(**{"steps": 20, "prompts": 12, **settings})
-    return Choices(EMBEDDED, data, protections, quick, EXAMPLES[example])
+    return Choices(EMBEDDED, data, protections, quick, example=EXAMPLES[example])
 
 
 @pytest.fixture
