@@ -272,6 +272,7 @@ def test_the_keyboard_suffices(page):
 
 
 def test_an_idle_page_asks_for_nothing(page):
+    page.wait_for_timeout(5000)  # until it has loaded
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.wait_for_timeout(4000)
