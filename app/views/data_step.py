@@ -52,8 +52,8 @@ class DataStep:
             self.scan = gr.Button(texts.SCAN, interactive=False, elem_id="scan")
             self.stop = gr.Button(texts.SCAN_STOP, visible=False, elem_id="scan-stop")
         gr.Markdown(texts.SCAN_HINT)
-        self.ranking = gr.HTML(elem_id="ranking", js_on_load=None)
         self.leave_out = gr.Button(visible=False, elem_id="leave-out")
+        self.ranking = gr.HTML(elem_id="ranking", js_on_load=None)
         self.samples = gr.HTML(elem_id="samples", js_on_load=None)
 
     def show(self, session: Session, limit: int, problem: str = "") -> dict[Any, Any]:
@@ -163,8 +163,8 @@ def _ranked(job: Job | None) -> Markup:
         for row in found["top"]
     ]
     table = html.table(texts.SCAN_HEADING, texts.SCAN_COLUMNS, rows)
-    shown = html.panel("warning" if found["above"] else "good", summary) + html.hidden(texts.REVEAL, table)
-    return shown + Markup("<p>{}</p>").format(html.download(job.id, "all", "ranking"))
+    link = Markup("<p>{}</p>").format(html.download(job.id, "all", "ranking"))
+    return html.panel("warning" if found["above"] else "good", summary) + link + html.hidden(texts.REVEAL, table)
 
 
 def _choice(label: str, name: str, values: tuple[str, ...] = ()) -> gr.Dropdown:
