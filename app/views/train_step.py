@@ -116,7 +116,7 @@ def _curve(job: Job | None, name: str) -> Any:
     ]
     if not any(
         found.values()
-    ):  # a plot that has been shown may be hidden but not removed: it still looks for its place
+    ):  # a plot that was shown is hidden, not removed: it still looks for its place
         return gr.LinePlot(visible="hidden" if job is not None else False)
     return gr.LinePlot(pd.DataFrame(points, columns=["step", "value", "run"]), visible=True)
 
