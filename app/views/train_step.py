@@ -114,9 +114,7 @@ def _curve(job: Job | None, name: str) -> Any:
     points = [
         (step, factor * value, title) for title, curve in found.items() for step, value in curve or [(0, math.nan)]
     ]
-    if not any(
-        found.values()
-    ):  # a plot that was shown is hidden, not removed: it still looks for its place
+    if not any(found.values()):  # a plot that was shown is hidden, not removed: it still looks for its place
         return gr.LinePlot(visible="hidden" if job is not None else False)
     return gr.LinePlot(pd.DataFrame(points, columns=["step", "value", "run"]), visible=True)
 
