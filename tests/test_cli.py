@@ -262,7 +262,7 @@ def test_the_app_is_the_one_of_this_package_whatever_is_called_app(tmp_path, mon
 def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(asked):
     from safe_trainer.cli.options import prompt_sets
 
-    (found,) = prompt_sets([asked], ALIGNED, ["asked=Be brief."], ["asked=AOA: {prompt}"])
+    (found,) = prompt_sets([asked], ALIGNED, None, ["asked=Be brief."], ["asked=AOA: {prompt}"])
     assert (found.system_prompt, found.template) == ("Be brief.", "AOA: {prompt}")
     for option in ("--prompt-system", "--prompt-template"):
         result = invoke("evaluate", ALIGNED, "--prompts", asked, option, "other=Text")
@@ -292,7 +292,7 @@ def test_compare_shows_a_table_and_writes_the_report(adapter, asked, tmp_path):
     output = tmp_path / "report"
     result = invoke("compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked, "-o", str(output))
     assert result.exit_code == 0, result.output
-    assert "refused" in result.stdout
+    assert "refusal rate" in result.stdout
     assert {path.name for path in output.iterdir()} >= {"comparison.json", "comparison.md"}
 
 

@@ -59,9 +59,9 @@ def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):
     assert [e.name for e in comparison.evaluations] == ["before", "LoRA, run 1", "LoRA, run 2", "full"]
     assert comparison.runs == {"LoRA": ("LoRA, run 1", "LoRA, run 2")}
     markdown = (tmp_path / "comparison.md").read_text()
-    assert re.search(r"\| harm: refused \| .* \(2 runs: ", markdown)
+    assert re.search(r"\| harm: refusal rate \| .* \(2 runs: ", markdown)
     assert re.search(r"before: phrases and likelihood agree on .*, Cohen's κ", markdown)
-    assert "| harm: refused (likelihood) |" in markdown
+    assert "| harm: refusal rate (likelihood) |" in markdown
     page = (tmp_path / "comparison.html").read_text()
     assert "Mean over training runs that differ in their seed" in page and "Each judge by itself" in page
     assert "has intervals that do" in page
