@@ -44,7 +44,7 @@ def measuring(model: Any) -> Iterator[None]:
     A model in memory that is still on the CPU goes to the accelerator meanwhile, if there is one. Afterwards every
     parameter, every module's mode and torch's random numbers are as they were.
     """
-    device = PartialState().device if is_initialized() else torch.accelerator.current_accelerator()
+    device = PartialState().device if is_initialized() else torch.accelerator.current_accelerator(True)
     moves = device is not None and device.type != "cpu" and _is_movable(model)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluation_mode(model, freeze=True):
         try:

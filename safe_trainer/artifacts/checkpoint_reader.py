@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..lora.io import local_folder
+
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 _SAFETENSORS, _PICKLES = "model.safetensors", "pytorch_model.bin"
 
@@ -105,9 +107,7 @@ class Checkpoint:
         return next((key for key in keys if key in self._stored), keys[0])
 
     def _find_folder(self, revision: str | None, allow_pickle: bool) -> Path:
-        folder = Path(self.source)
-        if not folder.is_dir():
-            folder = self._download(revision, allow_pickle)
+        folder = self._download(allow_pickle, revision)
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ValueError(
                 f"{self.name} is a PEFT adapter, not a complete model. Merge it first: "
@@ -117,25 +117,14 @@ class Checkpoint:
             raise FileNotFoundError(f"{self.name} has no config.json. Give the folder of a transformers model.")
         return folder
 
-    def _download(self, revision: str | None, allow_pickle: bool) -> Path:
-        from huggingface_hub import snapshot_download
-
-        if Path(self.source).exists() or Path(self.source).is_absolute():
-            raise FileNotFoundError(
-                f"{self.name} is not a folder. Give the folder of a transformers model, or a Hub id."
-            )
+    def _download(self, allow_pickle: bool, revision: str | None) -> Path:
         # Neither other formats nor second copies of the weights, such as `consolidated.safetensors`.
-        patterns = ["config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json"]
-        try:
-            folder = Path(snapshot_download(self.source, revision=revision, allow_patterns=patterns))
-            if allow_pickle and not any(folder.glob("model*.safetensors")):
-                patterns = ["config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
-                folder = Path(snapshot_download(self.source, revision=revision, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"{self.name} is not a folder here and could not be loaded from the Hub ({error}). Check the "
-                "spelling; for a gated model log in with `hf auth login`; offline, download it beforehand."
-            ) from error
+        configs = ["config.json", "adapter_config.json"]
+        weights = ["model*.safetensors", "model.safetensors.index.json"]
+        folder = local_folder(self.source, name=self.name, patterns=[*configs, *weights], revision=revision)
+        if allow_pickle and not any(folder.glob("model*.safetensors")):
+            weights = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+            folder = local_folder(self.source, name=self.name, patterns=[*configs, *weights], revision=revision)
         return folder
 
     def _find_tensors(self, allow_pickle: bool) -> dict[str, _Stored]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..linalg import TopDirections
 from ..lora.updates import LinearLayer, linear_layers
 from .calibration import InputTokens, Side, examples_from, examples_sha256, top_directions
+from .checkpoint_reader import listing
 from .provenance import describe, difference, stamp
 from .store import load_artifact, save_artifact
 
@@ -193,11 +194,11 @@ class SafetyBasis:
             sizes = {name: layers[name].shape[side == "input"] for name in modules}
             unequal = [name for name in modules if name in held and len(held[name].basis) != sizes[name]]
             if missing:
-                complaints.append(f"there are no {side} directions of {_listing(missing)}")
+                complaints.append(f"there are no {side} directions of {listing(missing)}")
             if unequal:
                 first = unequal[0]
                 found = f"{len(held[first].basis)} entries, not {sizes[first]}"
-                complaints.append(f"the {side} directions of {_listing(unequal)} have another size ({found})")
+                complaints.append(f"the {side} directions of {listing(unequal)} have another size ({found})")
         if self.provenance.get("rank", rank) < rank:
             complaints.append(f"they were measured with `rank={self.provenance['rank']}`, and {rank} are wanted")
         if complaints:
@@ -260,20 +261,9 @@ def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
     rank: int,
     **measuring: Any,
 ) -> SafetyBasis:
-    """Return the directions that were given, after checking that they fit the model, or measure them on the rows.
+    """Return the directions that were given (or their file), after checking that they fit, or measure them on rows.
 
-    Args:
-        given ([`SafetyBasis`], `str` or `Path`, *optional*): Directions, or their file.
-        rows (*optional*): What to measure on where none are given; as for [`SafetyBasis.from_rows`].
-        model (`PreTrainedModel` or `PeftModel`): The model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        layers (`Mapping[str, LinearLayer]`): The layers that need them.
-        sides (`Sequence[str]`): `"output"`, `"input"` or both.
-        rank (`int`): How many for each layer.
-        **measuring: Further arguments of [`SafetyBasis.from_rows`].
-
-    Raises:
-        ValueError: If what is given does not fit.
+    Args as for [`SafetyBasis.from_rows`] and [`SafetyBasis.check_fits`], which say what is raised.
     """
     if given is None:
         wanted = {"modules": list(layers), "sides": sides, "rank": rank, **measuring}
@@ -292,8 +282,3 @@ def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
 def _is_orthonormal(basis: Tensor) -> bool:
     """Return whether the columns are; NaN and infinity are not."""
     return bool(torch.allclose(basis.mT @ basis, torch.eye(basis.shape[1]), atol=1e-4))
-
-
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

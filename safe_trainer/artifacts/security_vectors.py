@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..data import as_rows, split_by_label
-from ..lora.io import HARMFUL_KIND, scaling
+from ..lora.io import HARMFUL_KIND, local_folder, scaling
 from ..lora.updates import LinearLayer, linear_layers
+from .checkpoint_reader import listing
 from .provenance import difference
 from .store import load_artifact, save_artifact
 
@@ -219,7 +220,7 @@ class TrainedVectors:
             OSError: If there are none.
             ValueError: If it is another adapter, or damaged.
         """
-        folder = _find_folder(str(path), revision)
+        folder = local_folder(path, name=f"Security vectors `{path}`", patterns=[_CONFIG, _WEIGHTS], revision=revision)
         tensors, provenance = load_artifact(folder / _WEIGHTS, HARMFUL_KIND, _VERSION)
         config = _read_config(folder / _CONFIG)
         modules: dict[str, VectorFactors] = {}
@@ -256,8 +257,8 @@ class TrainedVectors:
             for name, (A, B) in self.modules.items()
             if name in layers and layers[name].shape != (len(B), A.shape[1])
         ]
-        complaints = [f"the model has no linear layer {_listed(missing)} that vectors can act on"] if missing else []
-        complaints += [f"other shapes: {_listed(unequal)}"] if unequal else []
+        complaints = [f"the model has no linear layer {listing(missing)} that vectors can act on"] if missing else []
+        complaints += [f"other shapes: {listing(unequal)}"] if unequal else []
         base = self.provenance.get("base_model")
         if not complaints and base and (problem := difference(model, layers, base)):
             complaints.append(problem)
@@ -361,25 +362,6 @@ It is an ordinary LoRA of rank {rank} on {layers} linear layers. Its provenance 
 |---|---|
 {table}
 """
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
-
-
-def _find_folder(source: str, revision: str | None) -> Path:
-    folder = Path(source)
-    if folder.is_dir() or folder.is_absolute():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"Security vectors `{source}`: there is no such folder here, and they could not be loaded from the Hub "
-            f"({error}). Check the spelling; offline, download them beforehand."
-        ) from error
 
 
 def _read_config(file: Path) -> Any:

@@ -106,18 +106,24 @@ def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def local_folder(source: str | Path) -> Path:
-    """Return the folder of an adapter, downloaded with its tokenizer if it is on the Hub."""
+def local_folder(
+    source: str | Path, *, name: str | None = None, patterns: Sequence[str] = (), revision: str | None = None
+) -> Path:
+    """Return the folder of an adapter, or of whatever `name` calls it, downloaded from the Hub if it is there."""
+    name = name or f"The adapter `{source}`"
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).exists() or Path(source).is_absolute():
+        raise FileNotFoundError(f"{name} is not a folder. Give the folder that it was saved to, or a Hub id.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["adapter_*", *_BESIDE]))
+        wanted = list(patterns) or ["adapter_*", *_BESIDE]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise OSError(
-            f"The adapter `{source}` is not a folder here and could not be loaded from the Hub ({error}). Check the "
-            "spelling; offline, download it beforehand."
+            f"{name} is not a folder here and could not be loaded from the Hub ({error}). Check the spelling; for a "
+            "gated model log in with `hf auth login`; offline, download it beforehand."
         ) from error
 
 
