@@ -231,7 +231,7 @@ def test_an_ordinary_adapter_is_no_vectors(tmp_path):
 def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         TrainedVectors.load(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="no-such/vectors`: there is no such folder here"):
+    with pytest.raises(OSError, match="no-such/vectors` is not a folder here"):
         TrainedVectors.load("no-such/vectors")
 
 
