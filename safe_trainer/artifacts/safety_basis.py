@@ -194,11 +194,11 @@ class SafetyBasis:
             sizes = {name: layers[name].shape[side == "input"] for name in modules}
             unequal = [name for name in modules if name in held and len(held[name].basis) != sizes[name]]
             if missing:
-                complaints.append(f"there are no {side} directions of {listing(missing)}")
+                complaints.append(f"there are no {side} directions of {listing(missing, 5)}")
             if unequal:
                 first = unequal[0]
                 found = f"{len(held[first].basis)} entries, not {sizes[first]}"
-                complaints.append(f"the {side} directions of {listing(unequal)} have another size ({found})")
+                complaints.append(f"the {side} directions of {listing(unequal, 5)} have another size ({found})")
         if self.provenance.get("rank", rank) < rank:
             complaints.append(f"they were measured with `rank={self.provenance['rank']}`, and {rank} are wanted")
         if complaints:
