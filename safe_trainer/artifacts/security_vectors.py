@@ -257,7 +257,9 @@ class TrainedVectors:
             for name, (A, B) in self.modules.items()
             if name in layers and layers[name].shape != (len(B), A.shape[1])
         ]
-        complaints = [f"the model has no linear layer {listing(missing, 5)} that vectors can act on"] if missing else []
+        complaints = (
+            [f"the model has no linear layer {listing(missing, 5)} that vectors can act on"] if missing else []
+        )
         complaints += [f"other shapes: {listing(unequal, 5)}"] if unequal else []
         base = self.provenance.get("base_model")
         if not complaints and base and (problem := difference(model, layers, base)):
