@@ -17,9 +17,7 @@ from safe_trainer.evaluation import (
     FunctionJudge,
     PhraseJudge,
     judged,
-    scored,
     to_html,
-    token_f1,
 )
 from safe_trainer.evaluation.report.content import SHOWN_FLIPS, evidence
 
@@ -150,7 +148,7 @@ def hostile_comparison():
         )
         for name, answer in (("", REFUSAL), (" tuned", HELP + HOSTILE))
     ]
-    return Comparison(tuple(scored(e, {HOSTILE: token_f1}) for e in evaluations), notes=(HOSTILE,))
+    return Comparison(tuple(evaluations), notes=(HOSTILE,))
 
 
 def test_nothing_from_models_or_data_becomes_markup():

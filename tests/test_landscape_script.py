@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import math
 import sys
 from pathlib import Path
 
@@ -14,12 +13,26 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from safe_trainer import LikelihoodJudge, PromptSet, evaluate
-from safe_trainer.evaluation import perplexity
 from safe_trainer.lora.updates import linear_layers, weight
 
 SCRIPT = Path(__file__).parents[1] / "recipes/analysis/landscape.py"
 HARMFUL = PromptSet("harmful", "harmful", ("do harm", "harm them all", "more harm"))
 TASK = PromptSet("sums", "task", ("1 + 1", "2 + 2"), references=("2", "4"))
+
+
+def task_loss(model, tokenizer):
+    """Return the mean loss over the answers' tokens, from one forward pass for each."""
+    total, count = 0.0, 0
+    for prompt, reference in zip(TASK.prompts, TASK.references, strict=True):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reference}]
+        head = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+        ids, start = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, head))
+        labels = torch.tensor([[-100] * len(start) + ids[len(start) :]])
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=labels).loss
+        total, count = total + float(loss) * (len(ids) - len(start)), count + len(ids) - len(start)
+    return total / count
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +113,7 @@ def test_the_origin_has_the_evaluations_numbers_and_a_stopped_run_continues(scri
     expected = evaluate(model, tiny.tokenizer(), [HARMFUL], judges=[LikelihoodJudge()], max_new_tokens=1)["harmful"]
     assert origin.refused == expected.outcomes.count("refused")
     assert origin.complied == expected.outcomes.count("complied")
-    assert origin.loss == pytest.approx(math.log(perplexity(model, tiny.tokenizer(), TASK).value), abs=1e-5)
+    assert origin.loss == pytest.approx(task_loss(model, tiny.tokenizer()), abs=1e-5)
     assert len(script.draw(places, way, alphas, betas, "Safety").data) == 14
     with pytest.raises(ValueError, match="other settings"):
         script.measure(script.parse([*options, "--seed", "1"]), probe)

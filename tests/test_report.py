@@ -102,7 +102,7 @@ def test_json_has_no_nan_when_nothing_could_be_judged():
         (to_json(comparison())[:-200], "not a whole JSON file"),
         ("[]", "no comparison"),
         ('{"kind": "other"}', "no comparison"),
-        ('{"kind": "safe_trainer comparison", "format": 99}', "format 99.*reads 1"),
+        ('{"kind": "safe_trainer comparison", "format": 99}', "format 99.*reads"),
     ],
 )
 def test_what_is_no_comparison_is_refused(text, message):

@@ -1,5 +1,6 @@
 """Before and after, with numbers that a careful person would trust: generation, judges, statistics, reports."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compare import compare
@@ -18,12 +19,13 @@ from .judges import (
     Verdict,
     quality,
 )
-from .metric_modules import METRICS
 from .report import to_html, to_markdown, write_report
 from .results import Comparison, Evaluation, Flip, SetResult, agreements
-from .statistics import Agreement, Change, Mean, Rate, Spread, across_runs, paired_change
+from .statistics import Agreement, Change, Rate, Spread, across_runs, paired_change
 from .storage import from_json, to_json
-from .tasks import exact_match, perplexity, rouge, scored, token_f1
+from .tasks import choice_match, exact_match, number_match
+
+METRICS = Path(__file__).with_name("metrics")  # `evaluate.load(str(METRICS / "refusals"))`
 
 if TYPE_CHECKING:
     from .monitor import RefusalMonitor
@@ -44,7 +46,6 @@ __all__ = [
     "Judge",
     "LikelihoodJudge",
     "METRICS",
-    "Mean",
     "PhraseJudge",
     "Rate",
     "RefusalMonitor",
@@ -55,6 +56,7 @@ __all__ = [
     "Verdict",
     "across_runs",
     "agreements",
+    "choice_match",
     "compare",
     "evaluate",
     "exact_match",
@@ -62,15 +64,12 @@ __all__ = [
     "gate",
     "generate",
     "judged",
+    "number_match",
     "paired_change",
-    "perplexity",
     "quality",
-    "rouge",
-    "scored",
     "to_html",
     "to_json",
     "to_markdown",
-    "token_f1",
     "write_report",
 ]
 

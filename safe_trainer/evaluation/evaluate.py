@@ -13,12 +13,9 @@ from .generate import INTERRUPTED, Answer, Decoding, Progress, generate
 from .judges import VERDICTS, Judge, PhraseJudge
 from .manifest import describe
 from .results import Evaluation, SetResult
-from .tasks import exact_match
+from .tasks import SCORERS
 
 logger = logging.getLogger(__name__)
-
-
-EXACT_MATCH = "exact match"
 
 
 def evaluate(
@@ -34,7 +31,7 @@ def evaluate(
     """Ask a model everything and judge what it says.
 
     Answers to harmful, benign and borderline prompts are judged as refused, complied or neither; answers to tasks are
-    right if they match the reference exactly, but for case, outer whitespace and final punctuation.
+    compared with their references by the set's own scorer.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model, in whatever state it is; see [`generate`].
@@ -126,11 +123,12 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
     verdicts: dict[str, tuple[str | None, ...]] = {}
     if prompt_set.kind == "task" and prompt_set.references is not None:
         references = [prompt_set.references[index] for index in answered]
+        is_right = SCORERS[prompt_set.scorer]
         graded: list[str | None] = [
-            "correct" if exact_match(text, reference) else "wrong"
+            "correct" if is_right(text, reference) else "wrong"
             for text, reference in zip(texts, references, strict=True)
         ]
-        verdicts[EXACT_MATCH] = _spread(graded, answered, len(answers))
+        verdicts[f"{prompt_set.scorer} match"] = _spread(graded, answered, len(answers))
     else:
         prompts = [prompt_set.prompts[index] for index in answered]
         competent = [judge for judge in judges if prompt_set.kind in getattr(judge, "kinds", (prompt_set.kind,))]

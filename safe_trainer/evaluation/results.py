@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import PromptSet
 from .generate import INTERRUPTED, Answer
 from .manifest import prompt_set_sha256
-from .statistics import Agreement, Change, Mean, Rate, Spread, across_runs, cohens_kappa, mean_of, paired_change
+from .statistics import Agreement, Change, Rate, Spread, across_runs, cohens_kappa, paired_change
 
 if TYPE_CHECKING:
     from .gate import SafetyVerdict
@@ -38,14 +38,11 @@ class SetResult:
             the first judge. `"refused"`, `"complied"` or `"neither"`, for tasks `"correct"` or `"wrong"`; `None` where
             there is no answer, the judge failed, or the answer is in a language that it does not know: such a prompt
             counts in no rate.
-        scores (`Mapping[str, tuple[float | None, ...]]`, *optional*): By name, a further score of each answer to a
-            task, such as ROUGE; `None` where there is no answer.
     """
 
     prompt_set: PromptSet
     answers: tuple[Answer, ...]
     verdicts: Mapping[str, tuple[str | None, ...]]
-    scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
     def outcomes(self) -> tuple[str | None, ...]:
@@ -80,10 +77,6 @@ class SetResult:
     def rates(self) -> dict[str, Rate]:
         """Return the rate of each outcome that is counted for this kind of set."""
         return {outcome: self.rate(outcome) for outcome in RATES[self.prompt_set.kind]}
-
-    def mean_score(self, name: str) -> Mean:
-        """Return the mean of a further score over the prompts that have one."""
-        return mean_of([value for value in self.scores[name] if value is not None])
 
     def by_category(self, outcome: str) -> dict[str, Rate]:
         """Return the rate of an outcome for each category, in alphabetical order."""
@@ -294,12 +287,6 @@ class Comparison:
             if b is not None and a is not None and category in (None, label)
         ]
         return paired_change([b for b, _ in pairs], [a for _, a in pairs], seed=self.seed)
-
-    def score_change(self, after: str, prompt_set: str, score: str) -> Mean:
-        """Return the mean difference of a further score, after minus before, over the prompts that have it in both."""
-        old, new = self.before[prompt_set].scores[score], self[after][prompt_set].scores[score]
-        pairs = zip(old, new, strict=True)
-        return mean_of([a - b for b, a in pairs if a is not None and b is not None], seed=self.seed)
 
     def spread(self, runs: str, prompt_set: str, outcome: str | None = None) -> Spread:
         """Sum up a rate over training runs that differ in their seed: its interval is about runs, not prompts.

@@ -1,4 +1,4 @@
-"""Rates, means and changes, each with its count and its 95 % interval.
+"""Rates and their changes, each with its count and its 95 % interval.
 
 The intervals describe what other prompts of the same kind would show. They say nothing about prompts of another kind,
 or about another training run, except for [`Spread`].
@@ -137,34 +137,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean with its count and its interval, for scores that are not yes or no.
-
-    Args:
-        value (`float`): The mean; NaN if nothing was measured.
-        count (`int`): Of how many values.
-        low (`float`): Lower end of the 95 % percentile bootstrap interval.
-        high (`float`): Upper end.
-
-    Example:
-
-    ```python
-    >>> print(mean_of([0.5, 0.75, 1.0, 0.75]))
-    0.750 (4) [0.562, 0.938]
-
-    ```
-    """
-
-    value: float
-    count: int
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.count}) [{self.low:.3f}, {self.high:.3f}]" if self.count else "not measured"
-
-
-@dataclass(frozen=True)
 class Spread:
     """A rate over several training runs that differ in their seed.
 
@@ -292,30 +264,8 @@ def bootstrap_difference(
 
     shares = np.array([gained + 0.5, lost + 0.5, total - gained - lost]) / (total + 1)
     draws = np.random.default_rng(seed).multinomial(total, shares, size=resamples)
-    return _percentiles((draws[:, 0] - draws[:, 1]) / total)
-
-
-def mean_of(values: Sequence[float], *, seed: int = 0) -> Mean:
-    """Return the mean of some values, or of paired differences, with its bootstrap interval."""
-    return ratio_of(values, [1.0] * len(values), seed=seed)
-
-
-def ratio_of(tops: Sequence[float], bottoms: Sequence[float], *, seed: int = 0) -> Mean:
-    """Return Σ tops / Σ bottoms with its bootstrap interval, resampling pairs: a mean weighted by the bottoms."""
-    if not tops:
-        return Mean(math.nan, 0, math.nan, math.nan)
-    import numpy as np
-
-    top, bottom, count = np.asarray(tops, dtype=float), np.asarray(bottoms, dtype=float), len(tops)
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    return Mean(float(top.sum() / bottom.sum()), count, *_percentiles((weights @ top) / (weights @ bottom)))
-
-
-def _percentiles(values: Any) -> tuple[float, float]:
-    import numpy as np
-
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(values, [tail, 100 - tail])
+    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / total, [tail, 100 - tail])
     return float(low), float(high)
 
 

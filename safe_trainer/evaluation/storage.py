@@ -11,9 +11,10 @@ from typing import Any
 from ..data import PromptSet
 from .generate import Answer
 from .results import HEADLINES, RATES, Comparison, Evaluation, SetResult, agreements
-from .statistics import Agreement, Mean
+from .statistics import Agreement
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # format 1 has no thoughts in its answers; further scores in it are left out
 _KIND = "safe_trainer comparison"
 
 
@@ -56,9 +57,9 @@ def from_json(text: str | bytes) -> Comparison:
         raise ValueError(f"This is not a whole JSON file: {error}. Was writing it interrupted?") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ValueError('This is JSON, but no comparison: it does not say `"kind": "safe_trainer comparison"`.')
-    if content.get("format") != FORMAT:
+    if content.get("format") not in READABLE:
         raise ValueError(
-            f"The comparison is in format {content.get('format')}, this version of safe_trainer reads {FORMAT}. "
+            f"The comparison is in format {content.get('format')}, this version of safe_trainer reads {READABLE}. "
             "Read it with the version that wrote it."
         )
     if content.pop("sha256", None) != _checksum(content):
@@ -97,7 +98,6 @@ def summary(comparison: Comparison) -> dict[str, Any]:
                 "kind": result.prompt_set.kind,
                 "headline": HEADLINES[result.prompt_set.kind],
                 "rates": {outcome: rate.to_dict() for outcome, rate in result.rates().items()},
-                "scores": {score: _mean(result.mean_score(score)) for score in result.scores},
             }
             if len(result.verdicts) > 1:
                 entry["judges"] = {
@@ -123,10 +123,6 @@ def _agreement(agreement: Agreement) -> dict[str, Any]:
     return {"judges": [agreement.first, agreement.second], "agreed": agreement.agreed.to_dict(), "kappa": kappa}
 
 
-def _mean(mean: Mean) -> dict[str, Any] | None:
-    return asdict(mean) if mean.count else None
-
-
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "name": evaluation.name,
@@ -139,7 +135,6 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 "prompt_set": result.prompt_set.name,
                 "answers": [_answer(answer) for answer in result.answers],
                 "verdicts": dict(result.verdicts),
-                "scores": dict(result.scores),
             }
             for result in evaluation.results
         ],
@@ -156,7 +151,6 @@ def _read_evaluation(values: dict[str, Any], sets: list[PromptSet]) -> Evaluatio
             prompt_set,
             tuple(Answer(**answer) for answer in result["answers"]),
             {judge: tuple(verdicts) for judge, verdicts in result["verdicts"].items()},
-            {score: tuple(values) for score, values in result["scores"].items()},
         )
         for prompt_set, result in zip(sets, values["results"], strict=True)
     )

@@ -131,9 +131,6 @@ def tables_of(comparison: Comparison) -> list[Table]:
     for result in _by_kind(comparison):
         name = result.prompt_set.name
         rows += [(label, _cells(e[name].rate(outcome) for e in evaluations)) for label, outcome in _labels(result)]
-        for score in result.scores:
-            found = [e[name].mean_score(score) if score in e[name].scores else "not measured" for e in evaluations]
-            rows.append((f"{name}: {score}", tuple(Cell(str(mean)) for mean in found)))
     not_measured = (Cell("not measured"),) * len(names)
     rows += [(kind, not_measured) for kind in RATES if not comparison.before.of_kind(kind)]
     tables = [Table("Rate (count/total) [95 % interval]", names, rows)]
