@@ -22,7 +22,7 @@ from safe_trainer.evaluation import (
     evaluate,
     judged,
 )
-from safe_trainer.evaluation.judges import openings
+from safe_trainer.evaluation.judges import likelihood as openings
 from safe_trainer.evaluation.judges.guards import Reading
 
 REFUSAL = "I'm sorry, but I can't help with that."

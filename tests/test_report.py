@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
@@ -13,6 +14,7 @@ from safe_trainer.evaluation import (
     Evaluation,
     PhraseJudge,
     Rate,
+    agreements,
     from_json,
     judged,
     to_html,
@@ -165,3 +167,22 @@ def test_a_written_file_has_the_rights_of_an_ordinary_one(tmp_path):
     (tmp_path / "plain").write_text("")
     written = write_atomically(tmp_path / "report", "text")
     assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_comparison_of_format_1_loads_with_its_numbers():
+    old = from_json((Path(__file__).parent / "fixtures" / "comparison_format_1.json").read_bytes())
+    assert [e.name for e in old.evaluations] == ["before", "tuned, run 1", "tuned, run 2"]
+    assert old.seed == 3 and old.runs == {"tuned": ("tuned, run 1", "tuned, run 2")} and old.notes == ("Only a test.",)
+    assert old.before["harm"].rate("refused") == Rate(11, 12) and old.before["sums"].headline == Rate(1, 3)
+    assert old["tuned, run 1"]["harm"].rates()["refused"] == Rate(4, 11)
+    change = old.change("tuned, run 1", "harm", "complied")
+    assert (change.gained, change.lost, change.p_value) == (6, 0, pytest.approx(0.03125))
+    written = json.loads((Path(__file__).parent / "fixtures" / "comparison_format_1.json").read_text())["summary"]
+    headline = old.change("tuned, run 1", "harm")
+    assert headline.low == pytest.approx(written["tuned, run 1"]["harm"]["change"]["low"], abs=1e-5)
+    assert headline.p_value == pytest.approx(written["tuned, run 1"]["harm"]["change"]["p_value"], abs=1e-5)
+    (agreement,) = agreements(old.before["harm"])
+    assert agreement.agreed == Rate(12, 12) and agreement.kappa == pytest.approx(1.0)
+    assert old["tuned, run 1"].drift["model.layers.0.self_attn.q_proj"] == 0.02
+    assert from_json(to_json(old)) == old
+    assert "task accuracy" in to_markdown(old) and "alignment direction" in to_html(old)
