@@ -1,4 +1,4 @@
-"""The monitor against judging the same weights by hand; and training with it against training without."""
+"""The monitor on TRL's own `SFTTrainer`: against judging the same weights by hand, and training without it."""
 
 import logging
 
@@ -130,6 +130,14 @@ def test_a_minimum_that_the_model_does_not_hold_to_begin_with_is_refused(tmp_pat
     trained.add_callback(RefusalMonitor(trained, [HARM], judge=JUDGE, minimum_rate=0.7))
     with pytest.raises(ValueError, match=r"minimum_rate=0.7` cannot be held: before the first step .* is 0.646"):
         trained.train()
+
+
+def test_openings_that_the_model_never_uses_are_reported_at_the_start(tmp_path, caplog):
+    trained = trainer(tmp_path, steps=1)
+    trained.add_callback(RefusalMonitor(trained, [HARM]))
+    with caplog.at_level(logging.WARNING):
+        trained.train()
+    assert "100.0 % (7/7) of the prompts of `harm`" in caplog.text and "`refusals` and `compliances`" in caplog.text
 
 
 def test_the_monitor_knows_what_it_costs(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""One model examined: every prompt set asked, every answer judged, and all of it kept."""
+"""Evaluate one model: every prompt set asked, every answer judged, and all of it kept."""
 
 from __future__ import annotations
 
@@ -88,22 +88,6 @@ def evaluate(
         logger.warning("%s: %s", name, note)
     manifest = describe(model, tokenizer, prompt_sets, judges, settings)
     return Evaluation(name, tuple(results), manifest, tuple(notes))
-
-
-def examine(model: Any, tokenizer: Any, prompt_set: PromptSet, judge: Any, decoding: Decoding) -> SetResult:
-    """Ask one judge about one prompt set, and generate answers only where the judge looks at them.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model, in whatever state it is.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        prompt_set (`PromptSet`): Harmful, benign or borderline prompts.
-        judge (`Judge` or `LikelihoodJudge`): Who judges.
-        decoding ([`Decoding`]): How answers are generated, where they are.
-    """
-    if hasattr(judge, "bound"):
-        return judged(prompt_set, [Answer("")] * len(prompt_set), [judge.bound(model, tokenizer, decoding)])
-    answers = generate(model, tokenizer, prompt_set.conversations(), **vars(decoding))
-    return judged(prompt_set, answers, [judge])
 
 
 def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Judge]) -> SetResult:

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from ..data import PromptSet
 from ..distributed import from_first_process
-from .evaluate import examine
-from .generate import Decoding
+from .evaluate import judged
+from .generate import Answer, Decoding, generate
 from .judges import Judge, LikelihoodJudge
 from .results import SetResult
 from .state import log_between, watchable
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 class RefusalMonitor(TrainerCallback):
     """Measure refusals and over-refusals every few steps and write them into the trainer's logs.
 
-    They go wherever the loss goes (progress bar, TensorBoard, W&B, trackio, `trainer.state.log_history`), as
+    A plain `TrainerCallback`: it works with TRL's `SFTTrainer` as with [`SafeSFTTrainer`]. The rates go wherever the
+    loss goes (progress bar, TensorBoard, W&B, trackio, `trainer.state.log_history`), as
     `safety/<set>_refused`, `…_refused_low` (lower end of the 95 % interval) and `…_complied`, with the seconds spent
     so far as `safety/monitor_seconds`. The first check is made before the first step. Training is not disturbed: same
     weights, same losses, same random numbers as without the monitor. On several processes each needs the monitor and
@@ -35,7 +36,8 @@ class RefusalMonitor(TrainerCallback):
             start.
         every (`int`, *optional*, defaults to `50`): Optimizer steps between checks.
         judge (`Judge`, *optional*, defaults to `LikelihoodJudge()`): Who judges. The default needs no answers and
-            costs little more than one forward pass; any other judge has them generated.
+            costs little more than one forward pass, but knows English openings only: give those of your model, as in
+            `LikelihoodJudge(refusals=[...], compliances=[...])`. Any other judge has answers generated.
         minimum_rate (`float`, *optional*): Above 0 and below 1. Training stops when the lower end of the 95 % interval
             of a harmful set's refusal rate falls below it. Even all of n prompts have a lower end of about
             n / (n + 4), so 40 prompts can hold a minimum rate of at most 0.91.
@@ -52,7 +54,7 @@ class RefusalMonitor(TrainerCallback):
     Example:
 
     ```python
-    trainer = SafeSFTTrainer(model, train_dataset=rows, peft_config=LoraConfig())
+    trainer = SFTTrainer(model, train_dataset=rows, peft_config=LoraConfig())  # or SafeSFTTrainer
     sets = [prompt_set("harmful", "validation"), prompt_set("borderline", "validation")]
     trainer.add_callback(RefusalMonitor(trainer, sets, every=25, minimum_rate=0.8, restore=True))
     trainer.train()
@@ -87,6 +89,7 @@ class RefusalMonitor(TrainerCallback):
         self.judge, self.decoding = judge or LikelihoodJudge(), decoding or Decoding()
         self.seconds = 0.0
         self._started = 0.0
+        self._results: list[SetResult] = []
         self._held: dict[str, Any] = {}
         self._held_step = 0
 
@@ -94,6 +97,15 @@ class RefusalMonitor(TrainerCallback):
         """Measure the model as it comes in."""
         self.seconds, self._started = 0.0, time.perf_counter()
         low = self._check(state.global_step)
+        for result in self._results:
+            neither = result.rate("neither")
+            if isinstance(self.judge, LikelihoodJudge) and neither.count * 2 > neither.total:
+                logger.warning(
+                    "On %s of the prompts of `%s` the model opens with none of the words that `LikelihoodJudge` has, "
+                    "by default English ones. Give `refusals` and `compliances` as your model opens them, or use "
+                    "`judge=PhraseJudge()`.",
+                    neither.share, result.prompt_set.name,
+                )  # fmt: skip
         if self.minimum_rate is not None and low < self.minimum_rate:
             raise ValueError(
                 f"`minimum_rate={self.minimum_rate}` cannot be held: before the first step the lower end of the "
@@ -131,7 +143,7 @@ class RefusalMonitor(TrainerCallback):
     def _check(self, step: int) -> float:
         """Measure and log, and return the lowest lower end of the harmful sets."""
         start = time.perf_counter()
-        results = [self._examine(prompt_set) for prompt_set in self.prompt_sets]
+        results = self._results = [self._evaluate(prompt_set) for prompt_set in self.prompt_sets]
         low = min((r.rate("refused").low for r in results if r.prompt_set.kind == "harmful"), default=1.0)
         if self.minimum_rate is not None:  # no two processes round alike, and none may stop alone
             low = from_first_process(low)
@@ -144,8 +156,14 @@ class RefusalMonitor(TrainerCallback):
         log_between(self.trainer, values)
         return low
 
-    def _examine(self, prompt_set: PromptSet) -> SetResult:
-        return examine(self.trainer.model, self.trainer.processing_class, prompt_set, self.judge, self.decoding)
+    def _evaluate(self, prompt_set: PromptSet) -> SetResult:
+        """Ask the judge, and generate answers only where it looks at them."""
+        asked = self.trainer.model, self.trainer.processing_class
+        if isinstance(self.judge, LikelihoodJudge):
+            judge: Judge = self.judge.bound(*asked, self.decoding)
+            return judged(prompt_set, [Answer("")] * len(prompt_set), [judge])
+        answers = generate(*asked, prompt_set.conversations(), **vars(self.decoding))
+        return judged(prompt_set, answers, [self.judge])
 
     def _hold(self, step: int) -> None:
         """Keep the trainable weights, reusing the memory of those kept before."""
