@@ -23,7 +23,7 @@ from safe_trainer.evaluation import (
     judged,
 )
 from safe_trainer.evaluation.judges import likelihood as openings
-from safe_trainer.evaluation.judges.guards import Reading
+from safe_trainer.evaluation.judges.models import Reading
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."

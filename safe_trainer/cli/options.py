@@ -135,7 +135,7 @@ def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
     Raises:
         BadParameter: If one of them is unknown, lacks its model, or stands there twice.
     """
-    from ..evaluation.judges.guards import GUARDS
+    from ..evaluation.judges import GUARDS
 
     found = []
     for written in listed or ["phrases"]:
@@ -159,7 +159,7 @@ def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
 
 def _guard_by_name(model: str) -> str:
     """Tell from a model's name how it is asked."""
-    from ..evaluation.judges.guards import GUARDS
+    from ..evaluation.judges import GUARDS
 
     plain = model.lower().replace("-", "").replace("_", "")
     for name in GUARDS:

@@ -1,9 +1,8 @@
 """Judges of answers: by phrases, by models (guards, classifiers), by likelihood, by a function of yours."""
 
 from .base import VERDICTS, Judge, Verdict
-from .guards import GUARDS, GuardFormat
 from .likelihood import LikelihoodJudge
-from .models import ClassifierJudge, FunctionJudge, GuardJudge
+from .models import GUARDS, ClassifierJudge, FunctionJudge, GuardFormat, GuardJudge
 from .phrases import PhraseJudge
 from .quality import quality
 
