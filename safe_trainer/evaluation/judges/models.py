@@ -1,6 +1,6 @@
 """Judges that are models themselves, through transformers, and judges that are any function of yours.
 
-A guard reads one form of words, the one that it was trained with, and judges worse in any other: that form is kept to the
+A guard reads one form of words, the one that it was trained with, and judges worse in any other: it is kept to the
 letter in `guards/` with source and licence. Llama Guard and ShieldGemma bring theirs in the chat template of their
 tokenizers; what ShieldGemma leaves to its user, the guideline, is in our own words.
 
