@@ -229,7 +229,14 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
         )
     rates = {result.prompt_set.name: result.rates() for result in found.results}
     if as_json:
-        print_json({name: {key: rate.to_dict() for key, rate in row.items()} for name, row in rates.items()})
+        print_json(
+            {
+                name: {**{key: rate.to_dict() for key, rate in row.items()}, "not_judged": found[name].not_judged}
+                for name, row in rates.items()
+            }
+        )
+        for note in found.notes:
+            errors.print(note, markup=False, soft_wrap=True)
         return
     from rich.table import Table
 

@@ -78,6 +78,11 @@ class SetResult:
         """Return the rate of each outcome that is counted for this kind of set."""
         return {outcome: self.rate(outcome) for outcome in RATES[self.prompt_set.kind]}
 
+    @property
+    def not_judged(self) -> int:
+        """How many prompts count in no rate: no answer, or no verdict on it."""
+        return self.outcomes.count(None)
+
     def by_category(self, outcome: str) -> dict[str, Rate]:
         """Return the rate of an outcome for each category, in alphabetical order."""
         return {label: self.rate(outcome, category=label) for label in sorted(set(self.prompt_set.categories or ()))}

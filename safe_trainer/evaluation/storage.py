@@ -98,6 +98,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
                 "kind": result.prompt_set.kind,
                 "headline": HEADLINES[result.prompt_set.kind],
                 "rates": {outcome: rate.to_dict() for outcome, rate in result.rates().items()},
+                "not_judged": result.not_judged,
             }
             if len(result.verdicts) > 1:
                 entry["judges"] = {
