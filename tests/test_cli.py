@@ -322,6 +322,7 @@ def test_evaluate_tells_rates_of_a_model_and_of_an_adapter_on_it(adapter, asked)
     counts = [json.loads(result.stdout)["asked"]["refused"] for result in told]
     assert [(found["count"], found["total"], found["rate"]) for found in counts] == [(4, 4, 1.0), (0, 4, 0.0)]
     assert all(found["low"] < found["high"] for found in counts)
+    assert json.loads(told[0].stdout)["asked"]["not_judged"] == 0
     assert "100.0 % (4/4)" in invoke("evaluate", ALIGNED, "--prompts", asked).stdout
 
 
