@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import tiny
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from runs import assert_close, even_rows, exact_settings, given, lora, run
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -251,6 +253,64 @@ def test_a_weight_of_zero_and_a_rank_of_zero_are_said_to_protect_nothing(pair, t
     for method in (AsFT(projector="none", weight=0.0), SaLoRA(rank=0, task_rank=2)):
         warnings = reported(method, tmp_path, pair)["warnings"]
         assert any("nothing is protected" in warning for warning in warnings)
+
+
+# ---- rows of any form
+
+
+def plain(rows: list[dict]) -> list[dict]:
+    return [{side: row[side][-1]["content"] for side in ("prompt", "completion")} for row in rows]
+
+
+def forms(rows: list[dict], folder: Path) -> dict[str, Any]:
+    """Return the same rows in every form that users have them in."""
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, plain(rows))))
+    return {
+        "conversations": rows,
+        "strings": plain(rows),
+        "messages": [{"messages": row["prompt"] + row["completion"]} for row in rows],
+        "dataset": Dataset.from_list(plain(rows)),
+        "dataset of splits": DatasetDict(train=Dataset.from_list(rows)),
+        "stream": Dataset.from_list(plain(rows)).to_iterable_dataset(),
+        "file": file,
+        "name of a file": str(file),
+    }
+
+
+DOORS: dict[str, tuple[str, Callable[..., SafetyMethod]]] = {
+    "security_vectors": (
+        "harmful_data",
+        lambda rows: SecurityVectors(harmful_data=rows, fitting={"rank": 2, "max_steps": 2}),
+    ),
+    "drift_penalty": ("safety_data", lambda rows: DriftPenalty(safety_data=rows, rank=4)),
+    "salora": ("safety_data", lambda rows: SaLoRA(safety_data=rows, rank=4, task_rank=0)),
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_rows_in_any_form_make_the_same_protection(name, tmp_path):
+    """Plain strings in a list once made vectors that had never seen the chat template, and protected nothing."""
+    _, build = DOORS[name]
+    rows = HARMFUL if name == "security_vectors" else REFUSED
+    made = {}
+    for form, given_rows in forms(rows, tmp_path).items():
+        method = build(given_rows)
+        model = get_peft_model(tiny.model(), method.adapt_peft_config(lora()))
+        method.attach(model, tiny.tokenizer(), None)
+        origin = method.provenance
+        made[form] = json.dumps(origin.get("rows_sha256") or origin["harmful_rows"], sort_keys=True)
+    assert set(made.values()) == {made["conversations"]}, made
+
+
+@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("rows", [[{"prompt": "A prompt."}], 3, "absent.jsonl", []], ids=str)
+def test_rows_that_cannot_be_used_are_refused_under_the_name_of_the_argument(name, rows):
+    argument, build = DOORS[name]
+    method = build(rows)
+    model = get_peft_model(tiny.model(), method.adapt_peft_config(lora()))
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=f"`{argument}`"):
+        method.attach(model, tiny.tokenizer(), None)
 
 
 # ---- penalties
