@@ -171,7 +171,8 @@ def resolve_checkpoint(wanted: Any, output: str | Path, fingerprint: RunFingerpr
         return wanted
     found = on_first_process(lambda: _resolve(wanted, Path(output), fingerprint, model))
     folder = Path(output) / found if isinstance(found, Path) else found
-    _check_in_all_processes(folder, fingerprint)
+    if on_first_process(lambda: isinstance(folder, str | os.PathLike) and Path(folder).is_dir()):
+        _check_in_all_processes(Path(folder), fingerprint)
     return str(folder) if isinstance(found, Path) else folder
 
 
@@ -195,23 +196,21 @@ def _resolve(wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.M
     return Path(checkpoint.name) if checkpoint.parent == output else wanted
 
 
-def _check_in_all_processes(folder: Any, fingerprint: RunFingerprint) -> None:
+def _check_in_all_processes(folder: Path, fingerprint: RunFingerprint) -> None:
     """Refuse in all processes what one of them does not find on its disk, or lacks its random state for."""
+    rank, own = (dist.get_rank(), f"rng_state_{dist.get_rank()}.pth") if is_distributed() else (0, "rng_state.pth")
     problem = None
-    if isinstance(folder, (str, os.PathLike)):
-        rank, own = (dist.get_rank(), f"rng_state_{dist.get_rank()}.pth") if is_distributed() else (0, "rng_state.pth")
-        if rank and not Path(folder).is_dir():
-            problem = (
-                f"Process {rank} does not find the checkpoint of process 0, `{folder}`. On several machines, put "
-                "`output_dir` on a disk that they share, or copy the checkpoint to all of them."
-            )
-        elif LAUNCH in fingerprint.content and any(Path(folder).glob("rng_state*.pth")):
-            if not (Path(folder) / own).is_file():
-                problem = (
-                    f"`{folder}` holds no `{own}`, the random state of process {rank}: it was made by another number "
-                    "of processes, or the file was lost. Launch as many as it was made by; on several machines, copy "
-                    "the checkpoint of each to all of them."
-                )
+    if rank and not is_complete(folder):  # a machine with a disk of its own may hold its random states only
+        problem = (
+            f"Process {rank} does not find the checkpoint of process 0, `{folder}`. On several machines, put "
+            "`output_dir` on a disk that they share, or copy the checkpoint to all of them."
+        )
+    elif LAUNCH in fingerprint.content and any(folder.glob("rng_state*.pth")) and not (folder / own).is_file():
+        problem = (
+            f"`{folder}` holds no `{own}`, the random state of process {rank}: it was made by another number of "
+            "processes, or the file was lost. Launch as many as it was made by; on several machines, copy the "
+            "checkpoint of each to all of them."
+        )
     problems = [problem]
     if is_distributed():
         problems = [None] * dist.get_world_size()

@@ -378,7 +378,7 @@ def test_a_recipe_launched_on_two_processes_is_told_and_compared_once(tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     told = json.loads(result.stdout)
     assert told["steps"] == 2 and told["metrics"]["train_samples_per_second"] > 0
-    assert result.stderr.count("Saved to") == result.stderr.count("Written: ") == 1
+    assert result.stderr.count("Saved to") == result.stderr.count("Tested on harmful prompts") == 1
     shown = [path.name for path in (tmp_path / "out").iterdir()]
     assert "adapter_model.safetensors" in shown and "comparison.json" in shown
     epochs = json.loads(result.stdout)["metrics"]["epoch"]
@@ -404,7 +404,7 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint_of_one_step_in_all_processes
     last = last_checkpoint(tmp_path / "out")
     assert last is not None, told[-4000:]
     step = int(last.rpartition("-")[2])
-    assert 0 < step < 4000 and f"behind step {step}" in told
+    assert 0 < step < 4000 and f"after step {step}" in told
     assert sorted(path.name for path in Path(last).glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
