@@ -19,17 +19,16 @@ SPLIT_AT_LOADING = "weights split as they are loaded"
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a training is spread over processes.
+    """The distributed strategy of a training run.
 
     Args:
         name (`str`): `"one process"`, `"DDP"`, `"FSDP1"`, `"FSDP2"`, `"ZeRO-1"` to `"ZeRO-3"`, or
             `"weights split as they are loaded"` (tensor, expert, context or sequence parallelism, and sharding by
             transformers itself).
-        is_sharded (`bool`, *optional*, defaults to `False`): Whether the model's weights are split over the processes
-            while it is trained.
-        has_weights (`bool`, *optional*, defaults to `True`): Whether each process holds all weights before that, when
-            the trainer is built.
-        saves_adapter (`bool`, *optional*, defaults to `True`): Whether the adapter is saved in one piece.
+        is_sharded (`bool`, *optional*, defaults to `False`): Whether weights are split over processes in training.
+        has_weights (`bool`, *optional*, defaults to `True`): Whether each process has all weights when the trainer is
+            built.
+        saves_adapter (`bool`, *optional*, defaults to `True`): Whether the adapter is saved as a single file.
     """
 
     name: str
@@ -39,7 +38,7 @@ class Strategy:
 
 
 def strategy_of(accelerator: Any, model: nn.Module) -> Strategy:
-    """Return how the training of a trainer that has just been built is spread over processes.
+    """Return the distributed strategy of a trainer that has just been built.
 
     Args:
         accelerator (`Accelerator`): The trainer's.

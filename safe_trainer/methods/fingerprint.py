@@ -19,7 +19,17 @@ from .base import SafetyMethod
 
 MADE_FROM = "made_from"
 """Next to a method's settings: hashes of the data or the weights from which its tensors were made."""
-_ORIGINS = ("rows_sha256", "harmful_rows", "retain_rows", "settings", "aligned", "unaligned", "rank", "max_error")
+_ORIGINS = (
+    "rows_sha256",
+    "prompts_sha256",
+    "harmful_rows",
+    "retain_rows",
+    "settings",
+    "aligned",
+    "unaligned",
+    "rank",
+    "max_error",
+)
 _VOLATILE = {"created", "versions", "report"}  # what differs where the same thing is computed again
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
