@@ -32,7 +32,7 @@ class CompareStep:
         self.details = gr.HTML(elem_id="details", js_on_load=None)
         with gr.Column(visible=False) as self.trying:
             gr.Markdown(f"### {texts.ASK_HEADING}")
-            self.whom = gr.CheckboxGroup([], label=texts.ASK_WHOM, elem_id="whom")
+            self.whom = gr.CheckboxGroup([texts.BEFORE], label=texts.ASK_WHOM, elem_id="whom")
             self.question = gr.Textbox(
                 label=texts.ASK_LABEL, placeholder=texts.ASK_HINT, max_length=limit, elem_id="question"
             )
