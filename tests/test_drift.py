@@ -27,7 +27,7 @@ from safe_trainer import (
     measure_drift,
     testbed,
 )
-from safe_trainer.analysis.drift import Drift, LayerDrift, Subspaces, adapter_factors, draw
+from safe_trainer.analysis.drift import Subspaces, adapter_factors
 from safe_trainer.analysis.refusal_direction import RefusalChange, refusal_changes, refusal_directions
 from safe_trainer.evaluation import to_html, to_json
 from safe_trainer.evaluation.prompting import encode
@@ -196,6 +196,66 @@ def test_change_of_the_refusal_direction_is_its_projection_on_the_old_one(tmp_pa
     assert json.loads(json.dumps(same.to_dict()))["layers"]["model.layers.0"]["refusal"]["kept"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_tokens_and_a_template_that_an_adapter_brings_belong_to_it(tmp_path, use_dora):
+    base, *_ = fine_tuned(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start_note|>", "<|end_note|>"]})
+    tokenizer.chat_template = "<|start_note|>" + tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(4)
+    wrapped = get_peft_model(model, LoraConfig(use_dora=use_dora, target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path / "grown")
+    tokenizer.save_pretrained(tmp_path / "grown")
+    found = measure_drift(base, tmp_path / "grown", prompts=(HARMFUL, HARMLESS))
+    assert set(found.figure("relative")) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    own = refusal_directions(wrapped, tokenizer, HARMFUL, HARMLESS)
+    before = refusal_directions(AutoModelForCausalLM.from_pretrained(base), tiny.tokenizer(), HARMFUL, HARMLESS)
+    kept = {name: change.kept for name, change in refusal_changes(before, own).items()}
+    assert found.figure("refusal") == pytest.approx(kept, rel=1e-3, abs=1e-3)
+
+
+def test_an_adapter_with_a_name_of_its_own_is_pointed_to(tmp_path):
+    base, *_ = fine_tuned(tmp_path)
+    named = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]), adapter_name="safe")
+    named.save_pretrained(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="run/safe"):
+        measure_drift(base, tmp_path / "run")
+    assert measure_drift(base, tmp_path / "run" / "safe").relative == 0
+
+
+def test_measuring_a_comparison_leaves_the_model_as_it_was():
+    model = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).train()
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    frozen.eval()
+    before = (
+        [(m.training, len(m._forward_hooks)) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    )
+    random = torch.random.get_rng_state()
+    asked = [PromptSet("harmful", "harmful", HARMFUL), PromptSet("benign", "benign", HARMLESS)]
+    figures = DriftFigures(prompt_sets=asked)
+    with model.disable_adapter():
+        figures(model, tiny.tokenizer(), None)
+    found = figures(model, tiny.tokenizer(), "adapter")
+    assert set(found) == {"relative", "refusal"}
+    assert before == (
+        [(m.training, len(m._forward_hooks)) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    )
+    assert torch.equal(random, torch.random.get_rng_state())
+
+
+def test_monitor_says_what_of_the_trained_weights_it_does_not_measure(tmp_path, caplog):
+    config = runs.lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    DriftMonitor(SFTTrainer(**runs.given(tmp_path, peft_config=config)))
+    assert "of the trained weights" in caplog.text and "embeddings" in caplog.text
+    caplog.clear()
+    DriftMonitor(SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora())))
+    assert "of the trained weights" not in caplog.text
+
+
 @pytest.mark.slow
 def test_monitor_logs_the_drift_that_the_saved_adapter_has_and_disturbs_nothing(tmp_path):
     def build(monitored: bool):
@@ -337,32 +397,6 @@ def test_drift_of_an_active_adapter_equals_the_dense_update_over_the_weight():
     for layer, ratio in found.items():
         weight = start[f"{layer}.weight"]
         assert ratio == pytest.approx(float((merged[f"{layer}.weight"] - weight).norm() / weight.norm()), rel=1e-4)
-
-
-def test_picture_has_a_map_for_whatever_was_measured():
-    shares = {"alignment": 0.25, "outputs": 0.5}
-    layers = {
-        f"model.layers.{i}.self_attn.q_proj": LayerDrift(1.0, 4.0, shares, {"alignment": 0.1, "outputs": 0.1})
-        for i in range(3)
-    }
-    layers["model.layers.2"] = LayerDrift(refusal=RefusalChange(2.0, 1.0, 0.9))
-    figure = draw(Drift(layers))
-    assert [trace.type for trace in figure.data] == ["heatmap"] * 4
-    assert list(figure.data[0].z[0]) == [25.0, 25.0, 25.0]
-    assert list(figure.data[3].z[0])[-1] == 50.0 and figure.data[3].y[0] == "residual stream"
-    assert draw(Drift({})).data == () and "no linear layer changed" in draw(Drift({})).layout.title.text
-
-
-def test_picture_of_many_layers_has_its_numbers_and_rows_in_the_models_order():
-    names = [f"model.layers.{i}.{weight}" for i in range(40) for weight in ("self_attn.q_proj", "mlp.up_proj")]
-    change = RefusalChange(2.0, 1.0, 0.9)
-    layers = {n: LayerDrift(1.0, 4.0, refusal=change if ".0.self_attn" not in n else None) for n in names}
-    layers["model.projection"] = LayerDrift(1.0, 4.0)  # in no layer
-    figure = draw(Drift(layers))
-    sizes, refusals = figure.data
-    assert sizes.texttemplate and sizes.z[0][-1] == 25
-    assert list(refusals.y) == ["self_attn.q_proj", "mlp.up_proj"]
-    assert figure.layout.xaxis.type == "category" and sizes.x[0] == "–"
 
 
 @pytest.mark.slow

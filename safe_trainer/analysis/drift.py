@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from ..artifacts import AlignmentDirection, SafetyBasis
 from ..artifacts.checkpoint_reader import Checkpoint, listing
-from ..evaluation.report import place
+from ..artifacts.provenance import model_and_tokenizer
 from ..linalg import outside_norm_squared, product_norm_squared
-from ..lora.io import naming, read_adapter, read_config, scaling
+from ..lora.io import load_adapted, read_adapter, read_config, scaling
 from ..lora.updates import check_peft_config, linear_layers, weight
 from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
 
@@ -30,7 +29,6 @@ SHARES = {
     "inputs": "share in the safety features' inputs",
 }
 """Each share of an update's squared norm that can be measured, with its title."""
-TITLES = {"relative": "‖ΔW‖ / ‖W‖", **SHARES, "refusal": "refusal direction kept"}
 
 _FACTOR, _WRAPPED, _HEAD = ".lora_A.weight", "base_model.model.", "lm_head"
 
@@ -42,9 +40,6 @@ class Factors(NamedTuple):
     """`M`, of shape (d_out, n)."""
     right: Tensor | None = None
     """`A`, of shape (n, d_in); `None` is an identity, and `M` the whole matrix."""
-
-
-# ---- subspaces
 
 
 @dataclass(frozen=True)
@@ -137,9 +132,6 @@ class Subspaces:
         return LayerDrift(math.sqrt(total), size, shares, expected)
 
 
-# ---- results
-
-
 @dataclass(frozen=True)
 class LayerDrift:
     """What a fine-tune did to one linear layer, or to the residual stream after one block.
@@ -227,16 +219,6 @@ class Drift:
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
             "provenance": dict(self.provenance),
         }
-
-    def save(self, path: str | Path) -> Path:
-        """Write everything as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        return path
-
-
-# ---- a fine-tune on disk
 
 
 def measure_drift(  # noqa: PLR0913, each is a setting with a name
@@ -380,7 +362,9 @@ def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
 def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
     folder = Path(tuned)
     if folder.is_absolute() and not folder.exists() or folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"`{tuned}` holds no adapter and no whole model. Give the folder of one, or a Hub id.")
+        named = [str(file.parent) for file in sorted(folder.glob("*/adapter_config.json"))]
+        hint = f"the folder of one adapter: {listing(named)}" if named else "the folder of one, or a Hub id"
+        raise FileNotFoundError(f"`{tuned}` holds no adapter and no whole model. Give {hint}.")
     checkpoint = Checkpoint("tuned", tuned)
     _check(tuned, checkpoint.shapes(checkpoint.linears), start)
     for name in checkpoint.linears:
@@ -390,12 +374,7 @@ def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, 
 
 
 def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with naming(adapter):
-        model = PeftModel.from_pretrained(model, str(adapter))
+    model, _ = load_adapted(adapter, str(base), dtype="float32")
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"The adapter `{adapter}` changes no weights, so there is no drift to measure.")
     for name, layer in linear_layers(model.merge_and_unload()).items():
@@ -407,17 +386,17 @@ def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) ->
 def _refusal_changes_on_disk(
     base: str | Path, tuned: str | Path, harmful: Sequence[str], harmless: Sequence[str]
 ) -> dict[str, RefusalChange]:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, device_map="auto")
+    """Measure both models, one after the other, each with its own tokenizer."""
+    model, tokenizer = model_and_tokenizer(base, None)
     before = refusal_directions(model, tokenizer, harmful, harmless)
+    del model
     if is_adapter(tuned):
-        model = PeftModel.from_pretrained(model, str(tuned))
+        model, tokenizer = load_adapted(tuned, str(base))
     else:
-        del model  # one at a time
-        model = AutoModelForCausalLM.from_pretrained(tuned, device_map="auto")
+        has_own = not Path(tuned).is_dir() or (Path(tuned) / "tokenizer_config.json").is_file()
+        model, tokenizer = model_and_tokenizer(tuned, None if has_own else tokenizer)
+    if torch.accelerator.is_available() and getattr(model, "hf_device_map", None) is None:
+        model = model.to(torch.accelerator.current_accelerator())
     return refusal_changes(before, refusal_directions(model, tokenizer, harmful, harmless))
 
 
@@ -429,61 +408,3 @@ def _check(tuned: str | Path, found: dict[str, tuple[int, int]], start: Checkpoi
             f"`{tuned}` does not fit the base model: {len(strange)} of its {len(found)} layers are missing there, or "
             f"have another shape: {listing(strange, 3)}. Give the model that it was trained from."
         )
-
-
-# ---- the picture
-
-
-def write_drift(drift: Drift, folder: str | Path, title: str = "Drift by layer") -> Path:
-    """Write `drift.html`: one heat map, weights by layers, for each figure that was measured, in percent.
-
-    Args:
-        drift ([`Drift`]): What to draw.
-        folder (`str` or `Path`): Where to write.
-        title (`str`, *optional*): Title of the page.
-
-    Raises:
-        ImportError: If plotly is not installed.
-    """
-    path = Path(folder) / "drift.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(drift, title).write_html(path, include_plotlyjs=True, config={"displaylogo": False})
-    return path
-
-
-def draw(drift: Drift, title: str = "") -> Any:
-    """Return the heat maps of whatever was measured as one plotly figure.
-
-    Raises:
-        ImportError: If plotly is not installed.
-    """
-    try:
-        from plotly.graph_objects import Heatmap
-        from plotly.subplots import make_subplots
-    except ImportError as error:
-        raise ImportError("The picture needs plotly: `pip install plotly`.") from error
-    maps = {name: found for name in TITLES if (found := drift.figure(name))}
-    order = list(dict.fromkeys(place(key)[1] for key in drift.layers))
-    layers = sorted({place(key)[0] for found in maps.values() for key in found})
-    rows = {name: sorted({place(key)[1] for key in found}, key=order.index) for name, found in maps.items()}
-    pixels = [28 * len(weights) + 70 for weights in rows.values()]
-    figure = make_subplots(
-        rows=max(1, len(maps)), subplot_titles=[f"{TITLES[name]}, %" for name in maps],
-        row_heights=pixels or None, vertical_spacing=70 / max(140, sum(pixels)),
-    )  # fmt: skip
-    for row, (name, found) in enumerate(maps.items(), start=1):
-        held = {place(key): 100 * value for key, value in found.items()}
-        values = [[held.get((layer, weight)) for layer in layers] for weight in rows[name]]
-        is_kept = name == "refusal"  # what is kept is good, what is changed is not
-        most = 100 if is_kept else max([*held.values(), 1e-9])
-        heat = Heatmap(
-            x=[str(layer) if layer >= 0 else "–" for layer in layers], y=rows[name], z=values, zmin=0, zmax=most,
-            texttemplate="%{z:.3g}", xgap=2, ygap=2, showscale=False, colorscale="Blues" if is_kept else "Reds",
-        )  # fmt: skip
-        figure.add_trace(heat, row=row, col=1)
-    figure.update_xaxes(type="category").update_yaxes(autorange="reversed")
-    figure.update_layout(
-        title=title if maps else f"{title}: no linear layer changed", template="plotly_white",
-        width=max(700, 240 + 46 * len(layers)), height=150 + sum(pixels),
-    )  # fmt: skip
-    return figure

@@ -54,9 +54,6 @@ _BATCHES = 4  # rows of so many batches are sorted by length, so that a batch ho
 _YES = {"1", "true", "yes", "harmful", "unsafe"}
 
 
-# ---- scores
-
-
 class Score(NamedTuple):
     """How much of a row the vectors know already."""
 
@@ -75,7 +72,7 @@ class Score(NamedTuple):
         """Which share of the loss the vectors take away: near 1 where the row teaches what they were fitted to.
 
         The drop alone misleads: on a task that is new to the model the loss is large, and vectors move it by nats for
-        no reason. A loss below 0.05 counts as 0.05, since a row that the model knows already teaches nothing.
+        no reason. A loss below 0.05 counts as 0.05: a row that the model knows already teaches nothing.
         """
         return self.drop / max(self.loss, _KNOWN)
 
@@ -181,9 +178,6 @@ class _Scorer:
             return error
 
 
-# ---- how good a ranking is
-
-
 def precision_recall(
     scores: ArrayLike, is_harmful: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -217,9 +211,6 @@ def average_precision(scores: ArrayLike, is_harmful: ArrayLike) -> float:
     """
     precision, recall, _ = precision_recall(scores, is_harmful)
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))
-
-
-# ---- from rows to a ranking
 
 
 @dataclass

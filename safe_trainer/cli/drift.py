@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,7 @@ def drift(  # noqa: PLR0913, each is an option with a name
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for drift.json and the picture, drift.html."),
+        typer.Option("--output", "-o", help="Folder for drift.json."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -52,14 +53,16 @@ def drift(  # noqa: PLR0913, each is an option with a name
     check_model("BASE", base)
     check_folder("TUNED", tuned, "model")
     quiet_libraries()
-    from ..analysis.drift import measure_drift, write_drift
+    from ..analysis.drift import measure_drift
 
     asked = _asked(prompts, base) if refusal or prompts else None
     with progress_bar("Measuring the drift") as show:
         found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=show)
     if output is not None:
-        files = [found.save(output / "drift.json"), write_drift(found, output, f"Drift of {Path(tuned).name}")]
-        errors.print(f"Wrote {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "drift.json"
+        path.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+        errors.print(f"Written: {path}", markup=False, soft_wrap=True)
     if as_json:
         print_json(found.to_dict())
         return
