@@ -74,7 +74,8 @@ def methods(folder: Path) -> dict[str, Callable[[], Any]]:
         "drift_penalty": lambda: METHODS["drift_penalty"](safety_data=refused, rank=8),
         "security_vectors": vectors,
         "security_vectors: loaded": lambda: METHODS["security_vectors"](TrainedVectors.load(folder / "vectors")),
-        "recommended": lambda: [vectors(), METHODS["drift_penalty"](safety_data=harmful, rank=8)],
+        "refusal_anchor": lambda: METHODS["refusal_anchor"](refused, ["Say it nicely", "Say 2"], weight=5.0),
+        "recommended": lambda: [vectors(), made["refusal_anchor"]()],
         "all": lambda: [made["asft"](), made["salora"](), vectors()],
     }
     return made

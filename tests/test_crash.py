@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import AsFT, DriftPenalty, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
+from safe_trainer import AsFT, DriftPenalty, RefusalAnchor, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
 from safe_trainer.checkpoints import is_complete, last_checkpoint
 from safe_trainer.testbed import ALIGNED
 
@@ -45,7 +45,7 @@ def made(name: str, pair: tuple[str, str]) -> Any:
         "drift_penalty": lambda: DriftPenalty(safety_data=REFUSED, rank=8),
         "recommended": lambda: [
             SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
-            DriftPenalty(safety_data=HARMFUL, rank=8),
+            RefusalAnchor(HARMFUL, ["Say it nicely"]),
         ],
     }[name]()
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = ["all", "recommended"]
-EVERYWHERE = ["none", "asft", "salora", "salora: both sides", "drift_penalty", "security_vectors"]
+EVERYWHERE = ["none", "asft", "salora", "salora: both sides", "drift_penalty", "refusal_anchor", "security_vectors"]
 AGAIN = ["all", "recommended", "drift_penalty", "asft: full"]  # what is resumed
 OTHERWISE = [f"recommended, {CLIPPED}", *(f"{name}, {way}" for name in AGAIN for way in (ADAM, RESUMED))]
 # What is run under each strategy, and with which words the rest is refused.
@@ -74,13 +74,19 @@ AT_HAND = "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2"
 BEFOREHAND = "Fit them beforehand with `safe-trainer vectors`"
 REFUSED = {
     "fsdp1": dict.fromkeys(METHODS, "Use FSDP2: `fsdp_version: 2`"),
-    "fsdp2: first loads": {"salora": AT_HAND, "drift_penalty": AT_HAND, "security_vectors": BEFOREHAND},
+    "fsdp2: first loads": {
+        "salora": AT_HAND,
+        "drift_penalty": AT_HAND,
+        "refusal_anchor": AT_HAND,
+        "security_vectors": BEFOREHAND,
+    },
     "fsdp2: in pieces": dict.fromkeys(METHODS, "Set `fsdp_state_dict_type: FULL_STATE_DICT`"),
     "tensor": dict.fromkeys(METHODS, SPLIT),
     "zero3": {
         "asft": "Use FSDP2 or ZeRO-2",
         "salora": AT_HAND,
         "drift_penalty": AT_HAND,
+        "refusal_anchor": AT_HAND,
         "security_vectors": BEFOREHAND,
     },
 }
