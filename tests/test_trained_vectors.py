@@ -502,7 +502,7 @@ def test_a_model_can_be_given_by_its_path_and_rows_by_their_file(tmp_path):
     ("changes", "message"),
     [
         ({"rows": []}, "`harmful_data`"),
-        ({"rows": [{"prompt": "a"}]}, "`harmful_data`.*prompt"),
+        ({"rows": [{"prompt": "a"}]}, "(?s)`harmful_data`.*row 1 .*no answer"),
         ({"retain_data": []}, "`retain_data`"),
         (
             {"rank": 17},
