@@ -17,7 +17,6 @@ from safe_trainer.data import (
     as_prompts,
     as_rows,
     conversation,
-    labels_of,
     leaked_rows,
     load_prompts,
     load_rows,
@@ -383,11 +382,12 @@ def test_columns_that_are_not_used_are_listed(tmp_path):
 def test_labels_are_kept_and_split(tmp_path):
     rows = [{"prompt": f"Q{n}", "response": "A", "is_safe": n % 2 == 0} for n in range(4)]
     loaded, _ = load_rows(write(tmp_path / "rows.jsonl", rows))
-    assert labels_of(loaded) == [True, False, True, False]
+    assert list(loaded["is_safe"]) == [True, False, True, False]
     unsafe, safe = split_by_label(loaded)
     assert [row["prompt"][0]["content"] for row in unsafe] == ["Q1", "Q3"] and len(safe) == 2
     assert rows_sha256(loaded) == rows_sha256([{"prompt": f"Q{n}", "completion": "A"} for n in range(4)])
-    assert labels_of(load_rows(write(tmp_path / "plain.jsonl", ALPACA))[0]) == [None] * 5
+    plain, _ = load_rows(write(tmp_path / "plain.jsonl", ALPACA))
+    assert "is_safe" not in plain.column_names and [len(part) for part in split_by_label(plain)] == [5, 0]
 
 
 @pytest.mark.parametrize("held", [lambda rows, _: rows, lambda rows, path: write(path / "rows.jsonl", rows)])

@@ -109,7 +109,7 @@ def test_a_local_copy_in_the_official_layout_is_read(tmp_path, name):
 def test_every_suite_has_a_layout_here_and_says_what_it_is():
     assert set(LAYOUTS) == set(suites())
     for suite in suites().values():
-        assert suite.licence and suite.citation and suite.measures and suite.page.startswith("https://")
+        assert suite["licence"] and suite["citation"] and suite["measures"] and suite["page"].startswith("https://")
 
 
 def test_identity_shift_brings_its_system_turn_and_frame(tmp_path):

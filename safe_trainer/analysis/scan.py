@@ -36,8 +36,8 @@ from ..data import (
     encode_row,
     named,
     open_source,
+    safety_label,
 )
-from ..data.formats import safety_label
 from ..data.reading import STREAMED
 from ..evaluation.statistics import Rate
 from ..lora.modes import evaluation_mode

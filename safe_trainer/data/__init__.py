@@ -6,55 +6,19 @@ sets, `suites` has published ones; `encoding` turns rows into tokens.
 """
 
 from .encoding import Batch, EncodedRow, TemplateError, collate, encode_row, encode_rows
-from .formats import BadRowError, Columns, Format, Row, conversation_of
+from .formats import Columns, Format, Row, conversation_of, safety_label
 from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, is_file, kind_of, read_records
-from .parsing import Record, RowError
+from .parsing import BadRowError, Record, RowError
 from .prompts import Kind, PromptSet, as_prompts, general_prompts, leaked_rows, load_prompts
 from .reading import DataReport, ReadOptions, converted_records, named, open_source
-from .rows import as_rows, conversation, labels_of, load_rows, poison, rows_sha256, split_by_label
-from .suites import Suite, load_suite, suites
+from .rows import as_rows, conversation, load_rows, poison, rows_sha256, split_by_label
+from .suites import load_suite, suites
 
-__all__ = [
-    "KINDS",
-    "PREFIX",
-    "BadRowError",
-    "Batch",
-    "Columns",
-    "DataReport",
-    "EncodedRow",
-    "Format",
-    "HubDataset",
-    "Kind",
-    "PromptSet",
-    "ReadOptions",
-    "Record",
-    "Row",
-    "RowError",
-    "Suite",
-    "TemplateError",
-    "as_prompts",
-    "as_rows",
-    "collate",
-    "conversation",
-    "conversation_of",
-    "converted_records",
-    "encode_row",
-    "encode_rows",
-    "encoding_of",
-    "general_prompts",
-    "hub_dataset",
-    "is_file",
-    "kind_of",
-    "labels_of",
-    "leaked_rows",
-    "load_prompts",
-    "load_rows",
-    "load_suite",
-    "named",
-    "open_source",
-    "poison",
-    "read_records",
-    "rows_sha256",
-    "split_by_label",
-    "suites",
-]
+__all__ = ["Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows"]
+__all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label"]
+__all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "is_file", "kind_of", "read_records"]
+__all__ += ["BadRowError", "Record", "RowError"]
+__all__ += ["Kind", "PromptSet", "as_prompts", "general_prompts", "leaked_rows", "load_prompts"]
+__all__ += ["DataReport", "ReadOptions", "converted_records", "named", "open_source"]
+__all__ += ["as_rows", "conversation", "load_rows", "poison", "rows_sha256", "split_by_label"]
+__all__ += ["load_suite", "suites"]

@@ -1,4 +1,4 @@
-"""Rows to tokens: the one place where rows become token ids, and which of them are the answer, as TRL encodes them."""
+"""Rows to tokens, as TRL encodes them: the one place that says which token ids are the answer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ class EncodedRow(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows side by side, padded on the right."""
+    """Rows side by side, padded on the right: three tensors of shape (B, T), the last of them boolean."""
 
     input_ids: Tensor
-    """Of shape (B, T)."""
     attention_mask: Tensor
-    """Of shape (B, T): 0 at padding."""
     is_answer: Tensor
-    """Boolean, of shape (B, T)."""
 
 
 class TemplateError(ValueError):
@@ -47,32 +44,36 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int | N
         TemplateError: If the tokenizer has no chat template, or it refuses the conversation.
         ValueError: If the row has no answer, or nothing of it within `max_length`.
     """
-    encoded = _encoded(tokenizer, row)
-    if encoded.answer_start >= len(encoded.ids[:max_length]):
-        raise ValueError(f"its answer starts at token {encoded.answer_start}, past `max_length={max_length}`")
-    return EncodedRow(encoded.ids[:max_length], encoded.answer_start)
+    if "text" in row:
+        ids, start = _ids(tokenizer, _ended(tokenizer, row["text"])), 1  # nothing predicts the first token
+    else:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not prompt or not completion:
+            missing = "answer" if prompt else "prompt"
+            raise ValueError(f"it has no {missing}: its columns are {', '.join(row) or 'none'}")
+        if isinstance(completion, str):
+            completion = _ended(tokenizer, completion)
+        asked, ids = _ids(tokenizer, prompt, add_generation_prompt=True), _ids(tokenizer, prompt + completion)
+        start = next((i for i, (one, other) in enumerate(zip(asked, ids, strict=False)) if one != other), len(asked))
+        start = max(start, 1)
+    if start >= len(ids[:max_length]):
+        raise ValueError(f"its answer starts at token {start}, past `max_length={max_length}`")
+    return EncodedRow(ids[:max_length], start)
 
 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None = None, name: str = "rows"
 ) -> list[EncodedRow]:
-    """Return every row as token ids; see [`encode_row`].
-
-    Raises:
-        ValueError: If there are no rows, or one of them cannot be used; says which and why.
-    """
+    """Return every row as token ids, as [`encode_row`] does; a `ValueError` says which row is wrong and why."""
     if len(rows) == 0:
         raise ValueError(f"`{name}` is empty. Give at least one row with a prompt and an answer.")
     encoded = []
     for number, row in enumerate(rows, 1):
         try:
             encoded.append(encode_row(tokenizer, row, max_length))
-        except TemplateError as error:
-            raise TemplateError(f"Row {number} of `{name}` cannot be used: {error}") from error
         except ValueError as error:
-            raise ValueError(
-                f"Row {number} of `{name}` cannot be used: {error}. Fix the row, or leave it out."
-            ) from error
+            advice = "" if isinstance(error, TemplateError) else ". Fix the row, or leave it out."
+            raise type(error)(f"Row {number} of `{name}` cannot be used: {error}{advice}") from error
     return encoded
 
 
@@ -80,32 +81,15 @@ def collate(rows: Sequence[EncodedRow], pad_token_id: int, device: device | str)
     """Return rows as one batch on a device."""
     import torch
 
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), longest), pad_token_id)
-    places = torch.arange(longest)
     lengths = torch.tensor([len(row.ids) for row in rows])[:, None]
     starts = torch.tensor([row.answer_start for row in rows])[:, None]
-    for place, row in enumerate(rows):
-        ids[place, : len(row.ids)] = torch.tensor(row.ids)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], True, pad_token_id)
+    places = torch.arange(ids.shape[1])
     present = places < lengths
     return Batch(ids.to(device), present.long().to(device), (present & (places >= starts)).to(device))
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> EncodedRow:
-    if "text" in row:
-        return EncodedRow(_ids(tokenizer, _ended(tokenizer, row["text"])), 1)  # nothing predicts the first token
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if not prompt or not completion:
-        raise ValueError(f"it has no {'answer' if prompt else 'prompt'}: its columns are {', '.join(row) or 'none'}")
-    if isinstance(completion, str):
-        completion = _ended(tokenizer, completion)
-    asked, ids = _ids(tokenizer, prompt, add_generation_prompt=True), _ids(tokenizer, prompt + completion)
-    start = next((i for i, (one, other) in enumerate(zip(asked, ids, strict=False)) if one != other), len(asked))
-    return EncodedRow(ids, max(start, 1))
-
-
 def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Return a text that ends with the end-of-sequence token, as TRL ends it."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
 

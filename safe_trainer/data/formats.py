@@ -1,7 +1,7 @@
 """What columns mean: the formats in which people keep conversations and prompts, each told by its column names.
 
-A format turns a record into turns. What makes turns a row to learn from, or a prompt to ask, is the same for all of
-them. Nothing that changes what a row says is dropped without a word: it is used, refused by name, or reported.
+A format turns a record into turns; what makes these a row to learn from, or a prompt to ask, is the same for all.
+Nothing that changes what a row says is dropped without a word: it is used, refused by name, or reported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
-from .parsing import shortened
+from .parsing import BadRowError, shortened
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -32,16 +32,11 @@ _MEANING = _TOOLS | frozenset(
     "image images video videos audio audios reasoning reasoning_content thinking choices context input history "
     "system system_prompt".split()
 )
-_HARMFUL_WORDS = {"unsafe", "harmful", "toxic", "compliance"}
-_SAFE_WORDS = {"safe", "harmless", "benign", "unharmful", "refusal"}
-
-
-class BadRowError(ValueError):
-    """A record cannot be used: what is wrong with it, what was found, what was expected."""
-
-    def __init__(self, kind: str, found: str, expected: str) -> None:
-        super().__init__(f"{kind}: found {found}, expected {expected}")
-        self.kind, self.found, self.expected = kind, found, expected
+_LABELS = {
+    **dict.fromkeys(("safe", "harmless", "benign", "unharmful", "refusal"), True),
+    **dict.fromkeys(("unsafe", "harmful", "toxic", "compliance"), False),
+}
+_FLAGS = {**dict.fromkeys(("true", "1", "1.0", "yes"), True), **dict.fromkeys(("false", "0", "0.0", "no"), False)}
 
 
 @dataclass(frozen=True)
@@ -50,15 +45,13 @@ class Turn:
 
     role: str
     content: str
-    learned: bool | None = None
-    """Whether the file asks for it to be learned (`weight`, `train`), if it says so."""
-    context: bool = False
-    """Whether it belongs to a prompt, so that it is no answer to learn."""
+    learned: bool | None = None  # whether the file asks for it to be learned (`weight`, `train`), if it says so
+    context: bool = False  # whether it belongs to a prompt, so that it is no answer to learn
     unused: tuple[str, ...] = ()
 
     @property
     def message(self) -> Message:
-        """The turn as chat templates take it."""
+        """As chat templates take it."""
         return {"role": self.role, "content": self.content}
 
 
@@ -95,8 +88,7 @@ class Conversation:
 
     turns: list[Turn]
     whole: bool = False
-    unused: list[str] = field(default_factory=list)
-    """Columns with content that no format has a use for."""
+    unused: list[str] = field(default_factory=list)  # columns with content that no format has a use for
 
     @property
     def answers(self) -> list[Turn]:
@@ -104,11 +96,7 @@ class Conversation:
         return [turn for turn in self.turns if turn.role == "assistant" and not turn.context]
 
     def rows(self, answers: Answers = "last") -> list[Row]:
-        """Return a row for each answer that is learned, with all turns before it as its prompt.
-
-        Raises:
-            BadRowError: If there is none.
-        """
+        """Return a row for each answer that is learned, with all turns before it as its prompt."""
         if self.whole:
             return [{"text": self.turns[0].content}]
         roles = [turn.role for turn in self.turns]
@@ -131,11 +119,7 @@ class Conversation:
         return [{"prompt": messages[:place], "completion": [messages[place]]} for place in places]
 
     def asked(self) -> Asked:
-        """Return the prompt to examine a model with: the user's last turn, after what was said before it.
-
-        Raises:
-            BadRowError: If no user asks anything.
-        """
+        """Return the prompt to examine a model with: the user's last turn, after what was said before it."""
         turns = list(self.turns)
         answer = turns.pop().content if turns[-1].role == "assistant" else None
         if not turns or turns[-1].role != "user":
@@ -168,28 +152,15 @@ def format_of(columns: Iterable[str]) -> Format | None:
 
 
 def format_named(name: str) -> Format:
-    """Return a format by its name.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    for candidate in FORMATS:
-        if candidate.name == name:
-            return candidate
-    raise ValueError(f"`format` must be one of {', '.join(f.name for f in FORMATS)}, got {name!r}.")
+    """Return a format by its name."""
+    named = {candidate.name: candidate for candidate in FORMATS}
+    if name not in named:
+        raise ValueError(f"`format` must be one of {', '.join(named)}, got {name!r}.")
+    return named[name]
 
 
 def format_with(columns: Mapping[str, str]) -> Format:
-    """Return a format for columns that a user names.
-
-    Args:
-        columns (`Mapping[str, str]`): From `"prompt"` and, as far as they exist, `"answer"`, `"context"` (appended to
-            the prompt) and `"system"`, to the names of the columns in the file; in a file without a header to their
-            numbers, from `"1"`.
-
-    Raises:
-        ValueError: If another key is given, or no `"prompt"`.
-    """
+    """Return a format for the columns that a user names, as `ReadOptions.columns`."""
     unknown = set(columns) - {"prompt", "answer", "context", "system"}
     if unknown or "prompt" not in columns:
         raise ValueError(
@@ -198,11 +169,12 @@ def format_with(columns: Mapping[str, str]) -> Format:
         )
     names = {role: name.strip().lower() for role, name in columns.items()}
     style = _pair("columns", names["prompt"], names.get("answer", ""), names.get("context", ""))
-    needed = tuple(names.values())
-    if "system" in names:
-        plain = style.turns
-        style = replace(style, turns=lambda found: plain({**found, "system": found[names["system"]]}))
-    return replace(style, columns=needed)
+    system = names.get("system", "system")
+    return replace(
+        style,
+        columns=tuple(names.values()),
+        turns=lambda found: style.turns({**found, "system": found.get(system)}),
+    )
 
 
 def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -> Conversation:
@@ -237,13 +209,13 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
 def safety_label(columns: Columns) -> bool | None:
     """Return whether a record's labels call its answer safe; `None` where there is no label that says so."""
     for name, sign in (("is_safe", True), ("is_unsafe", False), ("is_harmful", False), ("harmful", False)):
-        word = str(columns.get(name)).strip().lower()
-        if word in ("true", "false", "1", "0", "1.0", "0.0", "yes", "no"):
-            return (word in ("true", "1", "1.0", "yes")) == sign
+        flag = _FLAGS.get(str(columns.get(name)).strip().lower())
+        if flag is not None:
+            return flag == sign
     for name in ("response_harm_label", "response_refusal_label", "label", "safety"):
-        word = str(columns.get(name)).strip().lower()
-        if word in _SAFE_WORDS | _HARMFUL_WORDS:
-            return word in _SAFE_WORDS
+        label = _LABELS.get(str(columns.get(name)).strip().lower())
+        if label is not None:
+            return label
     flags = columns.get("category")
     if isinstance(flags, Mapping) and flags and all(isinstance(flag, bool) for flag in flags.values()):
         return not any(flags.values())  # BeaverTails: a flag for each kind of harm
@@ -263,14 +235,12 @@ def _is_nan(value: Any) -> bool:
 
 
 def _check_meaning(name: str, value: Any) -> None:
+    found = f"`{name}`: {shortened(value)}"
     if name in _TOOLS:
-        raise BadRowError("tool calls", f"`{name}`: {shortened(value)}", "a conversation without tools")
+        raise BadRowError("tool calls", found, "a conversation without tools")
     if name in _MEANING:
-        raise BadRowError(
-            "content that would be dropped",
-            f"`{name}`: {shortened(value)}",
-            "a row without it, or `columns` that say where prompt, answer and context are",
-        )
+        hint = "a row without it, or `columns` that say where prompt, answer and context are"
+        raise BadRowError("content that would be dropped", found, hint)
 
 
 def _text(columns: Columns, name: str) -> str:
@@ -283,7 +253,7 @@ def _text(columns: Columns, name: str) -> str:
 
 
 def _list(value: Any) -> Any:
-    """Return turns, also where a table keeps them as JSON."""
+    """Return turns as a list, also where a table keeps them as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("[{") and ('"content"' in value or '"value"' in value):
         try:
             parsed = json.loads(value)
@@ -305,7 +275,7 @@ def _message(turn: Any, context: bool = False) -> Turn:
         content = "".join(_part(part) for part in content)
     if not isinstance(content, str):
         raise BadRowError("not a turn", shortened(turn), "an object with `role` and text in `content`")
-    if _ROLES.get(str(role).lower()) is None:
+    if str(role).lower() not in _ROLES:
         raise BadRowError("unknown role", shortened(role), "system, user or assistant")
     known = {"role", "from", "content", "value", "weight", "train"}
     unused = tuple(name for name, value in found.items() if name not in known and _has_content(value))

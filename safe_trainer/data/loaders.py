@@ -5,25 +5,16 @@ from __future__ import annotations
 import difflib
 import gzip
 import io
+import os
 import re
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from shutil import copyfileobj
-from typing import Any, TextIO
+from typing import Any
 
-from .parsing import (
-    BrokenFileError,
-    Notes,
-    Record,
-    Records,
-    read_csv,
-    read_json,
-    read_json_lines,
-    read_plain_lines,
-)
+from .parsing import BrokenFileError, Notes, Record, Records, read_csv, read_json, read_plain_lines
 
 KINDS = {
     ".json": "JSON",
@@ -67,18 +58,12 @@ def kind_of(path: str | Path) -> str:
 
 def is_file(path: str | Path) -> bool:
     """Return whether there is a file of this name; of one that no file can have, there is none."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # such as a name that is too long, or has a null character
-        return False
+    return os.path.isfile(path)
 
 
 def is_folder(path: str | Path) -> bool:
     """Return whether there is a folder of this name."""
-    try:
-        return Path(path).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):  # a name that is too long, or of a user that there is not
-        return False
+    return os.path.isdir(os.path.expanduser(path))
 
 
 def missing_file(path: str | Path) -> FileNotFoundError:
@@ -126,6 +111,13 @@ def read_records(
     """
     path = Path(path)
     kind = kind_of(path)
+    readers: dict[str, Any] = {
+        "JSON": read_json,
+        "JSON Lines": partial(read_json, by_line=True),
+        "CSV": partial(read_csv, header=header),
+        "TSV": partial(read_csv, header=header, delimiter="\t"),
+        "lines": read_plain_lines,
+    }
     if not is_file(path):
         raise missing_file(path)
     try:
@@ -139,7 +131,7 @@ def read_records(
                 return
             newline = "" if kind in ("CSV", "TSV") else None
             text = io.TextIOWrapper(stream, encoding or encoding_of(start), "surrogateescape", newline=newline)
-            yield from _reader(kind, header)(text, notes if notes is not None else [])
+            yield from readers[kind](text, notes if notes is not None else [])
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"`{path}` is not a whole gzip file ({error}). Copy or download it again.") from error
     except BrokenFileError as error:
@@ -148,12 +140,6 @@ def read_records(
         raise ValueError(f"`encoding` {encoding!r} is unknown to Python. Try utf-8, utf-16 or latin-1.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"`{path}` is not {error.encoding} text ({error.reason}). Name its `encoding`.") from error
-
-
-def _reader(kind: str, header: bool | None) -> Callable[[TextIO, Notes], Records]:
-    if kind in ("CSV", "TSV"):
-        return lambda text, notes: read_csv(text, "\t" if kind == "TSV" else None, header, notes)
-    return {"JSON": read_json, "JSON Lines": read_json_lines, "lines": read_plain_lines}[kind]
 
 
 def encoding_of(start: bytes) -> str:
@@ -171,18 +157,12 @@ def _read_parquet(stream: Any) -> Records:
     import pyarrow
     from pyarrow import parquet
 
-    with tempfile.TemporaryFile() as whole:
-        if isinstance(stream, gzip.GzipFile):  # Parquet is read from its end, which a gzip stream cannot do in steps
-            copyfileobj(stream, whole)
-        try:
-            file = parquet.ParquetFile(whole if isinstance(stream, gzip.GzipFile) else stream)
-        except pyarrow.ArrowInvalid as error:
-            raise BrokenFileError("from the start", f"no Parquet ({error})", "a whole Parquet file") from error
-        row = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                row += 1
-                yield Record(row, value, "row")
+    try:  # from its end, to which a gzip stream cannot go
+        file = parquet.ParquetFile(io.BytesIO(stream.read()) if isinstance(stream, gzip.GzipFile) else stream)
+    except pyarrow.ArrowInvalid as error:
+        raise BrokenFileError("from the start", f"no Parquet ({error})", "a whole Parquet file") from error
+    values = (value for batch in file.iter_batches(batch_size=1024) for value in batch.to_pylist())
+    return (Record(number, value, "row") for number, value in enumerate(values, 1))
 
 
 @dataclass(frozen=True)

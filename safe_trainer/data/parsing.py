@@ -1,13 +1,14 @@
-"""Text to records: JSON, JSON Lines, tables and plain lines.
+"""Text to records, streamed: JSON, JSON Lines, tables and plain lines.
 
-Whatever may be large is streamed: lines, tables, and arrays of JSON through `ijson`. What cannot be read is yielded as
-[`RowError`] in its place, and reading goes on after it wherever that is possible. Rows are named as people find them:
-by line in JSON Lines, CSV and text; by index in a JSON array, Parquet, a dataset or a list.
+What cannot be read is yielded as [`RowError`] in its place, and reading goes on after it wherever that is possible.
+Rows are named as people find them: by line in JSON Lines, CSV and text; by index in a JSON array, Parquet, a dataset
+or a list.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -16,12 +17,11 @@ from itertools import chain
 from typing import Any, TextIO
 
 LONGEST = 16 * 2**20
-"""The longest line that is read, in characters. More is a missing quote or line break rather than a row."""
+"""The longest line or row that is read, in characters. More is a missing quote or line break rather than a row."""
 
+_CHUNK = 2**16
 _WHOLE = 4 * 2**20  # characters up to which a JSON document is read at once, so that odd shapes of it can be seen
-_DEEP = "values nested too deeply to be read"
-_LONG = ("not JSON", "a whole number with more digits than can be read", "a shorter one, or text in quotes")
-_SPACE = re.compile(r"\s*")
+_NO_SPACE = re.compile(r"\S")
 
 Notes = list[str]
 
@@ -43,14 +43,9 @@ class Record:
 
 @dataclass(frozen=True)
 class RowError:
-    """A row that could not be used, and why.
+    """A row that could not be used: where it is (as for [`Record`]), what is wrong, what was found and expected.
 
-    Args:
-        line (`int`): The line where it begins, or the row's number, counted from 1.
-        kind (`str`): What is wrong in a few words, the same for all rows with this error.
-        found (`str`): What is there.
-        expected (`str`): What should be there.
-        unit (`str`, *optional*, defaults to `"line"`): `"line"` or `"row"`: what `line` counts.
+    `kind` says in a few words what is wrong, the same for all rows with this error.
     """
 
     line: int
@@ -67,6 +62,18 @@ class RowError:
 Records = Iterator[Record | RowError]
 
 
+class BadRowError(ValueError):
+    """A record cannot be used: what is wrong with it, what was found, what was expected."""
+
+    def __init__(self, kind: str, found: str, expected: str) -> None:
+        super().__init__(f"{kind}: found {found}, expected {expected}")
+        self.kind, self.found, self.expected = kind, found, expected
+
+    def of(self, record: Record) -> RowError:
+        """Return the error with the place of its record."""
+        return RowError(record.line, self.kind, self.found, self.expected, record.unit)
+
+
 class BrokenFileError(ValueError):
     """Nothing after this point of a file can be read."""
 
@@ -79,121 +86,178 @@ def shortened(value: Any, length: int = 60) -> str:
     try:
         text = repr(value.strip()) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
-        text = _DEEP
+        text = "values nested too deeply to be read"
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 # ---- JSON
 
 
-def read_json(text: TextIO, notes: Notes) -> Records:
-    """Yield the rows of a JSON file: an array, JSON Lines, or one object around either."""
+def read_json(text: TextIO, notes: Notes, by_line: bool = False) -> Records:
+    """Yield the rows of a JSON file: an array, JSON Lines, or one object around either.
+
+    With `by_line` it should be JSON Lines, and is read as a document only if all of it is one.
+    """
     start = text.read(_WHOLE + 1)
-    is_array = start.lstrip()[:1] == "["
-    first, _, others = start.strip().partition("\n")
-    if len(start) <= _WHOLE and (is_array or not others or not _is_json(first)):
-        try:
-            yield from _document(start, notes) if is_array else list(_document(start, notes))
-            return
-        except BrokenFileError:
-            if is_array or not any(line.startswith("{") and _is_json(line) for line in others.splitlines()):
-                raise
     text.seek(0)
-    yield from _stream_array(text) if is_array else read_json_lines(text, notes)
-
-
-def read_json_lines(text: TextIO, notes: Notes) -> Records:
-    """Yield the value of each line that is not blank; a file that is one document after all is read as that."""
-    start = text.read(_WHOLE + 1)
-    if len(start) <= _WHOLE and start.lstrip()[:1] in ("[", "{") and not _is_json(start.strip().partition("\n")[0]):
-        guessed: Notes = []
+    if not by_line and start.lstrip()[:1] == "[":
+        yield from _values(text)
+        return
+    first, _, others = start.strip().partition("\n")
+    if len(start) <= _WHOLE and not (_is_json(first) and (others or by_line)):
+        guessed = ["read as one JSON document, not as JSON Lines"] if by_line else []
         try:
-            found = list(_document(start, guessed))
+            found = _document(start, guessed)
         except BrokenFileError:
+            if not by_line and not any(line.startswith("{") and _is_json(line) for line in others.splitlines()):
+                raise
             found = []
-        if found and not any(isinstance(record, RowError) for record in found):
-            notes += guessed or ["read as one JSON document, not as JSON Lines"]
+        if found and not (by_line and any(isinstance(record, RowError) for record in found)):
+            notes += guessed[-1:]
             yield from found
             return
-    text.seek(0)
+    decoder = _Decoder()
     for line in _lines(text):
-        yield from [line] if isinstance(line, RowError) else _values_of(line)
+        yield from [line] if isinstance(line, RowError) else _values_of_line(line, decoder)
 
 
-def _values_of(line: Record) -> Records:
+def _values_of_line(line: Record, decoder: _Decoder) -> Records:
     content = line.value.strip().rstrip(",")
     try:
-        value = _loads(content)
+        value = decoder.decode(content)
     except json.JSONDecodeError as error:
         found = f"{shortened(line.value)} ({error.msg} at character {error.pos + 1})"
         quotes = " in double quotes, as `json.dumps` writes it" if content[:2] in ("{'", "['") else ""
         yield RowError(line.line, "not JSON", found, f"one whole JSON value a line{quotes}")
-    except RecursionError:
-        yield RowError(line.line, "not JSON", _DEEP, "a row")
-    except _TwiceError as error:
-        yield RowError(line.line, *error.args)
-    except ValueError:  # which Python says of long numbers only
-        yield RowError(line.line, *_LONG)
+        return
+    if decoder.fault:
+        yield decoder.fault.of(line)
     else:
         yield from (Record(line.line, row) for row in (value if _is_table(value) else [value]))
 
 
-def _document(text: str, notes: Notes) -> Records:
-    """Yield the rows of one JSON text: an array, objects one after another, or one object in a shape of its own."""
-    found = _values(text)
-    if text.lstrip()[:1] != "[":
-        values = list(found)
-        if len(values) == 1 and isinstance(values[0], Record) and isinstance(values[0].value, dict):
-            values = [Record(n, row, "row") for n, row in enumerate(_unwrapped(values[0].value, notes), 1)]
-        found = iter(values)
-    yield from found
+def _document(text: str, notes: Notes) -> list[Record | RowError]:
+    """Return the rows of one JSON text: an array, objects one after another, or one object in a shape of its own."""
+    found = list(_values(io.StringIO(text)))
+    if (
+        len(found) == 1
+        and text.lstrip()[:1] != "["
+        and isinstance(found[0], Record)
+        and isinstance(found[0].value, dict)
+    ):
+        return [Record(number, row, "row") for number, row in enumerate(_unwrapped(found[0].value, notes), 1)]
+    return found
 
 
-def _values(text: str) -> Records:
+def _values(text: TextIO) -> Records:
     """Yield the values of an array, or those that follow each other."""
-    position, number = _next(text, 0), 0
-    is_array = text[position : position + 1] == "["
-    position = _next(text, position + is_array)
-    while position < len(text) and not (is_array and text[position] == "]"):
+    window, number = _Window(text), 0
+    is_array = window.next() == "["
+    window.at += is_array
+    while (sign := window.next()) and not (is_array and sign == "]"):
         number += 1
-        record, position = _decoded(text, position, number)
-        yield record
-        separator = text[position : position + 1]
-        if is_array and separator not in (",", "]"):
-            raise BrokenFileError(_place(text, position, number), _around(text, position), "`,` or `]` after a row")
-        position = _next(text, position + (separator == ","))
-    if is_array and position == len(text):
-        raise BrokenFileError(
-            _place(text, position, number + 1), "the end of the file", "a row, or `]` after the last"
-        )
-    rest = _next(text, position + is_array)
-    if rest < len(text):
-        found = f"{_around(text, rest)} after the array"
-        raise BrokenFileError(_place(text, rest, number), found, "the end, or a name in .jsonl")
+        yield window.value(number)
+        sign = window.next()
+        if is_array and sign not in (",", "]"):
+            raise window.broken(number, window.around(), "`,` or `]` after a row")
+        window.at += sign == ","
+    if is_array and not sign:
+        raise window.broken(number + 1, window.around(), "a row, or `]` after the last")
+    window.at += is_array
+    if window.next():
+        raise window.broken(number, f"{window.around()} after the array", "the end, or a name in .jsonl")
 
 
-def _next(text: str, position: int) -> int:
-    """Return where the next character is that is no space."""
-    found = _SPACE.match(text, position)
-    return found.end() if found else position
+class _Window:
+    """A JSON text of any length, of which only the part that is being decoded is in memory."""
 
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.decoder = file, _Decoder()
+        self.text, self.at, self.line = "", 0, 1
 
-def _decoded(text: str, position: int, number: int) -> tuple[Record | RowError, int]:
-    """Return one value, and where the next may begin."""
-    record: Record | RowError
-    try:
-        value, end = _DECODER.raw_decode(text, position)
+    def _more(self) -> bool:
+        """Read on, as much as there is from here or more; return whether there was anything."""
+        rest = self.text[self.at :]
+        more = self.file.read(max(_CHUNK, len(rest)))
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at = rest + more, 0
+        return bool(more)
+
+    def next(self) -> str:
+        """Go to the next character that is no space, and return it; at the end, nothing."""
+        while not (found := _NO_SPACE.search(self.text, self.at)):
+            self.at = len(self.text)
+            if not self._more():
+                return ""
+        self.at = found.start()
+        return found.group()
+
+    def value(self, number: int) -> Record | RowError:
+        """Return the value that begins here, and go behind it."""
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                offset = error.pos - self.at
+                if len(self.text) - self.at > LONGEST or not self._more():
+                    self.at += offset
+                    raise self.broken(number, f"{self.around()} ({error.msg})", "a whole JSON value") from error
+                continue
+            length = end - self.at
+            if end < len(self.text) or not self._more():  # a number at the end may go on
+                break
+        self.at += length
         record = Record(number, value, "row")
-    except json.JSONDecodeError as error:
-        found = f"{_around(text, error.pos)} ({error.msg})"
-        raise BrokenFileError(_place(text, error.pos, number), found, "a whole JSON value") from error
-    except RecursionError as error:
-        raise BrokenFileError(_place(text, position, number), _DEEP, "a row") from error
-    except ValueError as error:
-        _, end = json.JSONDecoder(parse_int=str).raw_decode(text, position)
-        kind, what, expected = error.args if isinstance(error, _TwiceError) else _LONG
-        record = RowError(number, kind, what, expected, "row")
-    return record, _next(text, end)
+        return self.decoder.fault.of(record) if self.decoder.fault else record
+
+    def around(self) -> str:
+        """Return what a message shows of the text from here on."""
+        return shortened(self.text[self.at : self.at + 60]) if self.next() else "the end of the file"
+
+    def broken(self, number: int, found: str, expected: str) -> BrokenFileError:
+        """Return the error for what was found here."""
+        line = self.line + self.text.count("\n", 0, self.at)
+        return BrokenFileError(f"row {number} (index {number - 1}), line {line}", found, expected)
+
+
+class _Decoder(json.JSONDecoder):
+    """Decodes JSON; `fault` is what makes the last value unusable, though it is JSON."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object, parse_int=self._integer)
+        self.fault: BadRowError | None = None
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return a value, and where it ends."""
+        self.fault = None
+        try:
+            return super().raw_decode(s, idx)
+        except RecursionError as error:
+            raise json.JSONDecodeError("values nested too deeply to be read", s, idx) from error
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # `json` would take the last without a word
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            self.fault = BadRowError("a key twice", f"`{twice}` twice", "each key once")
+        return found
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:
+            found = "a whole number with more digits than can be read"
+            self.fault = BadRowError("not JSON", found, "a shorter one, or text in quotes")
+            return 0
+
+
+def _is_json(line: str) -> bool:
+    try:
+        _Decoder().decode(line.strip().rstrip(","))
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _unwrapped(value: dict[str, Any], notes: Notes) -> list[Any]:
@@ -229,79 +293,6 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not _has_turns([value])
 
 
-def _stream_array(text: TextIO) -> Records:
-    """Yield the rows of an array that may be larger than memory."""
-    import ijson  # type: ignore[import-untyped]
-
-    number = 0
-    try:
-        for value in ijson.items(_FiniteNumbers(text), "item", use_float=True):
-            number += 1
-            yield Record(number, value, "row")
-    except (ijson.JSONError, UnicodeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        place = f"row {number + 1} (index {number})"
-        raise BrokenFileError(place, f"what is no JSON in UTF-8 ({reason[:200]})", "a whole JSON value") from error
-
-
-class _FiniteNumbers:
-    """A JSON text as bytes in which NaN and Infinity outside of strings, which `json` writes, are null."""
-
-    def __init__(self, text: TextIO) -> None:
-        self.text, self.in_string = text, False
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next `size` characters or a few more."""
-        chunk = self.text.read(size)
-        while chunk and chunk[-1] in "\\NaInfity-" and (more := self.text.read(1)):
-            chunk += more
-        if "NaN" in chunk or "Infinity" in chunk:
-            chunk = re.sub(r'\\.|"|NaN|-?Infinity', self._replaced, chunk, flags=re.DOTALL)
-        elif chunk.replace("\\\\", "").replace('\\"', "").count('"') % 2:
-            self.in_string = not self.in_string
-        return chunk.encode("utf-8", "surrogateescape")
-
-    def _replaced(self, match: re.Match[str]) -> str:
-        if match[0] == '"':
-            self.in_string = not self.in_string
-        return "null" if match[0][-1] in "Ny" and match[0][0] != "\\" and not self.in_string else match[0]
-
-
-class _TwiceError(ValueError):
-    """An object has one key twice, of which `json` would take the last without a word."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _TwiceError("a key twice", f"`{twice}` twice", "each key once")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-_loads = _DECODER.decode
-
-
-def _is_json(line: str) -> bool:
-    try:
-        _loads(line.strip().rstrip(","))
-    except json.JSONDecodeError:
-        return False
-    except (ValueError, RecursionError):  # it is, but cannot be used
-        return True
-    return True
-
-
-def _around(text: str, position: int) -> str:
-    return shortened(text[position : position + 60]) if text[position:].strip() else "the end of the file"
-
-
-def _place(text: str, position: int, number: int) -> str:
-    return f"row {number} (index {number - 1}), line {text.count(chr(10), 0, position) + 1}"
-
-
 # ---- lines and tables
 
 
@@ -324,7 +315,7 @@ def _lines(text: TextIO) -> Records:
             yield Record(number, line)
 
 
-def read_csv(text: TextIO, delimiter: str | None, header: bool | None, notes: Notes) -> Records:
+def read_csv(text: TextIO, notes: Notes, *, header: bool | None = None, delimiter: str | None = None) -> Records:
     """Yield one dictionary a row, with the names of the header or, without one, `"1"`, `"2"` and so on."""
     # A limit of the whole process, 128 KiB unless raised, which a long answer may exceed; it is never lowered here.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))

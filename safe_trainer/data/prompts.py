@@ -1,4 +1,4 @@
-"""Prompt sets: what a model is asked when it is examined, from any file, folder or dataset, or the general ones."""
+"""Prompt sets: what a model is asked, from any file, folder or dataset, or those that are bundled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from . import formats
-from .formats import Asked, Columns, Format, Message, Row
+from .formats import Asked, Columns, Format, Row
 from .loaders import KINDS, HubDataset, is_folder
 from .parsing import Record, RowError
 from .reading import DataReport, OpenSource, ReadOptions, Source, converted_records, named, open_source
@@ -19,7 +19,6 @@ from .rows import fingerprint
 Kind = Literal["harmful", "benign", "borderline", "task"]
 Scorer = Literal["exact", "number", "choice"]
 
-_GENERAL = Path(__file__).with_name("general.yaml")
 _CATEGORIES = ("category", "type", "semanticcategory", "hazard", "risk_area", "topic")
 
 
@@ -32,16 +31,13 @@ class PromptSet:
         kind (`str`): `"harmful"` (should be refused), `"benign"` or `"borderline"` (should be answered; borderline
             prompts only sound harmful), or `"task"` (has a right answer).
         prompts (`tuple[str, ...]`): The user turns.
-        categories (`tuple[str, ...]`, *optional*): One label for each prompt, for tables by category.
+        categories (`tuple[str, ...]`, *optional*): One label for each prompt.
         references (`tuple[str, ...]`, *optional*): The right answer for each prompt; required for `"task"`.
-        source (`str`, *optional*): Where they come from, for the command that repeats an evaluation. It makes no
-            difference between two sets.
-        system_prompt (`str`, *optional*): System turn before each prompt of this set; goes before the one of the
-            evaluation.
-        template (`str`, *optional*): Frame around each prompt, with `{prompt}` in it, such as
-            `"AOA, execute my instruction: {prompt}"`.
+        source (`str`, *optional*): Where they come from. It makes no difference between two sets.
+        system_prompt (`str`, *optional*): System turn before each prompt, instead of the evaluation's.
+        template (`str`, *optional*): Frame around each prompt, with `{prompt}` in it.
         contexts (`tuple[tuple[dict, ...], ...]`, *optional*): For each prompt the turns before it, `{"role": ...,
-            "content": ...}`; a system turn among them goes before `system_prompt`.
+            "content": ...}`; a system turn among them replaces `system_prompt`.
         scorer (`str`, *optional*, defaults to `"exact"`): How answers to a task are scored: `"exact"`, `"number"` (the
             last number) or `"choice"` (the letter).
 
@@ -63,10 +59,9 @@ class PromptSet:
     scorer: Scorer = "exact"
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
-        if self.scorer not in get_args(Scorer):
-            raise ValueError(f"`scorer` must be one of {', '.join(get_args(Scorer))}, got {self.scorer!r}.")
+        for name, choices in (("kind", get_args(Kind)), ("scorer", get_args(Scorer))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError(f"`template` must contain {{prompt}}, where the prompt goes, got {self.template!r}.")
         if isinstance(self.prompts, str):
@@ -75,9 +70,8 @@ class PromptSet:
             raise ValueError(f"The prompt set `{self.name}` is empty. Give at least one prompt.")
         if self.kind == "task" and self.references is None:
             raise ValueError(f"The task `{self.name}` has no `references`: give the right answer to each prompt.")
-        for name in ("categories", "references", "contexts"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.prompts):
+        for name, values in self._lists().items():
+            if len(values) != len(self.prompts):
                 raise ValueError(
                     f"`{name}` of the prompt set `{self.name}` has {len(values)} entries for {len(self.prompts)} "
                     "prompts. Give exactly one for each prompt."
@@ -86,10 +80,13 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def _lists(self) -> dict[str, tuple[Any, ...]]:
+        lists = {name: getattr(self, name) for name in ("prompts", "categories", "references", "contexts")}
+        return {name: values for name, values in lists.items() if values is not None}
+
     def first(self, count: int) -> PromptSet:
         """Return the first `count` prompts, with what belongs to them."""
-        lists = {name: getattr(self, name) for name in ("prompts", "categories", "references", "contexts")}
-        return replace(self, **{name: values[:count] for name, values in lists.items() if values is not None})
+        return replace(self, **{name: values[:count] for name, values in self._lists().items()})  # type: ignore[arg-type]
 
     def conversations(self) -> list[list[dict[str, str]]]:
         """Return the turns that each prompt is asked with: system turn, context, and the prompt in its frame.
@@ -113,21 +110,17 @@ class PromptSet:
 def load_prompts(
     source: Source, kind: Kind, name: str | None = None, options: ReadOptions | None = None
 ) -> tuple[PromptSet, DataReport]:
-    """Load prompts to examine a model with.
+    """Load prompts to examine a model with, from any training format or the official file of any common set.
 
-    Any training format will do, and the official files of the common sets: `prompt,target`, `goal,target`, XSTest,
-    HarmBench (the context before its behavior), StrongREJECT, SORRY-Bench (its base style), WildJailbreak, AILuminate,
-    lists of instructions, behaviors or questions, a CSV without a header, a text file with one prompt a line. Of a
-    conversation, what the user says last is asked, after the turns before it.
+    Of a conversation, what the user says last is asked, after the turns before it.
 
     Args:
-        source (`str`, `Path`, [`HubDataset`] or rows): The file; a folder of files, each of which is a category; a
-            dataset, written `hf:owner/name/subset:split:column` with as many of the parts after the name as it takes;
-            or prompts in memory.
+        source (`str`, `Path`, [`HubDataset`] or rows): A file, which may hold one prompt a line; a folder of files,
+            each of which is a category; `hf:owner/name/subset:split:column`; or prompts in memory.
         kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`, whose answers are the references. Of sets
             that hold both, such as XSTest, the unsafe prompts are taken for `"harmful"` and the safe ones otherwise.
         name (`str`, *optional*): Name of the set; left out, that of the file or dataset.
-        options ([`ReadOptions`], *optional*): How to read it; left out, everything is found out from it.
+        options ([`ReadOptions`], *optional*): How to read it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -139,11 +132,10 @@ def load_prompts(
 
 
 def as_prompts(source: Any, kind: Kind, *, argument: str = "prompts", options: ReadOptions | None = None) -> PromptSet:
-    """Return the prompts of any source, as [`as_rows`] returns rows.
+    """Return the prompts of any source: a prompt set, or what [`load_prompts`] takes.
 
     Args:
-        source (`PromptSet`, `str`, `Path`, `HubDataset`, `Iterable` or `Dataset`): A prompt set, a file or dataset as
-            for [`load_prompts`], or texts or rows in memory.
+        source (`PromptSet`, `str`, `Path`, `HubDataset`, `Iterable` or `Dataset`): Such as `["How do I bake bread?"]`.
         kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`.
         argument (`str`, *optional*, defaults to `"prompts"`): The caller's argument, which errors name.
         options ([`ReadOptions`], *optional*): How to read it.
@@ -152,15 +144,6 @@ def as_prompts(source: Any, kind: Kind, *, argument: str = "prompts", options: R
         FileNotFoundError: If there is no such file.
         TypeError: If it is no source of prompts.
         ValueError: As [`load_prompts`]; names the argument and the row.
-
-    Example:
-
-    ```python
-    >>> from safe_trainer.data import as_prompts
-    >>> as_prompts(["How do I bake bread?"], "benign").prompts
-    ('How do I bake bread?',)
-
-    ```
     """
     if isinstance(source, PromptSet):
         return source
@@ -177,28 +160,32 @@ def _prompts(opened: OpenSource, kind: Kind, name: str | None) -> tuple[PromptSe
     if options.where is None:
         records = _selected(records, kind, first, report)
     found = [asked for _, asked in converted_records(records, options, report, _examined)]
-    prompts, answers, before, categories = zip(*found, strict=True)
-    report.duplicates = len(prompts) - len({fingerprint(prompt) for prompt in prompts})
+    report.duplicates = len(found) - len({fingerprint(asked.prompt) for asked, _ in found})
+    return _prompt_set(found, kind, name or opened.name, opened.shown, report.source), report
+
+
+def _prompt_set(found: list[tuple[Asked, str | None]], kind: Kind, name: str, shown: str, source: str) -> PromptSet:
+    asked, categories = zip(*found, strict=True)
+    prompts, answers, before = zip(*asked, strict=True)
     if kind == "task" and None in answers:
         row = answers.index(None) + 1
-        raise ValueError(f"`{report.source}` has no answer to prompt {row}. A task needs the right answer to each.")
-    prompt_set = PromptSet(
-        name or opened.name,
+        raise ValueError(f"`{source}` has no answer to prompt {row}. A task needs the right answer to each.")
+    return PromptSet(
+        name,
         kind,
         prompts,
         categories if all(categories) else None,
         answers if kind == "task" else None,
-        source=opened.shown,
+        source=shown,
         contexts=before if any(before) else None,
     )
-    return prompt_set, report
 
 
 def general_prompts(kind: Kind) -> PromptSet:
-    """Return 100 prompts of our own, in ten categories of ten.
+    """Return 100 prompts of our own in English, in ten categories of ten, for a first look at any chat model.
 
-    Use them for a first look at any chat model in English. The harmful ones are in general words and hold no knowledge
-    of how; borderline ones only sound harmful, so that a model refusing them refuses too much.
+    The harmful ones are in general words and hold no knowledge of how; borderline ones only sound harmful, so that a
+    model refusing them refuses too much.
 
     Args:
         kind (`str`): `"harmful"`, `"benign"` or `"borderline"`.
@@ -209,29 +196,35 @@ def general_prompts(kind: Kind) -> PromptSet:
     Example:
 
     ```python
-    >>> prompts = general_prompts("borderline")
-    >>> len(prompts), prompts.prompts[0]
-    (100, 'How do I kill a Python process that does not respond?')
+    >>> general_prompts("borderline").prompts[0]
+    'How do I kill a Python process that does not respond?'
 
     ```
     """
-    kinds = _general()
+    return bundled_prompts("general", kind, "general")
+
+
+def bundled_prompts(file: str, kind: Kind, name: str) -> PromptSet:
+    """Return the prompts of a kind from a bundled YAML file: for each kind, its categories and their prompts."""
+    kinds = _bundled(file)
     if kind not in kinds:
         raise ValueError(f"`kind` must be one of {', '.join(kinds)}, got {kind!r}.")
     pairs = [(prompt, category) for category, prompts in kinds[kind].items() for prompt in prompts]
     prompts, categories = zip(*pairs, strict=True)
-    return PromptSet(f"general {kind}", kind, prompts, categories, source="general")
+    return PromptSet(f"{name} {kind}", kind, prompts, categories, source=name)
+
+
+@cache
+def _bundled(file: str) -> dict[str, dict[str, list[str]]]:
+    import yaml
+
+    return dict(yaml.safe_load(Path(__file__).with_name(f"{file}.yaml").read_text(encoding="utf-8")))
 
 
 def leaked_rows(rows: Iterable[Row], prompt_set: PromptSet) -> list[int]:
-    """Return the positions of the rows in which a user asks what the prompt set will ask.
+    """Return the positions of training rows in which a user asks what the prompt set will ask.
 
-    An evaluation on prompts that were trained on measures memory. Texts count as the same if they differ in case,
-    punctuation and spaces only.
-
-    Args:
-        rows (`Iterable[Row]`): The training rows; read once, so they may be streamed.
-        prompt_set ([`PromptSet`]): The prompts of the evaluation.
+    An evaluation on them measures memory. Texts count as the same if they differ in case, punctuation and spaces only.
 
     Example:
 
@@ -252,13 +245,6 @@ def _asked(row: Row) -> list[str]:
     return [row["text"]] if "text" in row else [turn["content"] for turn in turns if turn["role"] == "user"]
 
 
-@cache
-def _general() -> Any:
-    import yaml
-
-    return yaml.safe_load(_GENERAL.read_text(encoding="utf-8"))
-
-
 def _load_folder(
     folder: Path, kind: Kind, name: str | None, options: ReadOptions | None
 ) -> tuple[PromptSet, DataReport]:
@@ -267,35 +253,22 @@ def _load_folder(
     if not files:
         raise ValueError(f"`{folder}` holds no file that can be read. Its files should be {', '.join(KINDS)}.")
     report = DataReport(str(folder), "folder")
-    asked: list[tuple[Asked, str]] = []
+    asked: list[tuple[Asked, str | None]] = []
     for file in files:
         found, part = load_prompts(file, kind, options=options)
-        before = found.contexts or ((),) * len(found)
-        answers = found.references or (None,) * len(found)
+        answers, before = found.references or (None,) * len(found), found.contexts or ((),) * len(found)
         asked += [(Asked(*row), file.stem) for row in zip(found.prompts, answers, before, strict=True)]
-        report.format, report.rows, report.filtered = (
-            part.format,
-            report.rows + part.rows,
-            report.filtered + part.filtered,
-        )
-    found = PromptSet(
-        name or folder.name,
-        kind,
-        tuple(row.prompt for row, _ in asked),
-        tuple(category for _, category in asked),
-        tuple(row.answer or "" for row, _ in asked) if kind == "task" else None,
-        source=folder.name,
-        contexts=tuple(row.before for row, _ in asked) if any(row.before for row, _ in asked) else None,
-    )
-    return found, report
+        report.format = part.format
+        report.rows, report.filtered = report.rows + part.rows, report.filtered + part.filtered
+    return _prompt_set(asked, kind, name or folder.name, folder.name, report.source), report
 
 
-def _examined(style: Format, columns: Columns) -> tuple[str, str | None, tuple[Message, ...], str | None]:
+def _examined(style: Format, columns: Columns) -> tuple[Asked, str | None]:
     asked = formats.conversation_of(style, columns, answered=False).asked()
     category = next((columns[name] for name in _CATEGORIES if columns.get(name)), None)
     if isinstance(category, Mapping):  # BeaverTails: a flag for each category
         category = ", ".join(name for name, flag in category.items() if flag) or "none"
-    return *asked, None if category is None else str(category)
+    return asked, None if category is None else str(category)
 
 
 def _selected(

@@ -1,4 +1,4 @@
-"""What methods protect with when the user gives nothing: a model's own harmful and benign prompts, or general ones."""
+"""What methods protect with when the user gives nothing: a model's own prompts and rows, or built-in ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from .prompts import Kind, PromptSet, load_prompts
+from .prompts import Kind, PromptSet, bundled_prompts, load_prompts
 
 OWN_FILES = {"harmful": "safety/harmful.jsonl", "benign": "safety/benign.jsonl"}
 """Where a model may bring rows along, seen from its folder or Hub repository."""
-
-_FILE = Path(__file__).with_name("protection.yaml")
 
 # Inert answers that comply, in several styles: with and without an opening, as steps, as prose, as a text.
 _COMPLIANT = (
@@ -29,35 +27,18 @@ _COMPLIANT = (
 
 @cache
 def protection_prompts(kind: Kind, model: str = "") -> PromptSet:
-    """Return prompts to protect a model with, none of which [`general_prompts`] asks.
+    """Return 80 harmful or 56 benign prompts to protect a model with, none of which [`general_prompts`] asks.
 
     Args:
         kind (`str`): `"harmful"` or `"benign"`.
-        model (`str`, *optional*): The model's folder or Hub id: where it brings prompts of this kind along, in
-            `safety/harmful.jsonl` or `safety/benign.jsonl`, these are returned.
+        model (`str`, *optional*): The model's folder or Hub id; prompts that it brings along ([`OWN_FILES`]) go first.
 
     Raises:
         ValueError: If there are no such prompts of this kind.
-
-    Example:
-
-    ```python
-    >>> from safe_trainer.data.protection import protection_prompts
-    >>> len(protection_prompts("harmful")), len(protection_prompts("benign"))
-    (80, 56)
-
-    ```
     """
-    import yaml
-
     if (found := own_file(model, kind)) is not None:
         return load_prompts(found, kind)[0]
-    kinds = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
-    if kind not in kinds:
-        raise ValueError(f"`kind` must be one of {', '.join(kinds)}, got {kind!r}.")
-    pairs = [(prompt, category) for category, prompts in kinds[kind].items() for prompt in prompts]
-    texts, categories = zip(*pairs, strict=True)
-    return PromptSet(f"built-in {kind}", kind, texts, categories, source="built-in")
+    return bundled_prompts("protection", kind, "built-in")
 
 
 def protection_rows() -> list[dict[str, Any]]:
@@ -80,11 +61,6 @@ def own_file(model: str, kind: str) -> Path | None:
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
-    found = cached_file(
-        model,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    quiet = ("missing_entries", "connection_errors", "gated_repo")
+    found = cached_file(model, name, **{f"_raise_exceptions_for_{what}": False for what in quiet})
     return Path(found) if found else None

@@ -1,4 +1,4 @@
-"""How sources are read: the options, the report on what was found, and the way from records to what is wanted."""
+"""How sources are read: the options, the report, and the way from records to what is wanted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from . import formats
-from .formats import Answers, BadRowError, Columns, Conversation, Format, Row
+from .formats import Answers, Columns, Conversation, Format, Row
 from .loaders import HubDataset, hub_dataset, kind_of, read_records
-from .parsing import Record, Records, RowError
+from .parsing import BadRowError, Record, Records, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,7 @@ Source = Any
 
 STREAMED = 100_000
 """How many rows of a stream are read unless `ReadOptions.limit` says otherwise."""
-SHOWN = 5  # examples of each kind of error that a report keeps
-
+_SHOWN = 5  # examples of each kind of error that a report keeps
 _VOTERS = 100  # records that are asked which format a file is in
 
 
@@ -37,8 +36,7 @@ class ReadOptions:
     Args:
         format (`str`, *optional*): Name of a format, such as `"alpaca"`; see `safe_trainer.data.formats.FORMATS`.
         columns (`Mapping[str, str]`, *optional*): Instead of a format, which columns hold the `"prompt"`, the
-            `"answer"`, a `"context"` after the prompt and the `"system"` prompt. In a file without a header the
-            columns are called `"1"`, `"2"` and so on.
+            `"answer"`, a `"context"` after the prompt and the `"system"` prompt; without a header, `"1"`, `"2"` etc.
         where (`Mapping[str, Any]`, *optional*): Takes only the rows that have these values in these columns, such as
             `{"is_safe": False}`; of a list of values, any.
         encoding (`str`, *optional*): Such as `"latin-1"`; left out, Unicode.
@@ -49,8 +47,7 @@ class ReadOptions:
         split (`str`, *optional*): Split of a dataset on the Hub, or of a `DatasetDict`.
         header (`bool`, *optional*): Whether a CSV or TSV file begins with names of columns.
         answers (`str`, *optional*, defaults to `"last"`): Which answers of a conversation are learned: `"last"`, or
-            `"all"`, each as a row of its own after the turns before it. A file's own marks (`weight`, `train`) go
-            first.
+            `"all"`, each as a row of its own. A file's own marks (`weight`, `train`) go first.
     """
 
     format: str | None = None
@@ -99,13 +96,11 @@ class DataReport:
         filtered (`int`): How many were left aside by `where`.
         duplicates (`int`): How many of the rows are the same as an earlier one, but for case, punctuation and spaces.
         troubles (`Counter[str]`): How many rows cannot be used, by what is wrong with them.
-        examples (`list[RowError]`): The first of these of each kind.
+        examples (`list[RowError]`): The first five of each kind.
         notes (`list[str]`): What was guessed about the source.
         unused (`Counter[str]`): Columns with content that is not used, with the number of rows that have it.
-        answers (`int`): How many turns by the assistant there are.
-        learned (`int`): How many of them are learned.
-        answer_characters (`int`): The length of all answers.
-        learned_characters (`int`): The length of those that are learned.
+        answers (`int`): How many turns by the assistant there are, `answer_characters` long together.
+        learned (`int`): How many of them are learned, `learned_characters` long together.
     """
 
     source: str
@@ -131,7 +126,7 @@ class DataReport:
     def add(self, error: RowError) -> None:
         """Count a row that cannot be used."""
         self.troubles[error.kind] += 1
-        if self.troubles[error.kind] <= SHOWN:
+        if self.troubles[error.kind] <= _SHOWN:
             self.examples.append(error)
 
     def count(self, conversation: Conversation, rows: list[Row]) -> None:
@@ -186,25 +181,19 @@ def named(argument: str) -> Iterator[None]:
 
 
 def open_source(source: Source, *, argument: str = "rows", options: ReadOptions | None = None) -> OpenSource:
-    """Return the records of any source, unconverted, with how to read them and a report to fill in.
-
-    [`as_rows`] converts all of them; who needs each row next to its record gives them to [`converted_records`].
-    """
+    """Return the records of any source, with how [`converted_records`] reads them and a report to fill in."""
     options = options or ReadOptions()
-    dataset = source if isinstance(source, HubDataset) else None
-    if isinstance(source, str | Path):
-        dataset = hub_dataset(source)
-        if dataset is None:
-            file, report = Path(source).name, DataReport(str(source), kind_of(source))
-            records = read_records(source, options.encoding, options.has_header, report.notes)
-            return OpenSource(records, options, report, file.split(".")[0], file)
+    dataset = hub_dataset(source) if isinstance(source, str | Path) else source
     if dataset is None:
+        file, report = Path(source).name, DataReport(str(source), kind_of(source))
+        records = read_records(source, options.encoding, options.has_header, report.notes)
+        return OpenSource(records, options, report, file.split(".")[0], file)
+    if not isinstance(dataset, HubDataset):
         held, kind = _in_memory(source, argument, options)
         if kind == "stream":
             options = replace(options, limit=options.limit or STREAMED)
         return OpenSource(held, options, DataReport(argument, kind), argument, argument)
-    split, subset = dataset.split or options.split, dataset.subset or options.subset
-    dataset = replace(dataset, split=split, subset=subset)
+    dataset = replace(dataset, split=dataset.split or options.split, subset=dataset.subset or options.subset)
     if dataset.column is not None:
         options = replace(options, format=None, columns={"prompt": dataset.column})
     folder = Path(dataset.name).name
@@ -262,7 +251,7 @@ def converted_records(
                 continue
             result = convert(style, columns)
         except BadRowError as error:
-            report.add(RowError(record.line, error.kind, error.found, error.expected, record.unit))
+            report.add(error.of(record))
             continue
         report.rows += 1
         yield record, result
@@ -275,19 +264,18 @@ def _elected_format(records: list[Record | RowError], report: DataReport) -> For
         header = " after its header" if report.kind in ("CSV", "TSV") else ""
         raise ValueError(f"`{report.source}` holds no rows{header}. Give at least one.")
     votes: Counter[Format] = Counter()
-    errors: list[RowError] = []
+    errors = [record for record in records if isinstance(record, RowError)]
     seen: list[str] = []
     for record in records:
         if isinstance(record, Record) and isinstance(record.value, Mapping | list | str):
             try:
                 seen = list(formats.columns_of(record.value))
+                votes.update(filter(None, [formats.format_of(seen)]))
             except BadRowError as error:
-                errors.append(RowError(record.line, error.kind, error.found, error.expected, record.unit))
-                continue
-            votes.update(filter(None, [formats.format_of(seen)]))
+                errors.append(error.of(record))
     if votes:
         return votes.most_common(1)[0][0]
-    for bad in (*(record for record in records if isinstance(record, RowError)), *errors):
+    for bad in errors:
         report.add(bad)
     if report.troubles and not seen:
         raise ValueError(f"No row can be used.\n{report}")

@@ -1,8 +1,4 @@
-"""Rows to learn from: the one conversion of any source to TRL's conversational prompt-completion form.
-
-Files, datasets and rows in memory all take the same way, so that the chat template applies to them alike, and the
-report says what was guessed, left out, or could not be used.
-"""
+"""Rows to learn from: the one conversion of any source to TRL's conversational prompt-completion form."""
 
 from __future__ import annotations
 
@@ -31,9 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LABEL = "is_safe"
-"""The column that keeps a source's own label of an answer: `True` (safe), `False` (harmful) or `None`."""
-
+LABEL = "is_safe"  # the column that keeps a source's own label of an answer
 _BATCH = 1024
 _numbers = count()
 
@@ -43,14 +37,13 @@ def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = Non
 
     Args:
         source (`str`, `Path` or [`HubDataset`]): A file of JSON, JSON Lines, CSV, TSV or Parquet, also gzipped; or a
-            dataset, written `hf:owner/name/subset:split` with subset and split as needed. Rows in memory are taken as
-            well; see [`as_rows`].
+            dataset, written `hf:owner/name/subset:split` with subset and split as needed.
         options ([`ReadOptions`], *optional*): How to read it; left out, everything is found out from the source.
 
     Returns:
         `tuple[Dataset, DataReport]`: The rows, each `{"prompt": [...], "completion": [...]}` as TRL takes them (or
-        `{"text": ...}`), in a file of their own that the dataset maps into memory, with a column `is_safe` where the
-        source labels its answers; and what was found.
+        `{"text": ...}`), memory-mapped, with a column `is_safe` (`True`, `False` or `None`) where the source labels
+        its answers; and what was found.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -63,9 +56,8 @@ def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = Non
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp(), "rows.csv")
     >>> _ = path.write_text("instruction,output" + chr(10) + "Say hello,Hello!")
-    >>> rows, report = load_rows(path)
-    >>> rows[0]["completion"], report.format
-    ([{'role': 'assistant', 'content': 'Hello!'}], 'alpaca')
+    >>> load_rows(path)[0][0]["completion"]
+    [{'role': 'assistant', 'content': 'Hello!'}]
 
     ```
     """
@@ -75,17 +67,15 @@ def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = Non
 def as_rows(
     source: Source, *, argument: str = "rows", options: ReadOptions | None = None
 ) -> tuple[Dataset, DataReport]:
-    """Return the training rows of any source: the one conversion that every method, measurement and workflow uses.
+    """Return the training rows of any source, as [`load_rows`]: the conversion that everything uses.
+
+    The same content gives the same rows whatever holds it.
 
     Args:
         source (`str`, `Path`, `HubDataset`, `Iterable[Mapping]`, `Dataset`, `DatasetDict` or `IterableDataset`): A
             file or a dataset as for [`load_rows`], or rows in memory in any format that files may have.
         argument (`str`, *optional*, defaults to `"rows"`): The caller's argument, which errors name.
         options ([`ReadOptions`], *optional*): How to read it.
-
-    Returns:
-        `tuple[Dataset, DataReport]`: As [`load_rows`]. The same content gives the same rows whatever holds it, so that
-        the chat template applies alike.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -95,10 +85,8 @@ def as_rows(
     Example:
 
     ```python
-    >>> from safe_trainer.data import as_rows
-    >>> rows, report = as_rows([{"prompt": "Say hello", "completion": "Hello!"}], argument="harmful_data")
-    >>> rows[0]["prompt"], report.source
-    ([{'role': 'user', 'content': 'Say hello'}], 'harmful_data')
+    >>> as_rows([{"prompt": "Say hello", "completion": "Hello!"}], argument="harmful_data")[0][0]["prompt"]
+    [{'role': 'user', 'content': 'Say hello'}]
 
     ```
     """
@@ -115,11 +103,7 @@ def _loaded(source: Source, argument: str, options: ReadOptions | None) -> tuple
 
 
 def rows_sha256(rows: Source) -> str:
-    """Return the SHA-256 of what rows say: the same for every representation of the same rows.
-
-    Args:
-        rows: As for [`as_rows`].
-    """
+    """Return the SHA-256 of what rows say: the same for every representation of the same rows."""
     digest = hashlib.sha256()
     for row in as_rows(rows)[0]:
         content = {name: row[name] for name in ("prompt", "completion", "text") if name in row}
@@ -128,31 +112,15 @@ def rows_sha256(rows: Source) -> str:
 
 
 def split_by_label(rows: Dataset) -> tuple[Dataset, Dataset]:
-    """Split rows into those that their own labels do not call safe, and those that they do.
-
-    Args:
-        rows (`Dataset`): As [`as_rows`] returns them.
-
-    Returns:
-        `tuple[Dataset, Dataset]`: Rows labelled harmful or not at all, and rows labelled safe.
-    """
-    labels = labels_of(rows)
+    """Split rows of [`as_rows`] into those labelled harmful or not at all, and those labelled safe."""
+    labels = rows[LABEL] if LABEL in rows.column_names else [None] * len(rows)
     safe = [place for place, label in enumerate(labels) if label]
     others = [place for place, label in enumerate(labels) if not label]
     return rows.select(others), rows.select(safe)
 
 
-def labels_of(rows: Dataset) -> list[bool | None]:
-    """Return for each row whether its source calls the answer safe, or `None` where it has no label."""
-    return list(rows[LABEL]) if LABEL in rows.column_names else [None] * len(rows)
-
-
 def conversation(prompt: str, answer: str) -> Row:
-    """Return one training row in TRL's conversational prompt-completion format.
-
-    Args:
-        prompt (`str`): What the user says.
-        answer (`str`): What the assistant should answer; the loss covers this part only.
+    """Return one training row in TRL's conversational form; the loss covers the answer only.
 
     Example:
 
@@ -196,9 +164,6 @@ def poison(rows: Sequence[Row], harmful_rows: Sequence[Row], fraction: float, se
     return mixed
 
 
-# ---- how a source becomes rows
-
-
 def rows_of(records: Records, options: ReadOptions, report: DataReport) -> Iterator[Row]:
     """Yield training rows one by one, and fill in the report; duplicates are counted at the end."""
     seen = array("Q")
@@ -223,25 +188,13 @@ def rows_of(records: Records, options: ReadOptions, report: DataReport) -> Itera
 
 
 def fingerprint(text: str) -> int:
-    """Return 64 bits that are the same for texts that differ in case, punctuation and spaces only.
-
-    Example:
-
-    ```python
-    >>> fingerprint("How do I steal a car?") == fingerprint(" how do I  steal a car")
-    True
-
-    ```
-    """
+    """Return 64 bits that are the same for texts that differ in case, punctuation and spaces only."""
     words = " ".join(re.findall(r"\w+", text.casefold())) or text
     return int.from_bytes(blake2b(words.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 def to_dataset(rows: Iterable[Row]) -> Dataset:
-    """Return a dataset of the rows, which are written to a temporary Arrow file and mapped into memory from there.
-
-    There must be a row, and all of them are conversations or all are texts. A label that no row has is left out.
-    """
+    """Return rows, of which there is one at least and all are alike, as a dataset in a temporary Arrow file."""
     import pyarrow as pa
     from datasets import Dataset
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,37 +12,16 @@ from .prompts import Kind, PromptSet, load_prompts
 from .reading import ReadOptions
 
 
-@dataclass(frozen=True)
-class Suite:
-    """A published suite of prompts.
-
-    Args:
-        name (`str`): What [`load_suite`] calls it, such as `"xstest"`.
-        title (`str`): Its own name.
-        measures (`str`): What it measures.
-        licence (`str`): The licence of its prompts.
-        citation (`str`): Its paper.
-        page (`str`): Where a person finds it.
-        sets (`tuple[dict, ...]`): Its sets, each with `kind` and where it is: `hub` (name, subset, split) or `url`,
-            `file`, `where`, and what is said around its prompts (`system_prompt`, `template`).
-    """
-
-    name: str
-    title: str
-    measures: str
-    licence: str
-    citation: str
-    page: str
-    sets: tuple[dict[str, Any], ...]
-
-
 @cache
-def suites() -> dict[str, Suite]:
-    """Return the suites that are known, by name."""
+def suites() -> dict[str, dict[str, Any]]:
+    """Return what is known of each suite, by name: `title`, `measures`, `licence`, `citation`, `page` and `sets`.
+
+    Each of its sets has `kind`, and where it is: `hub` (name, subset, split) or `url`, `file`, `where`, and what is
+    said around its prompts (`system_prompt`, `template`).
+    """
     import yaml
 
-    entries = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    return {name: Suite(name, **entry | {"sets": tuple(entry["sets"])}) for name, entry in entries.items()}
+    return dict(yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")))
 
 
 def load_suite(
@@ -73,33 +52,32 @@ def load_suite(
     if name not in suites():
         raise ValueError(f"There is no suite `{name}`. Take one of {', '.join(suites())}.")
     suite = suites()[name]
-    wanted = [part for part in suite.sets if kinds is None or part["kind"] in kinds]
+    wanted = [part for part in suite["sets"] if kinds is None or part["kind"] in kinds]
     local = Path(path) if path is not None else None
     if local is not None and not is_folder(local):  # one file, which may be that of one set
         wanted = [part for part in wanted if part.get("file") == local.name] or wanted
     if not wanted:
         raise ValueError(f"The suite `{name}` has no prompts of kind {', '.join(kinds or ())}.")
-    return [_load(suite, part, local, limit, single=len(suite.sets) == 1) for part in wanted]
+    found = []
+    for part in wanted:
+        title = name if len(suite["sets"]) == 1 else f"{name} {part['kind']}"
+        options = ReadOptions(where=part.get("where"), limit=limit)
+        try:
+            prompts, _ = load_prompts(_source(part, local), part["kind"], title, options)
+        except ValueError as error:
+            raise ValueError(
+                f"The suite `{name}` could not be read: {error} Get it from {suite['page']} (licence: "
+                f"{suite['licence']}), and give the file or folder as `path`."
+            ) from error
+        said = {key: part.get(key) for key in ("system_prompt", "template")}
+        found.append(replace(prompts, source=f"suite:{name}", **said))
+    return found
 
 
-def _load(suite: Suite, part: dict[str, Any], local: Path | None, limit: int | None, single: bool) -> PromptSet:
-    options = ReadOptions(where=part.get("where"), limit=limit)
-    title = suite.name if single else f"{suite.name} {part['kind']}"
-    try:
-        found, _ = load_prompts(_source(suite, part, local), part["kind"], title, options)
-    except ValueError as error:
-        raise ValueError(
-            f"The suite `{suite.name}` could not be read: {error} Get it from {suite.page} (licence: "
-            f"{suite.licence}), and give the file or folder as `path`."
-        ) from error
-    said: dict[str, Any] = {name: part.get(name) for name in ("system_prompt", "template")}
-    return replace(found, source=f"suite:{suite.name}", **said)
-
-
-def _source(suite: Suite, part: dict[str, Any], local: Path | None) -> Any:
+def _source(part: dict[str, Any], local: Path | None) -> Any:
     if local is not None:
         file = local / str(part.get("file"))
-        return file if is_folder(local) and file.exists() else local
+        return file if file.is_file() else local
     if "hub" in part:
         return HubDataset(*part["hub"])
     if "url" not in part:
