@@ -107,7 +107,7 @@ def facts(trainer: Any) -> dict[str, Any]:
 
 
 def held(methods: list[Any]) -> dict[str, Any]:
-    """Return every tensor that the methods keep for themselves: bases, directions, vectors."""
+    """Return every tensor that the methods keep for themselves: bases, directions, vectors, anchors."""
     from torch import Tensor
 
     found: dict[str, Any] = {}
@@ -118,12 +118,12 @@ def held(methods: list[Any]) -> dict[str, Any]:
         elif isinstance(value, dict):
             for key, entry in value.items():
                 collect(f"{name}.{key}", entry)
-        elif isinstance(value, tuple):
+        elif isinstance(value, list | tuple):
             for number, entry in enumerate(value):
                 collect(f"{name}.{number}", entry)
 
     for method in methods:
-        for attribute in ("_operators", "_spans", "_bases", "_moments", "_factors"):
+        for attribute in ("_operators", "_spans", "_bases", "_moments", "_factors", "_pools"):
             collect(f"{method.tag}{attribute}", getattr(method, attribute, None))
     return found
 
