@@ -150,13 +150,6 @@ def test_a_perfect_ranking_has_average_precision_one_and_the_worst_the_least():
     assert precision.tolist() == [1, 2 / 3, 0.5] and recall.tolist() == [0.5, 1, 1] and threshold.tolist() == [3, 2, 0]
 
 
-def test_curves_without_harmful_rows_or_with_missing_labels_are_refused():
-    with pytest.raises(ValueError, match="No row is labelled harmful"):
-        average_precision([1, 2], [False, False])
-    with pytest.raises(ValueError, match="2 scores for 1 labels"):
-        average_precision([1, 2], [True])
-
-
 # ---- on disk
 
 

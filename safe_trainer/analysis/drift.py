@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,44 +23,22 @@ from .refusal_direction import RefusalChange, refusal_changes, refusal_direction
 logger = logging.getLogger(__name__)
 
 RANK = 16
-SHARES = {
-    "alignment": "share along the alignment direction",
-    "outputs": "share in the safety features' outputs",
-    "inputs": "share in the safety features' inputs",
-}
-"""Each share of an update's squared norm that can be measured, with its title."""
+SHARES = ("alignment", "outputs", "inputs")
+"""Each share of an update's squared norm that can be measured."""
+
+Factors = tuple[Tensor, Tensor | None]
+"""`M` (d_out x n) and `A` (n x d_in), whose product is an update, in float32; or the whole update and `None`."""
 
 _FACTOR, _WRAPPED, _HEAD = ".lora_A.weight", "base_model.model.", "lm_head"
 
 
-class Factors(NamedTuple):
-    """A matrix `M A` (d_out x d_in) as its factors, in float32."""
-
-    left: Tensor
-    """`M`, of shape (d_out, n)."""
-    right: Tensor | None = None
-    """`A`, of shape (n, d_in); `None` is an identity, and `M` the whole matrix."""
-
-
 @dataclass(frozen=True)
 class Subspaces:
-    """Orthonormal directions by layer that an update is measured against.
+    """Orthonormal directions by layer that an update is measured against, (d_out, k), of `inputs` (d_in, k)."""
 
-    Args:
-        alignment (`Mapping[str, Tensor]`): Top left singular vectors of the alignment direction, (d_out, k).
-        outputs (`Mapping[str, Tensor]`): Top directions of the layers' outputs on refusals, (d_out, k).
-        inputs (`Mapping[str, Tensor]`): Top directions of the layers' inputs on harmful prompts, (d_in, k).
-
-    Example:
-
-    ```python
-    subspaces = Subspaces.load("direction.safetensors", "basis.safetensors")
-    ```
-    """
-
-    alignment: Mapping[str, Tensor] = field(default_factory=dict)
-    outputs: Mapping[str, Tensor] = field(default_factory=dict)
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    alignment: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
 
     @classmethod
     def load(
@@ -69,16 +47,7 @@ class Subspaces:
         basis: SafetyBasis | str | Path | None = None,
         rank: int = RANK,
     ) -> Subspaces:
-        """Take the top directions of artifacts.
-
-        Args:
-            direction ([`AlignmentDirection`], `str` or `Path`, *optional*): See `safe-trainer direction`.
-            basis ([`SafetyBasis`], `str` or `Path`, *optional*): See `safe-trainer basis`.
-            rank (`int`, *optional*, defaults to `16`): Directions of each kind and layer; fewer where there are fewer.
-
-        Raises:
-            ValueError: If `rank` is below 1, or a file is corrupted.
-        """
+        """Take the top `rank` directions of artifacts."""
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, got {rank}.")
         if isinstance(direction, str | Path):
@@ -101,22 +70,17 @@ class Subspaces:
                     f"`{next(iter(named))}`. Make them for the model that is fine-tuned."
                 )
 
-    def measure(self, name: str, update: Factors, size: float) -> LayerDrift:
-        """Return the drift of one layer.
+    def measure(self, updates: Iterable[tuple[str, Factors]], size: Callable[[str], float]) -> dict[str, LayerDrift]:
+        """Return the drift of each layer from its update, which is never multiplied out, and from `‖W‖_F`."""
+        return {name: self._measure(name, update, size(name)) for name, update in updates}
 
-        Args:
-            name (`str`): The layer.
-            update ([`Factors`]): Its update `ΔW`; never multiplied out.
-            size (`float`): `‖W‖_F`.
-
-        Raises:
-            ValueError: If a subspace belongs to a layer of another size.
-        """
+    def _measure(self, name: str, update: Factors, size: float) -> LayerDrift:
         left, right = update
         turned = (left.mT, None) if right is None else (right.mT, left.mT)
         total = product_norm_squared(left, right).item()
         shares, expected = {}, {}
-        for share, (rows, columns) in {"alignment": update, "outputs": update, "inputs": turned}.items():
+        for share in SHARES:
+            rows, columns = turned if share == "inputs" else update
             basis = getattr(self, share).get(name)
             if basis is None:
                 continue
@@ -125,8 +89,8 @@ class Subspaces:
                     f"The directions of `{name}` have {len(basis)} entries and its update {len(rows)} ({share}): "
                     "they belong to another model. Make them for the one that was fine-tuned."
                 )
-            outside = outside_norm_squared(rows, columns, basis.to(rows.device, rows.dtype)).item()
             if total > 0:
+                outside = outside_norm_squared(rows, columns, basis.to(rows.device, rows.dtype)).item()
                 shares[share] = max(0.0, total - outside) / total
                 expected[share] = basis.shape[1] / basis.shape[0]
         return LayerDrift(math.sqrt(total), size, shares, expected)
@@ -185,13 +149,9 @@ class Drift:
         return math.hypot(*(x.size for x in changed)) / math.hypot(*(x.weight for x in changed)) if changed else 0.0
 
     def share(self, name: str) -> tuple[float, float] | None:
-        """Return the share of the whole update in a subspace, and that of a random update of the same sizes.
+        """Return the share of the whole update in a subspace (as in `LayerDrift.shares`), and that of a random one.
 
-        Args:
-            name (`str`): `"alignment"`, `"outputs"` or `"inputs"`.
-
-        Returns:
-            `tuple[float, float]` or `None`: Over the layers whose subspace is known; `None` if there is none.
+        Over the layers whose subspace is known; `None` if there is none.
         """
         known = [layer for layer in self.layers.values() if name in layer.shares]
         whole = sum(layer.size**2 for layer in known)
@@ -210,12 +170,10 @@ class Drift:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
-        shares = {name: self.share(name) for name in SHARES}
+        shares = {name: found for name in SHARES if (found := self.share(name))}
         return {
             "relative": self.relative,
-            "shares": {
-                name: dict(zip(("found", "random"), found, strict=True)) for name, found in shares.items() if found
-            },
+            "shares": {name: {"found": found, "random": random} for name, (found, random) in shares.items()},
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
             "provenance": dict(self.provenance),
         }
@@ -233,9 +191,9 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
 ) -> Drift:
     """Measure what any fine-tune changed: an adapter or a whole model against its base, wherever it was trained.
 
-    Both are read from disk layer by layer; the update of a LoRA is never multiplied out, and of a whole model one
-    layer's is in memory at a time. Only `prompts` load the two models, one after the other; and an adapter of another
-    kind, such as DoRA, is merged into its base. Linear layers are measured: no embeddings, norms and output head.
+    Both are read from disk layer by layer. Only `prompts` load the two models, one after the other; and an adapter of
+    another kind than LoRA, such as DoRA, is merged into its base. Linear layers are measured: no embeddings, norms and
+    output head.
 
     Args:
         base (`str` or `Path`): The model before fine-tuning: a folder or a Hub id.
@@ -252,7 +210,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
 
     Raises:
         OSError: If a checkpoint could not be found.
-        ValueError: If the adapter changes no weights, or something does not fit the base.
+        ValueError: If `rank` is below 1, the adapter changes no weights, or something does not fit the base.
 
     Example:
 
@@ -263,12 +221,14 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     """
     start, subspaces = Checkpoint("base", base), Subspaces.load(direction, basis, rank)
     subspaces.check(start.linears)
-    layers: dict[str, LayerDrift] = {}
-    total = len(start.linears)
-    for done, (name, update) in enumerate(updates_of(base, tuned, start), start=1):
-        layers[name] = subspaces.measure(name, update, read_weight(start, name).norm().item())
-        if progress is not None:
-            progress(done, total)
+
+    def shown() -> Iterator[tuple[str, Factors]]:
+        for done, update in enumerate(updates_of(base, tuned, start), start=1):
+            yield update
+            if progress is not None:
+                progress(done, len(start.linears))
+
+    layers = subspaces.measure(shown(), lambda name: _weight_of(start, name).norm().item())
     if prompts is not None:
         for name, change in _refusal_changes_on_disk(base, tuned, *prompts).items():
             layers[name] = replace(layers.get(name, LayerDrift()), refusal=change)
@@ -277,7 +237,37 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     return Drift(ordered, {"base": str(base), "tuned": str(tuned), "rank": rank})
 
 
-def is_adapter(source: str | Path) -> bool:
+def updates_of(base: str | Path, tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
+    """Yield `ΔW = W_tuned − W_base` of each linear layer that changed; arguments and errors: [`measure_drift`]."""
+    if not _is_adapter(tuned):
+        yield from _whole_updates(tuned, start)
+    elif _is_plain(tuned):
+        found = adapter_factors(tuned)
+        _check(tuned, {name: (len(left), right.shape[1]) for name, (left, right) in found.items()}, start)
+        yield from found.items()
+    else:
+        yield from _merged_updates(base, tuned, start)
+
+
+def adapter_factors(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the factors of `ΔW = scaling · B A`, by the name of the linear layer that a LoRA adapter changes."""
+    config, tensors = read_adapter(source)
+    found = {}
+    for key in [key for key in tensors if key.endswith(_FACTOR) and tensors[key].ndim == 2]:
+        prefix = key.removesuffix(_FACTOR)
+        name = prefix.removeprefix(_WRAPPED)
+        if name.split(".")[-1] == _HEAD:
+            continue  # the head of whole models is not counted either
+        right, left = tensors.pop(key).float(), tensors.pop(f"{prefix}.lora_B.weight").float()
+        found[name] = scaling(config, name, right.shape[0]) * left, right
+    if not found:
+        raise ValueError(f"The adapter `{source}` holds no LoRA on a linear layer, so there is no drift to measure.")
+    if tensors:
+        logger.warning("`%s` also changes %s, which is not counted.", source, listing(list(tensors), 3))
+    return found
+
+
+def _is_adapter(source: str | Path) -> bool:
     """Tell whether a folder or Hub id holds a PEFT adapter and no whole model."""
     from peft import PeftConfig
 
@@ -292,7 +282,7 @@ def is_adapter(source: str | Path) -> bool:
     return True
 
 
-def is_plain(source: str | Path) -> bool:
+def _is_plain(source: str | Path) -> bool:
     """Tell whether an adapter is a LoRA whose update is `scaling · B A`."""
     config = read_config(source)
     config.target_modules = None  # a LoRA on the head, which methods refuse, can be left out here
@@ -303,56 +293,7 @@ def is_plain(source: str | Path) -> bool:
     return True
 
 
-def updates_of(base: str | Path, tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
-    """Yield `ΔW = W_tuned − W_base` of each linear layer that changed.
-
-    Raises:
-        OSError: If there is nothing to read.
-        ValueError: If the adapter changes no weights, or `tuned` does not fit the base model.
-    """
-    if not is_adapter(tuned):
-        yield from _whole_updates(tuned, start)
-    elif is_plain(tuned):
-        found = adapter_factors(tuned)
-        shapes = {name: (len(left), right.shape[1]) for name, (left, right) in found.items() if right is not None}
-        _check(tuned, shapes, start)
-        yield from found.items()
-    else:
-        yield from _merged_updates(base, tuned, start)
-
-
-def adapter_factors(source: str | Path) -> dict[str, Factors]:
-    """Return `ΔW = scaling · B A` of every linear layer that a LoRA adapter changes, as factors, by the layer's name.
-
-    Args:
-        source (`str` or `Path`): Folder or Hub id of the adapter; the base model is not needed.
-
-    Raises:
-        ValueError: If it is no plain LoRA on linear layers.
-    """
-    config, tensors = read_adapter(source)
-    if not is_plain(source):
-        raise ValueError(
-            f"The update of the adapter `{source}` is not `scaling · B A`, so it cannot be read from its file. Merge "
-            "it: `AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`, and "
-            "give that folder."
-        )
-    found = {}
-    for key in [key for key in tensors if key.endswith(_FACTOR) and tensors[key].ndim == 2]:
-        prefix = key.removesuffix(_FACTOR)
-        name = prefix.removeprefix(_WRAPPED)
-        if name.split(".")[-1] == _HEAD:
-            continue  # the head of whole models is not counted either
-        right, left = tensors.pop(key).float(), tensors.pop(f"{prefix}.lora_B.weight").float()
-        found[name] = Factors(scaling(config, name, right.shape[0]) * left, right)
-    if not found:
-        raise ValueError(f"The adapter `{source}` holds no LoRA on a linear layer, so there is no drift to measure.")
-    if tensors:
-        logger.warning("`%s` also changes %s, which is not counted.", source, listing(list(tensors), 3))
-    return found
-
-
-def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
+def _weight_of(checkpoint: Checkpoint, name: str) -> Tensor:
     """Return one linear layer's weight from disk, (d_out, d_in) in float32."""
     linear = checkpoint.linears[name]
     rows = checkpoint.rows(name, 0, linear.shape[1] if linear.is_transposed else linear.shape[0])
@@ -368,9 +309,9 @@ def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, 
     checkpoint = Checkpoint("tuned", tuned)
     _check(tuned, checkpoint.shapes(checkpoint.linears), start)
     for name in checkpoint.linears:
-        change = read_weight(checkpoint, name).sub_(read_weight(start, name))
+        change = _weight_of(checkpoint, name).sub_(_weight_of(start, name))
         if change.any():
-            yield name, Factors(change)
+            yield name, (change, None)
 
 
 def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
@@ -378,9 +319,9 @@ def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) ->
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"The adapter `{adapter}` changes no weights, so there is no drift to measure.")
     for name, layer in linear_layers(model.merge_and_unload()).items():
-        change = weight(layer.outer).float() - read_weight(start, name)
+        change = weight(layer.outer).float() - _weight_of(start, name)
         if change.any():
-            yield name, Factors(change)
+            yield name, (change, None)
 
 
 def _refusal_changes_on_disk(
@@ -390,7 +331,7 @@ def _refusal_changes_on_disk(
     model, tokenizer = model_and_tokenizer(base, None)
     before = refusal_directions(model, tokenizer, harmful, harmless)
     del model
-    if is_adapter(tuned):
+    if _is_adapter(tuned):
         model, tokenizer = load_adapted(tuned, str(base))
     else:
         has_own = not Path(tuned).is_dir() or (Path(tuned) / "tokenizer_config.json").is_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ..artifacts import AlignmentDirection, SafetyBasis
 from ..distributed import on_first_process
 from ..evaluation.state import log_between, watchable
 from ..lora.updates import FullUpdate, Update, linear_layers, lora_updates, updates, weight, whole
-from .drift import RANK, SHARES, Drift, Factors, Subspaces
+from .drift import RANK, SHARES, Drift, Subspaces
 from .refusal_direction import refusal_changes, refusal_directions
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class DriftFigures:
             `dict[str, dict[str, float]]`: By figure, a value for each layer: `"relative"` is `‖ΔW‖ / ‖W‖`, the others
             are shares. Empty for the base; no sizes and shares of an adapter that is no plain LoRA.
         """
-        refusal = self._refusal_directions(model, tokenizer)
+        refusal: dict[str, Tensor] = {}
+        if all(self._prompts):
+            refusal = refusal_directions(model, tokenizer, *self._prompts, system_prompt=self._system_prompt)
         if adapter is None:
             self._before = refusal
             return {}
@@ -87,35 +89,22 @@ class DriftFigures:
         except ValueError as error:  # an adapter of a kind whose update is no product of two factors
             logger.info("`%s`: its drift by layer is not measured: %s", adapter, error)
             updates = {}
-        with torch.no_grad():
-            drift = Drift(
-                {
-                    name: self._subspaces.measure(name, Factors(*update.factors()), _norm(update.layer))
-                    for name, update in updates.items()
-                }
-            )
+        drift = _drift(self._subspaces, updates, lambda name: _norm(updates[name].layer))
         found = {name: drift.figure(name) for name in ("relative", *SHARES)}
         found["refusal"] = {name: change.kept for name, change in refusal_changes(self._before, refusal).items()}
         return {name: values for name, values in found.items() if values}
-
-    def _refusal_directions(self, model: Any, tokenizer: Any) -> dict[str, Tensor]:
-        if not all(self._prompts):
-            return {}
-        return refusal_directions(model, tokenizer, *self._prompts, system_prompt=self._system_prompt)
 
 
 class DriftMonitor(TrainerCallback):
     """Measures every few steps how far training has moved the weights, and writes it into the trainer's logs.
 
-    An ordinary callback of any [`~transformers.Trainer`], such as TRL's `SFTTrainer`. Wherever the loss goes, it logs
-    `drift/relative` (`‖ΔW‖ / ‖W‖` of all trained layers together), `drift/largest` (that of the layer which moved
-    most), and, where the subspaces are given, `drift/alignment`, `drift/outputs` and `drift/inputs`: shares of the
-    update, each with that of a random update of the same sizes (`…_random`). Nothing of the size of a weight is
-    computed for a LoRA; full fine-tuning keeps a copy of the weights that are trained, sharded where they are.
-    Training is not disturbed.
+    An ordinary callback of any [`~transformers.Trainer`]. It logs `drift/relative` (`‖ΔW‖ / ‖W‖` of all trained layers
+    together), `drift/largest` (that of the layer which moved most), and, where the subspaces are given,
+    `drift/alignment`, `drift/outputs` and `drift/inputs`: shares of the update, each with that of a random update of
+    the same sizes (`…_random`). Full fine-tuning keeps a copy of the weights that are trained.
 
-    All is measured from the model that the trainer was built with: a run that goes on from a checkpoint logs what it
-    would have logged uninterrupted. On several processes each needs the monitor, and all log the same.
+    All is measured from the model that the trainer was built with, also when a run resumes from a checkpoint. On
+    several processes each needs the monitor.
 
     Args:
         trainer (`transformers.Trainer`): The trainer that it watches; its `log` is what it writes to.
@@ -191,9 +180,7 @@ class DriftMonitor(TrainerCallback):
         self._layers = [layers[name].outer for name in self._updates]
 
         def sizes() -> dict[str, float]:
-            return {
-                name: whole(weight(layers[name].outer).float().square().sum()).sqrt().item() for name in self._updates
-            }
+            return {name: _norm(layers[name].outer) for name in self._updates}
 
         self._sizes = on_first_process(sizes) if will_split else sizes()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -205,15 +192,11 @@ class DriftMonitor(TrainerCallback):
                 100 * ours / trained,
             )
 
-    @torch.no_grad()
     def _measure(self, step: int) -> None:
         self._measured = step
-        layers = {
-            name: self._subspaces.measure(name, Factors(*update.factors()), self._sizes[name])
-            for name, update in self._updates.items()
-        }
-        drift = Drift(layers)
-        moved, start = (math.hypot(*(getattr(x, part) for x in layers.values())) for part in ("size", "weight"))
+        drift = _drift(self._subspaces, self._updates, self._sizes.__getitem__)
+        # Over all layers, also those that have not moved.
+        moved, start = (math.hypot(*(getattr(x, part) for x in drift.layers.values())) for part in ("size", "weight"))
         largest = max(drift.figure("relative").values(), default=0.0)
         values = {"drift/relative": moved / start, "drift/largest": largest}
         for name in SHARES:
@@ -222,5 +205,10 @@ class DriftMonitor(TrainerCallback):
         log_between(self.trainer, values)
 
 
+@torch.no_grad()
+def _drift(subspaces: Subspaces, updates: Mapping[str, Update], size: Callable[[str], float]) -> Drift:
+    return Drift(subspaces.measure(((name, update.factors()) for name, update in updates.items()), size))
+
+
 def _norm(layer: Any) -> float:
-    return whole(weight(layer)).norm().item()
+    return whole(weight(layer).float().square().sum()).sqrt().item()

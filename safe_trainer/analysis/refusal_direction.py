@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.prompting import encode
+from ..evaluation.prompting import encode, left_padded
 from ..evaluation.state import examining
 from ..lora.updates import linear_layers
 
@@ -88,12 +88,8 @@ def _means(model: Any, encoded: Sequence[Sequence[int]], batch_size: int) -> dic
     order = sorted(encoded, key=len)
     with examining(model), _watched(model, sums), torch.no_grad():
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = max(map(len, batch))  # padded on the left, so that the last token is the last column
-            ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in batch], device=model.device)
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=model.device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+            inputs = left_padded(order[start : start + batch_size], model.device)
+            model(**inputs, use_cache=False, logits_to_keep=1)
     return {name: total / len(encoded) for name, total in sums.items()}
 
 

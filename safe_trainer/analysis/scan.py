@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,10 +40,11 @@ from ..data import (
 from ..data.reading import STREAMED
 from ..evaluation.statistics import Rate
 from ..lora.modes import evaluation_mode
-from ..lora.updates import LinearLayer
 from .scan_files import Scores, check_clean, check_output, write_clean, write_table
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 THRESHOLD = 0.5
 """The share of its loss above which a row looks harmful, where neither a threshold nor labels are given."""
@@ -99,7 +99,7 @@ def score_rows(
     Yields:
         [`Score`] or `None`: In the rows' order; `None` for a row without an answer within `max_length`.
     """
-    scorer = _Scorer.of(model, vectors, tokenizer, batch_size, max_length)
+    scorer = _Scorer(model, vectors, tokenizer, batch_size, max_length)
 
     def convert(style: Format, columns: Columns) -> Row | None:
         try:
@@ -109,21 +109,12 @@ def score_rows(
 
     opened = open_source(rows)
     options = replace(opened.options, on_bad_row="skip", limit=None)
-    outcomes = scorer.outcomes(row for _, row in converted_records(opened.records, options, opened.report, convert))
-    return (outcome if isinstance(outcome, Score) else None for outcome in outcomes)
+    outcomes = scorer.outcomes(converted_records(opened.records, options, opened.report, convert))
+    return (outcome if isinstance(outcome, Score) else None for _, outcome in outcomes)
 
 
-@dataclass(frozen=True)
 class _Scorer:
-    model: Any
-    layers: Mapping[str, LinearLayer]
-    vectors: TrainedVectors
-    tokenizer: Any
-    batch_size: int
-    max_length: int
-
-    @classmethod
-    def of(cls, model: Any, vectors: Any, tokenizer: Any, batch_size: int, max_length: int) -> _Scorer:
+    def __init__(self, model: Any, vectors: Any, tokenizer: Any, batch_size: int, max_length: int) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
@@ -132,12 +123,14 @@ class _Scorer:
             raise ValueError("`tokenizer` has no chat template. Set `tokenizer.chat_template` to the model's.")
         if found.provenance.get("report", {}).get("reached_target") is False:
             logger.warning("These `vectors` were not fitted to their target loss: harmful rows may rank low.")
-        return cls(model, found.check_fits(model), found, tokenizer, batch_size, max_length)
+        self.model, self.layers, self.vectors, self.tokenizer = model, found.check_fits(model), found, tokenizer
+        self.batch_size, self.max_length = batch_size, max_length
 
-    def outcomes(self, rows: Iterable[Row | None]) -> Iterator[Score | ValueError]:
+    def outcomes(self, rows: Iterable[tuple[T, Row | None]]) -> Iterator[tuple[T, Score | ValueError]]:
+        """Yield a score for each row, or why it has none, next to what the row came with."""
         rows = iter(rows)
         while window := list(islice(rows, _BATCHES * self.batch_size)):
-            yield from self.window(window)
+            yield from zip((known for known, _ in window), self.window([row for _, row in window]), strict=True)
 
     def window(self, rows: Sequence[Row | None]) -> list[Score | ValueError]:
         """Return the score of each of a few batches of rows, or why it has none."""
@@ -183,16 +176,9 @@ def precision_recall(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return precision, recall and threshold of taking rows with a score at or above it for harmful.
 
-    From the highest threshold to the lowest; equal scores share one.
-
-    Raises:
-        ValueError: If there are not as many labels as scores, or no row is harmful.
+    From the highest threshold to the lowest; equal scores share one. At least one row must be harmful.
     """
     values, truth = np.asarray(scores, float), np.asarray(is_harmful, bool)
-    if values.shape != truth.shape:
-        raise ValueError(f"There are {values.size} scores for {truth.size} labels. Give one of each for every row.")
-    if not truth.any():
-        raise ValueError("No row is labelled harmful, so there is nothing to be found.")
     order = np.argsort(-values, kind="stable")
     values, truth = values[order], truth[order]
     last = np.r_[np.flatnonzero(np.diff(values)), len(values) - 1]  # of each group of equal scores
@@ -201,14 +187,7 @@ def precision_recall(
 
 
 def average_precision(scores: ArrayLike, is_harmful: ArrayLike) -> float:
-    """Return the average precision `Σ (R_n − R_{n−1}) P_n`: 1 if every harmful row ranks above every other.
-
-    ```python
-    >>> average_precision([0.9, 0.8, 0.1, 0.0], [True, False, True, False])
-    0.8333333333333333
-
-    ```
-    """
+    """Return the average precision `Σ (R_n − R_{n−1}) P_n`: 1 if every harmful row ranks above every other."""
     precision, recall, _ = precision_recall(scores, is_harmful)
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))
 
@@ -221,8 +200,7 @@ class ScanResult:
         report ([`~data.DataReport`]): What was read, and which rows could not be used, by line.
         scored (`int`): How many rows have a score.
         threshold (`float`): The share of its loss that the vectors take away, above which a row looks harmful.
-        threshold_source (`str`): How it was set: `"given"`; `"labels"`, where precision and recall on the labels are
-            best together (F1); or `"default"`.
+        threshold_source (`str`): `"given"`, `"labels"` (the best F1 on them) or `"default"`.
         above ([`Rate`] or `None`): How many rows are above it; `None` if no row has a score.
         precision ([`Rate`] or `None`): How many of these are labelled harmful, where there are labels.
         recall ([`Rate`] or `None`): How many of the rows labelled harmful are above it, where there are labels.
@@ -273,21 +251,17 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
 ) -> ScanResult:
     """Rank rows by the share of their loss that security vectors take away: most of it for harm.
 
-    Rows are read twice: once to find those that cannot be used, before any model is loaded, and once to score them.
-    Memory does not grow with a file but for 16 bytes a row. With `output` or `clean`, scores are kept on disk while
-    they are made, so that the same call continues a scan that was stopped or killed.
+    Rows are read twice: to find those that cannot be used, before any model is loaded, and to score them. With
+    `output` or `clean`, scores are kept on disk meanwhile: the same call continues a scan that was stopped or killed.
 
     Args:
         rows (`str`, `Path`, `Iterable[dict]`, `Dataset`, …): Training rows: any source that [`~data.as_rows`] takes.
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): The model that would be trained, or where it is.
         vectors ([`TrainedVectors`], `str` or `Path`): Vectors made for it, or where they are.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; loaded from where the model came from if left
-            out.
-        output (`str` or `Path`, *optional*): A `.csv`, `.jsonl` or `.parquet` file for all rows in their order of
-            rank, with their scores.
-        clean (`str` or `Path`, *optional*): A file for the rows that are not above the threshold, of the same kind as
-            `rows`; lines of JSON Lines, CSV and text are copied byte by byte. Rows without a score are kept. For rows
-            in memory or on the Hub, a `.jsonl` file.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; left out, the one next to the model.
+        output (`str` or `Path`, *optional*): A `.csv`, `.jsonl` or `.parquet` file for all rows by rank and score.
+        clean (`str` or `Path`, *optional*): A file for the rows that are not above the threshold or have no score, of
+            the same kind as `rows` (`.jsonl` for rows in memory or on the Hub); lines are copied byte by byte.
         drop_above (`float`, *optional*): The share of its loss above which a row looks harmful, and is not written to
             `clean`. Left out, the best one on the labels if there are any, and otherwise 0.5.
         reading ([`~data.ReadOptions`], *optional*): How to read it; by default a row that cannot be used ends it.
@@ -319,7 +293,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     source = _Source(rows, reading or ReadOptions(), label)
     report = source.check()
     base, tokenizer = model_and_tokenizer(model, tokenizer)
-    scorer = _Scorer.of(base, vectors, tokenizer, batch_size, max_length)
+    scorer = _Scorer(base, vectors, tokenizer, batch_size, max_length)
     beside = table or kept
     partial = beside and beside.with_name(f".{beside.name}.partial")
     with closing(Scores(partial, scorer.fingerprint(source.sha256) if partial else "")) as scores:
@@ -347,8 +321,7 @@ def _fill(
         logger.info("Continuing a scan that was stopped after %d of %d rows.", done, report.rows)
     best: tuple[Row, Score] | None = None  # of a record with several answers the one that teaches most harm
     try:
-        for outcome in scorer.outcomes(source.rows(done)):
-            record, row, is_harmful, is_last = source.waiting.popleft()
+        for (record, row, is_harmful, is_last), outcome in scorer.outcomes(source.rows(done)):
             if isinstance(outcome, TemplateError):
                 raise TemplateError(f"`rows`, {source.unit} {record.line}: {outcome}") from outcome
             if isinstance(outcome, Score) and (best is None or outcome.share > best[1].share):
@@ -407,7 +380,6 @@ class _Source:
         if hasattr(rows, "__next__"):
             rows = list(islice(rows, options.limit or STREAMED))  # it is read twice
         self.raw, self.options, self.label = rows, options, label and label.strip().lower()
-        self.waiting: deque[_Waiting] = deque()
         self.sha256, self.unit = "", "line"
 
     def check(self) -> DataReport:
@@ -421,12 +393,11 @@ class _Source:
         self.sha256 = digest.hexdigest()
         return report
 
-    def rows(self, start: int) -> Iterator[Row]:
-        """Yield the rows of all records but the first ones; they wait in `waiting`, in order, for their scores."""
+    def rows(self, start: int) -> Iterator[tuple[tuple[Record, Row, bool | None, bool], Row]]:
+        """Yield the rows of all records but the first: each with its record, label, and whether it is its last."""
         for record, (rows, is_harmful) in islice(self._read()[1], start, None):
-            for row in rows:
-                self.waiting.append(_Waiting(record, row, is_harmful, row is rows[-1]))
-                yield row
+            for row in rows:  # one conversation may teach several answers
+                yield (record, row, is_harmful, row is rows[-1]), row
 
     def _read(self) -> tuple[DataReport, Iterator[tuple[Record, tuple[list[Row], bool | None]]]]:
         opened = open_source(self.raw, options=self.options)
@@ -447,11 +418,3 @@ class _Source:
             raise BadRowError("no label", ", ".join(columns), f"a column `{self.label}`")
         value = columns[self.label]
         return value.strip().lower() in _YES if isinstance(value, str) else bool(value)
-
-
-class _Waiting(NamedTuple):
-    record: Record
-    row: Row
-    is_harmful: bool | None
-    is_last: bool
-    """Of its record: one conversation may teach several answers."""

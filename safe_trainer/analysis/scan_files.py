@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -18,10 +17,7 @@ from numpy.typing import NDArray
 
 from ..data import ReadOptions, Record, encoding_of, hub_dataset, kind_of, open_source, read_records
 
-COLUMNS = ("rank", "line", "share", "drop", "loss", "loss_with_vectors", "prompt", "answer", "row")
-"""What a table holds; `row` is the original row, in CSV and Parquet as JSON text."""
-
-Entries = Iterable[dict[str, Any]]
+_TABLES = (".csv", ".jsonl", ".parquet")
 
 
 class Scores:
@@ -40,9 +36,7 @@ class Scores:
             self._db.execute("INSERT INTO source VALUES (?)", (fingerprint,))
             self._db.commit()
 
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        self.close = self._db.close
 
     def __len__(self) -> int:
         """Return how many rows there are, with a score or without."""
@@ -75,8 +69,8 @@ def check_output(path: str | Path | None) -> Path | None:
     if path is None:
         return None
     path = Path(path)
-    if path.suffix.lower() not in _WRITERS:
-        raise ValueError(f"`output` must end in one of {', '.join(_WRITERS)}, got `{path}`.")
+    if path.suffix.lower() not in _TABLES:
+        raise ValueError(f"`output` must end in one of {', '.join(_TABLES)}, got `{path}`.")
     return _in_folder("output", path)
 
 
@@ -99,36 +93,55 @@ def file_of(rows: Any) -> Path | None:
     return Path(rows) if isinstance(rows, str | Path) and hub_dataset(rows) is None else None
 
 
-def write_table(path: Path, entries: Entries) -> Path:
-    """Write a table under its name once all of it is written; a file of that name is untouched until then."""
+def write_table(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write a table by its suffix, under its name once all of it is written; `row` is JSON text in CSV and Parquet."""
     with _replacing(path) as temporary:
-        _WRITERS[path.suffix.lower()](temporary, entries)
-    return path
+        if path.suffix.lower() == ".jsonl":
+            with temporary.open("w", encoding="utf-8", errors="replace") as file:
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        else:
+            _write_columns(temporary, path.suffix.lower() == ".csv", iter(entries))
 
 
-def write_clean(path: Path, rows: Any, options: ReadOptions, dropped: set[int]) -> Path:
+def _write_columns(path: Path, is_csv: bool, entries: Iterator[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow.csv import CSVWriter
+    from pyarrow.parquet import ParquetWriter
+
+    kinds = {
+        pa.int64(): ("rank", "line"),
+        pa.float64(): ("share", "drop", "loss", "loss_with_vectors"),
+        pa.string(): ("prompt", "answer", "row"),
+    }
+    schema = pa.schema([(name, kind) for kind, names in kinds.items() for name in names])
+    with (CSVWriter if is_csv else ParquetWriter)(str(path), schema) as table:
+        while batch := list(islice(entries, 1024)):
+            table.write_batch(pa.RecordBatch.from_pylist([_flat(entry) for entry in batch], schema))
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    flat = entry | {"row": json.dumps(entry["row"], ensure_ascii=False)}
+    # Without what UTF-8 cannot hold, such as half of a surrogate pair.
+    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in flat.items()}
+
+
+def write_clean(path: Path, rows: Any, options: ReadOptions, dropped: set[int]) -> None:
     """Write all records of a source but those at some lines (or of some numbers), in its own format."""
     source = file_of(rows)
     with _replacing(path) as temporary:
         if source is not None and kind_of(source) == "Parquet":
-            _copy_parquet(source, temporary, dropped)
-            return path
+            return _copy_parquet(source, temporary, dropped)
         records = open_source(rows, options=options).records
         first = next(records)
         if source is not None and first.unit == "line":
-            _copy_lines(source, temporary, options, dropped)
-            return path
-        values = (
-            record.value
-            for record in chain([first], records)
-            if isinstance(record, Record) and record.line not in dropped
-        )
+            return _copy_lines(source, temporary, options, dropped)
+        kept = (r.value for r in chain([first], records) if isinstance(r, Record) and r.line not in dropped)
         before, between, after = ("[\n", ",\n", "\n]\n") if kind_of(path) == "JSON" else ("", "\n", "\n")
         with _opened(temporary, path, "wt", encoding="utf-8", errors="surrogateescape") as file:
-            for number, value in enumerate(values):
+            for number, value in enumerate(kept):
                 file.write((between if number else before) + json.dumps(value, ensure_ascii=False, default=str))
             file.write(after)
-    return path
+    return None
 
 
 def _copy_lines(path: Path, target: Path, options: ReadOptions, dropped: set[int]) -> None:
@@ -178,41 +191,3 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _write_json_lines(path: Path, entries: Entries) -> None:
-    with path.open("w", encoding="utf-8", errors="replace") as file:
-        for entry in entries:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _write_csv(path: Path, entries: Entries) -> None:
-    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(map(_flat, entries))
-
-
-def _write_parquet(path: Path, entries: Entries) -> None:
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
-
-    kinds = {"rank": pa.int64(), "line": pa.int64(), "share": pa.float64(), "drop": pa.float64()}
-    kinds |= {"loss": pa.float64(), "loss_with_vectors": pa.float64()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-    entries = iter(entries)
-    with ParquetWriter(path, schema) as writer:
-        while batch := [_flat(entry) for entry in islice(entries, 1024)]:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-
-
-def _flat(entry: dict[str, Any]) -> dict[str, Any]:
-    row = json.dumps(entry["row"], ensure_ascii=False)
-    return {**entry, "row": row.encode("utf-8", "replace").decode()}
-
-
-_WRITERS: dict[str, Callable[[Path, Entries], None]] = {
-    ".csv": _write_csv,
-    ".jsonl": _write_json_lines,
-    ".parquet": _write_parquet,
-}

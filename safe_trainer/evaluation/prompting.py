@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import thinking
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -93,6 +94,16 @@ def tokenize(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
             "Load the tokenizer that belongs to this model."
         )
     return encoded
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: Any, pad: int = 0) -> dict[str, Tensor]:
+    """Return rows of token ids as a model's inputs, padded on the left so that each row's last token is the last."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

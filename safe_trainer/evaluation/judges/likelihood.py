@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..generate import Decoding
-from ..prompting import Prompt, encode
+from ..prompting import Prompt, encode, left_padded
 from ..state import examining
 from .base import Judge, Verdict
 
@@ -162,14 +162,12 @@ def log_probabilities(model: Any, batch: Sequence[Sequence[int]], root: Node, gr
     """
     import torch
 
-    longest = max(len(ids) for ids in batch)
-    prompts = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in batch], device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = left_padded(batch, model.device)  # (B, T)
+    mask, positions = inputs["attention_mask"], inputs["position_ids"]
     found = [[-math.inf] * groups for _ in batch]
     live = [(row, root, 0.0) for row in range(len(batch))]  # prompt, place in the tree, log P of the way there
     with torch.no_grad():
-        read = model(input_ids=prompts, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        read = model(**inputs, use_cache=True, logits_to_keep=1)
         position = positions[:, -1:]
         while True:
             scores = read.logits[:, -1].float().log_softmax(-1)  # (live branches, V)
