@@ -477,7 +477,7 @@ def test_two_machines_without_a_common_disk_train_together_and_are_told_what_res
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
 
 
-# ---- the README
+# ---- the documentation
 
 
 NAMES = {
@@ -491,8 +491,8 @@ COLUMNS = {"DDP": "ddp", "FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 COLUMNS |= {"FSDP1": "fsdp1", "tensor parallel": "tensor"}
 
 
-def test_the_readme_says_of_every_method_and_strategy_what_is_tested_here():
-    lines = (ROOT / "README.md").read_text().splitlines()
+def test_the_documentation_says_of_every_method_and_strategy_what_is_tested_here():
+    lines = (ROOT / "docs" / "distributed.md").read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| | DDP | FSDP2 |"))
     heads = [cell.strip() for cell in lines[start].strip("|").split("|")][1:]
     rows = [
