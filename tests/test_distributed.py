@@ -484,6 +484,7 @@ NAMES = {
     "`AsFT`": "asft",
     "`SaLoRA`": "salora",
     "`DriftPenalty`": "drift_penalty",
+    "`RefusalAnchor`": "refusal_anchor",
     "`SecurityVectors`, fitted beforehand": "security_vectors: loaded",
     "`SecurityVectors`, fitted in the run": "security_vectors",
 }
