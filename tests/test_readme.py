@@ -42,6 +42,8 @@ def home(tmp_path):
     """The folder of a reader: models, a dataset, files of their own, and an adapter that another program trained."""
     for name, source in MODELS.items():
         shutil.copytree(source, tmp_path / name)
+    for name in ("recipes", "safe_trainer"):  # what a checkout has
+        (tmp_path / name).symlink_to(ROOT / name)
     rows = {
         "trl-lib/Capybara/train.jsonl": testbed.benign_rows(4),
         "PKU-Alignment/BeaverTails/train.jsonl": [
