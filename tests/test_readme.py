@@ -1,6 +1,7 @@
 """Every block of code in the README and in `docs/` does what it says, each document in one folder from top to bottom.
 
-The models that they name are folders of that name here, with the embedded pair in them; nothing is looked up elsewhere.
+The models that they name are folders of that name here, with the embedded pair in them; nothing is looked up
+elsewhere.
 """
 
 from __future__ import annotations
