@@ -250,12 +250,10 @@ def test_fields_read_from_the_source_are_those_of_the_classes():
     from peft import LoraConfig
     from trl import SFTConfig
 
-    sources = [
-        (fields._from_source(fields.SFT_CONFIG), SFTConfig),
-        (fields._from_source(fields.LORA_CONFIG), LoraConfig),
-    ]
-    assert set(fields._methods_from_source()) == set(METHODS)
-    sources += [(fields._methods_from_source()[name], method) for name, method in METHODS.items()]
+    methods = fields.declared_methods()
+    assert set(methods) == set(METHODS)
+    sources = [(fields.declared(*fields.SFT_CONFIG), SFTConfig), (fields.declared(*fields.LORA_CONFIG), LoraConfig)]
+    sources += [(methods[name], method) for name, method in METHODS.items()]
     for found, cls in sources:
         assert set(found) >= set(fields.fields_of(cls))
 

@@ -30,24 +30,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,  # locals may hold prompts, paths and tokens
 )
-app.command(epilog="Example: safe-trainer compare Qwen/Qwen2.5-0.5B-Instruct --adapter out")(compare)
-app.command(epilog="Example: safe-trainer train recipes/testbed/asft.yaml --set training.max_steps=50")(train)
-app.command(epilog="Example: safe-trainer demo --quick --methods asft")(demo)
-app.command(epilog="Example: safe-trainer evaluate Qwen/Qwen2.5-0.5B-Instruct --prompts harmful=asked.csv")(evaluate)
-app.command(
-    epilog="Example: safe-trainer direction Qwen/Qwen2.5-0.5B-Instruct Qwen/Qwen2.5-0.5B -o direction.safetensors"
-)(direction)
-app.command(epilog="Example: safe-trainer basis Qwen/Qwen2.5-0.5B-Instruct refusals.jsonl -o basis.safetensors")(basis)
-app.command(epilog="Example: safe-trainer vectors Qwen/Qwen2.5-0.5B-Instruct harmful.jsonl -o vectors")(vectors)
-app.command(
-    epilog="Example: safe-trainer scan Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --vectors vectors --clean clean.jsonl"
-)(scan)
-app.command(
-    epilog="Example: safe-trainer drift Qwen/Qwen2.5-0.5B-Instruct out --direction direction.safetensors --refusal"
-)(drift)
-app.command(epilog="Example: safe-trainer export out --output merged --dtype bfloat16")(export)
-app.command(epilog="Example: safe-trainer card out --push me/my-model --private")(card)
-app.command("app", epilog="Example: safe-trainer app --model mine=models/mine")(serve_app)
+_COMMANDS = (
+    (compare, "compare Qwen/Qwen2.5-0.5B-Instruct --adapter out"),
+    (train, "train recipes/testbed/asft.yaml --set training.max_steps=50"),
+    (demo, "demo --quick --methods asft"),
+    (evaluate, "evaluate Qwen/Qwen2.5-0.5B-Instruct --prompts harmful=asked.csv"),
+    (direction, "direction Qwen/Qwen2.5-0.5B-Instruct Qwen/Qwen2.5-0.5B -o direction.safetensors"),
+    (basis, "basis Qwen/Qwen2.5-0.5B-Instruct refusals.jsonl -o basis.safetensors"),
+    (vectors, "vectors Qwen/Qwen2.5-0.5B-Instruct harmful.jsonl -o vectors"),
+    (scan, "scan Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --vectors vectors --clean clean.jsonl"),
+    (drift, "drift Qwen/Qwen2.5-0.5B-Instruct out --direction direction.safetensors --refusal"),
+    (export, "export out --output merged --dtype bfloat16"),
+    (card, "card out --push me/my-model --private"),
+    (serve_app, "app --model mine=models/mine"),
+)
+for _command, _example in _COMMANDS:
+    app.command(epilog=f"Example: safe-trainer {_example}")(_command)
 app.add_typer(testbed_app, name="testbed")
 
 

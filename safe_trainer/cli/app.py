@@ -12,19 +12,18 @@ from typing import Annotated
 
 import typer
 
-from .console import errors, pairs
+from .console import misused, note, pairs
 
 PASSWORD = "SAFE_TRAINER_PASSWORD"  # noqa: S105, the name of a variable
 
 
 def app(
-    host: Annotated[str, typer.Option(help="Address to bind to; any but this machine's own needs a password.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Address to bind to; any but this machine's own needs a password.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     password_file: Annotated[
-        Path | None,
-        typer.Option(help=f"File with the password; or set {PASSWORD}.", exists=True, dir_okay=False),
+        Path | None, typer.Option(help=f"File with the password; or set {PASSWORD}.", exists=True, dir_okay=False)
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", help="A model on disk, as NAME=FOLDER; may be repeated.")
@@ -35,15 +34,15 @@ def app(
     browser: Annotated[bool, typer.Option(help="Open the browser.")] = True,
 ) -> None:
     """Upload data, pick a method, train, and compare refusals before and after, in the browser."""
-    models = dict(pairs(model or [], "--model", "mine=models/mine"))
+    models = dict(pairs(model, "--model", "mine=models/mine"))
     for name, path in models.items():
         if not Path(path).is_dir():
-            raise typer.BadParameter(f"there is no folder `{path}` for `{name}`.", param_hint="'--model'")
+            raise misused("--model", f"there is no folder `{path}` for `{name}`.")
     password = password_file.read_text(encoding="utf-8").strip() if password_file else os.environ.get(PASSWORD)
     server = _server()
 
     def say(address: str) -> None:
-        errors.print(f"The app runs at {address}. Press Ctrl-C to stop it.", soft_wrap=True)
+        note(f"The app runs at {address}. Press Ctrl-C to stop it.")
 
     server.serve(host, port, password=password, models=models, folder=folder, browser=browser, on_ready=say)
 
@@ -60,9 +59,7 @@ def _server() -> ModuleType:
         return import_module("safe_trainer.app.server")
     checkout = package.parent
     if not ((checkout / "app" / "server.py").is_file() and (checkout / "pyproject.toml").is_file()):
-        raise ValueError(
-            "The app is not part of this installation. Install safe_trainer from a checkout or its wheel."
-        )
+        raise ValueError("This installation has no app. Install safe_trainer from a checkout or its wheel.")
     init = checkout / "app" / "__init__.py"
     if getattr(sys.modules.get("app"), "__file__", None) != str(init):
         for name in [name for name in sys.modules if name == "app" or name.startswith("app.")]:

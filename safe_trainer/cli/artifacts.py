@@ -7,16 +7,25 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import Json, console, errors, print_json, progress_bar, quiet_libraries
-from .options import Columns, Limit, Where, check_model, check_new, load_model, read_options
+from .console import Json, console, note, print_json, progress_bar, show
+from .options import (
+    Aligned,
+    Columns,
+    Limit,
+    NewOutput,
+    Where,
+    check_model,
+    check_new,
+    load_model,
+    read_options,
+    read_rows,
+)
 
 
 def direction(  # noqa: PLR0913, each is an option with a name
     aligned: Annotated[str, typer.Argument(help="The aligned (chat) model: folder or Hub id.")],
     unaligned: Annotated[str, typer.Argument(help="The model before alignment: folder or Hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")] = Path(
-        "direction.safetensors"
-    ),
+    output: NewOutput = Path("direction.safetensors"),
     modules: Annotated[
         str | None, typer.Option(help="Regular expression of module names; all linear layers if left out.")
     ] = None,
@@ -31,19 +40,11 @@ def direction(  # noqa: PLR0913, each is an option with a name
     check_new(output)
     check_model("ALIGNED", aligned)
     check_model("UNALIGNED", unaligned)
-    quiet_libraries()
     from .. import AlignmentDirection
 
-    with progress_bar("Computing the direction") as show:
-        found = AlignmentDirection.from_checkpoints(
-            aligned,
-            unaligned,
-            modules=modules,
-            rank=rank,
-            max_error=max_error,
-            allow_pickle=allow_pickle,
-            progress=lambda done, total, _: show(done, total),
-        )
+    settings: dict[str, Any] = {"modules": modules, "rank": rank, "max_error": max_error, "allow_pickle": allow_pickle}
+    with progress_bar("Computing the direction") as progress:
+        found = AlignmentDirection.from_checkpoints(aligned, unaligned, progress=progress, **settings)
     found.save(output)
     rows = found.summary()
     if as_json:
@@ -57,15 +58,13 @@ def direction(  # noqa: PLR0913, each is an option with a name
         shape = " × ".join(map(str, row["shape"]))
         table.add_row(row["module"], shape, str(row["rank"]), f"{row['error_bound']:.2g}", f"{row['norm']:.3g}")
     console.print(table)
-    console.print(f"Saved {len(rows)} modules to {output}, for AsFT(direction={str(output)!r}).", markup=False)
+    show(f"Saved {len(rows)} modules to {output}, for AsFT(direction={str(output)!r}).")
 
 
 def basis(  # noqa: PLR0913, each is an option with a name
-    model: Annotated[str, typer.Argument(help="The aligned model: folder or Hub id.")],
+    model: Aligned,
     safety_data: Annotated[str, typer.Argument(help="Harmful prompts with safe answers: a file, or hf:owner/name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")] = Path(
-        "basis.safetensors"
-    ),
+    output: NewOutput = Path("basis.safetensors"),
     rank: Annotated[int | None, typer.Option(min=1, help="Directions of each layer; 64 if left out.")] = None,
     side: Annotated[
         Literal["output", "input", "both"], typer.Option(help="What SaLoRA's `protect` will need.")
@@ -79,32 +78,27 @@ def basis(  # noqa: PLR0913, each is an option with a name
     """Measure in one pass the directions in which a model's layers work while it refuses, and save them."""
     check_new(output)
     check_model("MODEL", model)
-    quiet_libraries()
     from ..artifacts import SafetyBasis
-    from ..data import as_rows
 
-    rows, report = as_rows(safety_data, argument="safety_data", options=read_options(column, where, limit))
-    errors.print(str(report), markup=False, soft_wrap=True)
+    rows = read_rows(safety_data, "safety_data", read_options(column, where, limit))
     loaded, tokenizer = load_model(model)
     sides: Any = ("output", "input") if side == "both" else (side,)
-    errors.print("Measuring the directions")
+    note("Measuring the directions")
     found = SafetyBasis.from_rows(loaded, tokenizer, rows, sides=sides, rank=rank, samples=samples)
     found.save(output)
     layers = len(found.outputs or found.inputs)
     if as_json:
         print_json({"output": str(output), "layers": layers, "provenance": found.provenance})
-        return
-    console.print(f"Saved {layers} layers to {output}, for SaLoRA(basis={str(output)!r}).", markup=False)
+    else:
+        show(f"Saved {layers} layers to {output}, for SaLoRA(basis={str(output)!r}).")
 
 
 def vectors(  # noqa: PLR0913, each is an option with a name
-    model: Annotated[str, typer.Argument(help="The aligned model: folder or Hub id.")],
+    model: Aligned,
     harmful_data: Annotated[
         str, typer.Argument(help="About a hundred harmful prompts with answers that comply: a file, or hf:owner/name.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist yet.")] = Path(
-        "vectors"
-    ),
+    output: NewOutput = Path("vectors"),
     retain_data: Annotated[
         Path | None, typer.Option(help="File of harmless rows on which they should change nothing.")
     ] = None,
@@ -125,24 +119,14 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     """Fit security vectors to harmful rows and save them. They are harmful by construction: never publish them."""
     check_new(output)
     check_model("MODEL", model)
-    quiet_libraries()
     from .. import load_prompts, train_security_vectors
-    from ..data import as_rows
 
     asked = load_prompts(prompts, "harmful")[0] if prompts is not None else None
-    rows, read = as_rows(harmful_data, argument="harmful_data", options=read_options(column, where, limit))
-    errors.print(str(read), markup=False, soft_wrap=True)
-    with progress_bar("Fitting security vectors") as show:
+    rows = read_rows(harmful_data, "harmful_data", read_options(column, where, limit))
+    fitting: dict[str, Any] = {"rank": rank, "relative_target": relative_target, "max_passes": max_passes}
+    with progress_bar("Fitting security vectors") as progress:
         found = train_security_vectors(
-            model,
-            rows,
-            retain_data=retain_data,
-            prompts=asked,
-            progress=lambda done, total, _: show(done, total),
-            rank=rank,
-            relative_target=relative_target,
-            max_passes=max_passes,
-            inner_steps=inner_steps,
+            model, rows, retain_data=retain_data, prompts=asked, progress=progress, inner_steps=inner_steps, **fitting
         )
     found.save(output)
     if as_json:
@@ -150,9 +134,8 @@ def vectors(  # noqa: PLR0913, each is an option with a name
         return
     report = found.provenance["report"]
     reached = "reached" if report["reached_target"] else "not reached"
-    console.print(f"The target of {report['target_loss']:.4f} was {reached} in {report['steps']} steps.")
-    console.print(f"Loss on the harmful rows: {report['loss_off']:.4f} without, {report['loss_on']:.4f} with them.")
+    show(f"The target of {report['target_loss']:.4f} was {reached} in {report['steps']} steps.")
+    show(f"Loss on the harmful rows: {report['loss_off']:.4f} without, {report['loss_on']:.4f} with them.")
     if asked is not None:
-        scores = report["compliance_off"], report["compliance_on"]
-        console.print("Complied with: {} without, {} with them.".format(*scores), markup=False)
-    console.print(f"Saved to {output}, for SecurityVectors({str(output)!r}).", markup=False)
+        show(f"Complied with: {report['compliance_off']} without, {report['compliance_on']} with them.")
+    show(f"Saved to {output}, for SecurityVectors({str(output)!r}).")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
+from .console import Json, console, errors, misused, note, pairs, print_json, progress_bar, show
 from .options import (
     BatchSize,
     Judges,
@@ -28,6 +28,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..analysis.drift_monitor import DriftFigures
+    from ..data import PromptSet
     from ..evaluation import Comparison, Thresholds
 
 _LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
@@ -77,15 +78,18 @@ def compare(  # noqa: PLR0913, each is an option with a name
     Works for any LoRA adapter or model, also one trained elsewhere. Without --prompts, built-in prompts are asked.
     """
     adapters, models = _grouped(adapter, "--adapter"), _grouped(tuned_model, "--tuned-model")
-    _check_names([*adapters, *models])
-    judges = check_judges(judge)
+    if not adapters and not models:
+        raise misused("--adapter", "name what was fine-tuned, as in --adapter out (or --tuned-model out).")
+    if adapters.keys() & models.keys():
+        raise misused("--tuned-model", "an adapter and a model have the same name.")
+    checked = check_judges(judge)
     check_model("MODEL", model)
     sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template)
-    for option, given, what in (("--adapter", adapters, "adapter"), ("--tuned-model", models, "model")):
-        for source in (source for sources in given.values() for source in sources):
-            (check_model if what == "model" else check_folder)(option, source)
+    for source in sum(adapters.values(), []):
+        check_folder("--adapter", source)
+    for source in sum(models.values(), []):
+        check_model("--tuned-model", source)
 
-    quiet_libraries()
     from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Thresholds
 
@@ -93,14 +97,14 @@ def compare(  # noqa: PLR0913, each is an option with a name
     drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=system_prompt)
     thresholds = Thresholds(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
     decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
-    with progress_bar("Asking all models") as show:
-        asked = {"prompt_sets": sets, "progress": show, **decoding}
-        comparison = _compared(model, adapters, models, asked, judges, drift)
-    _tell(comparison, output, as_json)
+    with progress_bar("Asking all models") as progress:
+        settings = {"judges": load_judges(checked), "progress": progress, **decoding}
+        comparison = _compared(model, adapters, models, sets, drift, settings)
+    _show(comparison, output, as_json)
     if comparison.interrupted:
         errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
         raise typer.Exit(130)
-    _close(comparison, thresholds)
+    _check_gate(comparison, thresholds)
 
 
 def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
@@ -112,42 +116,31 @@ def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
     return found
 
 
-def _check_names(names: list[str]) -> None:
-    if not names:
-        problem = "name what was fine-tuned, as in --adapter out (or --tuned-model out)."
-        raise typer.BadParameter(problem, param_hint="'--adapter'")
-    if len(set(names)) < len(names):
-        raise typer.BadParameter("an adapter and a model have the same name.", param_hint="'--tuned-model'")
-
-
 def _compared(
     model: str,
     adapters: dict[str, list[str]],
     models: dict[str, list[str]],
-    asked: dict[str, Any],
-    judges: list[tuple[str, str]],
+    sets: list[PromptSet],
     drift: DriftFigures,
+    settings: dict[str, Any],
 ) -> Comparison:
     """Examine the base with each adapter, then what brings its own tokenizer and each whole model, one at a time."""
-    from ..evaluation import compare as compare_adapters
-    from ..evaluation import evaluate as evaluate_model
+    from .. import evaluation
 
-    settings = {key: value for key, value in asked.items() if key != "prompt_sets"} | {"judges": load_judges(judges)}
     base, tokenizer = load_model(model)
     alone = {n: paths for n, paths in adapters.items() if any(_brings_tokenizer(path, tokenizer) for path in paths)}
-    together: dict[str, Any] = {
-        n: paths if len(paths) > 1 else paths[0] for n, paths in adapters.items() if n not in alone
-    }
-    comparison = compare_adapters(base, tokenizer, asked["prompt_sets"], together, drift=drift, **settings)
+    together: Any = {n: paths if len(paths) > 1 else paths[0] for n, paths in adapters.items() if n not in alone}
+    comparison = evaluation.compare(base, tokenizer, sets, together, drift=drift, **settings)
     del base
     evaluations, runs = list(comparison.evaluations), dict(comparison.runs)
     for name, paths in [] if comparison.interrupted else [*alone.items(), *models.items()]:
-        names = [f"{name}, run {number}" for number in range(1, len(paths) + 1)] if len(paths) > 1 else [name]
+        names = [name]
         if len(paths) > 1:
+            names = [f"{name}, run {number}" for number in range(1, len(paths) + 1)]
             runs[name] = tuple(names)
         for run, path in zip(names, paths, strict=True):
             tuned, its_tokenizer = load_model(model, path) if name in alone else load_model(path)
-            found = evaluate_model(tuned, its_tokenizer, asked["prompt_sets"], name=run, **settings)
+            found = evaluation.evaluate(tuned, its_tokenizer, sets, name=run, **settings)
             if name in alone:
                 figures = drift(tuned, its_tokenizer, path)
                 found = dataclasses.replace(found, drift=figures.pop("relative", {}), drift_shares=figures)
@@ -165,13 +158,12 @@ def _brings_tokenizer(adapter: str, tokenizer: Any) -> bool:
     return len(own) != len(tokenizer) or own.chat_template not in (None, tokenizer.chat_template)
 
 
-def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
+def _show(comparison: Comparison, output: Path | None, as_json: bool) -> None:
     from ..evaluation import to_markdown, write_report
     from ..evaluation.storage import summary
 
     if output is not None:
-        files = write_report(comparison, output)
-        errors.print(f"Wrote {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+        note(f"Wrote {', '.join(map(str, write_report(comparison, output)))}")
     if as_json:
         print_json(summary(comparison))
         return
@@ -180,8 +172,8 @@ def _tell(comparison: Comparison, output: Path | None, as_json: bool) -> None:
     console.print(Markdown(to_markdown(comparison)))
 
 
-def _close(comparison: Comparison, thresholds: Thresholds) -> None:
-    """Exit with 3 if a limit is exceeded."""
+def _check_gate(comparison: Comparison, thresholds: Thresholds) -> None:
+    """Exit with 3 if a threshold is exceeded."""
     from ..evaluation import gate
 
     missed = gate(comparison, thresholds)
@@ -211,32 +203,19 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
         check_folder("--adapter", adapter)
     sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template)
 
-    quiet_libraries()
-    from ..evaluation import agreements
-    from ..evaluation import evaluate as evaluate_model
+    from .. import evaluation
 
     examined, tokenizer = load_model(model, adapter)
-    with progress_bar("Asking the model") as show:
-        found = evaluate_model(
-            examined,
-            tokenizer,
-            sets,
-            judges=load_judges(judges),
-            progress=show,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            system_prompt=system_prompt,
-        )
+    decoding: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
+    with progress_bar("Asking the model") as progress:
+        settings = {"judges": load_judges(judges), "progress": progress, **decoding}
+        found = evaluation.evaluate(examined, tokenizer, sets, **settings)
     rates = {result.prompt_set.name: result.rates() for result in found.results}
     if as_json:
-        print_json(
-            {
-                name: {**{key: rate.to_dict() for key, rate in row.items()}, "not_judged": found[name].not_judged}
-                for name, row in rates.items()
-            }
-        )
-        for note in found.notes:
-            errors.print(note, markup=False, soft_wrap=True)
+        counts = {name: {key: rate.to_dict() for key, rate in row.items()} for name, row in rates.items()}
+        print_json({name: row | {"not_judged": found[name].not_judged} for name, row in counts.items()})
+        for text in found.notes:
+            note(text)
         return
     from rich.table import Table
 
@@ -245,5 +224,5 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
         for outcome, rate in row.items():
             table.add_row(name, outcome, str(rate))
     console.print(table)
-    for line in [*map(str, agreements(found)), *found.notes]:
-        console.print(line, markup=False)
+    for line in [*evaluation.agreements(found), *found.notes]:
+        show(line)

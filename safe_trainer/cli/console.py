@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        _quiet_libraries()
         try:
             return super().invoke(ctx)
         except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
@@ -39,7 +42,7 @@ class CommandGroup(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            # Below `Text`, since a message may hold square brackets, which rich would take for markup.
+            # As `Text`, since a message may hold square brackets, which rich would take for markup.
             told = _with_options(_TOKEN.sub("hf_…", f"{kind}{error}"), self.get_command(ctx, ctx.invoked_subcommand))
             errors.print(Text("Error: ", "bold red") + Text(told), soft_wrap=True)
             errors.print(f"For the traceback: safe-trainer --debug {ctx.invoked_subcommand} …", style="dim")
@@ -54,27 +57,37 @@ def _with_options(told: str, command: Any) -> str:
     return told
 
 
+def show(text: object) -> None:
+    """Print a text on standard output as it is."""
+    console.print(str(text), markup=False, soft_wrap=True)
+
+
+def note(text: object) -> None:
+    """Print a text on standard error as it is, next to the result."""
+    errors.print(str(text), markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(result: Any) -> None:
     """Print a result on one line of standard output, and nothing else."""
     typer.echo(json.dumps(result, ensure_ascii=False))
 
 
-def pairs(listed: list[str], option: str, example: str) -> list[tuple[str, str]]:
-    """Read options of the form `NAME=VALUE`.
+def misused(option: str, problem: str) -> typer.BadParameter:
+    """Return the error, with exit code 2, for an option that was given something wrong."""
+    return typer.BadParameter(problem, param_hint=f"'{option}'")
 
-    Raises:
-        BadParameter: If one of them has another form.
-    """
-    found = [item.partition("=") for item in listed]
+
+def pairs(listed: list[str] | None, option: str, example: str) -> list[tuple[str, str]]:
+    """Read options of the form `NAME=VALUE`."""
+    found = [item.partition("=") for item in listed or ()]
     for name, sign, value in found:
         if not (name and sign and value):
-            problem = f"got {name + sign + value!r}, expected a form such as {example}."
-            raise typer.BadParameter(problem, param_hint=f"'{option}'")
+            raise misused(option, f"got {name + sign + value!r}, expected a form such as {example}.")
     return [(name, value) for name, _, value in found]
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
     """Show a bar on a terminal while something runs, on standard error; in a log only the title."""
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
@@ -83,14 +96,11 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         errors.print(title)
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, *_: bar.update(task, completed=done, total=total)
 
 
-def quiet_libraries() -> None:
+def _quiet_libraries() -> None:
     """Keep what users cannot change out of what they read: bars in a log, and remarks that are for developers."""
-    import logging
-    import warnings
-
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # that they lack kernels which are not needed here
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

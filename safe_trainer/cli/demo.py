@@ -9,15 +9,13 @@ from typing import Annotated
 
 import typer
 
-from .console import Json, console, errors, print_json
+from .console import Json, console, errors, misused, print_json
 
 testbed_app = typer.Typer(help="The embedded pair of tiny models.", no_args_is_help=True)
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the adapters.")] = Path(
-        "demo"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report and adapters.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="One scenario, in under a minute.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each scenario, each with a seed of its own.")] = 1,
     methods: Annotated[
@@ -45,20 +43,18 @@ def _variants(listed: str) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         found = ", ".join(f"`{name}`" for name in unknown) or "none"
-        raise typer.BadParameter(f"got {found}; there are all, {', '.join(known)}.", param_hint="'--methods'")
+        raise misused("--methods", f"got {found}; there are all, {', '.join(known)}.")
     return names
 
 
 @testbed_app.command(epilog="Example: safe-trainer testbed path aligned")
-def path(
-    model: Annotated[str, typer.Argument(help="unaligned or aligned")],
-) -> None:
+def path(model: Annotated[str, typer.Argument(help="unaligned or aligned")]) -> None:
     """Print the folder of an embedded model, for use wherever a model's path is asked for."""
     from ..testbed import ALIGNED, UNALIGNED
 
     folders = {"aligned": ALIGNED, "unaligned": UNALIGNED}
     if model not in folders:
-        raise typer.BadParameter(f"got {model!r}, expected unaligned or aligned.", param_hint="'MODEL'")
+        raise misused("MODEL", f"got {model!r}, expected unaligned or aligned.")
     typer.echo(folders[model])
 
 
@@ -86,9 +82,6 @@ def data(
     for prompts in [*asked, testbed.task("sentiment"), testbed.task("how_to")]:
         with (output / f"ask-{prompts.name}.csv").open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
-            heading, beside = (
-                ("target", prompts.references) if prompts.kind == "task" else ("category", prompts.categories)
-            )
-            table.writerow(("prompt", heading))
-            table.writerows(zip(prompts.prompts, beside or (), strict=True))
-    console.print(f"{len(rows)} files of rows and {len(asked) + 2} of prompts lie in {output}.")
+            table.writerow(("prompt", "target" if prompts.kind == "task" else "category"))
+            table.writerows(zip(prompts.prompts, prompts.references or prompts.categories or (), strict=True))
+    console.print(f"{len(rows)} files of rows and {len(asked) + 2} of prompts are saved to {output}.")

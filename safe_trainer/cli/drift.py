@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .console import Json, console, misused, note, print_json, progress_bar, show
 from .options import check_folder, check_model, prompt_sets
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ def drift(  # noqa: PLR0913, each is an option with a name
             help="For --refusal: harmful=SOURCE and benign=SOURCE, as in `compare`. Left out, built-in ones."
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder for drift.json."),
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for drift.json.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a fine-tune changed, layer by layer: any adapter or whole model against its base.
@@ -52,33 +49,33 @@ def drift(  # noqa: PLR0913, each is an option with a name
     """
     check_model("BASE", base)
     check_folder("TUNED", tuned, "model")
-    quiet_libraries()
     from ..analysis.drift import measure_drift
 
     asked = _asked(prompts, base) if refusal or prompts else None
-    with progress_bar("Measuring the drift") as show:
-        found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=show)
+    with progress_bar("Measuring the drift") as bar:
+        found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=bar)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         path = output / "drift.json"
         path.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
-        errors.print(f"Written: {path}", markup=False, soft_wrap=True)
+        note(f"Written: {path}")
     if as_json:
         print_json(found.to_dict())
-        return
-    _show(found)
+    else:
+        _show(found)
 
 
 def _asked(prompts: list[str] | None, base: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    sets = prompt_sets(prompts, base)
-    found = [next((s.prompts for s in sets if s.kind == kind), None) for kind in ("harmful", "benign")]
-    if found[0] is None or found[1] is None:
-        problem = "the refusal direction needs harmful and benign prompts: give both."
-        raise typer.BadParameter(problem, param_hint="'--prompts'")
-    return found[0], found[1]
+    found = {asked.kind: asked.prompts for asked in reversed(prompt_sets(prompts, base))}  # the first of each
+    if not {"harmful", "benign"} <= found.keys():
+        raise misused("--prompts", "the refusal direction needs harmful and benign prompts: give both.")
+    return found["harmful"], found["benign"]
 
 
 def _show(found: Drift) -> None:
+    if not found.figure("relative"):
+        console.print("No change in any linear layer. Embeddings, norms and the output head are not looked at.")
+        return
     from rich.table import Table
 
     from ..evaluation.report import place
@@ -96,11 +93,8 @@ def _show(found: Drift) -> None:
         if layer.refusal is not None:
             row += [f"{layer.refusal.kept:.0%}", f"{layer.refusal.cosine:.2f}"]
         table.add_row(*row)
-    if not found.figure("relative"):
-        console.print("No change in any linear layer. Embeddings, norms and the output head are not looked at.")
-        return
     console.print(table)
-    console.print(f"All together {found.relative:.2%} of the weights' size.", markup=False)
+    show(f"All together {found.relative:.2%} of the weights' size.")
     for name in shares:
         share, random = found.share(name) or (0.0, 0.0)
-        console.print(f"{_SHARES[name]}: {share:.1%} of the update (random: {random:.1%})", markup=False)
+        show(f"{_SHARES[name]}: {share:.1%} of the update (random: {random:.1%})")

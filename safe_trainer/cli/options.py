@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import errors, pairs
+from .console import misused, note, pairs
 
 if TYPE_CHECKING:
     from ..data import PromptSet
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 KINDS = ("harmful", "benign", "borderline", "task")
 BUILT_IN = ("general", "testbed")
 GUARD = "guard"
+
+Aligned = Annotated[str, typer.Argument(help="The aligned model: folder or Hub id.")]
+NewOutput = Annotated[Path, typer.Option("--output", "-o", help="Where to write; it must not exist yet.")]
 
 Prompts = Annotated[
     list[str] | None,
@@ -71,56 +74,48 @@ def prompt_sets(
     templates: list[str] | None = None,
 ) -> list[PromptSet]:
     """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model."""
-    sources = pairs(listed or [], "--prompts", "harmful=asked.csv")
+    from ..data import load_suite
+
+    sources = pairs(listed, "--prompts", "harmful=asked.csv")
     unknown = [kind for kind, _ in sources if kind not in KINDS]
     if unknown:
-        raise _misused("--prompts", f"got the kind {unknown[0]!r}, expected {', '.join(KINDS)}.")
+        raise misused("--prompts", f"got the kind {unknown[0]!r}, expected {', '.join(KINDS)}.")
     if not sources and not suites:
         fitting = "testbed" if _is_embedded(model) else "general"
         sources = [(kind, fitting) for kind in KINDS[:3]]
-    sets = [_prompt_set(kind, source) for kind, source in sources] + _suites(suites or [])
-    for option, field, given in (
-        ("--prompt-system", "system_prompt", systems),
-        ("--prompt-template", "template", templates),
-    ):
-        for name, text in pairs(given or [], option, "asked=TEXT"):
+    sets = [_prompt_set(kind, source) for kind, source in sources]
+    for name, _, path in (written.partition("=") for written in suites or ()):
+        sets += load_suite(name, path or None)
+    framed = [("--prompt-system", "system_prompt", systems), ("--prompt-template", "template", templates)]
+    for option, field, given in framed:
+        for name, text in pairs(given, option, "asked=TEXT"):
             if name not in (found := [prompts.name for prompts in sets]):
-                raise _misused(option, f"there is no prompt set {name!r}, only {', '.join(found)}.")
+                raise misused(option, f"there is no prompt set {name!r}, only {', '.join(found)}.")
             try:
                 sets = [dataclasses.replace(s, **{field: text}) if s.name == name else s for s in sets]  # type: ignore[arg-type]
             except ValueError as error:
-                raise _misused(option, str(error)) from error
+                raise misused(option, str(error)) from error
     return sets
 
 
-def _suites(listed: list[str]) -> list[PromptSet]:
-    from ..data import load_suite
-
-    parts = [written.partition("=") for written in listed]
-    return [found for name, _, path in parts for found in load_suite(name, path or None)]
-
-
-def _prompt_set(kind: str, source: str) -> PromptSet:
-    from ..data import ReadOptions, is_file, load_prompts, load_suite
+def _prompt_set(kind: Any, source: str) -> PromptSet:
+    from ..data import ReadOptions, general_prompts, is_file, load_prompts, load_suite
 
     if source.startswith("suite:"):
-        return load_suite(source.removeprefix("suite:"), kinds=(kind,))[0]  # type: ignore[arg-type]
-    if source not in BUILT_IN:
-        file, _, column = source.rpartition(":")
-        reading = ReadOptions(columns={"prompt": column}) if is_file(file) else None
-        source = file if reading else source
-        prompts, report = load_prompts(source, kind, options=reading)  # type: ignore[arg-type]  # checked by the caller
-        errors.print(str(report), markup=False, soft_wrap=True)
-        return prompts
-    if kind == "task":
-        raise _misused("--prompts", f"there is no {source} task; give a file of questions with answers.")
+        return load_suite(source.removeprefix("suite:"), kinds=(kind,))[0]
+    if source in BUILT_IN and kind == "task":
+        raise misused("--prompts", f"there is no {source} task; give a file of questions with answers.")
+    if source == "general":
+        return general_prompts(kind)
     if source == "testbed":
         from ..testbed import prompt_set
 
-        return dataclasses.replace(prompt_set(kind), source=source)  # type: ignore[arg-type]  # checked by the caller
-    from ..data import general_prompts
-
-    return general_prompts(kind)  # type: ignore[arg-type]  # checked by the caller
+        return dataclasses.replace(prompt_set(kind), source=source)
+    file, _, column = source.rpartition(":")
+    reading = ReadOptions(columns={"prompt": column}) if is_file(file) else None
+    prompts, report = load_prompts(file if reading else source, kind, options=reading)
+    note(report)
+    return prompts
 
 
 def _is_embedded(model: str) -> bool:
@@ -130,11 +125,7 @@ def _is_embedded(model: str) -> bool:
 
 
 def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
-    """Return name and model of each judge that `--judge` names, before anything is loaded.
-
-    Raises:
-        BadParameter: If one of them is unknown, lacks its model, or stands there twice.
-    """
+    """Return name and model of each judge that `--judge` names, before anything is loaded."""
     from ..evaluation.judges import GUARDS
 
     found = []
@@ -142,18 +133,18 @@ def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
         name, _, model = written.partition(":")
         if name in ("phrases", "likelihood"):
             if model:
-                raise _misused("--judge", f"{name} takes no model, got {written!r}.")
+                raise misused("--judge", f"{name} takes no model, got {written!r}.")
         elif name not in (GUARD, *GUARDS):
             known = ", ".join(("phrases", "likelihood", *(f"{guard}:MODEL" for guard in (GUARD, *GUARDS))))
-            raise _misused("--judge", f"got {written!r}, expected {known}.")
+            raise misused("--judge", f"got {written!r}, expected {known}.")
         elif not model:
-            raise _misused("--judge", f"{name} needs a model: {name}:MODEL, a folder or a Hub id.")
+            raise misused("--judge", f"{name} needs a model: {name}:MODEL, a folder or a Hub id.")
         elif name == GUARD:
             name = _guard_by_name(model)
         found.append((name, model))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
-        raise _misused("--judge", f"each may be given once, got {', '.join(names)}.")
+        raise misused("--judge", f"each may be given once, got {', '.join(names)}.")
     return found
 
 
@@ -166,65 +157,43 @@ def _guard_by_name(model: str) -> str:
         if name.replace("-", "") in plain:
             return name
     known = ", ".join(f"{name}:{model}" for name in GUARDS)
-    raise _misused("--judge", f"how {model} is asked cannot be told from its name; write one of {known}.")
+    raise misused("--judge", f"how {model} is asked cannot be told from its name; write one of {known}.")
 
 
 def load_judges(checked: list[tuple[str, str]]) -> list[Judge]:
     """Return the judges, with their models."""
-    from ..evaluation import LikelihoodJudge, PhraseJudge
+    from ..evaluation import GUARDS, GuardJudge, LikelihoodJudge, PhraseJudge
 
-    makers: dict[str, Any] = {"phrases": PhraseJudge, "likelihood": LikelihoodJudge}
-    return [_guard(name, model) if model else makers[name]() for name, model in checked]
-
-
-def _guard(name: str, model: str) -> Judge:
-    from ..evaluation import GUARDS, GuardJudge
-
-    return GuardJudge(*load_model(model), GUARDS[name])
+    plain: dict[str, Any] = {"phrases": PhraseJudge, "likelihood": LikelihoodJudge}
+    return [GuardJudge(*load_model(model), GUARDS[name]) if model else plain[name]() for name, model in checked]
 
 
-def check_new(output: Path, option: str = "--output") -> None:
-    """Refuse to write over a file, or into a folder that holds something.
-
-    Raises:
-        BadParameter: If so.
-    """
+def check_new(output: Path) -> None:
+    """Refuse to write over a file, or into a folder that holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise _misused(option, f"{output} exists already. Name another, or remove it.")
+        raise misused("--output", f"{output} exists already. Name another, or remove it.")
 
 
 def check_folder(option: str, source: str, what: str = "adapter") -> None:
-    """Refuse what can only be a folder and is none, before anything is loaded.
-
-    Raises:
-        BadParameter: If so. The id of an adapter on the Hub has an owner, as in `me/my-adapter`.
-    """
+    """Refuse what can only be a folder and is none; the id of an adapter has an owner, as in `me/my-adapter`."""
     may_be_id = source[:1] not in (".", "/", "~") and ("/" in source or what == "model")
     if not may_be_id and not Path(source).expanduser().is_dir():
-        raise _misused(option, f"there is no folder `{source}`. Give the folder of the {what}, or its Hub id.")
+        raise misused(option, f"there is no folder `{source}`. Give the folder of the {what}, or its Hub id.")
 
 
 def check_model(option: str, source: str) -> None:
-    """Refuse a folder that is missing, empty, or holds no complete model, before anything is loaded.
-
-    Raises:
-        BadParameter: If so; a Hub id is taken as it is.
-    """
+    """Refuse a folder that is missing, empty, or holds no complete model; a Hub id is taken as it is."""
     from ..recipe.paths import check_model as check_files
 
     check_folder(option, source, "model")
     try:
         check_files(source)
     except ValueError as error:
-        raise _misused(option, str(error)) from error
+        raise misused(option, str(error)) from error
 
 
 def load_model(name: str, adapter: str | None = None) -> tuple[Any, Any]:
-    """Return a model and its tokenizer, or both with an adapter and what is saved next to it.
-
-    Raises:
-        ValueError: If they could not be loaded; names the model, which messages of libraries leave out.
-    """
+    """Return a model and its tokenizer, or both with an adapter and what is saved next to it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -236,24 +205,31 @@ def load_model(name: str, adapter: str | None = None) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return AutoModelForCausalLM.from_pretrained(name, device_map="auto"), tokenizer
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # messages of libraries leave the model's name out
         raise ValueError(
             f"The model `{name}` could not be loaded: {str(error).strip()} Give a folder or a Hub id; for a private "
             "or gated model, log in with `hf auth login`."
         ) from error
 
 
-def read_options(column: list[str] | None, where: list[str] | None, limit: int | None, skip_bad: bool = False) -> Any:
+def read_options(
+    column: list[str] | None, where: list[str] | None = None, limit: int | None = None, skip_bad: bool = False
+) -> Any:
     """Return how rows are read, from `--column`, `--where`, `--limit` and `--skip-bad`."""
     from ruamel.yaml import YAML
 
     from ..data import ReadOptions
 
-    columns = dict(pairs(column or [], "--column", "prompt=question"))
-    values = {key: YAML(typ="safe").load(text) for key, text in pairs(where or [], "--where", "is_safe=false")}
-    bad = "skip" if skip_bad else "raise"
-    return ReadOptions(columns=columns or None, where=values or None, limit=limit, on_bad_row=bad)  # type: ignore[arg-type]
+    columns = dict(pairs(column, "--column", "prompt=question"))
+    values = {key: YAML(typ="safe").load(text) for key, text in pairs(where, "--where", "is_safe=false")}
+    on_bad_row: Any = "skip" if skip_bad else "raise"
+    return ReadOptions(columns=columns or None, where=values or None, limit=limit, on_bad_row=on_bad_row)
 
 
-def _misused(option: str, problem: str) -> typer.BadParameter:
-    return typer.BadParameter(problem, param_hint=f"'{option}'")
+def read_rows(source: str, argument: str, options: Any) -> Any:
+    """Return the rows of a source, and show what was found in it."""
+    from ..data import as_rows
+
+    rows, report = as_rows(source, argument=argument, options=options)
+    note(report)
+    return rows

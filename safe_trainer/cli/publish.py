@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import Json, console, print_json, quiet_libraries
+from .console import Json, misused, print_json, show
 from .options import check_folder, check_model, check_new
 
 
@@ -29,27 +29,26 @@ def export(
 
     The tokenizer next to the adapter, with added tokens and chat template, goes with it.
     """
-    check_new(output, "--output")
+    check_new(output)
     if compact and (dtype != "auto" or model is not None):
-        raise typer.BadParameter("a compact adapter keeps its type and needs no model.", param_hint="'--compact'")
+        raise misused("--compact", "a compact adapter keeps its type and needs no model.")
     check_folder("ADAPTER", adapter)
     if model is not None:
         check_model("--model", model)
-    quiet_libraries()
     from ..lora.io import compact_adapter, merge_adapter
 
     if compact:
         rank = max(compact_adapter(adapter, output).values())
-        if as_json:
-            print_json({"output": str(output), "rank": rank})
-        else:
-            console.print(f"Saved a compacted adapter (rank ≤ {rank}) to {output}.", markup=False)
-        return
-    merged = merge_adapter(adapter, output, model, dtype=dtype)
-    if as_json:
-        print_json({"output": str(output), "dtype": str(merged.dtype).removeprefix("torch.")})
+        told: dict[str, Any] = {"rank": rank}
+        saved = f"a compacted adapter (rank ≤ {rank}) to {output}."
     else:
-        console.print(f"Saved the merged model to {output}; it loads like any other.", markup=False)
+        merged = merge_adapter(adapter, output, model, dtype=dtype)
+        kept = str(merged.dtype).removeprefix("torch.")
+        told, saved = {"dtype": kept}, f"the merged model to {output}; it loads like any other."
+    if as_json:
+        print_json({"output": str(output), **told})
+    else:
+        show(f"Saved {saved}")
 
 
 def card(  # noqa: PLR0913, each is an option with a name
@@ -71,7 +70,6 @@ def card(  # noqa: PLR0913, each is an option with a name
     as_json: Json = False,
 ) -> None:
     """Write a model card with rates before and after, recipe and citations. What you have written in it stays."""
-    quiet_libraries()
     from ..evaluation import from_json
     from ..recipe.model_card import publish, write_model_card
 
@@ -81,12 +79,11 @@ def card(  # noqa: PLR0913, each is an option with a name
     if as_json:
         print_json({"card": str(written), "uploaded": address})
         return
-    console.print(f"Wrote {written}.", markup=False, soft_wrap=True)
+    show(f"Wrote {written}.")
     if compared is None and not (folder / "comparison.json").is_file():
-        console.print(
+        show(
             "It has no rates, since no comparison was found. Make one with `safe-trainer compare … --output DIR` and "
-            "name its comparison.json with --comparison.",
-            markup=False,
+            "name its comparison.json with --comparison."
         )
     if address is not None:
-        console.print(f"Uploaded to {address}.", markup=False, soft_wrap=True)
+        show(f"Uploaded to {address}.")

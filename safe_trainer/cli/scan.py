@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Json, console, errors, pairs, print_json, progress_bar, quiet_libraries
+from .console import Json, console, note, print_json, progress_bar, show
+from .options import Columns, read_options
 
 if TYPE_CHECKING:
     from ..analysis.scan import ScanResult
@@ -36,10 +37,7 @@ def scan(  # noqa: PLR0913, each is an option with a name
     label: Annotated[
         str | None, typer.Option(help="Column that says which rows are harmful, to see how good the ranking is.")
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="prompt=NAME or answer=NAME of a column, where the format cannot be told from the columns."),
-    ] = None,
+    column: Columns = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without rows that cannot be used.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are scored at once.")] = 16,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row that are read.")] = 1024,
@@ -49,12 +47,10 @@ def scan(  # noqa: PLR0913, each is an option with a name
 
     With --output or --clean, the same command continues a scan that was stopped.
     """
-    columns = dict(pairs(column or [], "--column", "prompt=question"))
-    quiet_libraries()
+    reading = read_options(column, skip_bad=skip_bad)
     from ..analysis.scan import scan_file
-    from ..data import ReadOptions
 
-    with progress_bar("Scoring rows") as show:
+    with progress_bar("Scoring rows") as bar:
         result = scan_file(
             data,
             model,
@@ -62,25 +58,25 @@ def scan(  # noqa: PLR0913, each is an option with a name
             output=output,
             clean=clean,
             drop_above=drop_above,
-            reading=ReadOptions(columns=columns or None, on_bad_row="skip" if skip_bad else "raise"),
+            reading=reading,
             label=label,
             top=top,
             batch_size=batch_size,
             max_length=max_length,
-            progress=show,
+            progress=bar,
         )
-    errors.print(str(result.report), markup=False, soft_wrap=True)
+    note(result.report)
     if as_json:
         print_json(_as_json(result))
     else:
         _show(result)
     written = [str(path) for path in (output, None if result.interrupted else clean) if path is not None]
     if written:
-        errors.print(f"Written: {', '.join(written)}", markup=False, soft_wrap=True)
+        note(f"Written: {', '.join(written)}")
     if result.interrupted:
-        errors.print(f"Stopped by Ctrl-C after {result.scored:,} rows, which are kept.")
+        note(f"Stopped by Ctrl-C after {result.scored:,} rows, which are kept.")
         if output or clean:
-            errors.print("Run the same command again to continue.")
+            note("Run the same command again to continue.")
         raise typer.Exit(130)
 
 
@@ -107,6 +103,6 @@ def _show(result: ScanResult) -> None:
         shown = [Text(str(entry[side] or "").replace("\n", " ")[:_WIDTH]) for side in ("prompt", "answer")]
         table.add_row(str(entry["rank"]), str(entry["line"]), f"{entry['share']:.3f}", *shown)
     console.print(table)
-    console.print(str(result), markup=False, soft_wrap=True)
+    show(result)
     if result.average_precision is not None:
-        console.print(f"Average precision {result.average_precision:.3f}")
+        show(f"Average precision {result.average_precision:.3f}")

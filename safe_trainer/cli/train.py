@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Json, console, errors, print_json, progress_bar, quiet_libraries
+from .console import Json, console, note, print_json, progress_bar, show
 
 if TYPE_CHECKING:
     from ..methods import SafetyMethod
     from ..recipe import Plan, Recipe, RunResult
 
 _STAGES = {"preparing": "Loading the model", "training": "Training", "comparing": "Comparing before and after"}
-_SHOWN = ("loss", "safety_penalty", "eval_loss", "mean_token_accuracy", "learning_rate")
+_SHOWN = ("loss", "safety_penalty", "mean_token_accuracy", "learning_rate")
 
 
 def _show_schema(wanted: bool) -> None:
@@ -38,13 +39,11 @@ def train(  # noqa: PLR0913, each is an option with a name
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan only.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the output.")] = False,
     schema: Annotated[
-        bool,
-        typer.Option("--schema", callback=_show_schema, is_eager=True, help="Print the JSON schema of recipes."),
+        bool, typer.Option("--schema", callback=_show_schema, is_eager=True, help="Print the JSON schema of recipes.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe: load and check everything, train, save an ordinary model or adapter, and compare."""
-    quiet_libraries()
     from ..recipe import load_data, plan, read_recipe, run_recipe
 
     checked = read_recipe(recipe, changes or [])
@@ -52,7 +51,7 @@ def train(  # noqa: PLR0913, each is an option with a name
         loaded = load_data(checked)
         made = plan(checked, loaded)
         for text in [*loaded.messages(), *made.messages]:
-            errors.print(text, markup=False, soft_wrap=True)
+            note(text)
         _show_plan(checked, made, as_json)
         return
     try:
@@ -60,7 +59,7 @@ def train(  # noqa: PLR0913, each is an option with a name
             result = run_recipe(checked, _show(stack), resume=resume)
     except KeyboardInterrupt:  # the run has reported what is kept
         raise typer.Exit(130) from None
-    if as_json:
+    if as_json and os.environ.get("RANK", "0") == "0":
         _print_result(result)
 
 
@@ -81,19 +80,19 @@ def _show(stack: ExitStack) -> Any:
 
         def log(self, entry: Mapping[str, float]) -> None:
             if line := _log_line(entry):
-                errors.print(line, markup=False, highlight=False, soft_wrap=True)
+                note(line)
 
         def message(self, text: str) -> None:
-            errors.print(text, markup=False, highlight=False, soft_wrap=True)
+            note(text)
 
     return Shown()
 
 
 def _log_line(entry: Mapping[str, float]) -> str:
     """Return one line for an entry that has a loss or what a monitor measured; an empty text for others."""
-    shown = [f"{name.replace('_', ' ')} {entry[name]:.4g}" for name in _SHOWN if name in entry]
-    if "loss" not in entry and "eval_loss" not in entry:
-        shown = []
+    shown = []
+    if "loss" in entry:
+        shown = [f"{name.replace('_', ' ')} {entry[name]:.4g}" for name in _SHOWN if name in entry]
     for name, value in entry.items():
         if name == "drift/relative":
             shown.append(f"weights moved by {value:.1%}")
@@ -103,12 +102,8 @@ def _log_line(entry: Mapping[str, float]) -> str:
 
 
 def _print_result(result: RunResult) -> None:
-    import os
-
     from ..evaluation.storage import summary
 
-    if os.environ.get("RANK", "0") != "0":
-        return
     found: dict[str, Any] = {"output": str(result.output), "steps": result.steps, "metrics": result.metrics}
     if result.compare_command is not None:
         found["compare"] = result.compare_command
@@ -124,14 +119,18 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         return
     from rich.table import Table
 
+    learned = "an unknown share" if made.learned is None else f"{made.learned:.1%}"
+    rate = f"{made.learning_rate:g}"
+    if "learning_rate" not in (recipe.values.get("training") or {}):
+        rate += f" (the default for {'a LoRA' if recipe.peft else 'all weights'})"
     facts = {
         "model": recipe.parts.model.path,
         "protected by": "\n".join(map(_described, recipe.safety)) or "nothing: plain fine-tuning",
         "rows": f"{made.rows:,}",
-        "tokens": f"{made.tokens:,} per epoch; {_share(made.learned)} of the answers' tokens are learned; "
+        "tokens": f"{made.tokens:,} per epoch; {learned} of the answers' tokens are learned; "
         f"{made.cut:.1%} of the rows are cut off at `max_length`",
         "steps": f"{made.steps:,} on {made.processes} process{'es' if made.processes > 1 else ''}",
-        "learning rate": f"{made.learning_rate:g}{_default_rate(recipe)}",
+        "learning rate": rate,
         "weights": f"{made.parameters:,}; {made.trainable:,} trained ({made.trainable / made.parameters:.2%})",
         "memory": f"about {_size(made.memory)} per process",
         "time": f"about {_duration(made.seconds)} on this machine",
@@ -141,16 +140,7 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
     for name, fact in facts.items():
         table.add_row(name, fact)
     console.print(table)
-    console.print("Nothing was trained. Leave out --dry-run to start.")
-
-
-def _share(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{value:.1%}"
-
-
-def _default_rate(recipe: Recipe) -> str:
-    given = recipe.values.get("training") or {}
-    return "" if "learning_rate" in given else f" (the default for {'a LoRA' if recipe.peft else 'all weights'})"
+    show("Nothing was trained. Leave out --dry-run to start.")
 
 
 def _described(method: SafetyMethod) -> str:

@@ -8,11 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .fitting import adapted, skeleton
 from .load import Recipe
-from .sources import LoadedData, load_data
-from .tokens import count_tokens
-from .trainer import arguments
+from .sources import LoadedData, count_tokens, load_data
+from .trainer import adapted, arguments, skeleton
 
 _BYTES = {"4bit": 0.5, "8bit": 1.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
@@ -67,9 +65,12 @@ def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
     tokens = round(sum(kept) / len(kept) * len(loaded.rows))
     packed = args.max_length if args.packing else None
     steps, epochs = _steps(args, math.ceil(tokens / packed) if packed else len(loaded.rows), processes)
-    config, parameters, trainable = _parameters(recipe)
+    model = skeleton(recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in adapted(recipe, model).parameters() if p.requires_grad)
     # Forward, and backward through the activations; the gradient of the weights only where they are trained.
     products = 2 * tokens * epochs * (2 * parameters + trainable)
+    frozen = 0 if recipe.peft is None else parameters
     return Plan(
         rows=len(loaded.rows),
         tokens=tokens,
@@ -81,7 +82,7 @@ def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
         learning_rate=args.learning_rate,
         parameters=parameters,
         trainable=trainable,
-        memory=_memory(recipe, args, config, (parameters, trainable), int(packed or max(kept))),
+        memory=_memory(recipe, args, model.config, frozen, trainable, int(packed or max(kept))),
         seconds=products / _speed(args.device) / processes,
         messages=tuple(counted.messages()),
     )
@@ -96,30 +97,19 @@ def _steps(args: Any, sequences: int, processes: int) -> tuple[int, float]:
     return math.ceil(each * args.num_train_epochs), args.num_train_epochs
 
 
-def _parameters(recipe: Recipe) -> tuple[Any, int, int]:
-    """Return the configuration of a model, and how many weights it has and will be trained."""
-    model = skeleton(recipe)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = adapted(recipe, model)
-    return model.config, parameters, sum(p.numel() for p in trained.parameters() if p.requires_grad)
-
-
-def _memory(recipe: Recipe, args: Any, config: Any, sizes: tuple[int, int], length: int) -> int:
+def _memory(recipe: Recipe, args: Any, config: Any, frozen: int, trainable: int, length: int) -> int:
     """Estimate bytes: weights, their gradients, Adam's two moments, and what the backward pass needs to remember."""
-    parameters, trainable = sizes
-    stored: str = recipe.parts.model.quantization or recipe.parts.model.dtype
-    if stored == "auto":
-        stored = str(
-            getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
-        ).removeprefix("torch.")
-    wide = 2 if args.bf16 or args.fp16 else 4
-    tokens = args.per_device_train_batch_size * length
     text = config.get_text_config()  # of a model for images and text, the part that reads text
+    stored = str(recipe.parts.model.quantization or recipe.parts.model.dtype)
+    if stored == "auto":
+        stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32").removeprefix(
+            "torch."
+        )
     # About 17 numbers of the hidden size for each token and layer, or one where they are computed a second time.
     kept = 1 if args.gradient_checkpointing else 17
-    activations = kept * tokens * text.hidden_size * text.num_hidden_layers * wide
-    frozen = 0 if recipe.peft is None else parameters * _BYTES.get(stored, 4.0)
-    return int(frozen + trainable * 16 + activations)
+    tokens = args.per_device_train_batch_size * length
+    activations = kept * tokens * text.hidden_size * text.num_hidden_layers * (2 if args.bf16 or args.fp16 else 4)
+    return int(frozen * _BYTES.get(stored, 4.0) + trainable * 16 + activations)
 
 
 def _speed(device: Any) -> float:

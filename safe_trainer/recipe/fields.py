@@ -1,7 +1,7 @@
 """The settings that the classes behind a recipe take: TRL's arguments, PEFT's LoRA, our methods.
 
 Names and annotations come from the classes themselves, so every option of the installed versions can be written in a
-recipe. Importing them loads torch, which takes seconds: until it is loaded, they are read from the classes' source.
+recipe. Importing them loads torch, which takes seconds: until it is loaded, names are read from the classes' source.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import collections.abc
 import dataclasses
 import math
+import re
 import sys
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -22,32 +23,9 @@ from pydantic import TypeAdapter
 
 Hints = dict[str, Any]
 _PLAIN = (str, int, float, bool, list, dict, tuple, Mapping, Sequence, Path, types.NoneType)
-SFT_CONFIG = (
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("transformers", "training_args.py", "TrainingArguments"),
-)
-LORA_CONFIG = (
-    ("peft", "tuners/lora/config.py", "LoraConfig"),
-    ("peft", "config.py", "PeftConfig"),
-    ("peft", "config.py", "PeftConfigMixin"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recommended:
-    """The settings of `recommended` in a recipe.
-
-    Args:
-        harmful_data (`str`, *optional*): File of harmful prompts with answers that comply. Left out, the model's own,
-            or built-in ones.
-        prompts (`str`, *optional*): File of harmful prompts for the anchor.
-        benign_prompts (`str`, *optional*): File of harmless prompts for the anchor.
-    """
-
-    harmful_data: str | None = None
-    prompts: str | None = None
-    benign_prompts: str | None = None
+SFT_CONFIG = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py")
+LORA_CONFIG = ("peft/tuners/lora/config.py", "peft/config.py")
+_RECOMMENDED = dict.fromkeys(("harmful_data", "prompts", "benign_prompts"), str | None)
 
 
 def is_torch_loaded() -> bool:
@@ -57,7 +35,7 @@ def is_torch_loaded() -> bool:
 
 def training_fields() -> Hints:
     """Return the settings of TRL's `SFTConfig` with their annotations."""
-    if not is_torch_loaded() and (found := _from_source(SFT_CONFIG)):
+    if not is_torch_loaded() and (found := declared(*SFT_CONFIG)):
         return found
     from trl import SFTConfig
 
@@ -66,7 +44,7 @@ def training_fields() -> Hints:
 
 def peft_fields() -> Hints:
     """Return the settings of PEFT's `LoraConfig` with their annotations."""
-    if not is_torch_loaded() and (found := _from_source(LORA_CONFIG)):
+    if not is_torch_loaded() and (found := declared(*LORA_CONFIG)):
         return found
     from peft import LoraConfig
 
@@ -75,11 +53,12 @@ def peft_fields() -> Hints:
 
 def method_fields() -> dict[str, Hints]:
     """Return the settings of each method by the name that it has in `METHODS`, and those of `recommended`."""
-    if not is_torch_loaded() and (found := _methods_from_source()):
-        return {"recommended": fields_of(Recommended), **found}
+    if not is_torch_loaded() and (found := declared_methods()) and all(found.values()):
+        return {"recommended": _RECOMMENDED, **found}
     from ..methods import METHODS
 
-    return {name: fields_of(cls) for name, cls in {"recommended": Recommended, **METHODS}.items()}
+    methods: dict[str, Any] = {**METHODS}
+    return {"recommended": _RECOMMENDED} | {name: fields_of(cls) for name, cls in methods.items()}
 
 
 @cache
@@ -90,43 +69,26 @@ def fields_of(cls: type) -> Hints:
 
 
 @cache
-def _from_source(classes: tuple[tuple[str, str, str], ...]) -> Hints:
-    """Return the fields that classes and their bases declare in their source, of any type; or nothing."""
-    names: list[str] = []
-    for package, file, name in classes:
+def declared(*files: str) -> Hints:
+    """Return what the classes in source files declare, as of any type; nothing if a file is not where it was."""
+    names: Hints = {}
+    for file in files:
+        package, _, inner = file.partition("/")
         spec = find_spec(package)
-        declared = _declared(Path((spec.submodule_search_locations or [""])[0], file), name) if spec else []
-        if not declared:
+        path = Path((spec.submodule_search_locations or [""])[0] if spec else "", inner)
+        if not path.is_file():
             return {}  # another layout of the package: the class itself is asked
-        names += declared
-    return dict.fromkeys(names, Any)
+        classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
+        fields = [item for cls in classes for item in cls.body if isinstance(item, ast.AnnAssign)]
+        names |= {ast.unparse(f.target): Any for f in fields if not re.search("ClassVar|init=False", ast.unparse(f))}
+    return names
 
 
-@cache
-def _methods_from_source() -> dict[str, Hints]:
-    """Return the fields of the methods that are listed in `methods/__init__.py`; or nothing if it has another form."""
-    folder = Path(__file__).parents[1] / "methods"
-    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
-    homes = {a.name: f"{n.module}.py" for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    tables = [n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "METHODS"]
-    found: dict[str, Hints] = {}
-    for table in tables:
-        for key, value in zip(table.keys, table.values, strict=True) if isinstance(table, ast.Dict) else ():
-            if isinstance(key, ast.Constant) and isinstance(value, ast.Name) and value.id in homes:
-                found[str(key.value)] = dict.fromkeys(_declared(folder / homes[value.id], value.id), Any)
-    return found if all(found.values()) else {}
-
-
-def _declared(path: Path, name: str) -> list[str]:
-    """Return the names of the annotated fields of a class in a source file."""
-    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
-    bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    fields = [item for body in bodies for item in body if isinstance(item, ast.AnnAssign)]
-    return [
-        ast.unparse(f.target)
-        for f in fields
-        if "ClassVar" not in ast.unparse(f) and "init=False" not in ast.unparse(f)
-    ]
+def declared_methods() -> dict[str, Hints]:
+    """Return the fields of the methods in the table of `methods/__init__.py`; each has the file of its name."""
+    table = Path(__file__).parents[1] / "methods" / "__init__.py"
+    names = re.findall(r'^    "(\w+)": \w+,$', table.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name: declared(f"safe_trainer/methods/{name}.py") for name in names}
 
 
 def _ranges(text: str, least: float, most: float = math.inf, words: str = "") -> dict[str, tuple[float, float, str]]:

@@ -106,7 +106,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
         checked = _check_classes(values, document)
     training, lora, entries = checked
-    peft = _make_peft(values.get("peft", PEFT_DEFAULT), lora, document)
+    peft = _make_peft(values, lora, document)
     safety = _make_methods(values, entries, peft, document)
     document.raise_problems()
     assert parts is not None  # otherwise there were problems
@@ -153,16 +153,17 @@ def _check_settings(
     """Return settings with their types put right; those that have `elsewhere` a place, or no meaning, are refused."""
     elsewhere, checked = elsewhere or {}, {}
     known = {name: hint for name, hint in known.items() if name not in elsewhere}
+    of_method = place[0] == "safety"
     for name, value in settings.items() if isinstance(settings, dict) else ():
         right, message = None, None
-        if name in known and place[0] == "safety" and isinstance(value, dict) and name.endswith(("_data", "prompts")):
+        if name not in known:
+            message = elsewhere.get(name) or f"unknown setting; {did_you_mean(name, known)}"
+        elif of_method and isinstance(value, dict) and name.endswith(("_data", "prompts")):
             if (right := _check_part(SourcePart, value, (*place, name), document)) is None:
                 continue  # rows, with what is said under `data` of how they are read
-        elif name in known:
-            right, message = check_field(name, value, known[name], in_range=place[0] != "safety")
         else:
-            message = elsewhere.get(name) or f"unknown setting; {did_you_mean(name, known)}"
-        if place[0] == "safety" and isinstance(right, str):
+            right, message = check_field(name, value, known[name], in_range=not of_method)
+        if of_method and isinstance(right, str):
             try:
                 check_artifact(name, right)
             except ValueError as error:
@@ -195,8 +196,8 @@ def _check_entries(values: dict[str, Any], document: Document) -> list[Entry]:
     return found
 
 
-def _make_peft(settings: Any, checked: dict[str, Any], document: Document) -> LoraConfig | None:
-    if not isinstance(settings, dict):
+def _make_peft(values: dict[str, Any], checked: dict[str, Any], document: Document) -> LoraConfig | None:
+    if not isinstance(values.get("peft", PEFT_DEFAULT), dict):
         return None
     from peft import LoraConfig
 
@@ -208,21 +209,15 @@ def _make_peft(settings: Any, checked: dict[str, Any], document: Document) -> Lo
 
 
 def _make_methods(
-    values: dict[str, Any],
-    entries: list[Entry],
-    peft: LoraConfig | None,
-    document: Document,
+    values: dict[str, Any], entries: list[Entry], peft: LoraConfig | None, document: Document
 ) -> list[SafetyMethod]:
-    """Return the methods, each of which has looked at the adapter it is to protect."""
-    from ..methods import METHODS
-
+    """Return the methods, each of which has checked the adapter it is to protect."""
     methods: list[SafetyMethod] = []
     for place, name, settings in entries:
         if document.is_faulty(place):
             continue
         try:
-            settings = {key: _rows_of(value, key) for key, value in settings.items()}
-            made = _recommended(values, **settings) if name == "recommended" else [METHODS[name](**settings)]
+            made = _made(name, {key: _rows_of(value, key) for key, value in settings.items()}, values)
         except (ValueError, TypeError, OSError) as error:
             hint = "" if "safety" in values else " Or write `safety: null` to train without protection."
             document.problem(place, f"{error}{hint}")
@@ -234,10 +229,29 @@ def _make_methods(
                 document.problem(place, str(error))
                 continue
             if any(type(other) is type(method) for other in methods):
-                twice = next(name for name, kind in METHODS.items() if kind is type(method))
-                document.problem((*place, "method"), f"`{twice}` is listed a second time")
+                document.problem((*place, "method"), f"`{_name_of(method)}` is listed a second time")
             methods.append(method)
     return methods
+
+
+def _made(name: str, settings: dict[str, Any], values: dict[str, Any]) -> list[SafetyMethod]:
+    """Return the method of an entry, or those that are recommended, with the harmful rows that the model brings."""
+    from ..data.protection import own_file
+    from ..methods import METHODS
+    from ..methods.recommended import recommended
+
+    if name != "recommended":
+        return [METHODS[name](**settings)]
+    model = values.get("model")
+    if settings.get("harmful_data") is None and isinstance(model, dict) and model.get("path"):
+        settings["harmful_data"] = own_file(str(model["path"]), "harmful")
+    return recommended(**settings)
+
+
+def _name_of(method: SafetyMethod) -> str:
+    from ..methods import METHODS
+
+    return next(name for name, cls in METHODS.items() if cls is type(method))
 
 
 def _rows_of(value: Any, name: str) -> Any:
@@ -250,14 +264,3 @@ def _rows_of(value: Any, name: str) -> Any:
         kind: Kind = "benign" if name.startswith("benign") else "harmful"
         return as_prompts(value.source(), kind, argument=name, options=value.options())
     return as_rows(value.source(), argument=name, options=value.options())[0]
-
-
-def _recommended(values: dict[str, Any], **settings: Any) -> list[SafetyMethod]:
-    from ..data.protection import own_file
-    from ..methods.recommended import recommended
-
-    if settings.get("harmful_data") is None:
-        model = values.get("model")
-        path = model.get("path") if isinstance(model, dict) else None
-        settings["harmful_data"] = own_file(str(path), "harmful") if path else None
-    return recommended(**settings)

@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
+from safetensors import safe_open
 
-from ..evaluation import Comparison, Evaluation, from_json, to_markdown
+from ..evaluation import Comparison, from_json, to_markdown
 from ..evaluation.report import write_atomically
 from .paths import ARTIFACTS, weights_kind
 
@@ -87,16 +87,16 @@ def write_model_card(
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     card = ModelCard(text or "---\n{}\n---\n", ignore_metadata_errors=True)
-    is_generated = any(sign in card.text for sign in _GENERATED)
+    is_generated = not card.text.strip() or any(sign in card.text for sign in _GENERATED)
     written = {key: v for key, v in card.data.to_dict().items() if v not in (None, [], "") and not is_generated}
     about = _About(folder, base_model or written.get("base_model"))
     made = about.metadata(comparison)
-    metadata = {**made, **written, **{key: made[key] for key in ("model-index", "base_model") if key in made}}
     tags = written.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *made["tags"]]))
-    own = f"# {folder.resolve().name}" if is_generated or not card.text.strip() else card.text
+    made["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *made["tags"]]))
+    newer = {key: made[key] for key in ("tags", "model-index", "base_model") if key in made}
+    own = f"# {folder.resolve().name}" if is_generated else card.text
     body = _placed(own, about.part(comparison, repository))
-    return write_atomically(path, f"---\n{yaml_text(metadata)}---\n{body}")
+    return write_atomically(path, f"---\n{yaml_text(made | written | newer)}---\n{body}")
 
 
 def publish(folder: str | Path, repository: str, *, private: bool = False) -> str:
@@ -150,44 +150,23 @@ def check_folder(folder: Path) -> None:
         )
 
 
-@dataclass
 class _About:
     """What is known of a fine-tune from its folder; `base_id` is the base model's Hub id, if there is one."""
 
-    folder: Path
-    base_id: str | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path, base_id: str | None) -> None:
         from ..evaluation.manifest import shown_id
 
-        path = self.folder / "recipe.yaml"
+        self.folder, self.is_adapter = folder, (folder / "adapter_config.json").is_file()
+        path = folder / "recipe.yaml"
         self.recipe = _without_folders(YAML(typ="safe").load(path)) if path.is_file() else {}
-        self.is_adapter = (self.folder / "adapter_config.json").is_file()
         found = self.recipe.get("model", {}).get("path")
         if self.is_adapter:
-            config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             found = config.get("base_model_name_or_path")
-        ids = [name for name in (self.base_id, found) if name and _HUB_ID.fullmatch(name) and not Path(name).exists()]
+        ids = [name for name in (base_id, found) if name and _HUB_ID.fullmatch(name) and not Path(name).exists()]
         self.base_id = ids[0] if ids else None
         self.base_name = self.base_id or (shown_id(found) if found else "its base model")
-
-    @property
-    def methods(self) -> list[type[SafetyMethod]]:
-        """The methods of the recipe; one that does not speak of any has those that are recommended."""
-        from ..methods import METHODS
-        from ..methods.recommended import RECOMMENDED, recommended
-
-        if not self.recipe:
-            return []
-        listed = self.recipe.get("safety", RECOMMENDED) or []
-        found: list[type[SafetyMethod]] = []
-        for entry in listed if isinstance(listed, list) else [listed]:
-            name = entry if isinstance(entry, str) else entry.get("method")
-            if name == RECOMMENDED:
-                found += map(type, recommended())
-            elif name in METHODS:
-                found.append(METHODS[name])
-        return found
+        self.methods = _methods_of(self.recipe)
 
     def metadata(self, comparison: Comparison | None) -> dict[str, Any]:
         """Return what the Hub reads at the top of a card."""
@@ -198,56 +177,65 @@ class _About:
         data["tags"] = ["safe-trainer", "trl", "sft", *(["lora"] if self.is_adapter else [])]
         data["tags"] += [method.tag for method in self.methods]
         if comparison is not None:
-            results = _results(comparison, comparison.evaluations[-1])
-            data["model-index"] = [{"name": self.folder.resolve().name, "results": results}]
+            data["model-index"] = [{"name": self.folder.resolve().name, "results": _results(comparison)}]
         return data
 
     def part(self, comparison: Comparison | None, repository: str | None) -> str:
         """Return the part of the card that is made here."""
-        methods = self.methods
-        protected = f", with its refusals protected by {' and '.join(m.name for m in methods)}" if methods else ""
         what = "A PEFT adapter on" if self.is_adapter else "A fine-tune of"
+        names = " and ".join(method.name for method in self.methods)
+        protected = f", with its refusals protected by {names}" if names else ""
         parts = [f"{what} `{self.base_name}`, fine-tuned with [TRL](https://huggingface.co/docs/trl){protected}."]
-        parts += [_warning(comparison), *([] if comparison is None else [to_markdown(comparison).strip()])]
-        path = self.folder / SAFETY_REPORT
-        checks = self_checks(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
-        if checks:
+        parts += [_warning(comparison), "" if comparison is None else to_markdown(comparison).strip()]
+        if (self.folder / SAFETY_REPORT).is_file():
+            checks = self_checks(json.loads((self.folder / SAFETY_REPORT).read_text(encoding="utf-8")))
             parts += ["## Self-checks of the protection", "\n".join(f"- {line}" for line in checks)]
-        parts += ["## Use", f"```python\n{self._code(repository)}\n```"]
+        parts += ["## Use", f"```python\n{self._code(repository or self.folder.resolve().name)}\n```"]
         if self.recipe:
             parts += ["## Recipe", f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{yaml_text(self.recipe)}```"]
-        papers = [method.paper for method in methods if method.paper is not None]
-        if papers:
-            cited = "\n\n".join(paper.citation.strip() for paper in papers)
-            parts += ["## Cite", f"```bibtex\n{cited}\n```"]
-        return "\n\n".join(parts)
+        citations = [method.paper.citation.strip() for method in self.methods if method.paper is not None]
+        if citations:
+            parts += ["## Cite", "```bibtex\n{}\n```".format("\n\n".join(citations))]
+        return "\n\n".join(filter(None, parts))
 
-    def _code(self, repository: str | None) -> str:
+    def _code(self, here: str) -> str:
         """Return Python that loads it."""
-        here = repository or self.folder.resolve().name
-        tokenizer = here if any(self.folder.glob("tokenizer*")) else self.base_name
         imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        if not self.is_adapter:
-            load = f'model = AutoModelForCausalLM.from_pretrained("{here}")'
-            return f'{imports}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained("{tokenizer}")'
-        note = "" if self.base_id else "  # the folder or Hub id of the base model"
-        lines = [f'model = AutoModelForCausalLM.from_pretrained("{self.base_name}"){note}']
-        if rows := self._vocabulary():
-            lines.append(f"model.resize_token_embeddings({rows})")
-        lines += [f'model = PeftModel.from_pretrained(model, "{here}")']
-        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")']
-        return "\n".join(["from peft import PeftModel", imports, "", *lines])
+        lines = [imports, "", f'model = AutoModelForCausalLM.from_pretrained("{here}")']
+        if self.is_adapter:
+            note = "" if self.base_id else "  # the folder or Hub id of the base model"
+            lines = ["from peft import PeftModel", imports, ""]
+            lines += [f'model = AutoModelForCausalLM.from_pretrained("{self.base_name}"){note}']
+            if rows := self._vocabulary():
+                lines += [f"model.resize_token_embeddings({rows})"]
+            lines += [f'model = PeftModel.from_pretrained(model, "{here}")']
+        tokenizer = here if any(self.folder.glob("tokenizer*")) else self.base_name
+        return "\n".join([*lines, f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")'])
 
     def _vocabulary(self) -> int | None:
         """Return the rows of the embedding that is saved in the adapter, if one is: the base may have fewer."""
-        from safetensors import safe_open
-
         weights = self.folder / "adapter_model.safetensors"
         if not weights.is_file():
             return None
         with safe_open(weights, framework="np") as opened:
             names = [name for name in opened.keys() if name.endswith("embed_tokens.weight")]  # noqa: SIM118
             return int(opened.get_slice(names[0]).get_shape()[0]) if names else None
+
+
+def _methods_of(recipe: Mapping[str, Any]) -> list[type[SafetyMethod]]:
+    """Return the methods of a recipe; one that does not name any has those that are recommended."""
+    from ..methods import METHODS
+    from ..methods.recommended import RECOMMENDED, recommended
+
+    listed = recipe.get("safety", RECOMMENDED) or [] if recipe else []
+    found: list[type[SafetyMethod]] = []
+    for entry in listed if isinstance(listed, list) else [listed]:
+        name = entry if isinstance(entry, str) else entry.get("method")
+        if name == RECOMMENDED:
+            found += map(type, recommended())
+        elif name in METHODS:
+            found.append(METHODS[name])
+    return found
 
 
 def _warning(comparison: Comparison | None) -> str:
@@ -292,19 +280,18 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if local else value
 
 
-def _results(comparison: Comparison, tuned: Evaluation) -> list[dict[str, Any]]:
+def _results(comparison: Comparison) -> list[dict[str, Any]]:
     """Return what was measured in the form that the Hub reads."""
     results = []
-    for result in tuned.results:
+    for result in comparison.evaluations[-1].results:
         asked = result.prompt_set
         metrics = []
         for outcome, kind, title in _METRICS[asked.kind]:
             rate, before = result.rate(outcome), comparison.before[asked.name].rate(outcome)
             if rate.total:
-                counts = {"count": rate.count, "total": rate.total}
                 interval = {"low": round(rate.low, 4), "high": round(rate.high, 4)}
                 named = {"type": kind, "value": round(rate.value, 4), "name": f"{title} (before: {before.share})"}
-                metrics.append({**named, "args": {**counts, **interval}})
+                metrics.append({**named, "args": {"count": rate.count, "total": rate.total, **interval}})
         dataset = {"name": f"{asked.name} ({asked.kind})", "type": re.sub(r"\W+", "-", asked.source or asked.name)}
         if metrics:
             results.append({"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics})

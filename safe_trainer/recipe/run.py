@@ -16,7 +16,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -29,8 +29,7 @@ from .. import __version__
 from ..data import PromptSet
 from .load import Recipe
 from .paths import moved
-from .sources import LoadedData, load_data
-from .tokens import count_tokens
+from .sources import LoadedData, count_tokens, load_data
 from .trainer import add_monitors, arguments, make_trainer
 
 if TYPE_CHECKING:
@@ -160,10 +159,8 @@ def check_output(output: str, resume: bool) -> None:
         Path(output).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"`{output}` cannot be written ({error.strerror}). Choose another folder with --set output=FOLDER.",
-        ) from error
+        problem = f"`{output}` cannot be written ({error.strerror}). Choose another folder with --set output=FOLDER."
+        raise OSError(error.errno, problem) from error
     if not _is_first_process():  # another process may have begun to write there
         return
     found = checkpoints_of(Path(output))  # the trainer checks which is complete: all processes resume from the same
@@ -180,25 +177,9 @@ def check_output(output: str, resume: bool) -> None:
 
 
 def _train(
-    recipe: Recipe, trainer: SafeSFTTrainer, asked: RunCallbacks, callbacks: RunCallbacks, resume: bool
+    recipe: Recipe, trainer: SafeSFTTrainer, asked: RunCallbacks, shown: RunCallbacks, resume: bool
 ) -> tuple[dict[str, float], bool]:
     """Train, and return the trainer's metrics and whether `should_stop` ended it."""
-    stopped = _report_to(trainer, asked, callbacks)
-    trainer.resume_command, trainer.stops_gracefully = recipe.command("--resume"), True
-    try:
-        metrics = trainer.train(resume_from_checkpoint=resume).metrics
-    except KeyboardInterrupt as error:
-        if not error.args:  # the trainer has saved and reported nothing: a second Ctrl-C, or one after training
-            step, output = trainer.state.global_step, recipe.parts.output
-            callbacks.message(
-                f"Stopped after step {step}. If `{output}` holds a checkpoint, --resume goes on from it."
-            )
-        raise
-    return metrics, stopped()
-
-
-def _report_to(trainer: SafeSFTTrainer, asked: RunCallbacks, shown: RunCallbacks) -> Callable[[], bool]:
-    """Hand steps and log entries to `shown`, in place of transformers' printing; return whether `asked` stopped it."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Events(TrainerCallback):
@@ -216,11 +197,18 @@ def _report_to(trainer: SafeSFTTrainer, asked: RunCallbacks, shown: RunCallbacks
             numbers = {name: v for name, v in (kwargs.get("logs") or {}).items() if isinstance(v, int | float)}
             shown.log({"step": state.global_step, "max_steps": state.max_steps, **numbers})
 
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
     events = Events()
     trainer.add_callback(events)
-    return lambda: events.stopped
+    for printer in (PrinterCallback, ProgressCallback):  # in their place, `shown` has steps and log entries
+        trainer.remove_callback(printer)
+    trainer.resume_command, trainer.stops_gracefully = recipe.command("--resume"), True
+    try:
+        return trainer.train(resume_from_checkpoint=resume).metrics, events.stopped
+    except KeyboardInterrupt as error:
+        if not error.args:  # the trainer has saved and reported nothing: a second Ctrl-C, or one after training
+            step, output = trainer.state.global_step, recipe.parts.output
+            shown.message(f"Stopped after step {step}. If `{output}` holds a checkpoint, --resume goes on from it.")
+        raise
 
 
 def _finish(
@@ -232,7 +220,6 @@ def _finish(
     compare: bool,
 ) -> RunResult:
     """Save what was trained, compare the model before and after, and write report and card."""
-    from ..distributed import strategy_of
     from ..evaluation import write_report
     from .model_card import SAFETY_REPORT, publish, write_model_card
 
@@ -242,39 +229,42 @@ def _finish(
         trainer.save_model(output)
     if not trainer.is_world_process_zero():
         return result
+    report = getattr(trainer, "safety_report", {})
     with _saving(recipe):
         saved = save_recipe(recipe, loaded)
+        Path(output, SAFETY_REPORT).unlink(missing_ok=True)
+        if report:
+            Path(output, SAFETY_REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     again = shlex.join(["safe-trainer", "train", str(saved), "--set", f"output={output}-again"])
     callbacks.message(f"Saved to {output}. Run the same recipe again with: {again}")
-    (Path(output) / SAFETY_REPORT).unlink(missing_ok=True)
-    report = getattr(trainer, "safety_report", {})
-    if report:
-        (Path(output) / SAFETY_REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     comparison, files = None, []
-    if loaded.prompt_sets and compare:
-        if strategy_of(trainer.accelerator, trainer.model).is_sharded:
-            again = _compare_command(recipe, loaded)
-            callbacks.message(f"Each process holds a part of the model only, so compare it afterwards with:\n{again}")
-            result = replace(result, compare_command=again)
-        else:
-            callbacks.stage("comparing")
-            comparison = examine(recipe, trainer, loaded.prompt_sets, callbacks.progress)
-            with _saving(recipe):
-                files = list(write_report(comparison, output))
-            name = comparison.evaluations[-1].name
-            for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
-                callbacks.message(sentence)
-    elif loaded.prompt_sets:
-        result = replace(result, compare_command=_compare_command(recipe, loaded))
+    by_hand = _compare_command(recipe, loaded) if loaded.prompt_sets else None
+    if by_hand is not None and compare and _is_sharded(trainer):
+        callbacks.message(f"Each process holds a part of the model only, so compare it afterwards with:\n{by_hand}")
+    elif by_hand is not None and compare:
+        by_hand = None
+        callbacks.stage("comparing")
+        comparison = examine(recipe, trainer, loaded.prompt_sets, callbacks.progress)
+        with _saving(recipe):
+            files = list(write_report(comparison, output))
+        name = comparison.evaluations[-1].name
+        for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
+            callbacks.message(sentence)
     with _saving(recipe):
         files.append(write_model_card(output, comparison))
+    protected = protection(report, comparison, by_hand)
     callbacks.message(f"Wrote {', '.join(map(str, files))}")
-    protected = protection(report, comparison, result.compare_command)
     callbacks.message(protected)
     if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
         write_model_card(output, comparison, repository=trainer.hub_model_id)
         publish(output, trainer.hub_model_id)
-    return replace(result, comparison=comparison, files=files, protection=protected)
+    return replace(result, comparison=comparison, files=files, compare_command=by_hand, protection=protected)
+
+
+def _is_sharded(trainer: SafeSFTTrainer) -> bool:
+    from ..distributed import strategy_of
+
+    return strategy_of(trainer.accelerator, trainer.model).is_sharded
 
 
 def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
@@ -337,11 +327,10 @@ def _left(recipe: Recipe) -> tuple[str, str]:
 
 def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
     """Return the command that compares the model before and after."""
-    output = recipe.parts.output
-    asked = [("--prompts", f"{prompts.kind}={prompts.source}") for prompts in loaded.prompt_sets if prompts.source]
-    tuned = ["--adapter", f"{TUNED}={output}"] if recipe.peft is not None else []
-    options = [*tuned, *(part for pair in asked for part in pair), "--output", output]
-    return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options])
+    options = ["--adapter", f"{TUNED}={recipe.parts.output}"] if recipe.peft is not None else []
+    for prompts in loaded.prompt_sets:
+        options += ["--prompts", f"{prompts.kind}={prompts.source}"] if prompts.source else []
+    return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options, "--output", recipe.parts.output])
 
 
 def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet], progress: Any = None) -> Comparison:
@@ -378,17 +367,14 @@ def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
     made = {"seed": 42} | ({} if recipe.peft is None else {"learning_rate": recipe.training["learning_rate"]})
     values["training"] = {**made, **(values.get("training") or {})}  # defaults, which may change
     values.setdefault("peft", recipe.parts.peft)
-    names = ("torch", "transformers", "trl", "peft")
-    versions = ", ".join([f"safe_trainer {__version__}", *(f"{name} {version(name)}" for name in names)])
-    lines = [f"# Run from {recipe.path.name} with {versions}"]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+    lines = [f"# Run from {recipe.path.name} with safe_trainer {__version__}, {versions}"]
     for report in loaded.reports:
-        digest = f", sha256 {_sha256(report.source)}" if Path(report.source).is_file() else ""
-        lines.append(f"# Read {Path(report.source).name}: {report.format}, {report.rows} rows{digest}")
+        source, digest = Path(report.source), ""
+        if source.is_file():
+            with source.open("rb") as file:
+                digest = f", sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        lines.append(f"# Read {source.name}: {report.format}, {report.rows} rows{digest}")
     path = output / "recipe.yaml"
     path.write_text("\n".join(lines) + "\n" + yaml_text(values), encoding="utf-8")
     return path
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,26 +1,31 @@
-"""The data of a recipe: training rows of all sources, the methods' rows, and the prompts that the model is asked."""
+"""The data of a recipe: training rows of all sources, the methods' rows, the prompts to ask, and the rows' tokens."""
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data import (
     DataReport,
     PromptSet,
     as_rows,
+    encode_row,
     general_prompts,
     leaked_rows,
     load_prompts,
     load_rows,
     load_suite,
 )
-from .fitting import adapted, skeleton
 from .load import Recipe
+from .trainer import check_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_SAMPLE = 2000  # rows whose tokens are counted
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,13 @@ class LoadedData:
 
 
 def load_data(recipe: Recipe) -> LoadedData:
-    """Load the training rows and the prompts of a recipe.
+    """Load the training rows and the prompts of a recipe, once its model is known to be there and to fit.
 
     Raises:
-        ValueError: If one of its sources cannot be read, or they do not go together.
+        RecipeError: If the recipe does not fit its model.
+        ValueError: If the model or a source cannot be read, or the sources do not go together.
     """
-    _check_model(recipe)
+    check_model(recipe)
     reports: list[DataReport] = []
     rows = _training_rows(recipe, reports)
     reports += _method_reports(recipe)
@@ -74,52 +80,102 @@ def load_data(recipe: Recipe) -> LoadedData:
     return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
 
 
-def _method_reports(recipe: Recipe) -> list[DataReport]:
-    """Read the rows that methods are given by file, so that a fault in them is known before a model is loaded."""
-    reports = {}
-    for method in recipe.safety:
-        for name, value in vars(method).items():
-            if isinstance(value, str | Path) and str(value) not in reports:
-                if name.endswith("_data"):
-                    reports[str(value)] = as_rows(value, argument=name)[1]
-                elif name.endswith("prompts"):
-                    reports[str(value)] = load_prompts(value, "harmful")[1]
-    return list(reports.values())
-
-
-def _check_model(recipe: Recipe) -> None:
-    """See that the model is there, and that the recipe fits it, before data is read, which may take long."""
-    from transformers import AutoConfig
-
-    model = recipe.parts.model
-    try:
-        AutoConfig.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The model `{model.path}` could not be loaded: {str(error).strip()} Give a Hub id, or a folder that "
-            "begins with ./, ../ or /; for a private or gated model, log in with `hf auth login`."
-        ) from error
-    try:
-        empty = skeleton(recipe)
-    except Exception:  # says nothing of the recipe: what is wrong is told when the model itself is loaded
-        return
-    adapted(recipe, empty)
-
-
 def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
     from datasets import concatenate_datasets
 
-    seed = recipe.training.get("seed", 42)
     parts: list[Dataset] = []
     for source in recipe.parts.data:
         rows, report = load_rows(source.source(), source.options())
         reports.append(report)
-        whole, rest = divmod(source.weight, 1)
-        parts += [rows] * int(whole)
+        complete, rest = divmod(source.weight, 1)
+        parts += [rows] * int(complete)
         if rest:
-            parts.append(rows.shuffle(seed=seed).select(range(max(1, round(rest * len(rows))))))
-    kinds = {tuple(part.column_names) for part in parts}
-    if len(kinds) > 1:
+            shuffled = rows.shuffle(seed=recipe.training.get("seed", 42))
+            parts.append(shuffled.select(range(max(1, round(rest * len(rows))))))
+    if len({tuple(part.column_names) for part in parts}) > 1:
         formats = ", ".join(f"{report.source} ({report.format})" for report in reports)
         raise ValueError(f"Texts and conversations cannot be mixed in one run: {formats}. Bring them into one form.")
     return concatenate_datasets(parts)
+
+
+def _method_reports(recipe: Recipe) -> list[DataReport]:
+    """Read the rows that methods are given by file, so that a fault in them is known before a model is loaded."""
+    reports = {}
+    for name, value in (item for method in recipe.safety for item in vars(method).items()):
+        if isinstance(value, str | Path) and str(value) not in reports:
+            if name.endswith("_data"):
+                reports[str(value)] = as_rows(value, argument=name)[1]
+            elif name.endswith("prompts"):
+                reports[str(value)] = load_prompts(value, "harmful")[1]
+    return list(reports.values())
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What was counted in the training rows, or in a random sample of 2,000 of them.
+
+    Args:
+        rows (`int`): Training rows.
+        lengths (`list[int]`): Tokens of each row in the sample, before anything is cut off.
+        limit (`float`): TRL's `max_length`; infinite where nothing is cut off.
+        answers (`int`): Tokens of all answers in the sample, earlier turns of the assistant among them.
+        learned (`int`): Those that the loss covers.
+        lost (`tuple[int, ...]`): Positions, from 0, of rows whose answer begins after `limit`: they teach nothing.
+    """
+
+    rows: int
+    lengths: list[int]
+    limit: float = math.inf
+    answers: int = 0
+    learned: int = 0
+    lost: tuple[int, ...] = ()
+
+    def messages(self) -> list[str]:
+        """Return what a user should read about the tokens before training."""
+        told = []
+        if self.lost:
+            shown = ", ".join(str(row + 1) for row in self.lost[:5]) + (", …" if len(self.lost) > 5 else "")
+            of = f"{len(self.lost):,} of {len(self.lengths):,} rows" + (" looked at" * (self.rows > len(self.lengths)))
+            told.append(
+                f"{of} teach nothing: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
+                "Shorten them, or raise `training.max_length`."
+            )
+        if self.learned < 0.995 * self.answers:
+            told.append(f"{self.learned / self.answers:.1%} of the answers' tokens are learned.")
+        return told
+
+
+def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
+    """Count the tokens of the training rows as TRL's trainer will see them; refused if no row would teach anything.
+
+    With `chat_template_path`, whose template is not the tokenizer's own, nothing is counted.
+    """
+    from transformers import AutoTokenizer
+
+    if getattr(args, "chat_template_path", None):
+        return TokenCount(len(rows), [args.max_length or 1024])
+    tokenizer = AutoTokenizer.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
+    limit = math.inf if args.packing or not args.max_length else args.max_length
+    lengths, lost, answers, learned = [], [], 0, 0
+    for position in sorted(random.Random(0).sample(range(len(rows)), min(_SAMPLE, len(rows)))):
+        try:
+            ids, start = encode_row(tokenizer, rows[position])
+        except ValueError as error:
+            raise ValueError(f"Row {position + 1} of the training data cannot be used: {error}.") from error
+        lengths.append(len(ids))
+        answers += len(ids) - start + _earlier_answers(tokenizer, rows[position])
+        learned += max(0, int(min(len(ids), limit)) - start)
+        lost += [position] if start >= limit else []
+    if len(lost) == len(lengths):
+        raise ValueError(
+            f"Every row's answer starts after `max_length={limit:g}` tokens, so nothing can be learned (the shortest "
+            f"row has {min(lengths):,} tokens). Raise `training.max_length`, or shorten the prompts."
+        )
+    return TokenCount(len(rows), lengths, limit, answers, learned, tuple(lost))
+
+
+def _earlier_answers(tokenizer: Any, row: Any) -> int:
+    """Return how many tokens of the prompt are earlier turns of the assistant, which are read but not learned."""
+    turns = row.get("prompt")
+    said = [turn.get("content") for turn in turns if turn["role"] == "assistant"] if isinstance(turns, list) else []
+    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in said if isinstance(text, str))

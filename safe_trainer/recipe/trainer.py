@@ -1,10 +1,12 @@
-"""From a recipe to a trainer: TRL's arguments, the model's quantization, the methods, the monitors."""
+"""From a recipe to a trainer: whether it fits its model, TRL's arguments, the methods, the monitors."""
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import TYPE_CHECKING, Any
 
-from .document import RecipeError, dotted
+from .paths import Place
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -12,6 +14,83 @@ if TYPE_CHECKING:
     from ..data import PromptSet
     from ..trainer import SafeSFTTrainer
     from .load import Recipe
+
+
+def check_model(recipe: Recipe) -> None:
+    """See that the model is there, and that the recipe fits it, before data is read, which may take long."""
+    from transformers import AutoConfig
+
+    model = recipe.parts.model
+    try:
+        AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model `{model.path}` could not be loaded: {str(error).strip()} Give a Hub id, or a folder that "
+            "begins with ./, ../ or /; for a private or gated model, log in with `hf auth login`."
+        ) from error
+    try:
+        empty = skeleton(recipe)
+    except Exception:  # not the recipe's fault: it is reported when the model itself is loaded
+        return
+    adapted(recipe, empty)
+
+
+def skeleton(recipe: Recipe) -> Any:
+    """Return the model of a recipe without weights: on the meta device they take no memory."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
+    named = getattr(transformers, (config.architectures or [""])[0], None)  # as TRL chooses it
+    with torch.device("meta"):
+        return named._from_config(config) if named else transformers.AutoModelForCausalLM.from_config(config)
+
+
+def adapted(recipe: Recipe, model: Any) -> Any:
+    """Return a [`skeleton`] with the recipe's adapter, after all methods have checked it.
+
+    Raises:
+        RecipeError: If the adapter or a method does not fit the model; names the setting.
+    """
+    import torch
+    from peft import get_peft_model
+
+    document = recipe.document
+    if recipe.peft is not None:
+        try:
+            with torch.device("meta"):
+                model = get_peft_model(model, copy.deepcopy(recipe.peft))
+        except Exception as error:  # PEFT raises exceptions of any kind, those of patterns and dictionaries too
+            reason = f"{type(error).__name__ if isinstance(error, KeyError) else ''} {error}".strip().rstrip(".")
+            place = _setting(("peft",), recipe.values.get("peft"), str(error))
+            document.problem(place, f"{reason}. Its linear layers are {_layer_names(model)}.")
+            document.raise_problems()
+    listed = recipe.values.get("safety")
+    for position, method in enumerate(recipe.safety):
+        try:
+            method.check_model(model)
+        except ValueError as error:
+            place, entry = ("safety",), listed
+            if isinstance(listed, list) and len(listed) == len(recipe.safety):  # none stands for several
+                place, entry = ("safety", position), listed[position]
+            document.problem(_setting(place, entry, str(error)), str(error))
+    document.raise_problems()
+    return model
+
+
+def _setting(place: Place, settings: Any, message: str) -> Place:
+    """Return the place of the setting that a message is about."""
+    names: dict[str, Place] = {}
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        names |= {inner: (name, inner) for inner in value} if isinstance(value, dict) else {name: (name,)}
+    words = re.findall(r"\w+", message.replace("Target modules", "target_modules"))
+    return next(((*place, *names[word]) for word in words if word in names), place)
+
+
+def _layer_names(model: Any) -> str:
+    from ..lora.updates import linear_layers
+
+    return ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
 
 
 def arguments(recipe: Recipe) -> Any:
@@ -29,8 +108,9 @@ def arguments(recipe: Recipe) -> Any:
         # The libraries name the value that they do not know, but not the setting.
         texts = [name for name, value in recipe.training.items() if isinstance(value, str) and value]
         names = [name for name in texts if str(error).startswith(f"{recipe.training[name]} ")]
-        place = ("training", *names[:1])
-        raise RecipeError(recipe.document.name, [f"{recipe.document.where(place)}{dotted(place)}: {error}"]) from error
+        recipe.document.problem(("training", *names[:1]), str(error))
+        recipe.document.raise_problems()
+        raise
 
 
 def make_trainer(recipe: Recipe, rows: Dataset) -> SafeSFTTrainer:
@@ -51,21 +131,6 @@ def make_trainer(recipe: Recipe, rows: Dataset) -> SafeSFTTrainer:
     )
 
 
-def add_monitors(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
-    """Let what the recipe's `monitor` asks for be measured while training, and logged beside the loss."""
-    from ..analysis.drift_monitor import DriftMonitor
-    from ..evaluation import RefusalMonitor
-
-    asked = recipe.parts.monitor
-    if asked is None:
-        return
-    drift = DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis)
-    trainer.add_callback(drift)
-    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
-    if sets:
-        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
-
-
 def _quantization(bits: str | None, bf16: bool) -> Any:
     if bits is None:
         return None
@@ -76,3 +141,17 @@ def _quantization(bits: str | None, bf16: bool) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if bf16 else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def add_monitors(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
+    """Let what the recipe's `monitor` asks for be measured while training, and logged next to the loss."""
+    from ..analysis.drift_monitor import DriftMonitor
+    from ..evaluation import RefusalMonitor
+
+    asked = recipe.parts.monitor
+    if asked is None:
+        return
+    trainer.add_callback(DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis))
+    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
+    if sets:
+        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
