@@ -9,14 +9,13 @@ from typing import Annotated
 
 import typer
 
+from .analysis import drift, scan
 from .app import app as serve_app
 from .artifacts import basis, direction, vectors
 from .compare import compare, evaluate
 from .console import CommandGroup
 from .demo import demo, testbed_app
-from .drift import drift
 from .publish import card, export
-from .scan import scan
 from .train import train
 
 __all__ = ["app"]

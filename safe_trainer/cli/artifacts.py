@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from .console import Json, console, note, print_json, progress_bar, show
 from .options import (
@@ -50,8 +51,6 @@ def direction(  # noqa: PLR0913, each is an option with a name
     if as_json:
         print_json({"output": str(output), "modules": rows, "provenance": found.provenance})
         return
-    from rich.table import Table
-
     table = Table("module", "shape", "directions kept", "error bound", "norm of d", box=None)
     table.columns[0].min_width = min(60, max(len(row["module"]) for row in rows))  # the end tells q from k
     for row in rows:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markdown import Markdown
+from rich.table import Table
 
 from .console import Json, console, errors, misused, note, pairs, print_json, progress_bar, show
 from .options import (
@@ -167,8 +169,6 @@ def _show(comparison: Comparison, output: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(summary(comparison))
         return
-    from rich.markdown import Markdown
-
     console.print(Markdown(to_markdown(comparison)))
 
 
@@ -217,8 +217,6 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
         for text in found.notes:
             note(text)
         return
-    from rich.table import Table
-
     table = Table("prompts", "outcome", "% (count/total) [95 % interval]", box=None)
     for name, row in rates.items():
         for outcome, rate in row.items():

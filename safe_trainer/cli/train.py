@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from .console import Json, console, note, print_json, progress_bar, show
 
@@ -117,8 +118,6 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
     if as_json:
         print_json(vars(made))
         return
-    from rich.table import Table
-
     learned = "an unknown share" if made.learned is None else f"{made.learned:.1%}"
     rate = f"{made.learning_rate:g}"
     if "learning_rate" not in (recipe.values.get("training") or {}):

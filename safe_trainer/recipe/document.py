@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -13,6 +14,8 @@ from ruamel.yaml.error import YAMLError
 from .fields import short
 from .paths import Place
 
+_CHANGED = sys.maxsize  # the line of what `--set` changed
+_UNREADABLE = (ValueError, AttributeError, TypeError, KeyError, AssertionError)  # of impossible dates and so on
 _LARGEST = 100_000  # values in a recipe, aliases counted each time: nested aliases make millions
 
 
@@ -26,11 +29,7 @@ class RecipeError(ValueError):
 
 
 class Document:
-    """The values of a YAML text, the line of each, and the problems that are found in them.
-
-    Args:
-        text (`str`): The YAML text: a mapping.
-        name (`str`): What messages call it; usually the path of its file.
+    """The values of a YAML text, the line of each, and the problems that are found in them; `name` is its file.
 
     Raises:
         RecipeError: If it is not valid YAML, not a mapping, or has a key twice.
@@ -38,25 +37,18 @@ class Document:
 
     def __init__(self, text: str, name: str) -> None:
         self.name, self._size = name, 0
-        self._lines: dict[Place, str] = {(): "line 1"}
+        self._lines: dict[Place, int] = {(): 1}
         self._found: list[tuple[Place, str]] = []
         try:
-            loaded = YAML().load(text)  # round trip, which knows the lines
-            self.values: dict[str, Any] = self._plain(loaded, ())
+            self.values: dict[str, Any] = self._plain(YAML().load(text), ())  # round trip, which knows the lines
         except YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}: " if mark else ""
-            told = str(getattr(error, "problem", None) or error).partition("\n")[0]
-            raise RecipeError(name, [f"{line}not valid YAML: {told}"]) from error
+            reason = str(getattr(error, "problem", None) or error).partition("\n")[0]
+            raise RecipeError(name, [f"{line}not valid YAML: {reason}"]) from error
         except RecursionError as error:
             raise RecipeError(name, ["not readable YAML: a value is nested too deeply, or contains itself"]) from error
-        except (
-            ValueError,
-            AttributeError,
-            TypeError,
-            KeyError,
-            AssertionError,
-        ) as error:  # impossible dates and so on
+        except _UNREADABLE as error:
             raise RecipeError(name, [f"not readable YAML: {error}"]) from error
         if not isinstance(self.values, dict):
             raise RecipeError(name, [f"line 1: expected keys such as `model:`, found {short(self.values)}"])
@@ -73,14 +65,18 @@ class Document:
     def raise_problems(self) -> None:
         """Raise one error that lists all problems in the order of the file, if there are any."""
         if self._found:
-            ordered = sorted(self._found, key=lambda found: self._order(found[0]))
-            raise RecipeError(self.name, [f"{self.where(p)}{dotted(p)}: {message}" for p, message in ordered])
+            ordered = sorted(self._found, key=lambda found: self._line(found[0]))
+            raise RecipeError(self.name, [f"{self._where(p)}, {dotted(p)}: {message}" for p, message in ordered])
 
-    def where(self, place: Place) -> str:
+    def _line(self, place: Place) -> int:
         """Return the line of a value, or of the nearest value around it."""
         while place not in self._lines:
             place = place[:-1]
-        return f"{self._lines[place]}, "
+        return self._lines[place]
+
+    def _where(self, place: Place) -> str:
+        line = self._line(place)
+        return "--set" if line == _CHANGED else f"line {line}"
 
     def put(self, place: Place, value: Any) -> None:
         """Change a value for `--set`; keys that are not there yet are added.
@@ -97,11 +93,7 @@ class Document:
             raise RecipeError(self.name, [f"--set {dotted(place)}: there is no such place in this recipe"])
         here[place[-1]] = value
         self._lines = {known: line for known, line in self._lines.items() if known[: len(place)] != place}
-        self._lines[place] = "--set"
-
-    def _order(self, place: Place) -> tuple[bool, int]:
-        line = self.where(place).removeprefix("line ").rstrip(", ")
-        return (not line.isdecimal(), int(line) if line.isdecimal() else 0)
+        self._lines[place] = _CHANGED
 
     def _plain(self, value: Any, place: Place) -> Any:
         """Return a value of the YAML library as Python's own, and note its lines."""
@@ -111,17 +103,17 @@ class Document:
         tag = getattr(getattr(value, "tag", None), "value", None)
         if tag is not None:
             name = str(tag).removeprefix("tag:yaml.org,2002:")
-            raise ValueError(f"{self.where(place)}{dotted(place)} has the tag `{name}`; remove it")
+            raise ValueError(f"{self._where(place)}, {dotted(place)} has the tag `{name}`; remove it")
         if isinstance(value, CommentedMap):
             for key in value:
                 if not isinstance(key, str | int | float):
-                    raise ValueError(f"{self.where(place)}a key must be one word, got {short(key)}")
+                    raise ValueError(f"{self._where(place)}, a key must be one word, got {short(key)}")
                 if key in value.lc.data:  # keys of `<<: *anchor` have no line of their own
-                    self._lines[(*place, _scalar(key))] = f"line {value.lc.key(key)[0] + 1}"
+                    self._lines[(*place, _scalar(key))] = value.lc.key(key)[0] + 1
             return {_scalar(key): self._plain(inner, (*place, _scalar(key))) for key, inner in value.items()}
         if isinstance(value, CommentedSeq):
             for n in value.lc.data or ():
-                self._lines[(*place, n)] = f"line {value.lc.item(n)[0] + 1}"
+                self._lines[(*place, n)] = value.lc.item(n)[0] + 1
             return [self._plain(inner, (*place, n)) for n, inner in enumerate(value)]
         return _scalar(value)
 
@@ -146,11 +138,13 @@ def assignment(text: str) -> tuple[Place, Any]:
         raise ValueError(f"--set {_cut(text)}: expected a form such as training.learning_rate=1e-4")
     try:
         return place, Document(f"value: {value}" if "\n" not in value else f"value:\n{value}", "--set").values["value"]
-    except (RecipeError, KeyError) as error:
-        told = error.problems[0].rpartition(": ")[2] if isinstance(error, RecipeError) else "it is more than one value"
-        raise ValueError(
-            f"--set {_cut(text)}: the value is not valid YAML ({told}). Quote it: --set '{_cut(path)}=\"…\"'"
-        ) from error
+    except RecipeError as error:
+        reason = error.problems[0].rpartition(": ")[2]
+    except KeyError:
+        reason = "it is more than one value"
+    raise ValueError(
+        f"--set {_cut(text)}: the value is not valid YAML ({reason}). Quote it: --set '{_cut(path)}=\"…\"'"
+    )
 
 
 def dotted(place: Place) -> str:

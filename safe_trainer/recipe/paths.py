@@ -22,14 +22,9 @@ def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> A
     """Return a value of a recipe with the paths in it made absolute, or relative to another folder.
 
     Paths are the files of data, prompts and monitor; elsewhere texts that begin with `./` or `../`; and in settings
-    the names of files (`harmful.jsonl`, `direction.safetensors`) and of what is in the recipe's folder. The output is
-    relative to the working directory, and absolute paths stay.
-
-    Args:
-        value (`Any`): The value, or several in lists and mappings.
-        place (`Place`): Where it is in the recipe; `()` for all of it.
-        folder (`Path`): The folder that its paths are relative to.
-        seat (`Path`, *optional*): The folder that they shall be relative to; left out, they become absolute.
+    the names of files (`harmful.jsonl`, `direction.safetensors`) and of what is in the recipe's folder. They are
+    relative to `folder`, and become relative to `seat`, if there is one. The output is relative to the working
+    directory, and absolute paths stay.
     """
     if isinstance(value, dict):
         return {key: moved(inner, (*place, key), folder, seat) for key, inner in value.items()}
@@ -70,11 +65,7 @@ def is_given(path: str) -> bool:
 
 
 def check_data_file(path: str) -> str:
-    """Return the path of a file of rows or prompts.
-
-    Raises:
-        ValueError: If there is none, or of no kind that can be read.
-    """
+    """Return the path of a file of rows or prompts; refused if there is none, or of no kind that can be read."""
     if path.startswith(PREFIX):
         raise ValueError(f"a dataset is given under `hub`: `hub: {path.removeprefix(PREFIX)}`")
     kind_of(path)
@@ -87,11 +78,7 @@ def check_data_file(path: str) -> str:
 
 
 def check_artifact(key: str, path: str) -> str:
-    """Return the path of an artifact, or of something else that a method reads.
-
-    Raises:
-        ValueError: If it can only be a path and is missing, or its header says that it holds something else.
-    """
+    """Return the path of what a method reads; refused if it is missing, or an artifact of another kind."""
     makes = f"; `safe-trainer {key}` makes one" if key in ARTIFACTS else ""
     if is_given(path) and not exists(path):
         raise ValueError(f"there is no file or folder `{path}`{makes}")
@@ -106,11 +93,7 @@ def check_artifact(key: str, path: str) -> str:
 
 
 def check_model(path: str) -> str:
-    """Return the folder or Hub id of a model.
-
-    Raises:
-        ValueError: If it is a folder that is missing, empty, of an adapter, or with weights that are damaged.
-    """
+    """Return the folder or Hub id of a model; refused if a folder is missing, empty, an adapter's, or damaged."""
     if not exists(path) or not (folder := Path(path).expanduser()).is_dir():
         if is_given(path) or exists(path):
             raise ValueError(f"there is no folder `{path}`")
@@ -127,11 +110,7 @@ def check_model(path: str) -> str:
 
 
 def weights_kind(file: Path) -> str | None:
-    """Return what a file of weights says that it is, which artifacts do and models do not.
-
-    Raises:
-        ValueError: If the file is incomplete; names it.
-    """
+    """Return what a file of weights says that it is, which artifacts do and models do not; refused if damaged."""
     try:
         with safe_open(file, framework="np") as opened:
             return (opened.metadata() or {}).get("kind")

@@ -84,7 +84,6 @@ class RunResult:
         stopped (`bool`): Whether `RunCallbacks.should_stop` ended training; then only a checkpoint is saved.
         compare_command (`str`, *optional*): The command to compare with afterwards, where several processes each hold
             a part of the model.
-        protection (`str`): One sentence: what protected the run and how strongly it was tested.
     """
 
     output: Path
@@ -94,7 +93,6 @@ class RunResult:
     files: list[Path] = field(default_factory=list)
     stopped: bool = False
     compare_command: str | None = None
-    protection: str = ""
 
 
 def run_recipe(
@@ -252,13 +250,12 @@ def _finish(
             callbacks.message(sentence)
     with _saving(recipe):
         files.append(write_model_card(output, comparison))
-    protected = protection(report, comparison, by_hand)
     callbacks.message(f"Wrote {', '.join(map(str, files))}")
-    callbacks.message(protected)
+    callbacks.message(protection(report, comparison, by_hand))
     if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
         write_model_card(output, comparison, repository=trainer.hub_model_id)
         publish(output, trainer.hub_model_id)
-    return replace(result, comparison=comparison, files=files, compare_command=by_hand, protection=protected)
+    return replace(result, comparison=comparison, files=files, compare_command=by_hand)
 
 
 def _is_sharded(trainer: SafeSFTTrainer) -> bool:

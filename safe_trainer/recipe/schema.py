@@ -167,13 +167,10 @@ class RecipePart(Part):
     @model_validator(mode="before")
     @classmethod
     def _one_method_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("safety"), dict):
-            return {**values, "safety": [values["safety"]]}
-        if isinstance(values, dict) and values.get("safety") == "recommended":
-            return {**values, "safety": [{"method": "recommended"}]}
-        if isinstance(values, dict) and "safety" in values and values["safety"] is None:
-            return {**values, "safety": []}
-        return values
+        if not isinstance(values, dict) or "safety" not in values:
+            return values
+        given = {"method": "recommended"} if values["safety"] == "recommended" else values["safety"]
+        return {**values, "safety": [given] if isinstance(given, dict) else [] if given is None else given}
 
 
 # What a recipe has another place for, or must not hold.

@@ -112,23 +112,14 @@ def _method_reports(recipe: Recipe) -> list[DataReport]:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What was counted in the training rows, or in a random sample of 2,000 of them.
+    """What was counted in the training rows, or in a random sample of 2,000 of them."""
 
-    Args:
-        rows (`int`): Training rows.
-        lengths (`list[int]`): Tokens of each row in the sample, before anything is cut off.
-        limit (`float`): TRL's `max_length`; infinite where nothing is cut off.
-        answers (`int`): Tokens of all answers in the sample, earlier turns of the assistant among them.
-        learned (`int`): Those that the loss covers.
-        lost (`tuple[int, ...]`): Positions, from 0, of rows whose answer begins after `limit`: they teach nothing.
-    """
-
-    rows: int
-    lengths: list[int]
-    limit: float = math.inf
-    answers: int = 0
-    learned: int = 0
-    lost: tuple[int, ...] = ()
+    rows: int  # of which `lengths` may be a sample
+    lengths: list[int]  # in tokens, before anything is cut off
+    limit: float = math.inf  # TRL's `max_length`
+    answers: int = 0  # tokens of all answers, earlier turns of the assistant among them
+    learned: int = 0  # those that the loss covers
+    lost: tuple[int, ...] = ()  # positions of rows whose answer begins after `limit`: they teach nothing
 
     def messages(self) -> list[str]:
         """Return what a user should read about the tokens before training."""
