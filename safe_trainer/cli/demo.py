@@ -82,6 +82,8 @@ def data(
     for prompts in [*asked, testbed.task("sentiment"), testbed.task("how_to")]:
         with (output / f"ask-{prompts.name}.csv").open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(("prompt", "target" if prompts.kind == "task" else "category"))
-            table.writerows(zip(prompts.prompts, prompts.references or prompts.categories or (), strict=True))
+            is_task = prompts.kind == "task"
+            table.writerow(("prompt", "target" if is_task else "category"))
+            second = prompts.references if is_task else prompts.categories
+            table.writerows(zip(prompts.prompts, second or (), strict=True))
     console.print(f"{len(rows)} files of rows and {len(asked) + 2} of prompts are saved to {output}.")

@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
 from .console import Json, console, note, print_json, progress_bar, show
@@ -91,9 +93,8 @@ def _show(stack: ExitStack) -> Any:
 
 def _log_line(entry: Mapping[str, float]) -> str:
     """Return one line for an entry that has a loss or what a monitor measured; an empty text for others."""
-    shown = []
-    if "loss" in entry:
-        shown = [f"{name.replace('_', ' ')} {entry[name]:.4g}" for name in _SHOWN if name in entry]
+    named = _SHOWN if "loss" in entry else ()
+    shown = [f"{name.replace('_', ' ')} {entry[name]:.4g}" for name in named if name in entry]
     for name, value in entry.items():
         if name == "drift/relative":
             shown.append(f"weights moved by {value:.1%}")
@@ -131,8 +132,8 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         "steps": f"{made.steps:,} on {made.processes} process{'es' if made.processes > 1 else ''}",
         "learning rate": rate,
         "weights": f"{made.parameters:,}; {made.trainable:,} trained ({made.trainable / made.parameters:.2%})",
-        "memory": f"about {_size(made.memory)} per process",
-        "time": f"about {_duration(made.seconds)} on this machine",
+        "memory": f"about {decimal(made.memory)} per process",
+        "time": f"about {timedelta(seconds=round(made.seconds))} (h:mm:ss) on this machine",
         "output": recipe.parts.output,
     }
     table = Table(show_header=False, box=None)
@@ -147,12 +148,3 @@ def _described(method: SafetyMethod) -> str:
     fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]  # each is one
     settings = [f"{f.name}={getattr(method, f.name)!r}" for f in fields if getattr(method, f.name) != f.default]
     return f"{method.name}({', '.join(settings)})"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count > 2**29 else f"{count / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

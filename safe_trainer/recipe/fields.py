@@ -7,7 +7,6 @@ recipe. Importing them loads torch, which takes seconds: until it is loaded, nam
 from __future__ import annotations
 
 import ast
-import collections.abc
 import dataclasses
 import math
 import re
@@ -22,7 +21,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter
 
 Hints = dict[str, Any]
-_PLAIN = (str, int, float, bool, list, dict, tuple, Mapping, Sequence, Path, types.NoneType)
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null",
+          list: "a list", tuple: "a list", Sequence: "a list", dict: "a mapping", Mapping: "a mapping",
+          Path: "a path"}  # fmt: skip
 SFT_CONFIG = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py")
 LORA_CONFIG = ("peft/tuners/lora/config.py", "peft/config.py")
 _RECOMMENDED = dict.fromkeys(("harmful_data", "prompts", "benign_prompts"), str | None)
@@ -146,14 +147,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _shown(hint: Any) -> str:
     """Return an annotation as a message shows it."""
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
-    names |= {list: "a list", tuple: "a list", dict: "a mapping", Path: "a path"}
-    names |= {collections.abc.Mapping: "a mapping", collections.abc.Sequence: "a list"}
-    parts = []
+    parts: list[str] = []
     for member in _members(hint):
-        choices = get_args(member) if get_origin(member) is Literal else ()
         origin = get_origin(member) or member
-        parts += [repr(c) for c in choices] or [names.get(origin, getattr(origin, "__name__", str(origin)))]
+        name = _NAMES.get(origin, getattr(origin, "__name__", str(origin)))
+        parts += map(repr, get_args(member)) if origin is Literal else [name]
     return " or ".join(dict.fromkeys(parts))
 
 
@@ -169,4 +167,4 @@ def _plain_only(hints: Hints) -> Hints:
 
 def _is_plain(member: Any) -> bool:
     origin = get_origin(member) or member
-    return origin in (Any, Literal) or (isinstance(origin, type) and issubclass(origin, _PLAIN))
+    return origin in (Any, Literal) or (isinstance(origin, type) and issubclass(origin, tuple(_NAMES)))

@@ -97,7 +97,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         except ValueError as error:
             raise RecipeError(str(path), [str(error)]) from error
         document.put(place, moved(value, place, Path.cwd(), folder))
-    values = moved(document.values, (), folder)
+    values = {"peft": PEFT_DEFAULT, **moved(document.values, (), folder)}
     parts = _check_part(RecipePart, values, (), document)
     checked = _check_classes(values, document)
     if not is_torch_loaded():
@@ -143,7 +143,7 @@ def _check_classes(values: dict[str, Any], document: Document) -> tuple[dict[str
     if str(training.get("eval_strategy") or "no") != "no":
         reason = "a recipe has no rows to take a loss on; ask prompts instead, with `evaluation` and `monitor`"
         document.problem(("training", "eval_strategy"), reason)
-    lora = _check_settings(values.get("peft", PEFT_DEFAULT), peft_fields(), ("peft",), document, NOT_UNDER_PEFT)
+    lora = _check_settings(values["peft"], peft_fields(), ("peft",), document, NOT_UNDER_PEFT)
     return training, lora, _check_entries(values, document)
 
 
@@ -197,7 +197,7 @@ def _check_entries(values: dict[str, Any], document: Document) -> list[Entry]:
 
 
 def _make_peft(values: dict[str, Any], checked: dict[str, Any], document: Document) -> LoraConfig | None:
-    if not isinstance(values.get("peft", PEFT_DEFAULT), dict):
+    if not isinstance(values["peft"], dict):
         return None
     from peft import LoraConfig
 
@@ -212,6 +212,8 @@ def _make_methods(
     values: dict[str, Any], entries: list[Entry], peft: LoraConfig | None, document: Document
 ) -> list[SafetyMethod]:
     """Return the methods, each of which has checked the adapter it is to protect."""
+    from ..methods import METHODS
+
     methods: list[SafetyMethod] = []
     for place, name, settings in entries:
         if document.is_faulty(place):
@@ -229,7 +231,8 @@ def _make_methods(
                 document.problem(place, str(error))
                 continue
             if any(type(other) is type(method) for other in methods):
-                document.problem((*place, "method"), f"`{_name_of(method)}` is listed a second time")
+                twice = next(name for name, cls in METHODS.items() if cls is type(method))
+                document.problem((*place, "method"), f"`{twice}` is listed a second time")
             methods.append(method)
     return methods
 
@@ -246,12 +249,6 @@ def _made(name: str, settings: dict[str, Any], values: dict[str, Any]) -> list[S
     if settings.get("harmful_data") is None and isinstance(model, dict) and model.get("path"):
         settings["harmful_data"] = own_file(str(model["path"]), "harmful")
     return recommended(**settings)
-
-
-def _name_of(method: SafetyMethod) -> str:
-    from ..methods import METHODS
-
-    return next(name for name, cls in METHODS.items() if cls is type(method))
 
 
 def _rows_of(value: Any, name: str) -> Any:
