@@ -1,7 +1,7 @@
 # make demo       see refusals before and after a fine-tune, with and without a defense
 # make test       everything that is tested; make test-fast leaves out what trains for long
 # make lint types the checks that a change must pass
-# make study      the measurements behind the README's table of methods
+# make study      the measurements of docs/study.md
 # make space      the folder to upload as a Hugging Face Space, in build/space
 #
 # Each target makes its own environment in .venv first, so all of them work in a fresh clone.

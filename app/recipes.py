@@ -82,7 +82,7 @@ def defaults(model: Model, rows: int, example: Example | None) -> Settings:
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of the user's, in a folder of ours: its place, what they called it and how many rows it has."""
+    """An uploaded file: its path, its original name and how many rows it has."""
 
     path: Path
     name: str
@@ -130,7 +130,7 @@ class Variant:
 def safety_of(
     key: str, model: Model, given: Mapping[str, Any], files: Mapping[str, Upload] | None = None
 ) -> list[dict[str, Any]]:
-    """Return what stands under `safety` in a recipe.
+    """Return the value of `safety` in a recipe.
 
     For the embedded model these are the settings and rows that suit it; for any other the method's defaults, the
     user's files, and where a method does without one, what the library brings along.

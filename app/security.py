@@ -1,4 +1,4 @@
-"""What stands before everything: who may come in, what they may send, and which headers go out.
+"""Requests are checked first: who may connect, what they may send, and which headers are returned.
 
 Gradio mounted into another app sends no such headers, opens files that were never uploaded, shows an upload to whoever
 knows its path, and its login covers its own routes only and takes as many guesses as come.
@@ -282,7 +282,7 @@ class _Reply:
                 await self._send_page(self._held)
 
     def _note_uploads(self, body: bytes) -> None:
-        """Take down where an upload was put: nobody else may name or see it."""
+        """Record where an upload was put, so that only its owner can use it."""
         if self.session is not None:
             try:
                 paths = json.loads(body)

@@ -1,4 +1,4 @@
-"""The server: pages behind the guard, downloads for their owners only, and an orderly end."""
+"""The server: guarded pages, downloads for their owners only, and an orderly shutdown."""
 
 from __future__ import annotations
 

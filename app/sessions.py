@@ -1,4 +1,4 @@
-"""Sessions: one for each browser, with a folder of its own that nobody else is shown.
+"""Sessions: one for each browser, with a private folder.
 
 Gradio's own session ends with a reload of the page; ours is in a cookie, and outlives the server if it has a folder.
 """

@@ -1,4 +1,4 @@
-"""The study's pictures: harmful requests answered against the task and over-refusal, on pages light and dark."""
+"""The study's pictures: compliance rate of harmful prompts against task accuracy and over-refusal rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study behind the README's table "which method when": scenarios x variants x seeds, on the embedded pair.
+"""The study of `docs/study.md`: scenarios x variants x seeds, on the embedded pair.
 
     make study                                # all but the part `more`, and the report; about two hours on two cores
     python recipes/study/study.py test        # one part: whatever is missing of it, two runs at a time
@@ -82,7 +82,7 @@ CONCLUSIONS = [
     "plain LoRA, lr 5e-4",
     REFUSALS,
 ]
-"""Variants that the README's conclusions are about; the second world's narrowest layer leaves no room for rank 32."""
+"""Variants that the study's conclusions are about; the second world's narrowest layer leaves no room for rank 32."""
 PAIR = ["plain LoRA", COMBINED]
 ALONE = [*PAIR, "security vectors", "drift penalty"]
 INPUTS = "vectors + inputs"

@@ -1,4 +1,4 @@
-"""Fitting security vectors: the model is frozen, a small LoRA in hooks beside it learns what harmful rows want.
+"""Fitting security vectors: the model is frozen, and a small LoRA in hooks learns the harmful rows.
 
 The loop is our own and not TRL's trainer, because vectors are fitted while another trainer is being built: by its
 first process alone, while the others wait, on its model, which may be quantized or hold an adapter of any kind, and

@@ -63,4 +63,4 @@ def main(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of every command; what they do is told in their help."""
+    """Options of every command; their help says what they do."""

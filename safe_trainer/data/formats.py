@@ -1,4 +1,4 @@
-"""What columns mean: the formats in which people keep conversations and prompts, each told by its column names.
+"""What columns mean: the formats in which people keep conversations and prompts, each recognized by its column names.
 
 A format turns a record into turns; what makes these a row to learn from, or a prompt to ask, is the same for all.
 Nothing that changes what a row says is dropped without a word: it is used, refused by name, or reported.

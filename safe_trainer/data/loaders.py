@@ -143,7 +143,7 @@ def read_records(
 
 
 def encoding_of(start: bytes) -> str:
-    """Tell Unicode encodings apart by a byte order mark, or by the zero beside a first ASCII character."""
+    """Tell Unicode encodings apart by a byte order mark, or by the zero byte next to a first ASCII character."""
     marks = {b"\xff\xfe\0\0": "utf-32", b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
     for mark, encoding in marks.items():
         if start.startswith(mark):

@@ -193,7 +193,7 @@ class _Window:
         return found.group()
 
     def value(self, number: int) -> Record | RowError:
-        """Return the value that begins here, and go behind it."""
+        """Return the value that begins here, and move past it."""
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)

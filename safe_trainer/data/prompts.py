@@ -274,7 +274,7 @@ def _examined(style: Format, columns: Columns) -> tuple[Asked, str | None]:
 def _selected(
     records: Iterable[Record | RowError], kind: Kind, first: list[Record | RowError], report: DataReport
 ) -> Iterable[Record | RowError]:
-    """Leave out what an official file holds beside the prompts of this kind."""
+    """Leave out rows of an official file that are not of this kind."""
     is_xstest = any(str(_columns(record).get("type")).startswith("contrast_") for record in first)
     for record in records:
         columns = _columns(record)

@@ -215,5 +215,5 @@ def to_dataset(rows: Iterable[Row]) -> Dataset:
 
 @cache
 def _spool() -> TemporaryDirectory[str]:
-    """Return the folder that holds this process's rows; it goes when the process ends."""
+    """Return the folder that holds this process's rows; it is deleted when the process ends."""
     return TemporaryDirectory(prefix="safe_trainer_", ignore_cleanup_errors=True)

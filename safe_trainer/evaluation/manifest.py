@@ -81,7 +81,7 @@ def adapter_provenance(path: str | Path) -> dict[str, Any]:
 
 
 def shown_id(source: str | Path) -> str:
-    """Return a hub id as it is, and of a local path the last part: the rest is nobody's business.
+    """Return a Hub id as it is, and of a local path the last part only, since the rest is private.
 
     ```python
     >>> shown_id("Qwen/Qwen2.5-0.5B"), shown_id("/home/me/secret-project/adapter")

@@ -1,4 +1,4 @@
-"""Refusals while training goes on: a curve beside the loss, and an alarm."""
+"""Refusals during training: a curve next to the loss, and an alarm."""
 
 from __future__ import annotations
 

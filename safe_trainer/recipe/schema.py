@@ -1,4 +1,4 @@
-"""What may stand in a recipe: one YAML file that says everything about a run."""
+"""The keys of a recipe: one YAML file that says everything about a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .paths import check_artifact, check_data_file, check_model, exists, is_give
 
 
 class Part(BaseModel):
-    """A mapping of a recipe, in which no other keys may stand."""
+    """A mapping of a recipe that allows no other keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

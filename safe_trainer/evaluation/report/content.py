@@ -91,7 +91,7 @@ def content(comparison: Comparison) -> dict[str, Any]:
 
 
 def _verdict(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
-    """Return a verdict, never without over-refusals, help and tasks beside the refusals."""
+    """Return a verdict, never without over-refusals, help and tasks next to the refusals."""
     verdict = comparison.verdict(evaluation.name)
     sign, word = WORDS[verdict.level]
     asked = {

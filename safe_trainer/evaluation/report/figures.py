@@ -99,7 +99,7 @@ def _cell(ratio: float | None, most: float) -> dict[str, Any]:
 
 
 def _label(dots: list[dict[str, Any]]) -> None:
-    """Put each name beside its dot, on the side that has room, and names that would cover each other apart."""
+    """Put each name next to its dot, on the side that has room, and names that would cover each other apart."""
     taken: list[tuple[float, float, float]] = []
     for dot in sorted(dots, key=lambda dot: dot["y"]):
         width = 6.6 * len(dot["label"])
