@@ -1,4 +1,4 @@
-"""Starts the app as a Hugging Face Space; `make space` puts this file next to the packages `app` and `safe_trainer`."""
+"""Starts the app as a Hugging Face Space; `make space` adds it to the packages `app` and `safe_trainer`."""
 
 import os
 
