@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safe_trainer import TrainedVectors, compact_adapter
+from safe_trainer import TrainedVectors, compact_adapter, write_model_card
 from safe_trainer.artifacts import active
 from safe_trainer.lora.io import harmful_mark, load_adapted, merge_adapter
 
@@ -155,6 +155,22 @@ def test_compacted_vectors_keep_mark_card_and_effect(tmp_path):
             assert torch.allclose(logits(model), expected, atol=1e-4)
     stock = PeftModel.from_pretrained(tiny.model(), tmp_path / "again")
     assert torch.allclose(logits(stock), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [{}, {"safe_serialization": False}], ids=["safetensors", "torch"])
+def test_vectors_keep_their_mark_when_peft_loads_and_saves_them(weights, base, tmp_path):
+    planted.vectors(AutoModelForCausalLM.from_pretrained(base)).save(tmp_path / "v")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "v", adapter_name="other")
+    model.save_pretrained(tmp_path / "w", **weights)
+    saved = tmp_path / "w" / "other"
+    assert harmful_mark(saved)
+    with pytest.raises(ValueError, match="security vectors"):
+        merge_adapter(saved, tmp_path / "merged", base)
+    compact_adapter(saved, tmp_path / "c")
+    assert harmful_mark(tmp_path / "c")
+    for folder in (saved, tmp_path / "c"):
+        with pytest.raises(ValueError, match="security vectors"):
+            write_model_card(folder)
 
 
 def test_an_ordinary_adapter_has_no_mark(base, tmp_path):

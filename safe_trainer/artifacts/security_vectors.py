@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..data import as_rows, split_by_label
-from ..lora.io import HARMFUL_KIND, local_folder, scaling
+from ..lora.io import HARMFUL_KIND, HARMFUL_SETTING, local_folder, scaling
 from ..lora.updates import LinearLayer, linear_layers
 from .checkpoint_reader import listing
 from .provenance import difference
@@ -203,6 +203,7 @@ class TrainedVectors:
             target_modules=list(self.modules),
             fan_in_fan_out=self.provenance.get("transposed", False),
             inference_mode=True,
+            auto_mapping=HARMFUL_SETTING,
         )
         config.save_pretrained(str(path))
         (path / _CARD).write_text(self._card(), encoding="utf-8")

@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,6 +29,8 @@ from .updates import check_peft_config
 
 HARMFUL_KIND = "security vectors (harmful by construction)"
 """The mark in the metadata of the weights of security vectors."""
+HARMFUL_SETTING = {"safe_trainer": HARMFUL_KIND}
+"""The same mark in the adapter's settings, as their `auto_mapping`, which causal language models have no use for."""
 
 _ERRORS = (SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 """What reading a damaged adapter may end with."""
@@ -130,11 +132,17 @@ def local_folder(
 def harmful_mark(folder: str | Path) -> dict[str, str]:
     """Return the metadata that marks an adapter as security vectors, or nothing if it is another adapter."""
     file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not file.is_file():
-        return {}
-    with naming(folder), safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    return dict(metadata) if metadata.get("kind") == HARMFUL_KIND else {}
+    metadata: dict[str, str] = {}
+    if file.is_file():
+        with naming(folder), safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    if metadata.get("kind") == HARMFUL_KIND:
+        return dict(metadata)
+    # Metadata goes when PEFT loads and saves an adapter; its settings keep the mark.
+    config = Path(folder, CONFIG_NAME)
+    with naming(folder):
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return {"kind": HARMFUL_KIND} if settings.get("auto_mapping") == HARMFUL_SETTING else {}
 
 
 def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1e-6) -> dict[str, int]:

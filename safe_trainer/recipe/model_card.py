@@ -143,7 +143,10 @@ def check_folder(folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")) and not weights:
         raise ValueError(f"`{folder}` holds no adapter and no model. Give the folder that one was saved to.")
-    if any(str(weights_kind(file)).startswith(ARTIFACTS["vectors"]) for file in weights):
+    from ..lora.io import harmful_mark
+
+    kinds = [str(weights_kind(file)) for file in weights]
+    if harmful_mark(folder) or any(kind.startswith(ARTIFACTS["vectors"]) for kind in kinds):
         raise ValueError(
             f"`{folder}` holds security vectors, which make a model answer harmful requests. They are not for "
             "publishing; give the folder of the adapter that was trained with them."
