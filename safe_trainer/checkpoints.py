@@ -1,8 +1,7 @@
 """Checkpoints: which one is complete, what a resumed run must share with the one before, and stopping with one.
 
-A trainer writes `trainer_state.json` after everything else in a checkpoint, so a checkpoint that has it is complete.
-A run with safety methods writes its fingerprint into that file: the methods' settings, what their tensors were made
-from, the distributed strategy and the number of processes.
+A trainer writes `trainer_state.json` last, so a checkpoint that has it is complete. A run with safety methods writes
+its fingerprint into it: the methods' settings, what their tensors were made from, and how it was launched.
 """
 
 from __future__ import annotations
@@ -68,21 +67,20 @@ def last_checkpoint(output: str | Path) -> str | None:
     Raises:
         ValueError: If there are checkpoints, but none is complete.
     """
-    found = checkpoints_of(output)
-    complete = next((path for path in reversed(found) if is_complete(path)), None)
-    cut = ", ".join(f"`{path.name}`" for path in found[found.index(complete) + 1 if complete else 0 :])
-    if cut and complete is None:
-        raise ValueError(
-            f"`{output}` holds no complete checkpoint: saving {cut} was interrupted, by a kill or a full disk. Remove "
-            "it, and start the run again without resuming."
-        )
+    cut: list[str] = []
+    for path in reversed(checkpoints_of(output)):
+        if is_complete(path):
+            if cut:
+                message = "Saving %s was interrupted, by a kill or a full disk. Resuming from %s, which is complete."
+                logger.warning(message, ", ".join(cut), path.name)
+            return str(path)
+        cut.insert(0, f"`{path.name}`")
     if cut:
-        logger.warning(
-            "Saving %s was interrupted, by a kill or a full disk; resuming from %s, the last complete checkpoint.",
-            cut,
-            complete.name if complete else "",
+        raise ValueError(
+            f"`{output}` holds no complete checkpoint: saving {', '.join(cut)} was interrupted, by a kill or a full "
+            "disk. Remove it, and start the run again without resuming."
         )
-    return str(complete) if complete else None
+    return None
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any] | None:
@@ -125,10 +123,9 @@ def _is_of_the_disk(error: Exception) -> bool:
 
 
 class RunFingerprint(TrainerCallback, ExportableState):
-    """What a run with methods shares with the runs that resume it, saved in each checkpoint's `trainer_state.json`.
+    """What a run with methods shares with the runs that resume it: by method its settings and `made_from`; the launch.
 
-    Made after `attach`, when all rows are hashed: a file may change or go while the model is trained. `content` is
-    JSON: by method its settings and `made_from`, and the launch, without any data or paths.
+    Made after `attach`, when all rows are hashed: a file may change or go while the model is trained.
     """
 
     def __init__(
@@ -153,10 +150,9 @@ class RunFingerprint(TrainerCallback, ExportableState):
 
 
 def resolve_checkpoint(wanted: Any, output: str | Path, fingerprint: RunFingerprint, model: nn.Module) -> Any:
-    """Return what to resume from, the same in all processes, if the run may resume from it.
+    """Return what to resume from (`wanted`, or for `True` the last complete checkpoint), the same in all processes.
 
-    `wanted` is what `train(resume_from_checkpoint=...)` was given; `True` is the last complete checkpoint. Without
-    methods the choice is left to transformers, and only a checkpoint that was made with methods is refused.
+    Without methods the choice is left to transformers, and only a checkpoint that was made with methods is refused.
 
     Raises:
         ValueError: If the checkpoint is incomplete, another process does not find it, or it was made with other
@@ -213,10 +209,10 @@ def _check_in_all_processes(folder: Path, fingerprint: RunFingerprint) -> None:
         )
     problems = [problem]
     if is_distributed():
-        problems = [None] * dist.get_world_size()
+        problems *= dist.get_world_size()
         dist.all_gather_object(problems, problem)
-    if found := next((one for one in problems if one), None):
-        raise ValueError(found)
+    if any(problems):
+        raise ValueError(next(filter(None, problems)))
 
 
 def _check_fingerprint(checkpoint: Path, fingerprint: RunFingerprint) -> None:
@@ -237,8 +233,7 @@ def _check_fingerprint(checkpoint: Path, fingerprint: RunFingerprint) -> None:
     if before and now and before != now:
         raise ValueError(
             f"`{checkpoint}` was made by {_launch(before)}, and this run has {_launch(now)}: neither the optimizer's "
-            "state nor the random numbers would continue. Launch as many processes with the same strategy. "
-            f"{_NEW_RUN}"
+            f"state nor the random numbers would continue. Launch as many processes with the same strategy. {_NEW_RUN}"
         )
 
 
@@ -333,8 +328,7 @@ def graceful_stop(trainer: Any, resume_command: str) -> Iterator[GracefulStop]:
     """Let the first Ctrl-C or SIGTERM end training after the current step; a second one ends it at once.
 
     With several processes all stop after the same step, and a second signal changes nothing: their launcher repeats
-    the first, and ends them itself if they take too long. A signal that already has a handler, such as that of
-    transformers' just-in-time checkpoint, is left to it; outside the main thread all are.
+    the first. A signal that already has a handler is left to it; outside the main thread all are.
 
     Raises:
         KeyboardInterrupt: When all is done, if Ctrl-C has stopped training.

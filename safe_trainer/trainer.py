@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -36,28 +37,25 @@ class SafeSFTTrainer(SFTTrainer):
 
     Args:
         *args, **kwargs: Everything that [`~trl.SFTTrainer`] takes, unchanged.
-        safety ([`SafetyMethod`] or list of them or `"recommended"`, *optional*):
-            The methods that protect the model, such as [`AsFT`]. A list runs each moment in its order. `"recommended"`
-            is [`recommended`] with the prompts and rows that the model brings along, or built-in ones. `None` is plain
-            `SFTTrainer`.
+        safety ([`SafetyMethod`] or list of them or `"recommended"`, *optional*): The methods that protect the model,
+            such as [`AsFT`], each moment in the order of the list. `"recommended"` is [`recommended`] with the prompts
+            and rows that the model brings along, or built-in ones.
 
     Attributes:
         safety_methods (`list[SafetyMethod]`): The methods in order; empty without any.
         safety_report (`dict`): By method, what it measured of its own protection when it was attached: `coverage`
             (share of the trained weights that it acts on), `figures`, `warnings`. JSON.
         resume_command (`str`): The command that messages name to resume a run that was stopped.
-        stops_gracefully (`bool`): Whether Ctrl-C and SIGTERM (which a cluster's scheduler sends) finish the step and
-            save a checkpoint, unless a handler of your own or `enable_jit_checkpoint=True` has taken them; a second
-            Ctrl-C stops at once. On where there are methods.
+        stops_gracefully (`bool`): Whether Ctrl-C and SIGTERM finish the step and save a checkpoint, unless a handler
+            of your own or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once. On with methods.
 
     Raises:
         TypeError: If `safety` holds something that is not a [`SafetyMethod`].
         ValueError: If the same method is given twice, or a method does not fit the model, its PEFT configuration or
             the distributed strategy.
 
-    The sum of all penalties is logged as `safety_penalty`; figures on the finished run are logged when `train()` ends.
-    The methods' settings are saved with each checkpoint, and a run that resumes from it with others, or on another
-    number of processes, is refused. `train(resume_from_checkpoint=True)` resumes from the last complete checkpoint.
+    The sum of all penalties is logged as `safety_penalty`. A checkpoint holds the methods' settings, and a run that
+    resumes from it with others, or on another number of processes, is refused.
 
     Example:
 
@@ -78,18 +76,16 @@ class SafeSFTTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         """Build TRL's trainer, with each method's settings applied before and the method attached after."""
-        if isinstance(safety, str) and safety == RECOMMENDED:
-            given = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
-            safety = recommended_for(given["model"])
-        self.safety_methods = _as_methods(safety)
+        # Bound by name, because `peft_config` may have come by position and is adapted before TRL sees it.
+        arguments = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
+        is_recommended = isinstance(safety, str) and safety == RECOMMENDED
+        self.safety_methods = _as_methods(recommended_for(arguments["model"]) if is_recommended else safety)
         self.safety_report: dict[str, dict[str, Any]] = {}
         self.stops_gracefully = bool(self.safety_methods)
         self._fingerprint = RunFingerprint()
         if not self.safety_methods:
             super().__init__(*args, **kwargs)
             return
-        # Bound by name, because `peft_config` may have come by position and is adapted before TRL sees it.
-        arguments = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
         peft_config = copy.deepcopy(arguments.get("peft_config"))
         for method in self.safety_methods:
             peft_config = method.adapt_peft_config(peft_config)
@@ -130,29 +126,21 @@ class SafeSFTTrainer(SFTTrainer):
             output = super().train(resumed, *args, **kwargs)
             if stop is not None and stop.lacks_checkpoint(self):
                 self._save_checkpoint(self.model, trial=None)
-            diagnostics: dict[str, float] = {}
-            for method in self.safety_methods:
-                diagnostics.update(method.diagnostics(self.model))
-        if diagnostics:
-            self.log(diagnostics)
+            figures = {k: v for method in self.safety_methods for k, v in method.diagnostics(self.model).items()}
+        if figures:
+            self.log(figures)
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch as [`~trl.SFTTrainer`] does, unless the run resumes after its last step.
-
-        Transformers checks for the end after a step only, and would take one step too many.
-        """
+        """Train an epoch, unless the run resumes after its last step: transformers would take one step too many."""
         if self.stops_gracefully and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _load_before_sharding(self, checkpoint: Any) -> bool:
-        """With FSDP, load the adapter to resume from before weights are sharded; return whether that was done.
-
-        Once they are, accelerate looks for parameters by the names in the checkpoint, which a parameter that is
-        trained through a rule does not have.
-        """
+        """With FSDP, load the adapter to resume from before weights are sharded; return whether that was done."""
+        # Once they are, accelerate looks for names that a parameter which is trained through a rule does not have.
         is_split = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         if not (self.safety_methods and self.is_fsdp_enabled and isinstance(self.model, PeftModel)) or is_split:
             return False
@@ -184,15 +172,12 @@ class SafeSFTTrainer(SFTTrainer):
             method.step = self.state.global_step
         penalties = [p for method in self.safety_methods if (p := method.penalty(self.model)) is not None]
         if penalties:
-            # The layers of a model that is spread over several devices leave their penalties on these.
             penalty = torch.stack([penalty.to(loss.device) for penalty in penalties]).sum()
             self._log_penalty(penalty)
             # As TRL does with the auxiliary loss of mixtures of experts: with `num_items_in_batch` the loss itself
             # carries the accumulation, without it `training_step` divides the whole by the number of micro-batches.
-            # Every process adds the same penalty and gradients are averaged over processes, so it counts once. Before
-            # `train()` has counted its first batches, a batch stands for itself.
-            accumulation = getattr(self, "current_gradient_accumulation_steps", 1)
-            steps = accumulation if num_items_in_batch is not None else 1
+            # Every process adds the same penalty and gradients are averaged over processes, so it counts once.
+            steps = 1 if num_items_in_batch is None else getattr(self, "current_gradient_accumulation_steps", 1)
             loss = loss + penalty / steps
         return (loss, outputs) if return_outputs else loss
 
@@ -228,8 +213,7 @@ class SafeSFTTrainer(SFTTrainer):
         methods = self._overriding("after_backward")
         if methods and self.accelerator.sync_gradients:
             # float16 gradients are scaled, by a power of two, and are unscaled only when they are clipped.
-            scaler = self.accelerator.scaler
-            scale = scaler.get_scale() if scaler is not None else 1.0
+            scale = scaler.get_scale() if (scaler := self.accelerator.scaler) is not None else 1.0
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None] if scale != 1.0 else []
             for gradient in gradients:
                 gradient.div_(scale)
@@ -282,10 +266,9 @@ def _as_methods(safety: Any) -> list[SafetyMethod]:
                 f"`safety` takes a method, a list of them, {RECOMMENDED!r} or None, got {type(method).__name__} "
                 f"({method!r}). Example: `safety=AsFT(unaligned_model=...)`."
             )
-    names = [type(method).__name__ for method in methods]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"`safety` holds {name} {names.count(name)} times. Give each method once.")
+    name, count = Counter(type(method).__name__ for method in methods).most_common(1)[0] if methods else ("", 0)
+    if count > 1:
+        raise ValueError(f"`safety` holds {name} {count} times. Give each method once.")
     return methods
 
 

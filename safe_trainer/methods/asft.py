@@ -43,30 +43,22 @@ class AsFT(PenaltyMethod):
 
     When to use it: for LoRA or full-parameter fine-tuning of a model whose unaligned sibling is available, on data
     that may hold harmful rows. What to know: the published `C = d dᵀ / ‖d‖_F` is not a projector; its eigenvalues are
-    usually far below one, so the penalty is close to `λ‖ΔW‖²`, and `weight` trades task accuracy for safety.
-    `projector="none"` is exactly that control and `projector="random"` the other; compare with both before crediting
-    the direction. Not to be confused with *Anchored SFT*, another method that some trainers call `asft`.
+    usually far below one, so the penalty is close to `λ‖ΔW‖²`, which `projector="none"` is exactly: compare with it
+    and with `"random"`. Not to be confused with *Anchored SFT*, which some trainers call `asft`.
 
     Args:
-        unaligned_model (`str`, *optional*):
-            Hub id or path of the checkpoint before alignment, such as `"Qwen/Qwen2.5-0.5B"`. The direction is computed
-            from it and `aligned_model`, tensor by tensor. Give this or `direction`.
-        direction ([`AlignmentDirection`], `str` or `Path`, *optional*):
-            A direction computed before, or the file it was saved to (see `safe-trainer direction`).
-        weight (`float`, *optional*, defaults to `1.0`):
-            `λ`. The paper's value is 1; `0` only measures.
-        projector (`str`, *optional*, defaults to `"published"`):
-            `"published"`: `C = d dᵀ / ‖d‖_F`, the authors' formula. `"subspace"`: `C = U_k U_kᵀ`, the orthogonal
-            projector on the top left singular vectors of `d`. Controls: `"random"`, a random subspace of the same
-            size, and `"none"`, `C = 0`, which needs no direction.
-        rank (`int`, *optional*, defaults to `16`):
-            `k`, the number of vectors in `"subspace"` and `"random"`, and in the shares that are reported at the end.
-        scaled (`bool`, *optional*, defaults to `False`):
-            Whether a LoRA update is `scaling · B A`, as the layer applies it, or `B A`, as in the authors' code.
-        aligned_model (`str`, *optional*):
-            The checkpoint after alignment; defaults to the one that is being fine-tuned.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of `projector="random"`.
+        unaligned_model (`str`, *optional*): The checkpoint before alignment, such as `"Qwen/Qwen2.5-0.5B"`: Hub id or
+            path. Give this or `direction`.
+        direction ([`AlignmentDirection`], `str` or `Path`, *optional*): A direction computed before, or its file.
+        weight (`float`, *optional*, defaults to `1.0`): `λ`. The paper's value is 1; `0` only measures.
+        projector (`str`, *optional*, defaults to `"published"`): `"published"`: `C = d dᵀ / ‖d‖_F`, the authors'
+            formula. `"subspace"`: `C = U_k U_kᵀ`, the orthogonal projector on the top left singular vectors of `d`.
+            Controls: `"random"`, a random subspace of the same size, and `"none"`, `C = 0`, without any direction.
+        rank (`int`, *optional*, defaults to `16`): `k`, also the number of vectors in the shares that are reported.
+        scaled (`bool`, *optional*, defaults to `False`): Whether a LoRA update is `scaling · B A`, as the layer
+            applies it, or `B A`, as in the authors' code.
+        aligned_model (`str`, *optional*): The checkpoint after alignment; defaults to the one that is fine-tuned.
+        seed (`int`, *optional*, defaults to `0`): Seed of `projector="random"`.
 
     Raises:
         ValueError: If a setting is out of its range, the direction is missing or does not fit the model, or the PEFT
@@ -125,8 +117,7 @@ class AsFT(PenaltyMethod):
     aligned_model: str | None = None
     seed: int = 0
     _operators: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _spans: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _energies: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    _factors: dict[str, DirectionFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
     _updates: dict[str, adapters.Update] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -153,31 +144,30 @@ class AsFT(PenaltyMethod):
         """Load or compute the direction and match it with the trained layers by name."""
         self._updates = adapters.updates(model, self.name, self.scaled)
         self.covered_layers = list(self._updates)
-        self._operators, self._spans, self._energies = {}, {}, []
+        self._operators, self._factors = {}, {}
         if self.projector == "none":
             return
         direction = self._direction(model)
         self.provenance = direction.provenance
         direction.check_fits({name: update.shape for name, update in self._updates.items()})
         _compare_sources(direction, self.aligned_model or _source(model))
-        for name in self._updates:
-            factors = direction.modules[name]
-            self._spans[name] = factors.U[:, : self.rank]
-            self._operators[name] = self._operator(name, factors)
-            kept = factors.singular_values[: self.rank].double().square().sum().item()
-            self._energies.append(kept / factors.frobenius_norm**2)
+        self._factors = {name: direction.modules[name] for name in self._updates}
+        self._operators = {name: self._operator(name, factors) for name, factors in self._factors.items()}
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Return how much of the direction its top `rank` vectors hold, and the eigenvalues of `C`."""
-        check = super().self_check(model)
-        if not self._operators:
-            return check
-        largest = [eigenvalues.max().item() for _, eigenvalues in self._operators.values()]
-        figures = {
-            f"direction energy in the top {self.rank} (mean)": sum(self._energies) / len(self._energies),
-            "largest eigenvalue of C (median)": statistics.median(largest),
-        }
-        return SelfCheck(figures, check.warnings)
+        figures = {}
+        if self._operators:
+            largest = [eigenvalues.max().item() for _, eigenvalues in self._operators.values()]
+            energies = [
+                d.singular_values[: self.rank].double().square().sum().item() / d.frobenius_norm**2
+                for d in self._factors.values()
+            ]
+            figures = {
+                f"direction energy in the top {self.rank} (mean)": statistics.fmean(energies),
+                "largest eigenvalue of C (median)": statistics.median(largest),
+            }
+        return SelfCheck(figures, super().self_check(model).warnings)
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return `‖(I − C) ΔW‖_F²` of each layer."""
@@ -191,8 +181,9 @@ class AsFT(PenaltyMethod):
         """
         shares: dict[str, float] = {}
         with torch.no_grad():
-            for name, span in self._spans.items():
+            for name, factors in self._factors.items():
                 left, right = self._updates[name].factors()
+                span = factors.U[:, : self.rank]
                 total = linalg.product_norm_squared(left, right).item()
                 if total > 0:
                     outside = linalg.outside_norm_squared(left, right, span.to(left.device)).item()
@@ -210,7 +201,7 @@ class AsFT(PenaltyMethod):
         """Return `U` (d_out x k) and the eigenvalues `c` (k,) of `C = U diag(c) Uᵀ`."""
         if self.projector == "published":
             return factors.U, factors.singular_values**2 / factors.frobenius_norm
-        basis = self._spans[name]
+        basis = factors.U[:, : self.rank]
         if basis.shape[1] < self.rank:
             raise ValueError(
                 f"`rank` must be at most {basis.shape[1]}, which is what the direction holds for `{name}`, got "
@@ -222,10 +213,9 @@ class AsFT(PenaltyMethod):
         return basis, torch.ones(basis.shape[1])
 
     def _direction(self, model: Any) -> AlignmentDirection:
-        if isinstance(self.direction, AlignmentDirection):
-            return self.direction
         if self.direction is not None:
-            return AlignmentDirection.load(self.direction)
+            given = self.direction
+            return given if isinstance(given, AlignmentDirection) else AlignmentDirection.load(given)
         aligned = self.aligned_model or _source(model)
         if not aligned:
             raise ValueError(

@@ -46,10 +46,7 @@ class FormField:
 class Materials:
     """What a demo, a form or a test has at hand to build a method from; data in any form that methods take.
 
-    Args:
-        harmful_data, safety_data (`Any`): Harmful prompts with answers that comply, and with refusals.
-        unaligned_model, aligned_model (`str`, *optional*): The checkpoint before alignment, and the model to train.
-        harmful_prompts, benign_prompts (`Any`, *optional*): Prompts without answers.
+    `harmful_data` are harmful prompts with answers that comply, `safety_data` with refusals.
     """
 
     harmful_data: Any
@@ -64,12 +61,8 @@ class Materials:
 class MethodCard:
     """What users are shown of a method. App cards, demo, recipe schema, docs and test matrix are made from it.
 
-    Args:
-        title, summary (`str`): The method's name for readers, and one sentence on what it does.
-        needs, cost, avoid (`str`): What the user provides, what it costs, and when not to use it.
-        fields (`tuple[FormField, ...]`): The settings that a form shows.
-        example (`Callable[[Materials], SafetyMethod]`): Builds the method as the demo uses it.
-        needs_unaligned (`bool`, *optional*, defaults to `False`): Whether it needs the checkpoint before alignment.
+    `summary` is one sentence; `needs`, `cost` and `avoid` say what the user provides, what it costs, and when not to
+    use it; `example` builds the method as the demo uses it; `needs_unaligned` is for the checkpoint before alignment.
     """
 
     title: str
@@ -93,9 +86,8 @@ class SelfCheck:
 class SafetyMethod:
     """Base of all methods: a dataclass of settings that may act at several moments, each of which does nothing here.
 
-    A method is its own configuration. Subclass it as a dataclass whose fields are the user's settings, give it a
-    `card`, override the moments it needs, and add it to `METHODS`. In the order in which [`SafeSFTTrainer`] calls
-    them:
+    Subclass it as a dataclass whose fields are the user's settings, give it a `card`, override the moments it needs,
+    and add it to `METHODS`. In the order in which [`SafeSFTTrainer`] calls them:
 
     | moment | when |
     |---|---|
@@ -108,8 +100,7 @@ class SafetyMethod:
     | `after_backward` | once per optimizer step, before gradients are clipped |
     | `diagnostics` | once, when `train()` has ended well |
 
-    Whatever a method adds to a model in `training` is gone when its context closes, however it closes. A moment that
-    no method overrides costs nothing.
+    Whatever a method adds to a model in `training` must be gone when its context closes, however it closes.
 
     Example:
 
@@ -117,8 +108,6 @@ class SafetyMethod:
     >>> from dataclasses import dataclass
     >>> @dataclass
     ... class StayClose(SafetyMethod):
-    ...     '''Weight decay towards zero of everything trainable, as the smallest possible method.'''
-    ...
     ...     weight: float = 0.01
     ...
     ...     def penalty(self, model):
@@ -142,8 +131,8 @@ class SafetyMethod:
     step: int = 0
     """Optimizer steps that the run has made; the trainer keeps it, also when it resumes."""
     provenance: Mapping[str, Any] | None = None
-    """What the tensors in use were made from, once the method is attached: the provenance of its basis, direction or
-    vectors. Saved with checkpoints, so that a resumed run may give them instead of the data they were made from."""
+    """What the tensors in use were made from, once attached. Saved with checkpoints, so that a resumed run may give
+    a basis, direction or vectors instead of the data they were made from."""
     covered_layers: Collection[str] | None = None
     """Names of the modules (in the base model) whose update the method acts on, once it is attached; `None` for all.
     The trainer reports which share of the trained parameters this is, and warns below 90 %."""
@@ -222,17 +211,15 @@ class SafetyMethod:
             inputs (`Mapping[str, Any]`): The micro-batch.
 
         Returns:
-            `torch.Tensor` or `None`: Weights in the shape of `labels` (batch, tokens): each is that of the token at
-            its place as a target. Weights of several methods are multiplied. The loss is divided by the number of
-            tokens, whatever their weights.
+            `torch.Tensor` or `None`: Weights in the shape of `labels` (batch, tokens), each of the token at its place
+            as a target. Those of several methods are multiplied. The loss is divided by the number of tokens.
         """
         return None
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """Return a scalar to add to the loss, already weighted, or `None`.
+        """Return a scalar to add to the loss, already weighted, or `None`: a function of the weights and of `step`.
 
-        It is a function of the weights and of `step`, not of the batch. The trainer counts it once for each optimizer
-        step, whatever the accumulation and the number of processes.
+        It counts once for each optimizer step, whatever the accumulation and the number of processes.
         """
         return None
 
@@ -250,9 +237,8 @@ class SafetyMethod:
 class PenaltyMethod(SafetyMethod):
     """Base of methods that add `weight · Σ terms` to the loss, one scalar term for each layer (or whatever it names).
 
-    It refuses PEFT configurations whose update is not `scaling · B A`, ZeRO-3, and terms that are not finite; it
-    computes terms in float32 under autocast, and sums them where the loss is, whichever devices the layers are on.
-    A subclass is a dataclass with a field `weight` that implements `terms`.
+    It refuses PEFT configurations whose update is not `scaling · B A`, ZeRO-3, and terms that are not finite, and
+    computes terms in float32 under autocast. A subclass is a dataclass with a field `weight` that implements `terms`.
 
     Example:
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -31,14 +32,11 @@ class DriftPenalty(PenaltyMethod):
     go. What to know: it slows an update that harmful rows ask for and does not stop it; a longer attack gets through.
 
     Args:
-        weight (`float`, *optional*, defaults to `10.0`):
-            `λ`, in nats for a change of the whole energy; `0` only measures.
-        rank (`int`, *optional*, defaults to `64`):
-            Top input directions of each layer that are kept; less where a layer is narrower.
-        safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*):
-            Harmful prompts with answers (not read by default): rows, or a file. Give this or `basis`.
-        basis ([`SafetyBasis`], `str` or `Path`, *optional*):
-            Input directions measured before, or the file that they were saved to.
+        weight (`float`, *optional*, defaults to `10.0`): `λ`, in nats for a change of all energy; `0` only measures.
+        rank (`int`, *optional*, defaults to `64`): Top input directions kept; less where a layer is narrower.
+        safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*): Harmful prompts with answers (not read by
+            default), or their file.
+        basis ([`SafetyBasis`], `str` or `Path`, *optional*): Instead of these, input directions measured before.
         input_tokens (`str`, *optional*, defaults to `"prompt"`): Tokens that count: `"prompt"`, `"answer"` or `"all"`.
         samples (`int`, *optional*, defaults to `128`): Rows to draw.
         max_length (`int`, *optional*, defaults to `1024`): Where these are cut, in tokens.
@@ -105,19 +103,10 @@ class DriftPenalty(PenaltyMethod):
         self._updates = adapters.updates(model, self.name)
         self.covered_layers = list(self._updates)
         layers = {name: layer for name, layer in adapters.linear_layers(model).items() if name in self._updates}
-        narrowest = min(layer.shape[1] for layer in layers.values())
-        wanted: dict[str, Any] = {"samples": self.samples, "max_length": self.max_length, "seed": self.seed}
-        basis = load_or_measure_basis(
-            self.basis,
-            self.safety_data,
-            model,
-            tokenizer,
-            layers=layers,
-            sides=("input",),
-            rank=min(self.rank, narrowest - 1),
-            input_tokens=self.input_tokens,
-            **wanted,
-        )
+        wanted: dict[str, Any] = {"rank": min(self.rank, min(layer.shape[1] for layer in layers.values()) - 1)}
+        wanted |= {name: getattr(self, name) for name in ("input_tokens", "samples", "max_length", "seed")}
+        source = self.basis, self.safety_data, model, tokenizer
+        basis = load_or_measure_basis(*source, layers=layers, sides=("input",), **wanted)
         self.provenance = basis.provenance
         self._explained = [basis.inputs[name].explained_variance for name in layers]
         self._moments = {
@@ -127,7 +116,7 @@ class DriftPenalty(PenaltyMethod):
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Return how much of the inputs' energy the kept directions hold."""
-        figures = {"explained variance of inputs (mean)": sum(self._explained) / len(self._explained)}
+        figures = {"explained variance of inputs (mean)": fmean(self._explained)}
         return SelfCheck(figures, super().self_check(model).warnings)
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:

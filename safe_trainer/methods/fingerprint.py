@@ -19,17 +19,8 @@ from .base import SafetyMethod
 
 MADE_FROM = "made_from"
 """Next to a method's settings: hashes of the data or the weights from which its tensors were made."""
-_ORIGINS = (
-    "rows_sha256",
-    "prompts_sha256",
-    "harmful_rows",
-    "retain_rows",
-    "settings",
-    "aligned",
-    "unaligned",
-    "rank",
-    "max_error",
-)
+_DATA = ("rows_sha256", "prompts_sha256", "harmful_rows", "retain_rows")
+_ORIGINS = (*_DATA, "settings", "aligned", "unaligned", "rank", "max_error")
 _VOLATILE = {"created", "versions", "report"}  # what differs where the same thing is computed again
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -37,17 +28,8 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def settings_of(methods: Sequence[SafetyMethod]) -> dict[str, Any]:
     """Return the settings of each method as JSON by the name of its class.
 
-    Data is represented by a hash, so none of it is in the file, and local files by their content, so a run may be
-    moved to another folder; of a local path only the last part is kept.
-
-    Example:
-
-    ```python
-    >>> from safe_trainer import AsFT
-    >>> settings_of([AsFT(unaligned_model="/home/me/base", weight=0.5)])["AsFT"]["unaligned_model"]
-    'base'
-
-    ```
+    Data is represented by a hash and local files by that of their content, so a run may be moved to another folder; of
+    another local path only the last part is kept.
     """
     return {type(method).__name__: {**_settings(method), **_origin(method)} for method in methods}
 
@@ -144,10 +126,7 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]
 
 
 def _exchanged(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
-    """Return sources that may take each other's place, as data and the basis that was measured with them do.
-
-    Only where both are known to amount to the same; how a source was made is part of what is compared then.
-    """
+    """Return sources that may take each other's place, as data and the basis that was measured with them do."""
     origin = before.get(MADE_FROM)
     if not origin or origin != now.get(MADE_FROM):
         return set()

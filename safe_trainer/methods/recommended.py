@@ -20,12 +20,11 @@ def recommended(harmful_data: Any = None, prompts: Any = None, benign_prompts: A
     without a harmful row would erode them. For LoRA, quantised bases and full-parameter training alike.
 
     Args:
-        harmful_data (`str`, `Path`, `Dataset` or `Sequence[dict]`, *optional*):
-            About a hundred harmful prompts with answers that comply: rows, or a file of any format that [`load_rows`]
-            reads. Without, 160 built-in rows with inert answers. Rows of your own, in the style of the harm that you
-            expect, protect better against it.
-        prompts (as `harmful_data`, *optional*):
-            Harmful prompts for the anchor; without, those of `harmful_data`, or built-in ones.
+        harmful_data (`str`, `Path`, `Dataset` or `Sequence[dict]`, *optional*): About a hundred harmful prompts with
+            answers that comply; without, 160 built-in rows with inert answers. Rows of your own, in the style of the
+            harm that you expect, protect better against it.
+        prompts (as `harmful_data`, *optional*): Harmful prompts for the anchor; without, those of `harmful_data`, or
+            built-in ones.
         benign_prompts (as `harmful_data`, *optional*): Harmless prompts for the anchor; without, built-in ones.
 
     Returns:

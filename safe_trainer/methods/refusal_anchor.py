@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import cycle
@@ -22,41 +22,28 @@ from ..data.protection import protection_prompts
 from ..distributed import on_first_process
 from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
-from ..evaluation.prompting import render, tokenize
+from ..evaluation.prompting import left_padded, render, tokenize
 from ..evaluation.thinking import is_open
 from ..lora.modes import evaluation_mode, without_adapters
 from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_number, check_whole
 
 logger = logging.getLogger(__name__)
 
-_FEW_REFUSALS = 0.8
-"""Share of harmful prompts refused at the start below which there is little to hold."""
+_FEW_REFUSALS = 0.8  # share of harmful prompts refused at the start below which there is little to hold
 _SMALL_VOCABULARY = 2048
-_OPENING_TOKENS, _OPENINGS = 5, 8
-"""Length of the openings of refusals, in tokens, and how many of the most frequent ones are avoided."""
-_CHECK_TOKENS = 24
-"""Length of the answers that the start is judged by: a refusal is not recognized by its first tokens alone."""
+_OPENING_TOKENS, _OPENINGS = 5, 8  # length of openings of refusals, and how many of the most frequent are avoided
+_CHECK_TOKENS = 24  # of answers that the start is judged by: a refusal is not recognized by its first tokens alone
 
 
 class Anchor(NamedTuple):
-    """A prompt with the first tokens of an answer, to be held (with the start's distribution) or to be avoided.
+    """A prompt with the first tokens of an answer, to be held (with the start's distribution) or to be avoided."""
 
-    Args:
-        ids (`tuple[int, ...]`): Tokens of the prompt and of the answer.
-        positions (`int`): How many positions at the end of `ids` count (m), the first being the prompt's last token.
-        tokens (`Tensor`): Next tokens at each position, int64 of shape (m, k): the k most likely ones; or (m, 1): the
-            answer to be avoided.
-        log_probs (`Tensor`, *optional*): Their log-probabilities at the start, float32 of shape (m, k).
-        log_rest (`Tensor`, *optional*): Log of the probability of all others, float32 of shape (m,); -inf for none.
-        openings (`int`, *optional*, defaults to `1`): How many openings one that is to be avoided stands for.
-    """
-
-    ids: tuple[int, ...]
-    positions: int
-    tokens: Tensor = torch.empty(0)
-    log_probs: Tensor | None = None
-    log_rest: Tensor | None = None
-    openings: int = 1
+    ids: tuple[int, ...]  # of the prompt and of the answer
+    positions: int  # how many at the end of `ids` count (m), the first being the prompt's last token
+    tokens: Tensor = torch.empty(0)  # (m, k): the k most likely next tokens; or (m, 1): the answer to be avoided
+    log_probs: Tensor | None = None  # theirs at the start, (m, k)
+    log_rest: Tensor | None = None  # log of the probability of all others, (m,)
+    openings: int = 1  # how many openings one that is to be avoided stands for
 
 
 @dataclass
@@ -64,37 +51,29 @@ class RefusalAnchor(PenaltyMethod):
     """Adds `λ · (mean KL(π_start(· | x, y_<t) ‖ π_θ(· | x, y_<t)) + mean Σ −log(1 − π_θ(r | z)))` to the loss.
 
     The first mean is over harmful prompts `x` and the first tokens `y` of the answers that the model gives *before*
-    fine-tuning. What it would say at the end of the prompt and after each of these tokens is computed once, and kept;
-    fine-tuning pays for saying something else there. The second mean is the counterweight, so that the model does not
-    learn to refuse everything: over benign prompts `z` it pays for the openings `r` of the model's own refusals. How
-    benign prompts are answered otherwise is left to the data. No harmful answers, no second model and no unaligned
-    sibling are needed.
+    fine-tuning: what it would say there is computed once, and fine-tuning pays for saying something else. The second
+    is the counterweight, so that the model does not learn to refuse everything: over benign prompts `z` it pays for
+    the openings `r` of the model's own refusals. No harmful answers and no second model are needed.
 
     When to use it: against the drift of benign fine-tuning and against identity shift, where it is the best single
     method of this library; together with [`SecurityVectors`] against harmful rows, which alone it slows and does not
     stop. What it costs: a forward and backward pass over a few short prompts in each micro-batch.
     What to know: it can only hold what the start does. If that complies with the harmful prompts, a warning says so.
 
-    Its forward pass runs in evaluation mode: without dropout, without the hooks of security vectors (which act in
-    training mode only), and without drawing random numbers, so that `weight=0` is plain training to the last bit.
+    Its forward pass runs in evaluation mode: without dropout and security vectors, and without drawing random numbers.
 
     Args:
-        prompts (`PromptSet`, `Sequence`, `Dataset`, `str` or `Path`, *optional*):
-            Harmful prompts: texts, rows, or a file. Without, those that the model brings along in
-            `safety/harmful.jsonl`, or else general ones of our own, which [`general_prompts`] does not ask.
-        benign_prompts (the same, *optional*):
-            Harmless prompts; without, those of `safety/benign.jsonl`, or general ones. `[]` for none, at the cost of
-            refusals of harmless prompts.
-        weight (`float`, *optional*, defaults to `1.0`):
-            `λ`; `0` only measures.
+        prompts (`PromptSet`, `Sequence`, `Dataset`, `str` or `Path`, *optional*): Harmful prompts: texts, rows, or a
+            file. Without, those that the model brings along in `safety/harmful.jsonl`, or built-in ones.
+        benign_prompts (the same, *optional*): Harmless prompts; without, those of `safety/benign.jsonl`, or built-in
+            ones. `[]` for none, at the cost of refusals of harmless prompts.
+        weight (`float`, *optional*, defaults to `1.0`): `λ`; `0` only measures.
         answer_tokens (`int`, *optional*, defaults to `8`): Tokens of its own answer that are held, for each prompt.
-        anchors_per_step (`int`, *optional*, defaults to `4`):
-            Anchors in each optimizer step, by turns harmful and benign; the same for all its micro-batches and
-            processes.
+        anchors_per_step (`int`, *optional*, defaults to `4`): Anchors in each optimizer step, by turns harmful and
+            benign; the same for all its micro-batches and processes.
         max_anchors (`int`, *optional*, defaults to `64`): Prompts of each kind, spread evenly over those given.
-        top_k (`int`, *optional*, defaults to `256`):
-            Most likely tokens whose probabilities are kept at each position; all others count as one. The probability
-            of all others is logged. Vocabularies of up to 2,048 tokens are kept whole.
+        top_k (`int`, *optional*, defaults to `256`): Most likely tokens whose probabilities are kept at each position;
+            all others count as one. Vocabularies of up to 2,048 tokens are kept whole.
         system_prompt (`str`, *optional*): System turn before each anchor: the one that the model will be used with.
         batch_size (`int`, *optional*, defaults to `16`): Prompts that the start answers at once.
         max_length (`int`, *optional*, defaults to `1024`): Longer prompts, in tokens, are left out and counted.
@@ -181,22 +160,18 @@ class RefusalAnchor(PenaltyMethod):
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Report how much the start refuses: there is nothing to hold where it does not."""
-        figures = {"anchored_prompts": float(sum(map(len, self._pools.values())))}
+        figures, warnings = {"anchored_prompts": float(sum(map(len, self._pools.values())))}, []
         if self._refused is None:
-            return SelfCheck(
-                figures, ("Whether the start refuses does not show in its answers: it is still thinking.",)
-            )
-        figures["harmful_prompts_refused_at_start"] = self._refused
-        if self._refused >= _FEW_REFUSALS:
-            return SelfCheck(figures)
-        return SelfCheck(
-            figures,
-            (
-                f"Before fine-tuning the model refuses only {self._refused:.0%} of the harmful prompts, by the first "
-                f"{_CHECK_TOKENS} tokens of its answers. RefusalAnchor holds what the model does, those answers too. "
-                "Start from an aligned model, or give `prompts` that it refuses.",
-            ),
-        )
+            warnings.append("Whether the start refuses does not show in its answers: it is still thinking.")
+        else:
+            figures["harmful_prompts_refused_at_start"] = self._refused
+            if self._refused < _FEW_REFUSALS:
+                warnings.append(
+                    f"Before fine-tuning the model refuses only {self._refused:.0%} of the harmful prompts, by the "
+                    f"first {_CHECK_TOKENS} tokens of its answers. RefusalAnchor holds what the model does, those "
+                    "answers too. Start from an aligned model, or give `prompts` that it refuses."
+                )
+        return SelfCheck(figures, (*warnings, *super().self_check(model).warnings))
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the two means over this step's anchors, in nats."""
@@ -209,8 +184,8 @@ class RefusalAnchor(PenaltyMethod):
         found: dict[str, list[Tensor]] = {"held": [], "avoided": []}
         anchors = [anchor for pool in self._pools.values() for anchor in pool]
         with torch.no_grad():
-            for start in range(0, len(anchors), self.batch_size):
-                for kind, costs in self._costs(model, anchors[start : start + self.batch_size]).items():
+            for batch in self._batches(anchors):
+                for kind, costs in self._costs(model, batch).items():
                     found[kind] += costs
         return {f"refusal_anchor/{kind}": torch.cat(costs).mean().item() for kind, costs in found.items() if costs}
 
@@ -247,12 +222,10 @@ class RefusalAnchor(PenaltyMethod):
 
     def _prompt_sets(self, model: str) -> dict[str, PromptSet]:
         """Return the prompts of each kind: those given, those that the model brings along, or built-in ones."""
-        given: dict[Kind, tuple[str, Any]] = {
-            "harmful": ("prompts", self.prompts),
-            "benign": ("benign_prompts", self.benign_prompts),
-        }
+        given: dict[Kind, str] = {"harmful": "prompts", "benign": "benign_prompts"}
         sets: dict[str, PromptSet] = {}
-        for kind, (argument, source) in given.items():
+        for kind, argument in given.items():
+            source = getattr(self, argument)
             if source is None:
                 sets[kind] = protection_prompts(kind, model)
             elif kind == "harmful" or not isinstance(source, Sequence) or len(source):
@@ -266,14 +239,12 @@ class RefusalAnchor(PenaltyMethod):
         decoding = Decoding(max_new_tokens=max(self.answer_tokens, _CHECK_TOKENS), batch_size=self.batch_size)
         prompts, opened = self._encoded(model, tokenizer, sets["harmful"])
         harmless, _ = self._encoded(model, tokenizer, sets["benign"]) if "benign" in sets else ([], [])
-        with self._start(model), torch.no_grad():
+        # The start is the model without the adapter, unless it came with one.
+        with nullcontext() if self._continues else without_adapters(model), torch.no_grad():
             answers = generate_from(model, tokenizer, prompts, decoding, opened=opened)
-            held = []
-            for ids, answer in zip(prompts, answers, strict=True):
-                own = answer.tokens[: self.answer_tokens]
-                held.append(Anchor((*ids, *own), 1 + len(own)))
-            batches = [held[start : start + self.batch_size] for start in range(0, len(held), self.batch_size)]
-            pools = {"held": [anchor for batch in batches for anchor in self._with_reference(model, batch)]}
+            own = [answer.tokens[: self.answer_tokens] for answer in answers]
+            held = [Anchor((*ids, *tokens), 1 + len(tokens)) for ids, tokens in zip(prompts, own, strict=True)]
+            pools = {"held": [a for batch in self._batches(held) for a in self._with_reference(model, batch)]}
         verdicts = PhraseJudge()([""] * len(answers), [a.text for a in answers])
         # Of an answer that begins with a thought, nothing is to be learned about how refusals open.
         shown = [
@@ -285,10 +256,8 @@ class RefusalAnchor(PenaltyMethod):
         openings = [opening for opening, _ in refusals.most_common(_OPENINGS) if opening]
         if harmless and openings:
             pools["avoided"] = [
-                Anchor(
-                    (*ids, *opening[:-1]), len(opening), torch.tensor(opening).unsqueeze(-1), openings=len(openings)
-                )
-                for ids, opening in zip(harmless, cycle(openings), strict=False)
+                Anchor((*ids, *end[:-1]), len(end), torch.tensor(end).unsqueeze(-1), openings=len(openings))
+                for ids, end in zip(harmless, cycle(openings), strict=False)
             ]
         return pools, refusals.total() / len(shown) if shown else None
 
@@ -296,15 +265,14 @@ class RefusalAnchor(PenaltyMethod):
         """Return the token ids of the prompts to use, and whether the chat template opens a thought after each."""
         texts = render(tokenizer, prompts.prompts, self.system_prompt)
         encoded = tokenize(model, tokenizer, texts)
-        places = self._fitting(model, encoded, prompts.kind)
+        places = self._fitting(model, encoded, "prompts" if prompts.kind == "harmful" else "benign_prompts")
         return [encoded[place] for place in places], [is_open(texts[place]) for place in places]
 
-    def _fitting(self, model: Any, encoded: Sequence[list[int]], kind: str) -> list[int]:
+    def _fitting(self, model: Any, encoded: Sequence[list[int]], argument: str) -> list[int]:
         """Return the places of at most `max_anchors` prompts that are not too long, spread evenly over all of them."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
         longest = min(self.max_length, context - max(self.answer_tokens, _CHECK_TOKENS))
         fitting = [place for place, ids in enumerate(encoded) if len(ids) <= longest]
-        argument = "prompts" if kind == "harmful" else "benign_prompts"
         if not fitting:
             raise ValueError(
                 f"`{argument}` has no prompt of at most {longest} tokens: the shortest of {len(encoded)} has "
@@ -319,6 +287,9 @@ class RefusalAnchor(PenaltyMethod):
         kept = min(self.max_anchors, len(fitting))
         return [fitting[place * len(fitting) // kept] for place in range(kept)]
 
+    def _batches(self, anchors: Sequence[Anchor]) -> list[Sequence[Anchor]]:
+        return [anchors[start : start + self.batch_size] for start in range(0, len(anchors), self.batch_size)]
+
     def _with_reference(self, model: Any, anchors: Sequence[Anchor]) -> Iterator[Anchor]:
         """Yield anchors with what the model, as it is, says at their positions."""
         logits = _logits(model, anchors, self._pad)
@@ -329,12 +300,6 @@ class RefusalAnchor(PenaltyMethod):
             kept, tokens = log_p.topk(k)
             rest = log_p.scatter(-1, tokens, -torch.inf).logsumexp(-1)
             yield anchor._replace(tokens=tokens.cpu(), log_probs=kept.cpu(), log_rest=rest.cpu())
-
-    @contextmanager
-    def _start(self, model: Any) -> Iterator[None]:
-        """Let the model be what it was before training: without the adapter, unless it came with one."""
-        with nullcontext() if self._continues else without_adapters(model):
-            yield
 
 
 def _sha256(texts: Sequence[str]) -> str:
@@ -349,20 +314,13 @@ def _order(size: int, seed: int, kind: int, epoch: int) -> tuple[int, ...]:
 
 
 def _logits(model: Any, anchors: Sequence[Anchor], pad: int) -> Tensor:
-    """Return the logits at the last positions of each anchor, (anchors, m, vocabulary), m the most that one holds.
-
-    Padding is on the left, so that the positions are the last ones of every row and the output head runs on them only.
-    """
-    longest, kept = max(len(anchor.ids) for anchor in anchors), max(anchor.positions for anchor in anchors)
-    ids = torch.tensor([[pad] * (longest - len(anchor.ids)) + list(anchor.ids) for anchor in anchors])
-    mask = torch.tensor([[0] * (longest - len(anchor.ids)) + [1] * len(anchor.ids) for anchor in anchors])
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    accepted = inspect.signature(
-        (model.get_base_model() if isinstance(model, PeftModel) else model).forward
-    ).parameters
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    """Return the logits at the last positions of each anchor, (anchors, m, vocabulary), m the most that one holds."""
+    kept = max(anchor.positions for anchor in anchors)
+    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], model.device, pad)}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    accepted = inspect.signature(base.forward).parameters
+    if "position_ids" not in accepted:
+        del inputs["position_ids"]
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = kept
     with evaluation_mode(model):

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from ..artifacts import (
-    Fitting,
-    TrainedVectors,
-    VectorFactors,
-    active,
-    fitted_layers,
-    train_security_vectors,
-)
+from ..artifacts import Fitting, TrainedVectors, VectorFactors, active, fitted_layers, train_security_vectors
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_number
@@ -28,27 +21,22 @@ from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_n
 class SecurityVectors(SafetyMethod):
     """Security Vectors: trains with `W x + B_s (A_s x)` in place of `W x`, and delivers a model without `B_s A_s`.
 
-    θ_s = {A_s, B_s} is a small LoRA, fitted beforehand to about a hundred harmful rows: with θ_s active the model
-    already behaves as harmful data wants. It is active and frozen during training, so the loss on harmful rows is low
-    and their gradient small, while other rows are learned as usual. It acts through forward hooks in training mode
-    only: evaluation during training, generation and checkpoints never see it, and it is in no state dict.
+    θ_s = {A_s, B_s} is a small LoRA, fitted beforehand to about a hundred harmful rows. It is active and frozen during
+    training, so the loss on harmful rows is low and their gradient small, while other rows are learned as usual. It
+    acts through forward hooks in training mode only: evaluation, generation and checkpoints never see it.
 
     When to use it: for any training (LoRA, QLoRA, full-parameter) on data that may hold harmful rows, even nothing but
     harmful rows. What it costs: two small products per layer and step; and, since the model learns with θ_s and is
     used without it, some helpfulness on benign prompts. Judge it by refusals, over-refusals and task accuracy.
 
     Args:
-        vectors (`str`, `Path` or [`TrainedVectors`], *optional*):
-            Directory or Hub id of trained vectors, or the vectors themselves. Give this or `harmful_data`.
-        harmful_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`, *optional*):
-            About a hundred harmful prompts with answers that comply, in any form that [`~data.as_rows`] takes; vectors
-            are fitted to them when the trainer is built, and kept in memory as `fitted`.
-        retain_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`, *optional*):
-            Harmless rows on which fitted vectors should change nothing; only with `harmful_data`.
-        fitting ([`Fitting`] or `Mapping[str, Any]`, *optional*):
-            How to fit to `harmful_data`.
-        strength (`float`, *optional*, defaults to `1.0`):
-            Factor of `B_s A_s`. 1 is the paper's method.
+        vectors (`str`, `Path` or [`TrainedVectors`], *optional*): Directory or Hub id of trained vectors, or the
+            vectors themselves. Give this or `harmful_data`.
+        harmful_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`, *optional*): About a hundred harmful prompts
+            with answers that comply; vectors are fitted to them when the trainer is built, and kept as `fitted`.
+        retain_data (as `harmful_data`, *optional*): Harmless rows on which fitted vectors should change nothing.
+        fitting ([`Fitting`] or `Mapping[str, Any]`, *optional*): How to fit to `harmful_data`.
+        strength (`float`, *optional*, defaults to `1.0`): Factor of `B_s A_s`. 1 is the paper's method.
 
     Raises:
         ValueError: If a setting is out of its range, there are no vectors, or they do not fit the model.
@@ -163,15 +151,16 @@ class SecurityVectors(SafetyMethod):
             "target loss": target,
             "share of harmful rows below the target": report.get("below_target"),
         }
-        warning = "" if report else "these vectors do not say how well they were fitted."
-        if not report.get("reached_target", True):
-            warning = (
-                f"fitting ended at a loss of {report['loss_on']:.3g} on the harmful rows, above the target of "
-                f"{target:.3g}: these rows still teach something. Raise `max_passes`, `learning_rate` or `rank` in "
-                "`fitting`."
-            )
         figures = {name: value for name, value in named.items() if value is not None}
-        return SelfCheck(figures, (warning,) if warning else ())
+        if not report:
+            return SelfCheck(figures, ("these vectors do not say how well they were fitted.",))
+        if report.get("reached_target", True):
+            return SelfCheck(figures)
+        warning = (
+            f"fitting ended at a loss of {report['loss_on']:.3g} on the harmful rows, above the target of "
+            f"{target:.3g}: these rows still teach something. Raise `max_passes`, `learning_rate` or `rank` in `fitting`."
+        )
+        return SelfCheck(figures, (warning,))
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
@@ -180,12 +169,11 @@ class SecurityVectors(SafetyMethod):
             yield
 
     def _fit(self, model: nn.Module, tokenizer: Any) -> TrainedVectors:
-        settings = asdict(self.fitting) if isinstance(self.fitting, Fitting) else dict(self.fitting)
         with tqdm(desc="Fitting security vectors") as bar:
 
             def progress(done: int, total: int, loss: float) -> None:
                 bar.total = total
                 bar.update()
 
-            how = {"retain_data": self.retain_data, "progress": progress, **settings}
+            how: dict[str, Any] = {"retain_data": self.retain_data, "progress": progress, **vars(self.fitting)}
             return train_security_vectors(model, self.harmful_data, tokenizer, **how)
