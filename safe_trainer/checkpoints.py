@@ -71,7 +71,9 @@ def last_checkpoint(output: str | Path) -> str | None:
     for path in reversed(checkpoints_of(output)):
         if is_complete(path):
             if cut:
-                message = "Saving %s was interrupted, by a kill or a full disk. Resuming from %s, which is complete."
+                message = (
+                    "Saving %s was interrupted (a kill, a full disk); resuming from %s, the last complete checkpoint."
+                )
                 logger.warning(message, ", ".join(cut), path.name)
             return str(path)
         cut.insert(0, f"`{path.name}`")

@@ -428,7 +428,7 @@ def test_without_methods_nothing_is_added_to_trl_s_trainer(tmp_path, monkeypatch
 
     for name in ("graceful_stop", "saving", "trainable_layout", "load_peft_weights"):
         monkeypatch.setattr(safe_trainer.trainer, name, unused)
-    monkeypatch.setattr(safe_trainer.methods.fingerprint, "_digest", unused)
+    monkeypatch.setattr(safe_trainer.methods.fingerprint, "_sha256", unused)
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "peft_config": lora()}
     found = []
     for build in (SFTTrainer, OURS["no safety"]):

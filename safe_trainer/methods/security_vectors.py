@@ -157,8 +157,8 @@ class SecurityVectors(SafetyMethod):
         if report.get("reached_target", True):
             return SelfCheck(figures)
         warning = (
-            f"fitting ended at a loss of {report['loss_on']:.3g} on the harmful rows, above the target of "
-            f"{target:.3g}: these rows still teach something. Raise `max_passes`, `learning_rate` or `rank` in `fitting`."
+            f"fitting ended at a loss of {report['loss_on']:.3g} on harmful rows, above the target of {target:.3g}: "
+            "these rows still teach something. Raise `max_passes`, `learning_rate` or `rank` in `fitting`."
         )
         return SelfCheck(figures, (warning,))
 
