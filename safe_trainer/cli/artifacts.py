@@ -31,7 +31,6 @@ def direction(  # noqa: PLR0913, each is an option with a name
         str | None, typer.Option(help="Regular expression of module names; all linear layers if left out.")
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Keep at most so many directions of each weight.")] = None,
-    max_error: Annotated[float, typer.Option(help="Upper bound of the error, relative to an update.")] = 0.01,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights too; they can run code.")
     ] = False,
@@ -43,9 +42,10 @@ def direction(  # noqa: PLR0913, each is an option with a name
     check_model("UNALIGNED", unaligned)
     from .. import AlignmentDirection
 
-    settings: dict[str, Any] = {"modules": modules, "rank": rank, "max_error": max_error, "allow_pickle": allow_pickle}
-    with progress_bar("Computing the direction") as progress:
-        found = AlignmentDirection.from_checkpoints(aligned, unaligned, progress=progress, **settings)
+    with progress_bar("Computing the direction") as bar:
+        found = AlignmentDirection.from_checkpoints(
+            aligned, unaligned, modules=modules, rank=rank, allow_pickle=allow_pickle, progress=bar
+        )
     found.save(output)
     rows = found.summary()
     if as_json:
@@ -68,7 +68,6 @@ def basis(  # noqa: PLR0913, each is an option with a name
     side: Annotated[
         Literal["output", "input", "both"], typer.Option(help="What SaLoRA's `protect` will need.")
     ] = "both",
-    samples: Annotated[int, typer.Option(min=1, help="Rows to draw.")] = 128,
     column: Columns = None,
     where: Where = None,
     limit: Limit = None,
@@ -83,7 +82,7 @@ def basis(  # noqa: PLR0913, each is an option with a name
     loaded, tokenizer = load_model(model)
     sides: Any = ("output", "input") if side == "both" else (side,)
     note("Measuring the directions")
-    found = SafetyBasis.from_rows(loaded, tokenizer, rows, sides=sides, rank=rank, samples=samples)
+    found = SafetyBasis.from_rows(loaded, tokenizer, rows, sides=sides, rank=rank)
     found.save(output)
     layers = len(found.outputs or found.inputs)
     if as_json:
@@ -105,11 +104,7 @@ def vectors(  # noqa: PLR0913, each is an option with a name
         Path | None, typer.Option(help="File of harmful prompts to ask without the vectors and with them.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the vectors.")] = 8,
-    relative_target: Annotated[
-        float, typer.Option(help="Stop when the loss on the harmful rows is below this share of the first.")
-    ] = 0.04,
     max_passes: Annotated[int, typer.Option(min=1, help="Passes over the harmful rows at most.")] = 20,
-    inner_steps: Annotated[int, typer.Option(min=0, help="Steps of the bi-level form; 0 is the plain one.")] = 0,
     column: Columns = None,
     where: Where = None,
     limit: Limit = None,
@@ -122,10 +117,9 @@ def vectors(  # noqa: PLR0913, each is an option with a name
 
     asked = load_prompts(prompts, "harmful")[0] if prompts is not None else None
     rows = read_rows(harmful_data, "harmful_data", read_options(column, where, limit))
-    fitting: dict[str, Any] = {"rank": rank, "relative_target": relative_target, "max_passes": max_passes}
-    with progress_bar("Fitting security vectors") as progress:
+    with progress_bar("Fitting security vectors") as bar:
         found = train_security_vectors(
-            model, rows, retain_data=retain_data, prompts=asked, progress=progress, inner_steps=inner_steps, **fitting
+            model, rows, retain_data=retain_data, prompts=asked, progress=bar, rank=rank, max_passes=max_passes
         )
     found.save(output)
     if as_json:

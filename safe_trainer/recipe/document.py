@@ -53,10 +53,6 @@ class Document:
         if not isinstance(self.values, dict):
             raise RecipeError(name, [f"line 1: expected keys such as `model:`, found {short(self.values)}"])
 
-    def is_faulty(self, place: Place) -> bool:
-        """Return whether something was found to be wrong in a value."""
-        return any(found[: len(place)] == place for found, _ in self._found)
-
     def problem(self, place: Place, message: str) -> None:
         """Note what is wrong with a value, once."""
         if (place, message) not in self._found:

@@ -216,8 +216,6 @@ def _make_methods(
 
     methods: list[SafetyMethod] = []
     for place, name, settings in entries:
-        if document.is_faulty(place):
-            continue
         try:
             made = _made(name, {key: _rows_of(value, key) for key, value in settings.items()}, values)
         except (ValueError, TypeError, OSError) as error:
