@@ -158,7 +158,7 @@ def module_name(path: Path) -> str:
 
 def product_texts() -> list[Path]:
     suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".html", ".css", ".js", ".json", ".ipynb"}
-    folders = [folder for folder in (PACKAGE, ROOT / "app", ROOT / "recipes", ROOT / "tests") if folder.exists()]
+    folders = [PACKAGE, *(ROOT / name for name in ("app", "docs", "recipes", "tests"))]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
     files += [path for path in ROOT.iterdir() if path.suffix in suffixes or path.name == "Makefile"]
     return sorted([*files, *(ROOT / ".ci").iterdir()])
