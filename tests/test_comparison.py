@@ -15,8 +15,8 @@ from safe_trainer.evaluation import (
     FunctionJudge,
     PhraseJudge,
     Rate,
+    Spread,
     Thresholds,
-    across_runs,
     agreements,
     compare,
     evaluate,
@@ -280,7 +280,7 @@ def test_runs_that_differ_in_their_seed_are_summed_up_as_runs_and_not_as_prompts
     comparison = Comparison((evaluation("before", [REFUSAL] * 4), *tuned), runs={"tuned": names})
     spread = comparison.spread("tuned", "harm")
     assert [rate.count for rate in spread.rates] == [0, 1, 2] and spread.mean == 0.25
-    assert str(spread) == str(across_runs([Rate(n, 4) for n in range(3)]))
+    assert str(spread) == str(Spread(tuple(Rate(n, 4) for n in range(3))))
     table = tables_of(comparison)[-1]
     assert table.head == ("before", "tuned")
     assert [str(cell) for cell in table.rows[0][1]] == ["100.0 % (4/4)", str(spread)]

@@ -19,7 +19,7 @@ from safe_trainer.evaluation import (
     judged,
     to_html,
 )
-from safe_trainer.evaluation.report.content import SHOWN_FLIPS, evidence
+from safe_trainer.evaluation.report.content import SHOWN_FLIPS, reproduction
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."
@@ -221,17 +221,19 @@ def test_without_harmful_prompts_nothing_is_concluded():
 
 
 def test_the_account_says_what_was_tested_judged_missed_and_how_to_repeat_it():
-    account = evidence(comparison())
-    assert "harm: 20 prompts that should be refused." in account["tested"]
-    assert "greedily in at most 64 tokens" in account["tested"][-1]
-    assert re.search(r"it finds [\d.]+ % \(\d+/\d+\) of the refusals", account["judges"][0])
-    assert "Help with ordinary prompts: no such prompts were asked." in account["untested"]
-    assert account["command"] == (
+    text = said(to_html(comparison()))
+    assert "harm: 20 prompts that should be refused." in text
+    assert "greedily in at most 64 tokens" in text
+    assert re.search(r"it finds [\d.]+ % \(\d+/\d+\) of the refusals", text)
+    assert "Help with ordinary prompts: no such prompts were asked." in text
+    command = (
         "safe-trainer compare org/model --adapter 'tuned=out one' --prompts harmful=harm --prompts borderline=edge "
         "--prompts task=sums --max-new-tokens 64"
     )
+    assert command in text and reproduction(comparison()) == command
     unknown = replace(comparison().before, manifest={**MANIFEST, "judges": [{"name": "mine", "version": "1"}]})
-    assert evidence(Comparison((unknown,)))["judges"] == ["mine 1: its error rate has not been measured here."]
+    text = said(to_html(Comparison((unknown,))))
+    assert "mine 1: its error rate has not been measured here." in text and "it finds" not in text
 
 
 def test_several_judges_are_listed_with_their_agreement():

@@ -21,7 +21,7 @@ from .judges import (
 )
 from .report import to_html, to_markdown, write_report
 from .results import Comparison, Evaluation, Flip, SetResult, agreements
-from .statistics import Agreement, Change, Rate, Spread, across_runs, paired_change
+from .statistics import Agreement, Change, Rate, Spread, paired_change
 from .storage import from_json, to_json
 from .tasks import choice_match, exact_match, number_match
 
@@ -30,48 +30,15 @@ METRICS = Path(__file__).with_name("metrics")  # `evaluate.load(str(METRICS / "r
 if TYPE_CHECKING:
     from .monitor import RefusalMonitor
 
+# fmt: off
 __all__ = [
-    "Agreement",
-    "Answer",
-    "Change",
-    "ClassifierJudge",
-    "Comparison",
-    "Decoding",
-    "Evaluation",
-    "Flip",
-    "FunctionJudge",
-    "GUARDS",
-    "GuardFormat",
-    "GuardJudge",
-    "Judge",
-    "LikelihoodJudge",
-    "METRICS",
-    "PhraseJudge",
-    "Rate",
-    "RefusalMonitor",
-    "SafetyVerdict",
-    "SetResult",
-    "Spread",
-    "Thresholds",
-    "Verdict",
-    "across_runs",
-    "agreements",
-    "choice_match",
-    "compare",
-    "evaluate",
-    "exact_match",
-    "from_json",
-    "gate",
-    "generate",
-    "judged",
-    "number_match",
-    "paired_change",
-    "quality",
-    "to_html",
-    "to_json",
-    "to_markdown",
-    "write_report",
+    "GUARDS", "METRICS", "Agreement", "Answer", "Change", "ClassifierJudge", "Comparison", "Decoding", "Evaluation",
+    "Flip", "FunctionJudge", "GuardFormat", "GuardJudge", "Judge", "LikelihoodJudge", "PhraseJudge", "Rate",
+    "RefusalMonitor", "SafetyVerdict", "SetResult", "Spread", "Thresholds", "Verdict", "agreements", "choice_match",
+    "compare", "evaluate", "exact_match", "from_json", "gate", "generate", "judged", "number_match", "paired_change",
+    "quality", "to_html", "to_json", "to_markdown", "write_report",
 ]
+# fmt: on
 
 
 def __getattr__(name: str) -> Any:

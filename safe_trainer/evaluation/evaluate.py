@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..data import PromptSet
@@ -64,24 +65,24 @@ def evaluate(
     ```
     """
     judges = (PhraseJudge(),) if judges is None else tuple(judges)
-    for judge in judges:
-        if not (callable(judge) or hasattr(judge, "bound")) or not hasattr(judge, "name"):  # one may bind to a model
-            raise TypeError(f"`judges` takes judges such as `PhraseJudge()`, got {judge!r}.")
+    odd = [judge for judge in judges if not (callable(judge) and hasattr(judge, "name"))]
+    if odd:
+        raise TypeError(f"`judges` takes judges such as `PhraseJudge()`, got {odd[0]!r}.")
     names = [judge.name for judge in judges]
     if not judges or len(set(names)) < len(names):
         raise ValueError(f"`judges` must be at least one judge, each with a name of its own, got {names}.")
     settings = Decoding(**decoding)
     asking = tuple(judge.bound(model, tokenizer, settings) if hasattr(judge, "bound") else judge for judge in judges)
-    total, done = sum(map(len, prompt_sets)), 0
-    results: list[SetResult] = []
+    total, results = sum(map(len, prompt_sets)), list[SetResult]()
     interrupted = False
     for prompt_set in prompt_sets:
-        if interrupted:
-            answers = [Answer("", error=INTERRUPTED)] * len(prompt_set)
-        else:
-            answers = _ask(model, tokenizer, prompt_set, settings, offset(progress, done, total))
-            interrupted = any(answer.error == INTERRUPTED for answer in answers)
-        done += len(prompt_set)
+        answers = [Answer("", error=INTERRUPTED)] * len(prompt_set)
+        if not interrupted:
+            counted = offset(progress, sum(len(result.answers) for result in results), total)
+            with suppress(KeyboardInterrupt):  # nothing of this set is finished, but earlier ones may be
+                turns = prompt_set.conversations()
+                answers = generate(model, tokenizer, turns, progress=counted, **vars(settings))
+        interrupted = any(answer.error == INTERRUPTED for answer in answers)
         results.append(judged(prompt_set, answers, asking))
     notes = [note for result in results for note in result.observations()]
     for note in notes:
@@ -104,17 +105,12 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
     answers = [_without_thought(answer) for answer in answers]
     answered = [index for index, answer in enumerate(answers) if answer.error is None]
     texts = [answers[index].text for index in answered]
-    verdicts: dict[str, tuple[str | None, ...]] = {}
+    verdicts: dict[str, Sequence[str | None]] = {}
     if prompt_set.kind == "task" and prompt_set.references is not None:
-        references = [prompt_set.references[index] for index in answered]
-        is_right = SCORERS[prompt_set.scorer]
-        graded: list[str | None] = [
-            "correct" if is_right(text, reference) else "wrong"
-            for text, reference in zip(texts, references, strict=True)
-        ]
-        verdicts[f"{prompt_set.scorer} match"] = _spread(graded, answered, len(answers))
+        right = SCORERS[prompt_set.scorer]
+        pairs = [(text, prompt_set.references[index]) for text, index in zip(texts, answered, strict=True)]
+        verdicts[f"{prompt_set.scorer} match"] = ["correct" if right(*pair) else "wrong" for pair in pairs]
     else:
-        prompts = [prompt_set.prompts[index] for index in answered]
         competent = [judge for judge in judges if prompt_set.kind in getattr(judge, "kinds", (prompt_set.kind,))]
         if not competent:
             raise ValueError(
@@ -124,9 +120,11 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
         turns = prompt_set.conversations()
         for judge in competent:
             # A judge that asks the model asks it the whole conversation; the others read the prompt.
-            shown: list[Any] = [turns[index] for index in answered] if hasattr(judge, "asks_model") else prompts
-            verdicts[judge.name] = _spread(_verdicts(judge, shown, texts), answered, len(answers))
-    return SetResult(prompt_set, tuple(answers), verdicts)
+            shown: Sequence[Any] = turns if hasattr(judge, "asks_model") else prompt_set.prompts
+            verdicts[judge.name] = _verdicts(judge, [shown[index] for index in answered], texts)
+    placed = {name: dict(zip(answered, given, strict=True)) for name, given in verdicts.items()}
+    everywhere = {name: tuple(map(given.get, range(len(answers)))) for name, given in placed.items()}
+    return SetResult(prompt_set, tuple(answers), everywhere)
 
 
 def _without_thought(answer: Answer) -> Answer:
@@ -137,18 +135,6 @@ def _without_thought(answer: Answer) -> Answer:
     return dataclasses.replace(
         answer, text=found.answer, thought=found.thought, unfinished_thought=found.is_unfinished
     )
-
-
-def _ask(
-    model: Any, tokenizer: Any, prompt_set: PromptSet, settings: Decoding, progress: Progress | None
-) -> list[Answer]:
-    try:
-        return generate(
-            model, tokenizer, prompt_set.conversations(), progress=progress, **dataclasses.asdict(settings)
-        )
-    except KeyboardInterrupt:
-        # Nothing of this set is finished, but earlier ones may be: the caller keeps them.
-        return [Answer("", error=INTERRUPTED)] * len(prompt_set)
 
 
 def offset(progress: Progress | None, done: int, total: int) -> Progress | None:
@@ -191,10 +177,3 @@ def _checked(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list
     if odd is not None:
         raise ValueError(f"The judge `{judge.name}` gave {odd!r}. A verdict is one of {VERDICTS}, or None.")
     return list(verdicts)
-
-
-def _spread(values: Sequence[str | None], places: Sequence[int], total: int) -> tuple[str | None, ...]:
-    spread: list[str | None] = [None] * total
-    for place, value in zip(places, values, strict=True):
-        spread[place] = value
-    return tuple(spread)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import PromptSet
 from .generate import INTERRUPTED, Answer
 from .manifest import prompt_set_sha256
-from .statistics import Agreement, Change, Rate, Spread, across_runs, cohens_kappa, paired_change
+from .statistics import Agreement, Change, Rate, Spread, cohens_kappa, paired_change
 
 if TYPE_CHECKING:
     from .gate import SafetyVerdict
@@ -89,34 +88,30 @@ class SetResult:
 
     def observations(self) -> list[str]:
         """Return what makes this set's rates mean less than they seem to, in sentences."""
-        name, total = self.prompt_set.name, len(self.answers)
+        total = len(self.answers)
         reasons = Counter(answer.error for answer in self.answers if answer.error)
         notes = [
-            f"{name}: {count} of {total} prompts have no answer ({reason}); they count in no rate."
+            f"{count} of {total} prompts have no answer ({reason}); they count in no rate."
             for reason, count in reasons.most_common(3)
         ]
-        notes += self._not_judged()
+        pairs = zip(self.outcomes, self.answers, strict=True)
+        texts = [answer.text.strip() for verdict, answer in pairs if verdict is None and not answer.error]
+        if texts:
+            notes.append(
+                f"{next(iter(self.verdicts))} gave no verdict on {len(texts)} of {total} answers (in a language that "
+                f"it does not know, or it failed on them), such as “{_shortened(texts[0])}”; they count in no rate. "
+                "Add a judge that reads them."
+            )
         thinking = sum(answer.unfinished_thought for answer in self.answers)
         if thinking:
             notes.append(
-                f"{name}: {thinking} of {total} answers were cut off while still thinking and count as neither. Raise "
+                f"{thinking} of {total} answers were cut off while still thinking and count as neither. Raise "
                 "`max_new_tokens`, or switch thinking off with `template_options`."
             )
         empty = sum(not (answer.text.strip() or answer.error or answer.thought) for answer in self.answers)
         if empty * 2 > total:
-            notes.append(f"{name}: {empty} of {total} answers are empty, so the rates say little about the model.")
-        return notes + self._same_answers()
-
-    def _not_judged(self) -> list[str]:
-        pairs = zip(self.outcomes, self.answers, strict=True)
-        texts = [answer.text.strip() for verdict, answer in pairs if verdict is None and not answer.error]
-        if not texts:
-            return []
-        return [
-            f"{self.prompt_set.name}: {next(iter(self.verdicts))} gave no verdict on {len(texts)} of "
-            f"{len(self.answers)} answers (in a language that it does not know, or it failed on them), such as "
-            f"“{_shortened(texts[0])}”; they count in no rate. Add a judge that reads them."
-        ]
+            notes.append(f"{empty} of {total} answers are empty, so the rates say little about the model.")
+        return [f"{self.prompt_set.name}: {note}" for note in notes + self._same_answers()]
 
     def _same_answers(self) -> list[str]:
         """Report a model that says one thing to everything, which no rate shows. Refusals are alike by nature."""
@@ -129,8 +124,8 @@ class SetResult:
             return []
         said = f"{count} of the {len(answers)} answers that are not refusals are the same text (“{_shortened(text)}”)"
         if sum(answer.truncated for answer in answers if answer.text.strip() == text) * 2 > count:
-            return [f"{self.prompt_set.name}: {said} because they were cut off. Raise `max_new_tokens`."]
-        return [f"{self.prompt_set.name}: {said}: the model has collapsed, whatever the rates say."]
+            return [f"{said} because they were cut off. Raise `max_new_tokens`."]
+        return [f"{said}: the model has collapsed, whatever the rates say."]
 
 
 @dataclass(frozen=True)
@@ -188,16 +183,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Flip:
-    """A prompt whose outcome changed.
-
-    Args:
-        prompt (`str`): The prompt.
-        category (`str`, *optional*): Its category, if the set has any.
-        before (`Answer`): The answer before.
-        after (`Answer`): The answer after.
-        outcome_before (`str`): Its verdict before.
-        outcome_after (`str`): Its verdict after.
-    """
+    """A prompt whose outcome changed, with its category if the set has any, and both answers and verdicts."""
 
     prompt: str
     category: str | None
@@ -296,16 +282,10 @@ class Comparison:
     def spread(self, runs: str, prompt_set: str, outcome: str | None = None) -> Spread:
         """Sum up a rate over training runs that differ in their seed: its interval is about runs, not prompts.
 
-        Args:
-            runs (`str`): One of the names in `runs`.
-            prompt_set (`str`): Name of the prompt set.
-            outcome (`str`, *optional*): What to count; by default refusals, for a task correct answers.
-
-        Raises:
-            ValueError: If one of the runs measured nothing.
+        Arguments as in [`change`], with one of the names in `runs`; refused if one of the runs measured nothing.
         """
         outcome = outcome or HEADLINES[self.before[prompt_set].prompt_set.kind]
-        return across_runs([self[run][prompt_set].rate(outcome) for run in self.runs[runs]])
+        return Spread(tuple(self[run][prompt_set].rate(outcome) for run in self.runs[runs]))
 
     @property
     def interrupted(self) -> bool:
@@ -317,24 +297,19 @@ class Comparison:
         """Return the prompts whose outcome differs from the one before, in the set's order."""
         old, new = self.before[prompt_set], self[after][prompt_set]
         asked = old.prompt_set
-        flips = []
-        for index, (before, now) in enumerate(zip(old.outcomes, new.outcomes, strict=True)):
-            if before is None or now is None or before == now:
-                continue
-            category = asked.categories[index] if asked.categories else None
-            flips.append(Flip(asked.prompts[index], category, old.answers[index], new.answers[index], before, now))
-        return flips
+        labels = asked.categories or (None,) * len(asked)
+        pairs = zip(asked.prompts, labels, old.answers, new.answers, old.outcomes, new.outcomes, strict=True)
+        return [Flip(*pair) for pair in pairs if None not in pair[-2:] and pair[-2] != pair[-1]]
 
     def sentences(self, after: str) -> list[str]:
         """Return one sentence for each rate of each prompt set, harmful sets first; what is missing is named, too."""
-        lines = []
-        for kind, names in RATES.items():
-            for result in self.before.of_kind(kind):
-                lines += [
-                    self.change(after, result.prompt_set.name, outcome).sentence(f"{name} ({result.prompt_set.name})")
-                    for outcome, name in names.items()
-                    if outcome != "neither"
-                ]
+        lines = [
+            self.change(after, result.prompt_set.name, outcome).sentence(f"{name} ({result.prompt_set.name})")
+            for kind, names in RATES.items()
+            for result in self.before.of_kind(kind)
+            for outcome, name in names.items()
+            if outcome != "neither"
+        ]
         return lines + [f"{kind} prompts: not measured" for kind in RATES if not self.before.of_kind(kind)]
 
     def all_notes(self) -> list[str]:
@@ -359,37 +334,26 @@ def agreements(evaluation: Evaluation | SetResult) -> list[Agreement]:
     ```
     """
     results = evaluation.results if isinstance(evaluation, Evaluation) else (evaluation,)
-    judged = [result for result in results if result.prompt_set.kind != "task"]
+    judged = [result.verdicts for result in results if result.prompt_set.kind != "task"]
     found = []
-    for first, second in combinations(dict.fromkeys(name for result in judged for name in result.verdicts), 2):
-        pairs = [
-            (a, b)
-            for result in judged
-            if first in result.verdicts and second in result.verdicts
-            for a, b in zip(result.verdicts[first], result.verdicts[second], strict=True)
-            if a is not None and b is not None
-        ]
+    for judges in combinations(dict.fromkeys(name for verdicts in judged for name in verdicts), 2):
+        both = [[verdicts[judge] for judge in judges] for verdicts in judged if {*judges} <= verdicts.keys()]
+        pairs = [pair for given in both for pair in zip(*given, strict=True) if None not in pair]
         agreed = Rate(sum(a == b for a, b in pairs), len(pairs))
-        kappa = cohens_kappa([a for a, _ in pairs], [b for _, b in pairs]) if pairs else math.nan
-        found.append(Agreement(first, second, agreed, kappa))
+        found.append(Agreement(*judges, agreed, cohens_kappa(pairs)))
     return found
 
 
 def _otherwise_asked(before: Evaluation, after: Evaluation) -> list[str]:
     """Report another chat template or vocabulary, which may explain a change."""
     one, other = (evaluation.manifest.get("tokenizer", {}) for evaluation in (before, after))
-    notes = []
-    if one.get("chat_template_sha256") != other.get("chat_template_sha256"):
-        notes.append(
-            f"{after.name} was asked through another chat template than {before.name}, so that a change may come from "
-            "the template."
-        )
-    if one.get("vocabulary_sha256") != other.get("vocabulary_sha256"):
-        notes.append(
-            f"{after.name} has another tokenizer than {before.name}: each was asked through its own, and the same "
-            "`max_new_tokens` may hold answers of different length."
-        )
-    return notes
+    differences = {
+        "chat_template_sha256": f"{after.name} was asked through another chat template than {before.name}, so that a "
+        "change may come from the template.",
+        "vocabulary_sha256": f"{after.name} has another tokenizer than {before.name}: each was asked through its own, "
+        "and the same `max_new_tokens` may hold answers of different length.",
+    }
+    return [note for key, note in differences.items() if one.get(key) != other.get(key)]
 
 
 def _check_comparable(before: Evaluation, after: Evaluation) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 CONFIDENCE = 0.95
@@ -144,14 +145,29 @@ class Spread:
 
     Args:
         rates (`tuple[Rate, ...]`): One for each run, over the same prompts.
+
+    Raises:
+        ValueError: If there are none, or one of them measured nothing.
+
+    Example:
+
+    ```python
+    >>> print(Spread((Rate(16, 100), Rate(9, 100), Rate(16, 100))))
+    13.7 % [3.6, 23.7] (3 runs: 16.0, 9.0, 16.0)
+
+    ```
     """
 
     rates: tuple[Rate, ...]
 
+    def __post_init__(self) -> None:
+        if not self.rates or any(not rate.total for rate in self.rates):
+            raise ValueError(f"Each run needs a measured rate, got {[str(rate) for rate in self.rates]}.")
+
     @property
     def mean(self) -> float:
         """Mean over the runs, from 0 to 1."""
-        return sum(rate.value for rate in self.rates) / len(self.rates)
+        return fmean(rate.value for rate in self.rates)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -159,23 +175,15 @@ class Spread:
 
         Where all runs came out the same it would have no width; then it is that of one run's rate, over prompts.
         """
-        runs = len(self.rates)
-        if runs < 2:
+        values = [rate.value for rate in self.rates]
+        if len(values) < 2:
             return 0.0, 1.0
-        if self.deviation == 0:
+        if len(set(values)) == 1:
             return self.rates[0].interval
-        from scipy.stats import t as student
+        from scipy.stats import ttest_1samp
 
-        half = float(student.ppf((1 + CONFIDENCE) / 2, runs - 1)) * self.deviation / math.sqrt(runs)
-        return max(0.0, self.mean - half), min(1.0, self.mean + half)
-
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation over the runs, from 0 to 1; NaN for a single run."""
-        if len(self.rates) < 2:
-            return math.nan
-        squares = sum((rate.value - self.mean) ** 2 for rate in self.rates)
-        return math.sqrt(squares / (len(self.rates) - 1))
+        found = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
+        return max(0.0, float(found.low)), min(1.0, float(found.high))
 
     def __str__(self) -> str:
         values = ", ".join(f"{100 * rate.value:.1f}" for rate in self.rates)
@@ -219,22 +227,15 @@ def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 
     """
     if len(before) != len(after):
         raise ValueError(f"Paired runs need the same prompts, got {len(before)} before and {len(after)} after.")
-    gained = sum(1 for b, a in zip(before, after, strict=True) if a and not b)
-    lost = sum(1 for b, a in zip(before, after, strict=True) if b and not a)
+    pairs = list(zip(map(bool, before), map(bool, after), strict=True))
+    gained, lost = pairs.count((False, True)), pairs.count((True, False))
     old, new = (Rate(sum(map(bool, counted)), len(counted)) for counted in (before, after))
     low, high = bootstrap_difference(gained, lost, len(before), seed=seed)
     return Change(old, new, gained, lost, low, high, mcnemar_exact(gained, lost))
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:
-    """Return the two-sided p-value of the exact McNemar test: a binomial test on the pairs that changed.
-
-    ```python
-    >>> mcnemar_exact(0, 5)  # 2 / 2**5
-    0.0625
-
-    ```
-    """
+    """Return the two-sided p-value of the exact McNemar test: a binomial test on the pairs that changed."""
     if gained + lost == 0:
         return 1.0
     from scipy.stats import binomtest
@@ -250,13 +251,6 @@ def bootstrap_difference(
     Each pair contributes +1, -1 or 0, so a resample is a draw from a multinomial distribution. Half a pair is added to
     each way of changing: otherwise the interval would have no width where all pairs went one way, and would exclude 0
     where McNemar's test cannot.
-
-    Args:
-        gained (`int`): Pairs that contribute +1.
-        lost (`int`): Pairs that contribute -1.
-        total (`int`): All pairs.
-        resamples (`int`, *optional*, defaults to `9999`): How many resamples.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
     """
     if total == 0:
         return -1.0, 1.0
@@ -269,53 +263,18 @@ def bootstrap_difference(
     return float(low), float(high)
 
 
-def across_runs(rates: Sequence[Rate]) -> Spread:
-    """Sum up the same rate of several training runs.
-
-    Args:
-        rates (`Sequence[Rate]`): One for each run.
-
-    Raises:
-        ValueError: If there are none, or one of them measured nothing.
-
-    Example:
-
-    ```python
-    >>> print(across_runs([Rate(16, 100), Rate(9, 100), Rate(16, 100)]))
-    13.7 % [3.6, 23.7] (3 runs: 16.0, 9.0, 16.0)
-
-    ```
-    """
-    if not rates or any(not rate.total for rate in rates):
-        raise ValueError(f"Each run needs a measured rate, got {[str(rate) for rate in rates]}.")
-    return Spread(tuple(rates))
-
-
-def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float:
-    """Return Cohen's kappa of two judges' verdicts on the same answers, κ = (p_o − p_e) / (1 − p_e) (Cohen, 1960).
-
-    ```python
-    >>> cohens_kappa(["refused", "refused", "complied", "complied"], ["refused", "complied", "complied", "complied"])
-    0.5
-
-    ```
-    """
-    total = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / total
-    counts = Counter(first), Counter(second)
-    expected = sum(counts[0][verdict] * counts[1][verdict] for verdict in counts[0]) / total**2
+def cohens_kappa(pairs: Sequence[tuple[str, str]]) -> float:
+    """Return Cohen's kappa of two judges' verdicts, κ = (p_o − p_e) / (1 − p_e) (Cohen, 1960); NaN without any."""
+    if not pairs:
+        return math.nan
+    observed = sum(a == b for a, b in pairs) / len(pairs)
+    first, second = (Counter(side) for side in zip(*pairs, strict=True))
+    expected = sum(first[verdict] * second[verdict] for verdict in first) / len(pairs) ** 2
     return math.nan if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def points(share: float, digits: int = 1) -> str:
-    """Write a difference of shares in percentage points, with a true minus sign.
-
-    ```python
-    >>> points(-0.565), points(0.02), points(-0.0001, 0)
-    ('−56.5', '+2', '0')
-
-    ```
-    """
+    """Write a difference of shares in percentage points, with a true minus sign: `"−56.5"`, `"+2"`, `"0"`."""
     text = f"{100 * share:+.{digits}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text in ("+0", "-0") else text.replace("-", "−")

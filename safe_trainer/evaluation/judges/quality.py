@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..statistics import Rate
 from .base import VERDICTS, Judge, Verdict
@@ -17,14 +16,8 @@ Split = Literal["development", "test"]
 _FILE = Path(__file__).with_name("labelled") / "answers.jsonl"
 
 
-@dataclass(frozen=True)
-class Quality:
-    """How well a judge finds one verdict.
-
-    Args:
-        precision (`Rate`): Of the answers that the judge gave this verdict, how many deserve it.
-        recall (`Rate`): Of the answers that deserve it, how many the judge gave it.
-    """
+class Quality(NamedTuple):
+    """How well a judge finds one verdict: how many that it gave are right, and how many that are right it gave."""
 
     precision: Rate
     recall: Rate
@@ -63,12 +56,7 @@ def quality(judge: Judge, split: Split = "test", language: str | None = None) ->
 
 
 def precision_and_recall(labels: Sequence[str], verdicts: Sequence[str | None]) -> dict[Verdict, Quality]:
-    """Compare verdicts with labels, class by class.
-
-    Args:
-        labels (`Sequence[str]`): The verdicts that the answers deserve.
-        verdicts (`Sequence[str | None]`): The verdicts that the judge gave; `None` is wrong for every class.
-    """
+    """Compare a judge's verdicts with labels, class by class; `None` is wrong for every class."""
     pairs = list(zip(labels, verdicts, strict=True))
     table: dict[Verdict, Quality] = {}
     for verdict in VERDICTS:

@@ -1,4 +1,4 @@
-"""The geometry of the report's figures, which the template draws as inline SVG."""
+"""The geometry of the report's figures, which the template draws."""
 
 from __future__ import annotations
 
@@ -6,31 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..results import HEADLINES, RATES, Evaluation, SetResult
+from ..results import Evaluation
 
 _LAYER = re.compile(r"\.(\d+)(?:\.(.+))?$")
-
-
-def bar(name: str, result: SetResult) -> dict[str, Any]:
-    """Return the stacked bar of one model on one prompt set, in percent of its width, with its headline's interval."""
-    headline = HEADLINES[result.prompt_set.kind]
-    outcomes = ("correct",) if headline == "correct" else ("refused", "neither", "complied")
-    rates = {outcome: result.rate(outcome) for outcome in outcomes}
-    parts, start = [], 0.0
-    for outcome, rate in rates.items():
-        width = 100 * rate.value if rate.total else 0.0
-        parts.append({"outcome": outcome, "start": _round(start), "width": _round(width)})
-        start += width
-    rate, names = rates[headline], RATES[result.prompt_set.kind]
-    return {
-        "name": name,
-        "parts": parts,
-        "low": _round(100 * rate.low),
-        "high": _round(100 * rate.high),
-        "measured": rate.total > 0,
-        "value": f"{names[headline]} {rate}",
-        "spoken": ", ".join(f"{names[outcome]} {rate.share}" for outcome, rate in rates.items()),
-    }
 
 
 def plane(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
@@ -57,30 +35,16 @@ def plane(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
     return {"across": f"{across} prompts", "dots": dots, "ticks": ticks}
 
 
-def heats(evaluations: Sequence[Evaluation]) -> dict[str, list[dict[str, Any]]]:
-    """Return by figure of drift a table of weights by layers for each model in which it was measured."""
-    names = dict.fromkeys(figure for e in evaluations for figure in e.drift_shares)
-    found = {"": {e.name: e.drift for e in evaluations if e.drift}} | {
-        figure: {e.name: e.drift_shares[figure] for e in evaluations if figure in e.drift_shares} for figure in names
+def heats(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, dict[tuple[int, str], float]]]:
+    """Return by figure of drift and model in which it was measured a value for each layer and weight."""
+    found: dict[str, dict[str, Mapping[str, float]]] = {"": {e.name: e.drift for e in evaluations}}
+    for figure in dict.fromkeys(figure for e in evaluations for figure in e.drift_shares):
+        found[figure] = {e.name: e.drift_shares.get(figure, {}) for e in evaluations}
+    placed = {
+        figure: {name: {place(key): share for key, share in drift.items()} for name, drift in drifts.items() if drift}
+        for figure, drifts in found.items()
     }
-    return {figure: heat(drifts) for figure, drifts in found.items() if drifts}
-
-
-def heat(drifts: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Arrange each model's drift as a table of weights by layers, on one scale for all."""
-    most = max((ratio for drift in drifts.values() for ratio in drift.values()), default=0.0)
-    tables = []
-    for name, drift in drifts.items():
-        placed = {key: place(key) for key in drift}
-        layers = sorted({layer for layer, _ in placed.values()})
-        weights = list(dict.fromkeys(weight for _, weight in placed.values()))
-        by_place = {placed[key]: ratio for key, ratio in drift.items()}
-        rows = [
-            {"name": weight, "cells": [_cell(by_place.get((layer, weight)), most) for layer in layers]}
-            for weight in weights
-        ]
-        tables.append({"name": name, "layers": layers, "rows": rows, "most": f"{100 * most:.2g} %"})
-    return tables
+    return {figure: models for figure, models in placed.items() if models}
 
 
 def place(name: str) -> tuple[int, str]:
@@ -90,12 +54,6 @@ def place(name: str) -> tuple[int, str]:
     """
     found = _LAYER.search(name)
     return (int(found[1]), found[2] or "residual stream") if found else (-1, name)
-
-
-def _cell(ratio: float | None, most: float) -> dict[str, Any]:
-    if ratio is None:
-        return {"label": "not changed", "strength": 0}
-    return {"label": f"{100 * ratio:.2g} %", "strength": _round(max(0.0, ratio / most) if most > 0 else 0)}
 
 
 def _label(dots: list[dict[str, Any]]) -> None:
