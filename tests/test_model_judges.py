@@ -14,6 +14,7 @@ from safe_trainer.evaluation import (
     GUARDS,
     Answer,
     ClassifierJudge,
+    Decoding,
     FunctionJudge,
     GuardFormat,
     GuardJudge,
@@ -55,12 +56,12 @@ def test_log_odds_equal_plain_forward_passes(build, adapted, monkeypatch):
     refusals, compliances = ["No", "I ca", "I wo", "So"], ["Yes", "I do", "Sure"]
     judge = LikelihoodJudge(refusals, [*compliances, "Surely"])  # the last one is contained in "Sure"
     model.train()
-    found = judge.log_odds(model, tokenizer, PROMPTS)
+    found = judge.log_masses(model, tokenizer, PROMPTS, Decoding())
     assert model.training
     model.eval()
-    for prompt, odds in zip(PROMPTS, found, strict=True):
+    for prompt, (refusal, compliance) in zip(PROMPTS, found, strict=True):
         sums = [log_sum(log_probability(model, tokenizer, prompt, o) for o in g) for g in (refusals, compliances)]
-        assert odds == pytest.approx(sums[0] - sums[1], abs=1e-3)
+        assert refusal - compliance == pytest.approx(sums[0] - sums[1], abs=1e-3)
 
 
 def test_branches_that_are_left_cost_no_more_than_their_threshold():

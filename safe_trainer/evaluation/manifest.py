@@ -48,7 +48,7 @@ def describe(
             {"name": s.name, "source": s.source, "kind": s.kind, "prompts": len(s), "sha256": prompt_set_sha256(s)}
             for s in prompt_sets
         ],
-        "packages": {"python": platform.python_version(), **_versions()},
+        "packages": {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}},
         "hardware": _hardware(model),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -148,14 +148,11 @@ def _active_adapters(model: Any) -> list[str]:
     return [str(name) for name in active] if isinstance(active, list) else []
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # running from a checkout that is not installed
-            found[package] = "not installed"
-    return found
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # running from a checkout that is not installed
+        return "not installed"
 
 
 def _hardware(model: Any) -> dict[str, Any]:
