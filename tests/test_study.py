@@ -137,7 +137,7 @@ def test_a_bar_is_missed_by_as_much_as_the_figure_lies_beyond_it(study):
             "border": "compliance, borderline",
             "task": "task accuracy",
         }
-        return {names[name]: report.across_runs([report.Rate(count, 100)]) for name, count in rates.items()}
+        return {names[name]: report.Spread((report.Rate(count, 100),)) for name, count in rates.items()}
 
     before = figures(harm=0, benign=100, border=100, task=0)
     plain = figures(harm=100, benign=100, border=100, task=90)

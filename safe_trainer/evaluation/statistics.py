@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
 from typing import Any
 
 CONFIDENCE = 0.95
@@ -167,7 +166,7 @@ class Spread:
     @property
     def mean(self) -> float:
         """Mean over the runs, from 0 to 1."""
-        return fmean(rate.value for rate in self.rates)
+        return sum(rate.value for rate in self.rates) / len(self.rates)
 
     @property
     def interval(self) -> tuple[float, float]:
