@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import thinking
-from .prompting import Prompt, render, stop_ids, tokenize
+from .prompting import Prompt, left_padded, render, stop_ids, tokenize
 from .state import examining
 
 if TYPE_CHECKING:
@@ -224,13 +224,11 @@ def _generate_or_none(model: Any, batch: list[Sequence[int]], options: dict[str,
     import torch
     from transformers import LogitsProcessorList
 
-    longest = max(len(ids) for ids in batch)
-    padded = [[options["pad_token_id"]] * (longest - len(ids)) + list(ids) for ids in batch]
-    attended = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch]
+    inputs = left_padded(batch, model.device, options["pad_token_id"])
     try:
         output = model.generate(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(attended, device=model.device),
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
             logits_processor=LogitsProcessorList([_refuse_nan]),
             **options,
         )
@@ -238,7 +236,7 @@ def _generate_or_none(model: Any, batch: list[Sequence[int]], options: dict[str,
         if len(batch) == 1:
             raise
     else:
-        found: list[list[int]] = output[:, longest:].tolist()
+        found: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
         return found
     torch.cuda.empty_cache()
     logger.info("A batch of %d prompts does not fit into the memory; trying half.", len(batch))
