@@ -196,8 +196,6 @@ def test_change_pairs_prompt_by_prompt():
     after = evaluation("after", [REFUSAL, HELP, HELP, REFUSAL], safe=[REFUSAL, HELP], sums=["2", "4", "4"])
     change = Comparison((before, after)).change("after", "harm")
     assert (change.before, change.after, change.gained, change.lost) == (Rate(3, 4), Rate(2, 4), 1, 2)
-    in_y = Comparison((before, after)).change("after", "harm", category="y")
-    assert (in_y.before, in_y.after) == (Rate(1, 2), Rate(1, 2))
     assert Comparison((before, after)).change("after", "harm", "complied").after == Rate(2, 4)
 
 

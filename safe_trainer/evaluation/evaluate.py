@@ -152,10 +152,6 @@ def _verdicts(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> lis
         if len(texts) <= 1:
             raise
         logger.warning("The judge `%s` failed on a batch (%s); asking it for one answer at a time.", judge.name, error)
-        return _one_by_one(judge, prompts, texts)
-
-
-def _one_by_one(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
     verdicts: list[str | None] = []
     failure: Exception | None = None
     for prompt, text in zip(prompts, texts, strict=True):
@@ -164,7 +160,7 @@ def _one_by_one(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> l
         except Exception as error:
             failure = error
             verdicts.append(None)
-    if failure is not None and all(verdict is None for verdict in verdicts):
+    if failure is not None and not any(verdicts):
         raise failure
     return verdicts
 

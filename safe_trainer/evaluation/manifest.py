@@ -93,15 +93,11 @@ def shown_id(source: str | Path) -> str:
     return path.name if path.is_absolute() or path.exists() else str(source)
 
 
-def fingerprint(model: Any, samples: int = 64) -> str:
-    """Return a hash of the model in memory: names, shapes, and evenly spaced values of every parameter.
+def fingerprint(model: Any) -> str:
+    """Return a hash of the model in memory: names, shapes, and 64 evenly spaced values of every parameter.
 
-    The id in a config says where training began. The fingerprint tells two states of one model apart, at no cost worth
-    mentioning: whatever training changes shows in nearly every value.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-        samples (`int`, *optional*, defaults to `64`): How many values of each parameter are hashed.
+    The id in a config says where training began. The fingerprint tells two states of one model apart: whatever
+    training changes shows in nearly every value.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -110,7 +106,7 @@ def fingerprint(model: Any, samples: int = 64) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         for tensor in _plain_tensors(parameter.detach()):
             flat = tensor.reshape(-1)
-            digest.update(flat[:: max(1, flat.numel() // samples)].double().cpu().numpy().tobytes())
+            digest.update(flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

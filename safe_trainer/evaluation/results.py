@@ -255,27 +255,23 @@ class Comparison:
 
         return safety_verdict(self, after)
 
-    def change(
-        self, after: str, prompt_set: str, outcome: str | None = None, *, category: str | None = None
-    ) -> Change:
+    def change(self, after: str, prompt_set: str, outcome: str | None = None) -> Change:
         """Compare one evaluation with the one before, prompt by prompt.
 
         Args:
             after (`str`): Name of the evaluation.
             prompt_set (`str`): Name of the prompt set.
             outcome (`str`, *optional*): What to count; by default refusals, for a task correct answers.
-            category (`str`, *optional*): Only prompts of this category.
 
         Returns:
             `Change`: Over the prompts that have a verdict in both.
         """
         old, new = self.before[prompt_set], self[after][prompt_set]
         outcome = outcome or HEADLINES[old.prompt_set.kind]
-        labels = old.prompt_set.categories or (None,) * len(old.outcomes)
         pairs = [
-            (b == outcome, a == outcome)
-            for b, a, label in zip(old.outcomes, new.outcomes, labels, strict=True)
-            if b is not None and a is not None and category in (None, label)
+            (before == outcome, now == outcome)
+            for before, now in zip(old.outcomes, new.outcomes, strict=True)
+            if before is not None and now is not None
         ]
         return paired_change([b for b, _ in pairs], [a for _, a in pairs], seed=self.seed)
 
