@@ -208,6 +208,12 @@ def test_the_plan_has_no_circle():
     assert circles({"a": {"b"}, "b": {"a"}})
 
 
+def test_contributing_shows_the_plan():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \|([^|]*)\|$", text, re.MULTILINE)
+    assert {room: set(re.findall(r"\w+", imports)) for room, imports in rows} == ROOMS
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
