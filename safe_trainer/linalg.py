@@ -1,7 +1,6 @@
-"""Tensor mathematics shared by the methods: what lies inside a subspace, what lies outside, and how large it is.
+"""Projectors, norms and decompositions that the methods share.
 
-Everything works on factors. A weight update is never formed: for `M` (d_out x r) and `A` (r x d_in) the r x r Gram
-matrices carry all that is needed.
+A weight update is never formed: for `M` (d_out x r) and `A` (r x d_in) the r x r Gram matrices carry all that counts.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ def outside(matrix: Tensor, basis: Tensor, eigenvalues: Tensor | None = None) ->
     Args:
         matrix (`Tensor`): `X`, of shape (d, n).
         basis (`Tensor`): `U`, orthonormal columns, of shape (d, k).
-        eigenvalues (`Tensor`, *optional*): `c`, of shape (k,). Left out, all are one and the operator is the
-            orthogonal projector onto the complement of the span of `U`.
-
-    Returns:
-        `Tensor`: Of shape (d, n).
+        eigenvalues (`Tensor`, *optional*): `c`, of shape (k,); by default all one, an orthogonal projector.
 
     Example:
 
@@ -49,19 +44,12 @@ def outside(matrix: Tensor, basis: Tensor, eigenvalues: Tensor | None = None) ->
 
 
 def product_norm_squared(left: Tensor, right: Tensor | None = None) -> Tensor:
-    """Return `‖M A‖_F²` from the factors, as the sum of `(MᵀM) ∘ (A Aᵀ)`: r x r numbers instead of d_out x d_in.
-
-    Args:
-        left (`Tensor`): `M`, of shape (d_out, r).
-        right (`Tensor`, *optional*): `A`, of shape (r, d_in). Left out, it is an identity: `‖M‖_F²`.
-
-    Returns:
-        `Tensor`: A scalar, never below zero.
-    """
+    """Return `‖M A‖_F²` from `M` (d_out x r) and `A` (r x d_in; `None` is an identity) without forming the product."""
     if right is None:
         return left.square().sum()
-    squared = ((left.mT @ left) * (right @ right.mT)).sum()
-    return squared.clamp(min=0)  # rounding may leave -1e-12 where the product vanishes
+    return (
+        ((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0)
+    )  # rounding may leave -1e-12 where the product vanishes
 
 
 def outside_norm_squared(
@@ -69,22 +57,17 @@ def outside_norm_squared(
 ) -> Tensor:
     """Return `‖(I - U diag(c) Uᵀ) M A‖_F²`: the norm of what an operator leaves out of a product.
 
-    As the columns of `U` are orthonormal, it is `‖M A‖_F²` less `2c - c²` times what each of them holds. So `U` is
-    multiplied once in the forward and once in the backward pass, half of what projecting first would take. What is
-    left out is known to a share of 1e-7 of the whole.
+    As the columns of `U` are orthonormal, it is `‖M A‖_F²` less `2c - c²` times what each of them holds: half the work
+    of projecting first. What is left out is known to a share of 1e-7 of the whole.
 
     Args:
         left (`Tensor`): `M`, of shape (d_out, r).
         right (`Tensor` or `None`): `A`, of shape (r, d_in); `None` is an identity.
         basis (`Tensor`): `U`, orthonormal columns, of shape (d_out, k).
-        eigenvalues (`Tensor`, *optional*): `c`, of shape (k,). Left out, all are one.
-
-    Returns:
-        `Tensor`: A scalar, never below zero.
+        eigenvalues (`Tensor`, *optional*): `c`, of shape (k,); by default all one.
     """
     inside = basis.mT @ left  # (k, r)
-    share = None if eigenvalues is None else (2 * eigenvalues - eigenvalues**2)[:, None]
-    weighted = inside if share is None else share * inside
+    weighted = inside if eigenvalues is None else (2 * eigenvalues - eigenvalues**2)[:, None] * inside
     if right is None:
         return (left.square().sum() - (weighted * inside).sum()).clamp(min=0)
     return ((left.mT @ left - weighted.mT @ inside) * (right @ right.mT)).sum().clamp(min=0)
@@ -99,13 +82,8 @@ def random_basis(dimension: int, rank: int, seed: int) -> Tensor:
 def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return `U √S` (d_out x rank) and `√S Vᵀ` (rank x d_in) of the rank-`rank` singular value decomposition of `W`.
 
-    Args:
-        matrix (`Tensor`): `W`, of shape (d_out, d_in).
-        rank (`int`): At most the smaller side.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: In float32. Up to 512 rows or columns their product is the best approximation of `W`
-        of that rank; above, to within the little that 16 power iterations leave.
+    Up to 512 rows or columns their product, in float32, is the best approximation of `W` (d_out x d_in) of that rank;
+    above, to within the little that 16 power iterations leave.
     """
     if min(matrix.shape) > _EXACT_UP_TO:
         U, S, V = _randomized_svd(matrix.float(), min(2 * rank, *matrix.shape), 16)
@@ -130,8 +108,8 @@ def compact_factors(left: Tensor, right: Tensor, tolerance: float = 1e-6) -> tup
     Args:
         left (`Tensor`): `M`, of shape (d_out, n).
         right (`Tensor`): `A`, of shape (n, d_in).
-        tolerance (`float`, *optional*, defaults to `1e-6`): Singular values of the product up to this share of the
-            largest are taken for rounding noise. The default is that of float32.
+        tolerance (`float`, *optional*, defaults to `1e-6`): Singular values up to this share of the largest are taken
+            for rounding noise. The default is that of float32.
 
     Returns:
         `tuple[Tensor, Tensor]`: Of shapes (d_out, m) and (m, d_in) with 1 <= m <= n, in float32.
@@ -160,6 +138,10 @@ class TopDirections(NamedTuple):
         kept = self.singular_values.double().square().sum().item()
         return kept / self.total_variance if self.total_variance > 0 else 0.0
 
+    def at_most(self, count: int) -> TopDirections:
+        """Return the top `count` directions with their singular values."""
+        return TopDirections(self.basis[:, :count], self.singular_values[:count], self.total_variance)
+
     def top(self, count: int, explained_variance: float | None = None) -> Tensor:
         """Return the top `count` directions, or the fewest of them that hold this share of the total variance."""
         if explained_variance is not None and self.total_variance > 0:
@@ -172,12 +154,10 @@ class Sketch:
     """The top left singular vectors of a matrix whose columns come in blocks and are seen once.
 
     `X Xᵀ` (d x d) is modelled as `Q H Qᵀ + α (I − Q Qᵀ)`: exact numbers `H` within a basis `Q` of `width` columns, and
-    outside of it the mean `α` of what was seen there, so that the trace is always that of `X Xᵀ`. A new block is added
-    to the model, and `Q` turned towards the leading directions of the sum by subspace iteration, which starts from the
-    old `Q` and so is nearly there. Memory is d x `width`, besides the block; nothing d x d is formed.
-
-    Where the k-th singular value stands out from the next, the k top vectors come out to about
-    `(s_{k+1} / s_k)²` times the little by which the rest differs from its mean. If `width` reaches d, they are exact.
+    outside of it the mean `α` of what was seen there. A new block is added to the model, and `Q` turned towards the
+    top directions of the sum by subspace iteration, starting from the old `Q`. Memory is d x `width` and the block.
+    Where the k-th singular value stands out, the k top vectors come out to about `(s_{k+1} / s_k)²` times the little
+    by which the rest differs from its mean. If `width` reaches d, they are exact.
 
     Args:
         dimension (`int`): d, the length of a column.
@@ -193,11 +173,7 @@ class Sketch:
         self._energy = torch.zeros((), dtype=torch.float64)
 
     def add(self, columns: Tensor) -> None:
-        """Take in a block; the sketch lives where its first block does.
-
-        Args:
-            columns (`Tensor`): Of shape (n, d): each row is one column of `X`, as activations come.
-        """
+        """Take in a block (n, d), whose rows are columns of `X`; the sketch lives where its first block does."""
         if not len(columns):
             return
         if not self.count:
@@ -220,11 +196,7 @@ class Sketch:
         self.count += len(block)
 
     def top_directions(self, rank: int) -> TopDirections:
-        """Return at most `rank` directions: fewer where the columns span fewer.
-
-        Raises:
-            FloatingPointError: If a column held infinite or NaN values.
-        """
+        """Return at most `rank` directions, fewer where the columns span fewer; `FloatingPointError` if any is NaN."""
         energy = self._energy.item()
         if not math.isfinite(energy):
             raise FloatingPointError("The columns hold infinite or NaN values.")
@@ -236,7 +208,6 @@ class Sketch:
         return TopDirections(basis.float().contiguous(), squares[:kept].sqrt().float(), energy)
 
     def _times(self, basis: Tensor) -> Tensor:
-        """Return the model times a basis (d x width)."""
         inside = self._basis.mT @ basis
         shrunk = self._gram.float() @ inside - self._beyond.float() * inside
         return self._basis @ shrunk + self._beyond.float() * basis
@@ -250,8 +221,7 @@ class TruncatedSVD(NamedTuple):
     singular_values: Tensor
     """`s`, largest first, of shape (k,)."""
     next_singular_value: float
-    """`t` with `‖D Dᵀ − U diag(s²) Uᵀ‖₂ ≤ t²`: the (k+1)-th singular value, or an upper bound of it where the
-    decomposition was not exact."""
+    """`t` with `‖D Dᵀ − U diag(s²) Uᵀ‖₂ ≤ t²`: the (k+1)-th singular value, or for large matrices a bound of it."""
 
 
 def frobenius_norm(matrix: Tensor) -> float:
@@ -263,15 +233,13 @@ def truncated_svd(matrix: Tensor, threshold: float, rank: int | None = None) -> 
     """Return the left singular vectors of `D` whose singular values exceed a threshold, and at least one.
 
     Small matrices are decomposed exactly. Large ones by a randomized decomposition (Halko, Martinsson and Tropp, SIAM
-    Review 2011), whose error is computed afterwards, and which is made wider until the error is small enough.
+    Review 2011), whose error is computed afterwards, and which is made wider until the error is small enough; it may
+    hold a few directions more than needed.
 
     Args:
         matrix (`Tensor`): `D`, of shape (m, n), float32.
         threshold (`float`): Singular values above it are kept. With 0, all that float32 can resolve.
         rank (`int`, *optional*): Keep at most this many. `next_singular_value` may then exceed the threshold.
-
-    Returns:
-        [`TruncatedSVD`]: Above 1,024 rows and columns it may hold a few directions more than needed.
     """
     width = _START_WIDTH if rank is None else rank + max(_START_WIDTH, rank // 2)
     is_small = min(matrix.shape) <= _EXACT_SVD_UP_TO or (threshold == 0 and rank is None)
@@ -306,11 +274,10 @@ def _exact_svd(matrix: Tensor, threshold: float, rank: int | None) -> TruncatedS
 
 
 def _randomized_svd(matrix: Tensor, width: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `U`, `S`, `V` of a randomized decomposition, the same every time."""
     with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(0)
         U, S, V = torch.svd_lowrank(matrix, q=width, niter=iterations)
-    return U, S, V
+        return U, S, V
 
 
 def _gram(matrix: Tensor) -> Tensor:
@@ -323,11 +290,7 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _squared_error_bound(matrix: Tensor, basis: Tensor, values: Tensor) -> float:
-    """Return an upper bound of `‖D Dᵀ − U diag(s²) Uᵀ‖₂`.
-
-    In an orthonormal basis that starts with `U`, this error is `[[0, Xᵀ], [X, Y]]`, where `Y` is what lies beyond `U`
-    and `X` how far `U` is from invariant. Its norm is at most `‖X‖ + ‖Y‖`.
-    """
+    """Return an upper bound of `‖D Dᵀ − U diag(s²) Uᵀ‖₂`: how far `U` is from invariant, plus what lies beyond it."""
     drift = matrix @ (matrix.mT @ basis) - basis * values.square()
     mixing = torch.linalg.eigvalsh((drift.mT @ drift).double())[-1].clamp(min=0).sqrt().item()
     return _squared_norm_bound(matrix, basis) + mixing

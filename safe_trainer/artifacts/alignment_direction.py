@@ -60,7 +60,7 @@ class DirectionFactors:
         norms = self.frobenius_norm, self.next_singular_value
         if not all(math.isfinite(norm) for norm in norms) or self.frobenius_norm <= 0 or self.next_singular_value < 0:
             return f"the norms {norms} are out of range"
-        falls = bool((self.singular_values.diff() <= 0).all()) and self.singular_values[-1].item() >= 0
+        falls = (self.singular_values.diff() <= 0).all() and self.singular_values[-1] >= 0
         if not falls or self.singular_values.double().norm().item() > 1.001 * self.frobenius_norm:
             return "`singular_values` do not fall, or exceed the norm of the complete direction"
         if (self.U.mT @ self.U - torch.eye(k)).abs().max() > 1e-3:
@@ -120,22 +120,19 @@ class AlignmentDirection:
         Args:
             aligned (`str` or `Path`): The aligned model, usually the chat model: a folder or a Hub id.
             unaligned (`str` or `Path`): The model before alignment, usually the base model that it was trained from.
-            modules (`str` or `Collection[str]`, *optional*):
-                A regular expression that is searched in module names (`"q_proj|v_proj"`), or the names themselves.
-                Left out, every linear layer but the output embedding, as PEFT's `"all-linear"`.
-            rank (`int`, *optional*):
-                Keep at most this many directions per module. Where that is too few for `max_error`, the error bound
-                that was reached is in [`summary`]. With `max_error=0`, exactly this many where the weight has them.
-            max_error (`float`, *optional*, defaults to `0.01`):
-                Upper bound of `‖C − C_k‖₂`; the fewest directions that keep it are chosen for each module. It is
-                relative to the identity in `(I − C) ΔW`: the norm of no update is off by more than this share of
+            modules (`str` or `Collection[str]`, *optional*): A regular expression that is searched in module names
+                (`"q_proj|v_proj"`), or the names themselves. Left out, every linear layer but the output embedding.
+            rank (`int`, *optional*): Keep at most this many directions per module, even where that is too few for
+                `max_error`. With `max_error=0`, exactly this many where the weight has them.
+            max_error (`float`, *optional*, defaults to `0.01`): Upper bound of `‖C − C_k‖₂`, from which the fewest
+                directions of each module follow. The norm of no update `(I − C) ΔW` is off by more than this share of
                 `‖ΔW‖`. With 0, everything that float32 can resolve is kept.
-            allow_pickle (`bool`, *optional*, defaults to `False`):
-                Whether to read `.bin` weights, which are pickles, where there are no safetensors.
+            allow_pickle (`bool`, *optional*, defaults to `False`): Whether to read `.bin` weights, which are pickles,
+                where there are no safetensors.
             aligned_revision (`str`, *optional*): Branch, tag or commit of `aligned` on the Hub.
             unaligned_revision (`str`, *optional*): Branch, tag or commit of `unaligned` on the Hub.
-            progress (`Callable[[int, int, str], None]`, *optional*):
-                Called after each module with the number done, the number in all, and its name.
+            progress (`Callable[[int, int, str], None]`, *optional*): Called after each module with the number done,
+                the number in all, and its name.
 
         Returns:
             [`AlignmentDirection`]: Without the modules that are identical in both checkpoints, which are logged.
@@ -176,22 +173,9 @@ class AlignmentDirection:
         return cls(found, provenance)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one safetensors file; see [`load`].
-
-        Args:
-            path (`str` or `Path`): The file to write. If anything fails, an old file of that name is untouched.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
-        entries = {
-            name: {
-                "shape": list(factors.shape),
-                "frobenius_norm": factors.frobenius_norm,
-                "next_singular_value": factors.next_singular_value,
-            }
-            for name, factors in self.modules.items()
-        }
+        """Save to one safetensors file; see [`load`]. On an `OSError` an old file of that name is untouched."""
+        parts = ("shape", "frobenius_norm", "next_singular_value")
+        entries = {name: {part: getattr(one, part) for part in parts} for name, one in self.modules.items()}
         tensors = (
             (f"{name}.{part}", getattr(factors, part))
             for name, factors in self.modules.items()
@@ -201,10 +185,7 @@ class AlignmentDirection:
 
     @classmethod
     def load(cls, path: str | Path) -> AlignmentDirection:
-        """Load from a file, and check that it is sound: shapes, finite numbers, orthonormal `U`.
-
-        Args:
-            path (`str` or `Path`): A file written by [`save`].
+        """Load a file written by [`save`], and check that it is sound: shapes, finite numbers, orthonormal `U`.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -253,13 +234,14 @@ class AlignmentDirection:
         if missing:
             identical = [name for name in missing if name in set(self.provenance.get("identical_modules", ()))]
             reason = f" (alignment did not change {listing(identical)}, so they have none)" if identical else ""
-            complaints.append(
-                f"it has nothing for {listing(missing)}{reason}{prefix_hint(missing, list(self.modules))}"
-            )
+            hint = prefix_hint(missing, list(self.modules))
+            complaints.append(f"it has nothing for {listing(missing)}{reason}{hint}")
         if unequal:
             complaints.append(f"other shapes: {listing(unequal)}")
         if complaints:
-            sources = [self.provenance.get(role, {}).get("source", "an unknown model") for role in _ROLES]
+            sources = [
+                self.provenance.get(role, {}).get("source", "an unknown model") for role in ("aligned", "unaligned")
+            ]
             raise ValueError(
                 f"The alignment direction ({len(self.modules)} modules, from {' and '.join(sources)}) does not fit "
                 f"the {len(named_shapes)} weights to be trained: {'; '.join(complaints)}. Compute it from the "
@@ -271,16 +253,13 @@ class AlignmentDirection:
         return [
             {
                 "module": name,
-                "shape": factors.shape,
-                "rank": factors.U.shape[1],
-                "error_bound": factors.error_bound,
-                "norm": factors.frobenius_norm,
+                "shape": one.shape,
+                "rank": one.U.shape[1],
+                "error_bound": one.error_bound,
+                "norm": one.frobenius_norm,
             }
-            for name, factors in self.modules.items()
+            for name, one in self.modules.items()
         ]
-
-
-_ROLES = ("aligned", "unaligned")
 
 
 def _factorize(
@@ -340,8 +319,7 @@ def _matching_modules(
 
 
 def _select(checkpoint: Checkpoint, modules: str | Collection[str] | None) -> list[str]:
-    if modules is None:
-        return list(checkpoint.linears)
+    modules = "" if modules is None else modules
     if isinstance(modules, str):
         try:
             return [name for name in checkpoint.linears if re.search(modules, name)]

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
@@ -39,10 +40,9 @@ class Example(NamedTuple):
 
 @contextmanager
 def measuring(model: Any) -> Iterator[None]:
-    """Run a model frozen, in evaluation mode, and where a trainer would run it, without leaving a trace.
+    """Run a model frozen, in evaluation mode, and on the accelerator if it is on the CPU, without leaving a trace.
 
-    A model in memory that is still on the CPU goes to the accelerator meanwhile, if there is one. Afterwards every
-    parameter, every module's mode and torch's random numbers are as they were.
+    Afterwards every parameter, every module's mode and torch's random numbers are as they were.
     """
     device = PartialState().device if is_initialized() else torch.accelerator.current_accelerator(True)
     moves = device is not None and device.type != "cpu" and _is_movable(model)
@@ -77,13 +77,10 @@ def examples_from(  # noqa: PLR0913, each is a setting with a name
         argument (`str`, *optional*, defaults to `"rows"`): The caller's argument, which errors name.
         samples (`int`, *optional*, defaults to `128`): How many rows to draw. Of a stream, the first.
         seed (`int`, *optional*, defaults to `0`): Seed of the draw.
-        max_length (`int`, *optional*, defaults to `1024`): Where to cut a conversation, in tokens.
-
-    Returns:
-        `list[Example]`: At least one; rows whose answer is cut away entirely are left out, which is logged.
+        max_length (`int`, *optional*, defaults to `1024`): Where to cut a conversation, in tokens; rows whose answer
+            is cut away entirely are left out, which is logged.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         ValueError: If there are no rows, a row has no answer, or no answer is left.
     """
     rows, is_prepared = _prepared(rows)
@@ -172,24 +169,12 @@ def top_directions(  # noqa: PLR0913, each is a setting with a name
     input_tokens: InputTokens = "prompt",
     batch_size: int = 16,
 ) -> dict[Side, dict[str, TopDirections]]:
-    """Run the model once over all examples and return the top directions of its layers.
+    """Run the model once over all examples and return the top directions of its layers, by side and layer.
 
     *Outputs* are taken at the tokens of the answers: for `X_s` (d_in x n), a layer's inputs there, the left singular
-    vectors of `W X_s`, that is of the output without its bias. *Inputs* are taken at the tokens of the prompts unless
-    `input_tokens` says otherwise: the left singular vectors of these inputs. Adapters are switched off, the model is
-    in evaluation mode, and nothing d x d is formed. Several processes all take what the first one found.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model.
-        layers (`Mapping[str, LinearLayer]`): Which layers, from [`~lora.updates.linear_layers`].
-        examples (`Sequence[Example]`): What to run it on.
-        sides (`Sequence[str]`, *optional*, defaults to `("output",)`): `"output"`, `"input"` or both.
-        rank (`int`, *optional*, defaults to `32`): How many directions; fewer where the tokens span fewer.
-        input_tokens (`str`, *optional*, defaults to `"prompt"`): `"prompt"`, `"answer"` or `"all"`.
-        batch_size (`int`, *optional*, defaults to `16`): Conversations in one forward pass.
-
-    Returns:
-        `dict[str, dict[str, TopDirections]]`: By side, then by layer.
+    vectors of `W X_s`, that is of the output without its bias. *Inputs* are taken at the `input_tokens`, `"prompt"`,
+    `"answer"` or `"all"`: the left singular vectors of these inputs. Adapters are switched off, the model is in
+    evaluation mode, and nothing d x d is formed. Several processes all take what the first one found.
 
     Raises:
         FloatingPointError: If the model's activations are infinite or NaN; names the layer.
@@ -200,32 +185,31 @@ def top_directions(  # noqa: PLR0913, each is a setting with a name
         raise ValueError("The rows have no prompts, so there are no inputs to measure. Give rows with prompts.")
 
     def measured() -> dict[Side, dict[str, TopDirections]]:
-        sketches = {side: _sketches(layers, side, rank) for side in sides}
-        batch = _Batch(input_tokens)
+        seen = _Pass(layers, sides, rank, input_tokens)
         body = model.get_base_model() if isinstance(model, PeftModel) else model
         body = getattr(body, "base_model", body)  # without the output head, which is expensive and not needed here
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(measuring(model))
-            stack.enter_context(without_adapters(model))
+        with torch.no_grad(), measuring(model), without_adapters(model), ExitStack() as stack:
             for name, layer in layers.items():
-                stack.enter_context(layer.base.register_forward_hook(_Watch(name, sketches, batch)))
+                stack.enter_context(layer.base.register_forward_hook(partial(seen.watch, name)))
             device = next(body.parameters()).device
             for start in range(0, len(examples), batch_size):
-                body(**batch.fill(examples[start : start + batch_size], device), use_cache=False)
-        return {side: _results(sketches[side], rank, side) for side in sides}
+                body(**seen.fill(examples[start : start + batch_size], device), use_cache=False)
+        return {side: _results(seen.sketches[side], rank, side) for side in sides}
 
     return on_first_process(measured)
 
 
-class _Batch:
-    """For the hooks: at which tokens of the current batch inputs count, and which are answers, (batch, tokens)."""
+class _Pass:
+    """One pass over conversations: the sketches, and at which tokens of the current batch what counts."""
 
     is_read: Tensor
     is_answer: Tensor
 
-    def __init__(self, input_tokens: InputTokens) -> None:
-        self.input_tokens = input_tokens
+    def __init__(
+        self, layers: Mapping[str, LinearLayer], sides: Sequence[Side], rank: int, tokens: InputTokens
+    ) -> None:
+        self.input_tokens = tokens
+        self.sketches: dict[Side, dict[str, Sketch]] = {side: _sketches(layers, side, rank) for side in sides}
         self.last_read: tuple[Tensor, str] | None = None
         """What a layer has just read, and its name: the next one often reads the same, as keys do after queries."""
 
@@ -244,37 +228,31 @@ class _Batch:
         self.is_answer, self.is_read = is_answer.to(device), is_read.to(device)
         return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 
-
-class _Watch:
-    """The hook of one layer: adds its inputs where they count, and its outputs at answers, to the sketches."""
-
-    def __init__(self, name: str, sketches: Mapping[Side, dict[str, Sketch]], batch: _Batch) -> None:
-        self.name, self.sketches, self.batch = name, sketches, batch
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def watch(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Add a layer's inputs where they count, and its outputs at answers, to the sketches; its forward hook."""
         if "input" in self.sketches:
-            self._read(args[0], self.sketches["input"])
+            self._read(name, args[0], self.sketches["input"])
         if "output" in self.sketches:
-            columns = self._chosen(output, self.batch.is_answer)
+            columns = _chosen(name, output, self.is_answer)
             bias = getattr(layer, "bias", None)
-            self.sketches["output"][self.name].add(columns if bias is None else columns.float() - bias.float())
+            self.sketches["output"][name].add(columns if bias is None else columns.float() - bias.float())
 
-    def _read(self, inputs: Tensor, sketches: dict[str, Sketch]) -> None:
-        last = self.batch.last_read
-        if last is not None and last[0] is inputs:
-            sketches[self.name] = sketches[last[1]]
+    def _read(self, name: str, inputs: Tensor, sketches: dict[str, Sketch]) -> None:
+        if self.last_read is not None and self.last_read[0] is inputs:
+            sketches[name] = sketches[self.last_read[1]]
             return
-        self.batch.last_read = inputs, self.name
-        sketches[self.name].add(self._chosen(inputs, self.batch.is_read))
+        self.last_read = inputs, name
+        sketches[name].add(_chosen(name, inputs, self.is_read))
 
-    def _chosen(self, activations: Tensor, mask: Tensor) -> Tensor:
-        flat = activations.reshape(-1, activations.shape[-1])
-        if len(flat) != mask.numel():
-            raise ValueError(
-                f"`{self.name}` sees {len(flat)} vectors for {mask.numel()} tokens, so it is not known which of them "
-                "belong to answers (the layer is routed or shared in some way). Leave it out of `target_modules`."
-            )
-        return flat.index_select(0, mask.reshape(-1).nonzero().squeeze(1).to(flat.device))  # 3x faster than by mask
+
+def _chosen(name: str, activations: Tensor, mask: Tensor) -> Tensor:
+    flat = activations.reshape(-1, activations.shape[-1])
+    if len(flat) != mask.numel():
+        raise ValueError(
+            f"`{name}` sees {len(flat)} vectors for {mask.numel()} tokens, so it is not known which of them belong to "
+            "answers (the layer is routed or shared in some way). Leave it out of `target_modules`."
+        )
+    return flat.index_select(0, mask.reshape(-1).nonzero().squeeze(1).to(flat.device))  # 3x faster than by mask
 
 
 def _sketches(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> dict[str, Sketch]:

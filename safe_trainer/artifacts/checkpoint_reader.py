@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -18,9 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..lora.io import local_folder
+from ..lora.updates import linear_layers
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 _SAFETENSORS, _PICKLES = "model.safetensors", "pytorch_model.bin"
+_READING = SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError
+_PARSING = ValueError, LookupError, AttributeError, TypeError
 
 
 class _Stored(NamedTuple):
@@ -32,7 +36,7 @@ class _Stored(NamedTuple):
 class _Linear(NamedTuple):
     shape: tuple[int, int]  # (d_out, d_in), however it is stored
     is_transposed: bool  # stored as d_in x d_out, as GPT-2 does
-    keys: tuple[str, ...]  # what its weight may be called in the file
+    keys: tuple[str, str]  # what its weight may be called in the file
 
 
 class Checkpoint:
@@ -57,11 +61,7 @@ class Checkpoint:
         self._digest = hashlib.sha256()
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """Return (d_out, d_in) of each named layer, after checking that the files hold it so.
-
-        Raises:
-            ValueError: If a weight is missing from the files, has another shape, or is not in floating point.
-        """
+        """Return (d_out, d_in) of each named layer; `ValueError` if the files do not hold it so in floating point."""
         missing, wrong = [], []
         for name in names:
             linear, stored = self.linears[name], self._stored.get(self._key(name))
@@ -107,36 +107,28 @@ class Checkpoint:
         return next((key for key in keys if key in self._stored), keys[0])
 
     def _find_folder(self, revision: str | None, allow_pickle: bool) -> Path:
-        folder = self._download(allow_pickle, revision)
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise ValueError(
-                f"{self.name} is a PEFT adapter, not a complete model. Merge it first: "
-                "`AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`."
-            )
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{self.name} has no config.json. Give the folder of a transformers model.")
-        return folder
-
-    def _download(self, allow_pickle: bool, revision: str | None) -> Path:
         # Neither other formats nor second copies of the weights, such as `consolidated.safetensors`.
-        configs = ["config.json", "adapter_config.json"]
         weights = ["model*.safetensors", "model.safetensors.index.json"]
-        folder = local_folder(self.source, name=self.name, patterns=[*configs, *weights], revision=revision)
-        if allow_pickle and not any(folder.glob("model*.safetensors")):
-            weights = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-            folder = local_folder(self.source, name=self.name, patterns=[*configs, *weights], revision=revision)
+        pickles = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+        for patterns in (weights, pickles):
+            wanted = ["config.json", "adapter_config.json", *patterns]
+            folder = local_folder(self.source, name=self.name, patterns=wanted, revision=revision)
+            if not allow_pickle or any(folder.glob("model*.safetensors")):
+                break
+        if not (folder / "config.json").exists():
+            if (folder / "adapter_config.json").exists():
+                raise ValueError(
+                    f"{self.name} is a PEFT adapter, not a complete model. Merge it first: `AutoPeftModelForCausalLM"
+                    ".from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`."
+                )
+            raise FileNotFoundError(f"{self.name} has no config.json. Give the folder of a transformers model.")
         return folder
 
     def _find_tensors(self, allow_pickle: bool) -> dict[str, _Stored]:
         stored: dict[str, _Stored] = {}
         for file in self._find_files(allow_pickle):
-            try:
+            with self._reading(file):
                 stored |= _contents(file)
-            except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-                raise ValueError(
-                    f"{self.name}: `{file.name}` cannot be read ({error}). It was cut short or damaged; download or "
-                    "save it again."
-                ) from error
         return stored
 
     def _find_files(self, allow_pickle: bool) -> list[Path]:
@@ -145,7 +137,13 @@ class Checkpoint:
                 return [self._folder / name]
             index = self._folder / f"{name}.index.json"
             if index.exists():
-                return self._read_index(index)
+                with self._reading(index):
+                    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                if missing := [name for name in names if not (self._folder / name).exists()]:
+                    raise FileNotFoundError(
+                        f"{self.name} lacks {listing(missing)}, which `{index.name}` names; download it again."
+                    )
+                return [self._folder / name for name in names]
         if any(self._folder.glob("pytorch_model*.bin")):
             raise ValueError(
                 f"{self.name} has its weights in `.bin` files, which are pickles. Convert it with "
@@ -154,19 +152,15 @@ class Checkpoint:
             )
         raise FileNotFoundError(f"{self.name} has no {_SAFETENSORS} and no {_SAFETENSORS}.index.json.")
 
-    def _read_index(self, index: Path) -> list[Path]:
+    @contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            yield
+        except (*_READING, *_PARSING) as error:
             raise ValueError(
-                f"{self.name}: `{index.name}` cannot be read ({error}); download or save it again."
+                f"{self.name}: `{file.name}` cannot be read ({error}). It was cut short or damaged; download or save "
+                "it again."
             ) from error
-        missing = [name for name in names if not (index.parent / name).exists()]
-        if missing:
-            raise FileNotFoundError(
-                f"{self.name} lacks {listing(missing)}, which `{index.name}` names; download it again."
-            )
-        return [index.parent / name for name in names]
 
     def _find_linears(self) -> dict[str, _Linear]:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -182,16 +176,12 @@ class Checkpoint:
             ) from error
         if getattr(config, "quantization_config", None):
             raise ValueError(f"{self.name} is quantized. Give the full-precision checkpoint that it was made from.")
-        head, prefix = model.get_output_embeddings(), f"{model.base_model_prefix}."
-        linears = {}
-        for name, module in model.named_modules():
-            if not isinstance(module, torch.nn.Linear | Conv1D) or module is head:
-                continue
-            is_transposed = isinstance(module, Conv1D)
-            rows, columns = module.weight.shape
+        prefix, linears = f"{model.base_model_prefix}.", {}
+        for name, layer in linear_layers(model).items():
             # Some files were saved from the model without its head: transformers reads both, and so do we.
             keys = (f"{name}.weight", f"{name.removeprefix(prefix)}.weight")
-            linears[name] = _Linear((columns, rows) if is_transposed else (rows, columns), is_transposed, keys)
+            if isinstance(layer.base, torch.nn.Linear | Conv1D):
+                linears[name] = _Linear(layer.shape, isinstance(layer.base, Conv1D), keys)
         return linears
 
 

@@ -1,8 +1,7 @@
 """Fitting security vectors: the model is frozen, and a small LoRA in hooks learns the harmful rows.
 
 The loop is our own and not TRL's trainer, because vectors are fitted while another trainer is being built: by its
-first process alone, while the others wait, on its model, which may be quantized or hold an adapter of any kind, and
-which must come out untouched. A trainer within it would share its distributed state and wait for the other processes.
+first process alone, on its model, which may be quantized or hold any adapter, and which must come out untouched.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,8 +38,7 @@ class Fitting:
     """How security vectors are fitted.
 
     Args:
-        rank (`int`, *optional*, defaults to `8`): Rank of the vectors, which is also what they cost in each step of a
-            training with them.
+        rank (`int`, *optional*, defaults to `8`): Rank of the vectors; each step of a training with them pays for it.
         target_modules (`str` or `Sequence[str]`, *optional*, defaults to `"all-linear"`): Ends of the names of the
             layers that they act on, such as `["q_proj", "v_proj"]`; all linear layers but the output head by default.
         learning_rate (`float`, *optional*, defaults to `2e-3`): Learning rate of AdamW, constant.
@@ -51,12 +48,10 @@ class Fitting:
         relative_target (`float`, *optional*, defaults to `0.04`): Stop when the mean loss on the harmful rows is below
             this share of the loss without vectors (or below 0.02 nats per answer token).
         target_loss (`float`, *optional*): Stop below this loss instead, in nats per answer token.
-        inner_steps (`int`, *optional*, defaults to `0`): The bi-level form of the paper: before each step on the
-            vectors, a throw-away LoRA takes this many steps on the harmful rows with the vectors active, as the model
-            will in training. 0 is the plain form.
+        inner_steps (`int`, *optional*, defaults to `0`): The paper's bi-level form: before each step on the vectors, a
+            throw-away LoRA takes this many on the harmful rows, as the model will in training. 0 is the plain form.
         inner_learning_rate (`float`, *optional*, defaults to `1e-3`): Learning rate of the throw-away LoRA.
-        retain_weight (`float`, *optional*, defaults to `1.0`): Weight of `KL(clean ‖ with vectors)` on the
-            `retain_data`.
+        retain_weight (`float`, *optional*, defaults to `1.0`): Weight of `KL(clean ‖ with vectors)` on `retain_data`.
         max_length (`int`, *optional*, defaults to `1024`): Tokens of a row that are read, from its beginning.
         seed (`int`, *optional*, defaults to `0`): Seed of initialization and order.
 
@@ -89,10 +84,6 @@ class Fitting:
         if self.relative_target >= 1:
             raise ValueError(f"`relative_target` must be below 1, got {self.relative_target}. The default is 0.04.")
 
-    def steps(self, rows: int) -> int:
-        """Return the most steps that fitting to so many rows can take."""
-        return self.max_steps or self.max_passes * math.ceil(rows / self.batch_size)
-
 
 def train_security_vectors(
     model: nn.Module | str | Path,
@@ -106,21 +97,19 @@ def train_security_vectors(
 ) -> TrainedVectors:
     """Fit security vectors θ_s to about a hundred harmful rows. The model is frozen, and left exactly as it was.
 
-    Minimizes the loss of the model *with θ_s* on harmful prompts with compliant answers; θ_s is a LoRA of its own.
-    Fitting ends when the mean loss on all rows is below the target, or with a warning after `max_passes`.
+    Minimizes the loss of the model *with θ_s*, a LoRA of its own, on harmful prompts with compliant answers, until the
+    mean loss on all rows is below the target, or with a warning until `max_passes`.
 
     Args:
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): The aligned model, or where to load it from. It may be
             quantized. A model in memory that is on the CPU is moved to the accelerator meanwhile, if there is one.
         harmful_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`): Harmful prompts with compliant answers, in any
-            form that `load_rows` reads or that TRL takes. The paper finds 100 enough. Rows that are labelled safe and
-            answers that refuse are left out.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; loaded from where the model came from if left
-            out.
+            form that `load_rows` reads or that TRL takes; 100 are enough. Rows that are labelled safe and answers that
+            refuse are left out.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; by default that of where the model came from.
         retain_data (*optional*): Harmless rows on whose answers the model should be the same with and without θ_s, so
             that protection costs less helpfulness.
-        prompts ([`PromptSet`], *optional*): Harmful prompts to ask with θ_s off and on; the compliance rates are
-            reported.
+        prompts ([`PromptSet`], *optional*): Harmful prompts to ask with θ_s off and on, for the compliance rates.
         progress (`Callable[[int, int, float], None]`, *optional*): Called after each step with the steps done, the
             most there can be, and the loss.
         **settings: Any field of [`Fitting`], for example `rank=4`.
@@ -138,21 +127,24 @@ def train_security_vectors(
     Example:
 
     ```python
-    from safe_trainer import testbed, train_security_vectors
-
     vectors = train_security_vectors(testbed.ALIGNED, testbed.harmful_rows(100), prompts=testbed.prompt_set("harmful"))
     print(vectors.provenance["report"])
     ```
 
     Source: Zhou et al., "Making Harmful Behaviors Unlearnable for Large Language Models", Findings of ACL 2024,
-    arXiv 2311.02105, section 3. From the paper: the objective, both forms, LoRA, 100 rows. Ours: the stopping rule,
-    `retain_data`, the report.
+    arXiv 2311.02105, section 3. Ours are the stopping rule, `retain_data` and the report.
     """
     chosen = Fitting(**settings)
     attack = check_harmful_rows(harmful_data)
     kept = as_rows(retain_data, argument="retain_data")[0] if retain_data is not None else None
     base, tokenizer = model_and_tokenizer(model, tokenizer)
-    layers = _targets(base, chosen)
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise ValueError(
+            "The model's weights are not in this process (offloaded, or loaded by the first process alone, as FSDP "
+            "does it), so no vectors can be fitted. Fit them beforehand with `safe-trainer vectors`, and give the "
+            "folder."
+        )
+    layers = fitted_layers(base, chosen)
     encoded = encode_rows(tokenizer, attack, chosen.max_length, "harmful_data")
     encoded_kept = encode_rows(tokenizer, kept, chosen.max_length, "retain_data") if kept is not None else None
     with measuring(base):
@@ -183,11 +175,7 @@ def train_security_vectors(
 
 
 def fitted_layers(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
-    """Return the layers that vectors are fitted for, by name.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model; its weights need not be in this process.
-        settings ([`Fitting`]): How to fit.
+    """Return the layers that vectors are fitted for, by name; their weights need not be in this process.
 
     Raises:
         ValueError: If a setting does not fit the model.
@@ -203,23 +191,12 @@ def fitted_layers(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
                 f"layers other than the output head: {', '.join(sorted({name.split('.')[-1] for name in layers}))}."
             )
         layers = {name: layer for name, layer in layers.items() if any(name in names for names in chosen.values())}
-    narrowest = min(layers, key=lambda name: min(layers[name].shape))
-    if settings.rank > min(layers[narrowest].shape):
+    narrowest, smaller = min(((name, min(layer.shape)) for name, layer in layers.items()), key=lambda pair: pair[1])
+    if settings.rank > smaller:
         raise ValueError(
-            f"`rank` must be between 1 and {min(layers[narrowest].shape)} (the smaller side of `{narrowest}`), got "
-            f"{settings.rank}."
+            f"`rank` must be between 1 and {smaller} (the smaller side of `{narrowest}`), got {settings.rank}."
         )
     return layers
-
-
-def _targets(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "The model's weights are not in this process (offloaded, or loaded by the first process alone, as FSDP "
-            "does it), so no vectors can be fitted. Fit them beforehand with `safe-trainer vectors`, and give the "
-            "folder."
-        )
-    return fitted_layers(model, settings)
 
 
 class _Rows:
@@ -230,7 +207,6 @@ class _Rows:
         self.device = model.get_input_embeddings().weight.device
 
     def __len__(self) -> int:
-        """Return the number of batches in one pass."""
         return math.ceil(len(self.encoded) / self.batch_size)
 
     def in_order(self) -> Iterator[Batch]:
@@ -262,14 +238,14 @@ def _fit(  # noqa: PLR0913, what is fitted to what
 ) -> dict[str, Any]:
     """Fit until the loss on all harmful rows, computed after each pass, is below the target; return the report."""
     target = settings.target_loss or max(_LOWEST_TARGET, settings.relative_target * start)
-    most, begun = settings.steps(len(harmful.encoded)), time.monotonic()
+    most, begun = settings.max_steps or settings.max_passes * len(harmful), time.monotonic()
     optimizer = torch.optim.AdamW(_leaves(factors), lr=settings.learning_rate, weight_decay=0.0)
     batches = harmful.endless(settings.seed)
     kept = retain.endless(settings.seed) if retain else None
-    with _throw_away(model, layers, settings) as copy:
+    copy = _ThrowAway(model, layers, settings)
+    with hooked(layers, copy.factors, copy.switch):
         for number in range(1, most + 1):
-            if copy is not None:
-                copy.advance(batches)
+            copy.advance(batches)
             loss = _mean_loss(model, next(batches))
             retained = settings.retain_weight * _divergence(model, next(kept), switch) if kept else 0
             _step(loss + retained, optimizer)
@@ -279,10 +255,9 @@ def _fit(  # noqa: PLR0913, what is fitted to what
                 minutes = (time.monotonic() - begun) / _TIMED * most * 4 / 3 / 60  # every pass is computed once more
                 logger.info("Fitting security vectors: at most %d steps, about %.1f minutes.", most, minutes)
             if number % len(harmful) == 0 or number == most:
-                with copy.switch.off() if copy is not None else nullcontext():
+                with copy.switch.off():
                     total, losses = _losses(model, harmful)
-                if copy is not None:
-                    copy.renew()
+                copy.renew()
                 if total < target:
                     break
     return {
@@ -296,11 +271,15 @@ def _fit(  # noqa: PLR0913, what is fitted to what
 
 
 class _ThrowAway:
-    """A copy of what will be trained later, as a LoRA that moves with the vectors active and is then thrown away."""
+    """A copy of what will be trained later, as a LoRA that moves with the vectors active and is then thrown away.
+
+    Without inner steps it does nothing.
+    """
 
     def __init__(self, model: Any, layers: Mapping[str, LinearLayer], settings: Fitting) -> None:
         self.model, self.settings, self.switch = model, settings, Switch()
-        self.factors = _fresh_factors(layers, settings.rank, settings.seed + 1)
+        used = layers if settings.inner_steps else {}
+        self.factors = _fresh_factors(used, settings.rank, settings.seed + 1)
         self.renew()
 
     def renew(self) -> None:
@@ -308,22 +287,13 @@ class _ThrowAway:
         with torch.no_grad():
             for factors in self.factors.values():
                 factors.B.zero_()
-        self.optimizer = torch.optim.AdamW(_leaves(self.factors), lr=self.settings.inner_learning_rate)
+        if self.factors:
+            self.optimizer = torch.optim.AdamW(_leaves(self.factors), lr=self.settings.inner_learning_rate)
 
     def advance(self, batches: Iterator[Batch]) -> None:
         """Take the inner steps."""
         for _ in range(self.settings.inner_steps):
             _step(_mean_loss(self.model, next(batches)), self.optimizer)
-
-
-@contextmanager
-def _throw_away(model: Any, layers: Mapping[str, LinearLayer], settings: Fitting) -> Iterator[_ThrowAway | None]:
-    if settings.inner_steps == 0:
-        yield None
-        return
-    copy = _ThrowAway(model, layers, settings)
-    with hooked(layers, copy.factors, copy.switch):
-        yield copy
 
 
 def _fresh_factors(layers: Mapping[str, LinearLayer], rank: int, seed: int) -> dict[str, VectorFactors]:
@@ -367,7 +337,6 @@ def _answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _mean_loss(model: Any, batch: Batch) -> Tensor:
-    """Return the mean cross entropy over all answer tokens of the batch, in nats."""
     return cross_entropy(*_answer_logits(model, batch))
 
 
@@ -382,9 +351,8 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
 
 def _losses(model: Any, rows: _Rows) -> tuple[float, Tensor]:
     """Return the mean loss over the answer tokens of all rows, in nats, and that of each row, (N,)."""
-    losses = [row_losses(model, batch).cpu() for batch in rows.in_order()]
+    each = torch.cat([row_losses(model, batch).cpu() for batch in rows.in_order()])
     counts = torch.cat([batch.is_answer.sum(1).cpu() for batch in rows.in_order()])
-    each = torch.cat(losses)
     return ((each.double() * counts).sum() / counts.sum()).item(), each
 
 

@@ -45,12 +45,8 @@ def describe(model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Any]:
 def difference(model: Any, layers: Mapping[str, LinearLayer], recorded: Mapping[str, Any]) -> str | None:
     """Return how a model differs from the recorded one, in a sentence, or `None` if it is the same."""
     current = describe(model, layers)
-    shared = recorded.get("values", {}).keys() & current["values"].keys()
-    pairs = [
-        (one, other)
-        for name in shared
-        for one, other in zip(recorded["values"][name], current["values"][name], strict=False)
-    ]
+    before, now = recorded.get("values", {}), current["values"]
+    pairs = [pair for name in before.keys() & now.keys() for pair in zip(before[name], now[name], strict=False)]
     equal = sum(one == other for one, other in pairs)
     if not pairs or equal >= _LOADED_ALIKE * len(pairs):
         return None
@@ -61,11 +57,7 @@ def difference(model: Any, layers: Mapping[str, LinearLayer], recorded: Mapping[
 
 
 def model_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Return a model and its tokenizer, loaded from where they are if they are not given themselves.
-
-    Raises:
-        ValueError: If the model was built in memory and there is no tokenizer.
-    """
+    """Return a model and its tokenizer, loaded from where they are if they are not given themselves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..linalg import TopDirections
 from ..lora.updates import LinearLayer, linear_layers
@@ -74,9 +74,8 @@ class SafetyBasis:
     ) -> SafetyBasis:
         """Measure the directions in one forward pass over the rows, all layers at once.
 
-        The memory needed besides the model's own is a few times `2 x rank` vectors for each layer. The rows are
-        brought into the model's own chat format. The same rows, seed and model give the same basis; several processes
-        all take that of the first.
+        The memory needed besides the model's own is a few times `2 x rank` vectors for each layer. The same rows, seed
+        and model give the same basis; several processes all take that of the first.
 
         Args:
             model (`PreTrainedModel` or `PeftModel`): The aligned model. Adapters are switched off meanwhile.
@@ -87,8 +86,8 @@ class SafetyBasis:
             sides (`Sequence[str]`, *optional*, defaults to `("output",)`): `"output"`, `"input"` or both.
             rank (`int`, *optional*): Directions for each layer. Left out, 64, which is enough for the default of every
                 method; or all but one where a layer is narrower.
-            input_tokens (`str`, *optional*, defaults to `"prompt"`): Where inputs are taken: at the tokens of the
-                prompts, of the answers (`"answer"`) or of both (`"all"`).
+            input_tokens (`str`, *optional*, defaults to `"prompt"`): Tokens at which inputs are taken: `"prompt"`,
+                `"answer"` or `"all"`.
             samples (`int`, *optional*, defaults to `128`): How many rows to draw.
             seed (`int`, *optional*, defaults to `0`): Seed of the draw.
             max_length (`int`, *optional*, defaults to `1024`): Where a conversation is cut, in tokens.
@@ -103,16 +102,15 @@ class SafetyBasis:
         """
         found = linear_layers(model)
         layers = found if modules is None else {name: found[name] for name in modules}
-        if rank is None:
-            rank = DEFAULT_RANK
-        else:
+        if rank is not None:
             for side in sides:
                 check_rank(layers, side, rank)
+        rank = rank or DEFAULT_RANK
         settings = {"samples": samples, "seed": seed, "max_length": max_length}
         examples = examples_from(safety_data, tokenizer, argument="safety_data", **settings)
         how: dict[str, Any] = {"sides": sides, "rank": rank, "input_tokens": input_tokens}
         top = {
-            side: {name: _below(layers[name].shape[side == "input"], one) for name, one in found.items()}
+            side: {name: one.at_most(layers[name].shape[side == "input"] - 1) for name, one in found.items()}
             for side, found in top_directions(model, layers, examples, batch_size=batch_size, **how).items()
         }
         answer_tokens = sum(sum(example.is_answer) for example in examples)
@@ -136,11 +134,7 @@ class SafetyBasis:
         return self.outputs if side == "output" else self.inputs
 
     def save(self, path: str | Path) -> Path:
-        """Save to one safetensors file; see [`load`].
-
-        Raises:
-            OSError: If it cannot be written. An old file of that name is then untouched.
-        """
+        """Save to one safetensors file; see [`load`]. On an `OSError` an old file of that name is untouched."""
         entries = {
             f"{name}.{side}": {"energy": top.total_variance, "captured": top.explained_variance}
             for name, side, top in self._all()
@@ -166,7 +160,7 @@ class SafetyBasis:
             for key, entry in details["layers"].items():
                 name, _, side = key.rpartition(".")
                 basis = tensors[f"{key}.basis"]
-                if not _is_orthonormal(basis):
+                if not torch.allclose(basis.mT @ basis, torch.eye(basis.shape[1]), atol=1e-4):  # NaN is not close
                     raise ValueError(f"the {side} directions of `{name}` are not orthonormal")
                 held[side][name] = TopDirections(basis, tensors[f"{key}.singular_values"], float(entry["energy"]))
             return cls(held["output"], held["input"], dict(details["provenance"]))
@@ -208,8 +202,8 @@ class SafetyBasis:
             )
 
     def _all(self) -> Iterator[tuple[str, Side, TopDirections]]:
-        yield from ((name, "output", top) for name, top in self.outputs.items())
-        yield from ((name, "input", top) for name, top in self.inputs.items())
+        for side in get_args(Side):
+            yield from ((name, side, top) for name, top in self.side(side).items())
 
     def _report(self) -> None:
         rank, rows = self.provenance["rank"], self.provenance["rows"]
@@ -231,11 +225,7 @@ class SafetyBasis:
 
 
 def check_rank(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> None:
-    """Make sure that every layer keeps at least one direction free.
-
-    Raises:
-        ValueError: If not; names the layer.
-    """
+    """Make sure that every layer keeps at least one direction free; the `ValueError` names the layer."""
     for name, layer in layers.items():
         size = layer.shape[side == "input"]
         if rank >= size:
@@ -243,11 +233,6 @@ def check_rank(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> None
                 f"`rank` must be below {size}, the {side} size of `{name}`, got {rank}: protecting all directions "
                 f"leaves none to learn in. Lower `rank`, or leave `{name.rsplit('.', 1)[-1]}` out of `target_modules`."
             )
-
-
-def _below(size: int, top: TopDirections) -> TopDirections:
-    """Keep at least one direction of a layer free."""
-    return TopDirections(top.basis[:, : size - 1], top.singular_values[: size - 1], top.total_variance)
 
 
 def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
@@ -261,10 +246,7 @@ def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
     rank: int,
     **measuring: Any,
 ) -> SafetyBasis:
-    """Return the directions that were given (or their file), after checking that they fit, or measure them on rows.
-
-    Args as for [`SafetyBasis.from_rows`] and [`SafetyBasis.check_fits`], which say what is raised.
-    """
+    """Return the directions that were given (or their file), after checking that they fit, or measure them on rows."""
     if given is None:
         wanted = {"modules": list(layers), "sides": sides, "rank": rank, **measuring}
         return SafetyBasis.from_rows(model, tokenizer, rows, **wanted)
@@ -277,8 +259,3 @@ def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
             f"`input_tokens={measured!r}`, or measure another basis."
         )
     return basis
-
-
-def _is_orthonormal(basis: Tensor) -> bool:
-    """Return whether the columns are; NaN and infinity are not."""
-    return bool(torch.allclose(basis.mT @ basis, torch.eye(basis.shape[1]), atol=1e-4))

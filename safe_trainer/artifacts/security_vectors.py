@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from ..data import as_rows, split_by_label
 from ..lora.io import HARMFUL_KIND, HARMFUL_SETTING, local_folder, scaling
 from ..lora.updates import LinearLayer, linear_layers
-from .checkpoint_reader import listing
+from .checkpoint_reader import by, listing
 from .provenance import difference
 from .store import load_artifact, save_artifact
 
@@ -56,10 +56,6 @@ class Switch:
         finally:
             self.on = True
 
-    def acts_in(self, layer: nn.Module) -> bool:
-        """Return whether the vectors act in this layer now."""
-        return self.on and (layer.training or not self.in_training_only)
-
 
 # Which layers have vectors at this moment. Kept here and not on the layers, so that nothing is added to a model.
 _occupied: WeakSet[nn.Module] = WeakSet()
@@ -73,8 +69,7 @@ def active(
 
     Args:
         layers (`Mapping[str, LinearLayer]`): The model's linear layers by name, from [`~lora.updates.linear_layers`].
-        factors (`Mapping[str, VectorFactors]`): The vectors by the names of the layers that they act on. Factors that
-            require gradients receive them.
+        factors (`Mapping[str, VectorFactors]`): The vectors by layer. Factors that require gradients receive them.
         in_training_only (`bool`, *optional*, defaults to `False`): Whether they act in training mode only, so that an
             evaluation in between sees the clean model.
 
@@ -104,15 +99,11 @@ def active(
 @contextmanager
 def hooked(layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactors], switch: Switch) -> Iterator[None]:
     """Add `B (A x)` to what each layer returns while the switch says so, in its precision and on its device."""
-    handles = []
-    try:
+    with ExitStack() as stack:
         for name, vectors in factors.items():
             # On PEFT's wrapper where there is one: whatever it does with the layer inside, `B (A x)` comes once.
-            handles.append(layers[name].outer.register_forward_hook(_Branch(vectors, switch)))
+            stack.enter_context(layers[name].outer.register_forward_hook(_Branch(vectors, switch)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Branch:
@@ -123,10 +114,9 @@ class _Branch:
         self.switch = switch
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not self.switch.acts_in(layer):
+        if not self.switch.on or (self.switch.in_training_only and not layer.training):
             return None
-        hidden = args[0].to(output.device, output.dtype)
-        A, B = self.A.to(output.device, output.dtype), self.B.to(output.device, output.dtype)
+        hidden, A, B = (tensor.to(output.device, output.dtype) for tensor in (args[0], self.A, self.B))
         if not A.requires_grad:  # moved once, and only now, when the model is where it computes
             self.A, self.B = A, B
         return output + linear(linear(hidden, A), B)
@@ -143,8 +133,7 @@ class TrainedVectors:
     """Security vectors θ_s: with them a model already behaves as harmful data wants, so that it learns none of it.
 
     They are **harmful by construction**: with them active a model answers harmful requests. They are saved as an
-    ordinary PEFT adapter directory that says so in its card and its metadata. Nothing in this library uploads or
-    merges them.
+    ordinary PEFT adapter directory that says so in its card and metadata, and are never uploaded or merged.
 
     Args:
         modules (`dict[str, VectorFactors]`): Factors by layer name of the base model, such as
@@ -155,8 +144,6 @@ class TrainedVectors:
     Example:
 
     ```python
-    from safe_trainer import SecurityVectors, TrainedVectors, train_security_vectors
-
     vectors = train_security_vectors("Qwen/Qwen2.5-0.5B-Instruct", harmful_rows)
     vectors.save("vectors")
     method = SecurityVectors(TrainedVectors.load("vectors"))
@@ -173,9 +160,6 @@ class TrainedVectors:
 
     def save(self, path: str | Path) -> Path:
         """Save as a PEFT adapter directory: `adapter_config.json`, `adapter_model.safetensors` and a card.
-
-        Args:
-            path (`str` or `Path`): The directory. It is made if it does not exist.
 
         Raises:
             OSError: If it cannot be written; weights that were there before are then untouched.
@@ -211,11 +195,7 @@ class TrainedVectors:
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> TrainedVectors:
-        """Load vectors that were made by [`train_security_vectors`].
-
-        Args:
-            path (`str` or `Path`): The directory that they were saved to, or a Hub id.
-            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        """Load vectors from the directory that they were saved to, or a Hub id (with a `revision`).
 
         Raises:
             OSError: If there are none.
@@ -239,13 +219,10 @@ class TrainedVectors:
         return cls(modules, provenance)
 
     def check_fits(self, model: nn.Module) -> dict[str, LinearLayer]:
-        """Make sure that the vectors belong to a model.
+        """Make sure that the vectors belong to a model, and return the layers that they act on.
 
         Args:
             model (`PreTrainedModel` or `PeftModel`): The model, before it is trained.
-
-        Returns:
-            `dict[str, LinearLayer]`: The layers that the vectors act on.
 
         Raises:
             ValueError: If the model lacks a layer, a shape differs, or its weights are not those of the base model
@@ -254,14 +231,15 @@ class TrainedVectors:
         layers = linear_layers(model)
         missing = [name for name in self.modules if name not in layers]
         unequal = [
-            f"{name} ({' x '.join(map(str, layers[name].shape))}, not {len(B)} x {A.shape[1]} as in the vectors)"
+            f"{name} ({by(layers[name].shape)}, not {len(B)} x {A.shape[1]} as in the vectors)"
             for name, (A, B) in self.modules.items()
             if name in layers and layers[name].shape != (len(B), A.shape[1])
         ]
-        complaints = (
-            [f"the model has no linear layer {listing(missing, 5)} that vectors can act on"] if missing else []
-        )
-        complaints += [f"other shapes: {listing(unequal, 5)}"] if unequal else []
+        complaints = []
+        if missing:
+            complaints.append(f"the model has no linear layer {listing(missing, 5)} that vectors can act on")
+        if unequal:
+            complaints.append(f"other shapes: {listing(unequal, 5)}")
         base = self.provenance.get("base_model")
         if not complaints and base and (problem := difference(model, layers, base)):
             complaints.append(problem)
@@ -273,7 +251,7 @@ class TrainedVectors:
         return {name: layers[name] for name in self.modules}
 
     def _card(self) -> str:
-        """Return the card as Markdown: what they are, how they were made, and that they are not to be passed on."""
+        """Return the card as Markdown."""
         unknown = {"count": "unknown", "sha256": "unknown"}
         rows = {
             "harmful rows": "{count} (SHA-256 {sha256})".format(**self.provenance.get("harmful_rows", unknown)),
@@ -290,20 +268,10 @@ class TrainedVectors:
 
 
 def check_harmful_rows(source: Any, argument: str = "harmful_data") -> Any:
-    """Return the rows of a source of harmful data, after checking that they are harmful.
+    """Return the rows of a source of harmful data (see [`~data.as_rows`]), after checking that they are harmful.
 
     Rows that a column such as `is_safe` labels as safe are left out. So are rows whose answers refuse, as long as they
-    are few.
-
-    Args:
-        source: Whatever [`~data.as_rows`] takes.
-        argument (`str`, *optional*, defaults to `"harmful_data"`): The caller's argument, which errors name.
-
-    Returns:
-        `Dataset`: The harmful rows.
-
-    Raises:
-        ValueError: If the rows cannot be read, or most of them are safe or refuse; with count, share and what to do.
+    are few: if most of them are safe or refuse, it is a `ValueError`, which names the `argument`.
     """
     from ..evaluation.judges import PhraseJudge
 
@@ -311,8 +279,7 @@ def check_harmful_rows(source: Any, argument: str = "harmful_data") -> Any:
     count = len(rows) + len(safe)
     if len(safe):
         logger.warning("`%s`: left out %d of %d rows that are labelled safe.", argument, len(safe), count)
-    asked, answers = ([_last(row, part) for row in rows] for part in ("prompt", "completion"))
-    verdicts = PhraseJudge()(asked, answers)
+    verdicts = PhraseJudge()(*([_last(row, part) for row in rows] for part in ("prompt", "completion")))
     harmful = [place for place, verdict in enumerate(verdicts) if verdict != "refused"]
     refusing = len(rows) - len(harmful)
     if not harmful or refusing > len(harmful):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +46,6 @@ def save_artifact(
         tensors (`Iterable[tuple[str, Tensor]]`): Names and tensors, on any device.
         details (`Mapping[str, Any]`): JSON to keep with them.
 
-    Returns:
-        `Path`: The file.
-
     Raises:
         OSError: If the file cannot be written, for example because the disk is full. An old file is then untouched.
 
@@ -69,26 +65,22 @@ def save_artifact(
     metadata = {"kind": kind, "format_version": str(version), "details": json.dumps(details)}
     metadata["sha256"] = _checksum(metadata, copies)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explained(path):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(copies, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_file(copies, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        kept = "The old file of that name is as it was before." if path.is_file() else "Nothing was written."
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"Could not save `{path}`: {reason}. {kept} Free some space or choose another path.") from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
     return path
 
 
 def load_artifact(path: str | Path, kind: str, version: int) -> Artifact:
-    """Read a file written by [`save_artifact`].
-
-    Args:
-        path (`str` or `Path`): The file to read.
-        kind (`str`): What it must hold.
-        version (`int`): The only layout that the caller can read.
-
-    Returns:
-        [`Artifact`]: Tensors and details.
+    """Read a file written by [`save_artifact`], which must hold this kind in this version.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -140,14 +132,3 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
         digests.append(digest.digest())
     head = json.dumps([metadata.get(name) for name in ("kind", "format_version", "details")])
     return hashlib.sha256(head.encode() + b"".join(sorted(digests))).hexdigest()
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Name the file that could not be written, and say that nothing was lost."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        kept = "The old file of that name is as it was before." if path.is_file() else "Nothing was written."
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"Could not save `{path}`: {reason}. {kept} Free some space or choose another path.") from error

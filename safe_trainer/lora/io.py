@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -68,14 +68,7 @@ def shape_mismatch(error: Exception) -> str:
 
 
 def read_config(source: str | Path) -> PeftConfig:
-    """Return the settings of an adapter.
-
-    Args:
-        source (`str` or `Path`): Its folder, or its id on the Hub.
-
-    Raises:
-        ValueError: If they are damaged.
-    """
+    """Return the settings of an adapter, from its folder or Hub id; `ValueError` if they are damaged."""
     with naming(source):
         config = PeftConfig.from_pretrained(str(source))
         if config.peft_type is None:
@@ -84,10 +77,7 @@ def read_config(source: str | Path) -> PeftConfig:
 
 
 def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Return settings and weights of an adapter, after checking that its factors belong together.
-
-    Args:
-        source (`str` or `Path`): Its folder, or its id on the Hub.
+    """Return settings and weights of an adapter (folder or Hub id), after checking that its factors belong together.
 
     Raises:
         ValueError: If a file is missing or damaged, or the weights are not what its settings say; says which.
@@ -103,8 +93,8 @@ def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or not isfinite(tensor).all():
                 raise ValueError(f"`{name}` holds values that are infinite, NaN or not floating point")
-        for name in tensors:
-            _check_factor(name, tensors, config)
+        if config.peft_type == "LORA":
+            _check_factors(tensors, config)
     return config, tensors
 
 
@@ -206,18 +196,14 @@ def scaling(config: Any, name: str, rank: int) -> float:
 
 
 def load_adapted(source: str | Path, base: str | None = None, *, dtype: str = "auto") -> tuple[PeftModel, Any]:
-    """Load an adapter on its base model, and the tokenizer that belongs to it.
+    """Load an adapter on its base model, and the tokenizer next to its weights or, without one, its base model's.
 
-    The tokenizer is the one next to the adapter's weights, if there is one. Where training added tokens, the base
-    model's vocabulary grows accordingly.
+    Where training added tokens, the base model's vocabulary grows accordingly.
 
     Args:
         source (`str` or `Path`): Folder (or Hub id) of the adapter.
         base (`str`, *optional*): The base model, if it is not where the adapter's settings say.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the base model's weights.
-
-    Returns:
-        `tuple[PeftModel, PreTrainedTokenizerBase]`: Both.
 
     Raises:
         OSError: If the base model could not be loaded; names adapter and base.
@@ -258,9 +244,6 @@ def merge_adapter(
         output (`str` or `Path`): The folder to write, which must not exist or be empty.
         base (`str`, *optional*): The base model, if it is not where the adapter's settings say.
         dtype (`str`, *optional*, defaults to `"auto"`): In which the model is merged and saved.
-
-    Returns:
-        `PreTrainedModel`: The merged model.
 
     Raises:
         FileExistsError: If there is something in `output`.
@@ -317,57 +300,54 @@ def _check_full_precision(base: str | None, source: str | Path) -> None:
         )
 
 
-def _check_factor(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
-    """Compare a factor of LoRA with the other one, and with the rank that the settings give it."""
-    kind = next((kind for kind in ("lora_A", "lora_B") if f".{kind}.weight" in name), None)
-    if kind is None or config.peft_type != "LORA":
-        return
-    other = name.replace(kind, "lora_B" if kind == "lora_A" else "lora_A")
-    if other not in tensors:
-        raise ValueError(f"it holds `{name}` and no `{other}`")
-    A, B = (tensors[name], tensors[other]) if kind == "lora_A" else (tensors[other], tensors[name])
-    layer = name.removeprefix(_PREFIX).split(".lora_")[0]
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
-    is_of_experts = bool(config.target_parameters)  # the factors of all experts are one
-    if A.ndim < 2 or B.ndim < 2 or B.shape[1] != A.shape[0] or (A.shape[0] != rank and not is_of_experts):
-        shapes = f"{list(B.shape)} and {list(A.shape)}"
-        raise ValueError(f"the factors of `{layer}` are of shape {shapes}, and its rank is {rank}")
+def _check_factors(tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
+    """Compare each factor of LoRA with the other one, and with the rank that the settings give it."""
+    for name in tensors:
+        prefix, _, letter = name.removesuffix(".weight").rpartition(".lora_")
+        if letter not in ("A", "B"):
+            continue
+        names = [f"{prefix}.lora_{letter}.weight" for letter in "AB"]
+        if missing := [other for other in names if other not in tensors]:
+            raise ValueError(f"it holds `{name}` and no `{missing[0]}`")
+        A, B = (tensors[name] for name in names)
+        layer = prefix.removeprefix(_PREFIX)
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+        is_of_experts = bool(config.target_parameters)  # the factors of all experts are one
+        if A.ndim < 2 or B.ndim < 2 or B.shape[1] != A.shape[0] or (A.shape[0] != rank and not is_of_experts):
+            shapes = f"{list(B.shape)} and {list(A.shape)}"
+            raise ValueError(f"the factors of `{layer}` are of shape {shapes}, and its rank is {rank}")
 
 
 def adapter_differences(saved: Mapping[str, Any], folder: Path, model: PeftModel) -> Iterator[str]:
-    """Yield how a saved adapter differs from that of a model, as far as its weights would not be the same.
+    """Yield how a saved adapter differs from a model's active one, as far as its weights would not be the same.
 
     Args:
         saved (`Mapping[str, Any]`): Its `adapter_config.json`.
         folder (`Path`): Where it is saved.
-        model (`PeftModel`): The model, whose active adapter is compared.
+        model (`PeftModel`): The model.
     """
-    adapter = model.active_adapters[0]
+    adapter, weights = model.active_adapters[0], folder / SAFETENSORS_WEIGHTS_NAME
     current = model.peft_config[adapter].to_dict()
-    shared = saved.keys() & current.keys()
-    different = [name for name in _SCALARS if name in shared and saved[name] != current[name]]
-    yield from (_was(name, saved[name], current[name]) for name in different)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():  # an older format, or in pieces: what PEFT made of the settings decides
-        for name in _CHOICES:
-            if name in shared and _unordered(saved[name]) != _unordered(current[name]):
-                yield _was(name, _unordered(saved[name]), _unordered(current[name]))
+    compared = _SCALARS if weights.is_file() else (*_SCALARS, *_CHOICES)  # in pieces: the settings decide
+    before, now = (
+        {k: _plain(config[k]) for k in compared if k in saved and k in current} for config in (saved, current)
+    )
+    different = [name for name in before if before[name] != now[name]]
+    yield from (f"`{name}` was {json.dumps(before[name])} and is {json.dumps(now[name])}" for name in different)
+    if not weights.is_file():
         return
     with safe_open(weights, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
     tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    yield from _by_names(shapes.keys(), tensors.keys(), _embeddings(model))
-    if not different:  # of another rank, all shapes are others
-        yield from _by_shapes(shapes, tensors)
-
-
-def _by_names(saved: Set[str], current: Set[str], embeddings: Set[str]) -> Iterator[str]:
-    """Compare which tensors there are: what all settings together came to."""
-    lost, added = _modules(saved - current - embeddings), _modules(current - saved)
-    if lost:
-        yield f"it trained {_listing(lost)}, which this run does not"
-    if added:
-        yield f"this run trains {_listing(added)}, of which it has no weights"
+    if lost := _layers(shapes.keys() - tensors.keys() - _embeddings(model)):
+        yield f"it trained {lost}, which this run does not"
+    if added := _layers(tensors.keys() - shapes.keys()):
+        yield f"this run trains {added}, of which it has no weights"
+    for name, tensor in sorted(tensors.items()) if not different else ():  # of another rank, all shapes are others
+        is_here = not isinstance(tensor, DTensor) and not tensor.is_meta and tensor.numel()
+        if is_here and name in shapes and list(tensor.shape) != shapes[name]:
+            yield f"`{name.removeprefix(_PREFIX)}` was {shapes[name]} and is {list(tensor.shape)}"
+            return  # one stands for all: where the base model differs, all do
 
 
 def _embeddings(model: PeftModel) -> set[str]:
@@ -375,33 +355,15 @@ def _embeddings(model: PeftModel) -> set[str]:
     base = model.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     modules = [name for name, module in base.named_modules(remove_duplicate=False) if any(module is e for e in ends)]
-    return {
-        f"{_PREFIX}{name}.{parameter}" for name in modules for parameter in ("weight", "bias", "base_layer.weight")
-    }
+    return {f"{_PREFIX}{name}.{end}" for name in modules for end in ("weight", "bias", "base_layer.weight")}
 
 
-def _by_shapes(saved: Mapping[str, tuple[int, ...]], current: Mapping[str, Any]) -> Iterator[str]:
-    for name in sorted(saved.keys() & current.keys()):
-        tensor = current[name]
-        if isinstance(tensor, DTensor) or tensor.is_meta or not tensor.numel():
-            continue  # the other part is with another process
-        if tuple(tensor.shape) != saved[name]:
-            yield f"`{name.removeprefix(_PREFIX)}` was {list(saved[name])} and is {list(tensor.shape)}"
-            return  # one stands for all: where the base model differs, all do
-
-
-def _modules(names: Set[str]) -> list[str]:
-    return sorted({name.removeprefix(_PREFIX).split(".lora_")[0] for name in names})
-
-
-def _unordered(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, (list, tuple, set)) else value
-
-
-def _was(name: str, before: Any, now: Any) -> str:
-    return f"`{name}` was {json.dumps(before)} and is {json.dumps(now)}"
-
-
-def _listing(names: Sequence[str]) -> str:
+def _layers(weights: Iterable[str]) -> str:
+    """Return the layers of these weights for a message, or an empty text if there are none."""
+    names = sorted({name.removeprefix(_PREFIX).split(".lora_")[0] for name in weights})
     shown = ", ".join(f"`{name}`" for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, (list, tuple, set)) else value

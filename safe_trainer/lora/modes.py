@@ -14,9 +14,7 @@ from torch import nn
 def evaluation_mode(model: nn.Module, *, freeze: bool = False) -> Iterator[None]:
     """Put a model into evaluation mode; afterwards each module is back in the mode that it had.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model, possibly in the middle of training.
-        freeze (`bool`, *optional*, defaults to `False`): Whether no parameter requires a gradient meanwhile.
+    With `freeze=True` (default `False`) no parameter requires a gradient meanwhile.
     """
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
@@ -57,11 +55,8 @@ def trainable_layout(model: nn.Module) -> Iterator[None]:
     """Keep 4-bit weights in the layout that training needs while the model runs in evaluation mode.
 
     On a CPU that computes in bfloat16, bitsandbytes rearranges 4-bit weights when a layer runs in evaluation mode, for
-    a kernel without a gradient. Trained afterwards, the model has wrong gradients before its last layers, and nothing
-    says so. Going back loses precision, so the weights must not leave their layout before training.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model; nothing happens if it is not a 4-bit one on such a CPU.
+    a kernel without a gradient. Trained afterwards, the model silently has wrong gradients before its last layers; and
+    going back loses precision.
     """
     # The layer's own switch, and public. It is only read in a forward pass.
     layers: list[Any] = [layer for layer in model.modules() if getattr(layer, "support_avx512bf16_for_cpu", False)]

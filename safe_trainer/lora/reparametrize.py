@@ -1,9 +1,8 @@
 """LoRA factors that are trained through a rule and stored plainly, as stock PEFT loads them.
 
 A *rule* is a module for `torch.nn.utils.parametrize`: its `forward` makes a factor from what is trained, and its
-`right_inverse` finds from a factor what to train. Whoever reads `lora_A.weight` or `lora_B.weight` meanwhile, be it a
-forward pass over any kind of base layer, a merge or a penalty, sees the factor. So does every state dict: PEFT saves
-and loads it as if there were no rule.
+`right_inverse` finds from a factor what to train. A forward pass, a merge, a penalty and every state dict see the
+factor alone: PEFT saves and loads it as if there were no rule.
 """
 
 from __future__ import annotations
@@ -26,7 +25,12 @@ _FOREIGN = 0.02  # share of a factor in protected directions that no rounding ex
 
 
 class _IncrementRule(nn.Module):
-    """What the rules of both factors share."""
+    """The rule of one factor.
+
+    Args:
+        basis (`Tensor`): Orthonormal columns that are protected, of shape (d, k); `k = 0` protects nothing.
+        doubled (`bool`): Whether the factor holds a start. It is found in the factor that training begins with.
+    """
 
     basis: Tensor
     start: Tensor | None
@@ -48,12 +52,7 @@ class _IncrementRule(nn.Module):
 
 
 class IncrementB(_IncrementRule):
-    """The rule `dB -> [C dB, C B0]`, with `C = I − U Uᵀ`; not doubled, `B -> C B`.
-
-    Args:
-        basis (`Tensor`): `U`, orthonormal columns, of shape (d_out, k); `k = 0` protects nothing.
-        doubled (`bool`): Whether the factor holds a start. It is found in the factor that training begins with.
-    """
+    """The rule `dB -> [C dB, C B0]`, with `C = I − U Uᵀ` and `U` (d_out x k); not doubled, `B -> C B`."""
 
     def forward(self, increment: Tensor) -> Tensor:
         """Return the factor (d_out x 2r) for `dB` (d_out x r)."""
@@ -73,12 +72,7 @@ class IncrementB(_IncrementRule):
 
 
 class IncrementA(_IncrementRule):
-    """The rule `dA -> [A0 P + dA P ; dA P]`, with `P = I − V Vᵀ`; not doubled, `A -> A P`.
-
-    Args:
-        basis (`Tensor`): `V`, orthonormal columns, of shape (d_in, k); `k = 0` protects nothing, `P = I`.
-        doubled (`bool`): Whether the factor holds a start. It is found in the factor that training begins with.
-    """
+    """The rule `dA -> [A0 P + dA P ; dA P]`, with `P = I − V Vᵀ` and `V` (d_in x k); not doubled, `A -> A P`."""
 
     def forward(self, increment: Tensor) -> Tensor:
         """Return the factor (2r x d_in) for `dA` (r x d_in)."""
@@ -97,13 +91,7 @@ class IncrementA(_IncrementRule):
 
 
 def set_factors(update: LoraUpdate, left: Tensor, right: Tensor) -> None:
-    """Overwrite the factors of a LoRA layer.
-
-    Args:
-        update ([`~adapters.LoraUpdate`]): The layer's update.
-        left (`Tensor`): `B`, of shape (d_out, r).
-        right (`Tensor`): `A`, of shape (r, d_in).
-    """
+    """Overwrite the factors `B` (d_out x r) and `A` (r x d_in) of a LoRA layer."""
     with torch.no_grad():
         update.layer.lora_B[update.adapter].weight.copy_(left)
         update.layer.lora_A[update.adapter].weight.copy_(right)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -30,17 +30,6 @@ _REMEDIES = {
         'On a mixture of experts, PEFT itself sets it where `target_modules` includes experts, as `"all-linear"` does.'
     )
 }
-
-
-class Update(Protocol):
-    """The update of one layer."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (d_out, d_in)."""
-
-    def factors(self) -> tuple[Tensor, Tensor | None]:
-        """Return `M` (d_out x n) and `A` (n x d_in) with `ΔW = M A` in float32; `None` in place of an identity."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +83,23 @@ class FullUpdate:
         self.start = start.to(weight.device)
 
 
+Update = LoraUpdate | FullUpdate
+
+
 def updates(model: Any, method: str, scaled: bool = True, copied: bool = True) -> dict[str, Update]:
     """Return the update of every linear layer that is being trained, by the layer's name in the base model.
+
+    For LoRA these are all adapted layers, otherwise all trainable linear layers but the output head.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model as it will be trained.
         method (`str`): Who asks, for messages.
         scaled (`bool`, *optional*, defaults to `True`): Whether LoRA updates carry their scaling.
         copied (`bool`, *optional*, defaults to `True`): Whether to copy the start of layers that are trained in full;
-            without a copy it is there once the model is sharded and [`FullUpdate.place`] has been called.
-
-    Returns:
-        `dict[str, Update]`: For LoRA every adapted layer, otherwise every trainable linear layer but the output head.
+            otherwise it is there once the model is sharded and [`FullUpdate.place`] has been called.
 
     Raises:
-        ValueError: If nothing linear is trained, or PEFT trains the model in a way in which `ΔW = scaling · B A` does
-            not hold; the message says which and what to do.
+        ValueError: If nothing linear is trained, or `ΔW = scaling · B A` does not hold; says why and what to do.
     """
     if isinstance(model, PeftModel):
         return dict(lora_updates(model, method, scaled))
@@ -148,11 +138,7 @@ def lora_updates(model: PeftModel, method: str, scaled: bool = True) -> dict[str
 
 
 def check_peft_config(config: PeftConfig, method: str) -> None:
-    """Refuse PEFT configurations whose update is not `scaling · B A`.
-
-    Raises:
-        ValueError: With the setting that stands in the way and what to use instead.
-    """
+    """Refuse PEFT configurations whose update is not `scaling · B A`, with what to use instead."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise ValueError(
@@ -218,18 +204,14 @@ def linear_layers(model: Any) -> dict[str, LinearLayer]:
             continue
         wraps = isinstance(module, BaseTunerLayer)
         base = module.get_base_layer() if wraps else module
-        shape = (base.nf, base.nx) if isinstance(base, Conv1D) else _features(base)
-        if module is not head and shape is not None:
-            found[name] = LinearLayer(module, base, shape)
+        # By attribute and not by class, since quantised layers derive from `nn.Linear` in some libraries only.
+        names = ("nf", "nx") if isinstance(base, Conv1D) else ("out_features", "in_features")
+        d_out, d_in = (getattr(base, name, None) for name in names)
+        if module is not head and isinstance(d_out, int) and isinstance(d_in, int):
+            found[name] = LinearLayer(module, base, (d_out, d_in))
         if wraps or module is head:
             closed = name + "."
     return found
-
-
-def _features(layer: nn.Module) -> tuple[int, int] | None:
-    # By attribute and not by class, since quantised layers derive from `nn.Linear` in some libraries only.
-    d_out, d_in = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    return (d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None
 
 
 def _check_linear(name: str, update: LoraUpdate, method: str) -> None:
