@@ -73,8 +73,7 @@ class AlignmentDirection:
     """What alignment did to each weight: `d = W_aligned − W_unaligned`, kept as a few singular vectors per module.
 
     AsFT (Yang et al., AAAI 2026, arXiv 2506.08473) anchors fine-tuning to this direction: the model is safest along
-    it, and leaves the "narrow safety basin" across it. The direction depends on the two checkpoints alone: compute it
-    once, save it, and use it for every run.
+    it, and leaves the "narrow safety basin" across it. Compute it once from two checkpoints, and use it for every run.
 
     Args:
         modules (`dict[str, DirectionFactors]`): Factors by module name of the base model, such as
@@ -92,8 +91,6 @@ class AlignmentDirection:
     True
 
     ```
-
-    `direction.save("direction.safetensors")` keeps it, and `AsFT(direction="direction.safetensors")` uses it.
     """
 
     modules: dict[str, DirectionFactors]
@@ -215,11 +212,7 @@ class AlignmentDirection:
         return direction
 
     def check_fits(self, named_shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Make sure that the direction covers the weights that are about to be trained.
-
-        Args:
-            named_shapes (`Mapping[str, tuple[int, int]]`): (d_out, d_in) of each weight by module name of the base
-                model.
+        """Make sure that the direction covers the weights to be trained, given as (d_out, d_in) by name.
 
         Raises:
             ValueError: If a module is not in the direction, or has another shape there; names them.

@@ -1,7 +1,7 @@
 """A checkpoint's linear layers, read from disk a few rows at a time.
 
-The configuration builds the model without memory, on the meta device, and so shows which modules are linear layers,
-what they are called, and which way round their weight is stored. The weights themselves are never loaded all at once.
+The configuration builds the model without memory, on the meta device, and so shows which modules are linear layers and
+which way round their weight is stored. The weights themselves are never loaded all at once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Checkpoint:
         return rows.float()
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the weights came from, and the SHA-256 of all that were read, in the order of reading."""
+        """Return where the weights came from, and the SHA-256 of all that were read, in this order."""
         is_snapshot = self._folder.parent.name == "snapshots"  # the Hub's cache names the folder after the commit
         commit = self._folder.name if is_snapshot else None
         return {"source": self.source, "revision": commit, "weights_sha256": self._digest.hexdigest()}

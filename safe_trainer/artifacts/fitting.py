@@ -127,6 +127,8 @@ def train_security_vectors(
     Example:
 
     ```python
+    from safe_trainer import testbed, train_security_vectors
+
     vectors = train_security_vectors(testbed.ALIGNED, testbed.harmful_rows(100), prompts=testbed.prompt_set("harmful"))
     print(vectors.provenance["report"])
     ```

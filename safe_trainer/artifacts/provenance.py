@@ -1,8 +1,7 @@
 """Where an artifact comes from: the model, the versions, the date. A model is known by a few values of its weights.
 
-Its id alone would refuse a model that was copied into another folder, and accept another state of the same folder.
-The values are compared in bfloat16, so that the precision in which a model is loaded does not matter. Quantized
-weights are left out; normalizations, embeddings and biases identify such a model.
+Its id alone would refuse a copy in another folder, and accept another state of the same one. The values are compared
+in bfloat16, whatever precision a model is loaded in; of a quantized one, norms, embeddings and biases are left.
 """
 
 from __future__ import annotations

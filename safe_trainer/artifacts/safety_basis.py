@@ -33,7 +33,6 @@ class SafetyBasis:
     tokens of the answers, its *output* directions are the top left singular vectors of `W X_s`: what it writes when it
     refuses, which SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765) keeps updates from writing into. With `X_p`
     (d_in x m) its inputs at the tokens of the prompts, its *input* directions are those of `X_p`: what it reads there.
-    An update that does not act on them leaves the model to read harmful prompts as before.
 
     Args:
         outputs (`dict[str, TopDirections]`): By layer, directions (d_out x k) with their singular values.

@@ -144,6 +144,8 @@ class TrainedVectors:
     Example:
 
     ```python
+    from safe_trainer import SecurityVectors, TrainedVectors, train_security_vectors
+
     vectors = train_security_vectors("Qwen/Qwen2.5-0.5B-Instruct", harmful_rows)
     vectors.save("vectors")
     method = SecurityVectors(TrainedVectors.load("vectors"))

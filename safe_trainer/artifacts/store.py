@@ -1,7 +1,7 @@
 """Our files: safetensors with provenance, written completely or not at all, refused with a clear message.
 
-An artifact is an ordinary safetensors file. Its metadata says what it is (`kind`), how it is laid out
-(`format_version`), where it comes from (`details`, JSON), and a SHA-256 of all of it.
+The metadata says what it is (`kind`), its layout (`format_version`), where it comes from (`details`, JSON), and
+a SHA-256 of all of it.
 """
 
 from __future__ import annotations

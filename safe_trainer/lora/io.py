@@ -1,7 +1,6 @@
 """Adapters on disk: read completely or refused by name, compared with the adapter in a model, compacted, merged.
 
-PEFT reads what it finds: an adapter that was cut short fails with the words of the file format, and one that lacks a
-factor becomes one that does nothing there.
+PEFT takes what it finds: an adapter that lacks a factor becomes one that does nothing there.
 """
 
 from __future__ import annotations

@@ -103,8 +103,7 @@ def trained_through(
 ) -> Iterator[None]:
     """Train LoRA factors through rules for the length of a context; then they are plain again, with their values.
 
-    The parameters stay the same objects, with another shape inside the context, so that an optimizer that knows them
-    from before still does.
+    The parameters stay the same objects, so that an optimizer that knows them from before still does.
 
     Args:
         updates (`Mapping[str, LoraUpdate]`): The layers by name.

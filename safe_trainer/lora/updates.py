@@ -1,8 +1,7 @@
 """What training adds to a model's linear layers, by name: with `io`, all that touches PEFT's layers.
 
-Two kinds of update exist. A LoRA layer holds its update in two factors, `ΔW = scaling · B A`; a layer that is trained
-in full holds it as the difference to the weights it started from. Both give *factors*, so that a method need not know.
-All weights and updates are in the orientation d_out x d_in, GPT-2's transposed `Conv1D` included.
+A LoRA layer holds its update as `ΔW = scaling · B A`; one that is trained in full as the difference to the weights
+it started from. Both give *factors*, all d_out x d_in, GPT-2's transposed `Conv1D` included.
 """
 
 from __future__ import annotations
