@@ -357,6 +357,21 @@ def test_errors_of_prompts_in_memory_name_the_argument(source):
         as_prompts(source, "benign", argument="benign_prompts")
 
 
+def test_errors_of_sources_in_memory_have_one_pair_of_backticks():
+    bad: list = [[], [""], [{"colour": "red"}], [{"prompt": "a", "completion": "b", "Prompt": "c"}]]
+    for source in bad:
+        for read in (as_prompts, lambda source, kind, argument: as_rows(source, argument=argument)):
+            with pytest.raises(ValueError, match="^`given`") as error:
+                read(source, "task", argument="given")
+            assert "``" not in str(error.value)
+
+
+def test_a_prompt_with_a_column_twice_is_named_by_its_row():
+    rows = [{"prompt": "a"}, {"prompt": "b", "Prompt": "c"}]
+    with pytest.raises(ValueError, match=r"row 2 \(index 1\): a column twice: found prompt, Prompt"):
+        as_prompts(rows, "harmful")
+
+
 # ---- what the report says
 
 

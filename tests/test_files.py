@@ -337,6 +337,19 @@ def test_a_large_array_that_breaks_names_the_index(tmp_path):
         list(read_records(path))
 
 
+@pytest.mark.parametrize("count", [1, 60_000])
+def test_a_row_that_cannot_be_used_ends_no_array_of_any_size(tmp_path, count):
+    path, row = tmp_path / "rows.json", json.dumps({"text": "x" * 100})
+    bad = ['{"text": "a", "text": "b"}', '{"id": ' + "1" * 5000 + "}"]
+    path.write_text("[" + ",\n".join([*[row] * count, *bad, row]) + "]")
+    found = list(read_records(path))
+    assert [(error.line, error.kind) for error in found if isinstance(error, RowError)] == [
+        (count + 1, "a key twice"),
+        (count + 2, "not JSON"),
+    ]
+    assert len(found) == count + 3 and found[-1].value == json.loads(row)
+
+
 @pytest.mark.parametrize(
     "header",
     [

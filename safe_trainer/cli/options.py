@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,7 +100,7 @@ def prompt_sets(
 
 
 def _prompt_set(kind: Any, source: str) -> PromptSet:
-    from ..data import ReadOptions, general_prompts, is_file, load_prompts, load_suite
+    from ..data import ReadOptions, general_prompts, load_prompts, load_suite
 
     if source.startswith("suite:"):
         return load_suite(source.removeprefix("suite:"), kinds=(kind,))[0]
@@ -112,7 +113,7 @@ def _prompt_set(kind: Any, source: str) -> PromptSet:
 
         return dataclasses.replace(prompt_set(kind), source=source)
     file, _, column = source.rpartition(":")
-    reading = ReadOptions(columns={"prompt": column}) if is_file(file) else None
+    reading = ReadOptions(columns={"prompt": column}) if os.path.isfile(file) else None
     prompts, report = load_prompts(file if reading else source, kind, options=reading)
     note(report)
     return prompts

@@ -27,6 +27,7 @@ KINDS = {
 }
 PREFIX = "hf:"
 
+_WRITTEN = f"Write {PREFIX}owner/name, then /subset, :split and :column as needed"
 _FOLDER = tuple("./~")  # how the name of a folder begins
 _UNPACK = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "Export the sheet as CSV. "),
@@ -35,11 +36,7 @@ _UNPACK = {
 
 
 def kind_of(path: str | Path) -> str:
-    """Return what kind of file the name promises, such as `"JSON Lines"`.
-
-    Raises:
-        ValueError: If it is none that can be read.
-    """
+    """Return what kind of file the name promises, such as `"JSON Lines"`; a `ValueError` says what others to do."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -51,14 +48,9 @@ def kind_of(path: str | Path) -> str:
             f"`{path}` is a folder. Give one of its files, or `{PREFIX}{path}` if it is laid out as a dataset. "
             f"Is it a file? {known}"
         )
-    if re.fullmatch(r"[\w-]+(/[\w.-]+)?", str(path)) and not is_file(path):
+    if re.fullmatch(r"[\w-]+(/[\w.-]+)?", str(path)) and not os.path.isfile(path):
         known += f" For a dataset on the Hub, write `{PREFIX}{path}`."
     raise ValueError(f"`{path}` is of no kind that can be read. {_UNPACK.get((suffixes or [''])[-1], '')}{known}")
-
-
-def is_file(path: str | Path) -> bool:
-    """Return whether there is a file of this name; of one that no file can have, there is none."""
-    return os.path.isfile(path)
 
 
 def is_folder(path: str | Path) -> bool:
@@ -85,8 +77,8 @@ def read_records(
     Args:
         path (`str` or `Path`): The file; its name tells the kind (see [`KINDS`]). A `.json` file may hold an array,
             JSON Lines, or one object around either; a `.txt` file holds one prompt a line.
-        encoding (`str`, *optional*): Such as `"latin-1"`. Left out, UTF-8, or UTF-16 and UTF-32 where the first bytes
-            say so. Bytes that do not fit come as lone surrogates, so that one of them does not end the reading.
+        encoding (`str`, *optional*): Such as `"latin-1"`. Left out, Unicode by the first bytes, or UTF-8. Bytes that
+            do not fit come as lone surrogates, so that one of them does not end the reading.
         header (`bool`, *optional*): Whether a CSV or TSV file begins with names. Left out, told by its looks; without
             names the columns are called `"1"`, `"2"` and so on.
         notes (`list[str]`, *optional*): Takes what was guessed about the file.
@@ -97,17 +89,6 @@ def read_records(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is empty, of an unknown kind, or broken so that nothing after that can be read.
-
-    Example:
-
-    ```python
-    >>> import pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "rows.jsonl")
-    >>> _ = path.write_text('{"text": "one"}' + chr(10) + '{"text": ')
-    >>> [type(item).__name__ for item in read_records(path)]
-    ['Record', 'RowError']
-
-    ```
     """
     path = Path(path)
     kind = kind_of(path)
@@ -118,7 +99,7 @@ def read_records(
         "TSV": partial(read_csv, header=header, delimiter="\t"),
         "lines": read_plain_lines,
     }
-    if not is_file(path):
+    if not os.path.isfile(path):
         raise missing_file(path)
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
@@ -172,8 +153,8 @@ class HubDataset:
     Args:
         name (`str`): Its id on the Hub, such as `"tatsu-lab/alpaca"`, or a folder with files of data.
         subset (`str`, *optional*): Its configuration, where it has several.
-        split (`str`, *optional*): Its split; may be left out where there is only one.
-        column (`str`, *optional*): The column that holds the prompts; left out, told by the names of the columns.
+        split (`str`, *optional*): Its split, where it has several.
+        column (`str`, *optional*): The column that holds the prompts.
     """
 
     name: str
@@ -191,47 +172,34 @@ class HubDataset:
         return self.name[:1] in _FOLDER
 
     def records(self) -> Iterator[Record]:
-        """Yield its rows, from the files that `datasets` keeps for it, in bounded memory.
+        """Yield its rows, from the files that `datasets` keeps for it, in bounded memory."""
+        from datasets import Dataset, load_dataset
 
-        Raises:
-            ValueError: If it could not be loaded, or has several splits of which none is named.
-        """
-        rows = self._rows()
+        name = os.path.expanduser(self.name) if self.is_folder else self.name
+        if self.is_folder and not is_folder(name):
+            raise ValueError(f"There is no folder `{name}`. Check the path; it is looked for in {Path.cwd()}.")
+        try:
+            rows = load_dataset(name, self.subset, split=self.split)
+        except Exception as error:  # `datasets` raises what the network, the Hub and each reader of files raise
+            raise ValueError(
+                f"`{self}` could not be loaded: {str(error).rstrip('.')}. {_WRITTEN}; for a private or gated dataset, "
+                "log in with `hf auth login`."
+            ) from error
+        if not isinstance(rows, Dataset):
+            if len(rows) > 1:
+                splits = ", ".join(f"{PREFIX}{self.name}:{split}" for split in rows)
+                raise ValueError(f"`{self}` has several splits. Name one of them, as in {splits}.")
+            rows = next(iter(rows.values()))
         if self.column is not None and self.column not in rows.column_names:
             columns = ", ".join(f"`{name}`" for name in rows.column_names)
             raise ValueError(f"`{self}` has no column `{self.column}`. It has {columns}.")
         return (Record(number, row, "row") for number, row in enumerate(rows, 1))
 
-    def _rows(self) -> Any:
-        from datasets import Dataset, load_dataset
-
-        name = self.name
-        if self.is_folder:
-            name = str(Path(name).expanduser())
-            if not Path(name).is_dir():
-                raise ValueError(f"There is no folder `{name}`. Check the path; it is looked for in {Path.cwd()}.")
-        try:
-            found = load_dataset(name, self.subset, split=self.split)
-        except Exception as error:  # `datasets` raises what the network, the Hub and each reader of files raise
-            raise ValueError(
-                f"`{self}` could not be loaded: {str(error).rstrip('.')}. Write {PREFIX}owner/name, then /subset, "
-                ":split and :column as needed; for a private or gated dataset, log in with `hf auth login`."
-            ) from error
-        if isinstance(found, Dataset):
-            return found
-        if len(found) > 1:
-            splits = ", ".join(f"{PREFIX}{self.name}:{split}" for split in found)
-            raise ValueError(f"`{self}` has several splits. Name one of them, as in {splits}.")
-        return next(iter(found.values()))
-
 
 def hub_dataset(source: str | Path) -> HubDataset | None:
-    """Read a source such as `hf:owner/name/subset:split:column`, all but the name optional; `None` for a file.
+    """Return the dataset that a source such as `hf:owner/name/subset:split:column` names; `None` for a file.
 
-    A name that begins with `.`, `/` or `~` is a folder, and has no subset.
-
-    Raises:
-        ValueError: If it begins like one and is none.
+    All but the name may be left out; one that begins with `.`, `/` or `~` is a folder, and has no subset.
 
     Example:
 
@@ -245,14 +213,10 @@ def hub_dataset(source: str | Path) -> HubDataset | None:
     if not text.startswith(PREFIX):
         return None
     name, *rest = text.removeprefix(PREFIX).split(":")
-    subset = None
+    subset = ""
     if name[:1] not in _FOLDER:
-        owner, _, inner = name.partition("/")
-        inner, _, subset = inner.partition("/")
-        name = f"{owner}/{inner}" if inner else owner
-    if not name or len(rest) > 2 or (subset and "/" in subset):
-        raise ValueError(
-            f"`{text}` is no dataset. Write {PREFIX}owner/name, then /subset, :split and :column as needed."
-        )
-    split, column = [*(part or None for part in rest), None, None][:2]
-    return HubDataset(name, subset or None, split, column)
+        parts = name.split("/", 2)
+        name, subset = "/".join(parts[:2]).rstrip("/"), "".join(parts[2:])
+    if not name or len(rest) > 2 or "/" in subset:
+        raise ValueError(f"`{text}` is no dataset. {_WRITTEN}.")
+    return HubDataset(name, subset or None, *(part or None for part in rest))

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 from . import formats
 from .formats import Asked, Columns, Format, Row
-from .loaders import KINDS, HubDataset, is_folder
-from .parsing import Record, RowError
-from .reading import DataReport, OpenSource, ReadOptions, Source, converted_records, named, open_source
+from .loaders import KINDS, is_folder
+from .parsing import BadRowError, Record, Records, RowError
+from .reading import DataReport, ReadOptions, Source, converted_records, named, open_source
 from .rows import fingerprint
 
 Kind = Literal["harmful", "benign", "borderline", "task"]
@@ -126,9 +126,7 @@ def load_prompts(
         FileNotFoundError: If there is no such file.
         ValueError: As [`load_rows`]; and for a task, if there are no answers.
     """
-    if isinstance(source, str | Path) and is_folder(source):
-        return _load_folder(Path(source), kind, name, options)
-    return _prompts(open_source(source, argument="source", options=options), kind, name)
+    return _loaded(source, "source", kind, name, options)
 
 
 def as_prompts(source: Any, kind: Kind, *, argument: str = "prompts", options: ReadOptions | None = None) -> PromptSet:
@@ -148,18 +146,19 @@ def as_prompts(source: Any, kind: Kind, *, argument: str = "prompts", options: R
     if isinstance(source, PromptSet):
         return source
     with named(argument):
-        if isinstance(source, str | Path | HubDataset):
-            return load_prompts(source, kind, options=options)[0]
-        return _prompts(open_source(source, argument=argument, options=options), kind, argument)[0]
+        return _loaded(source, argument, kind, None, options)[0]
 
 
-def _prompts(opened: OpenSource, kind: Kind, name: str | None) -> tuple[PromptSet, DataReport]:
-    options, report = opened.options, opened.report
-    first = list(islice(opened.records, 20))
-    records: Iterable[Record | RowError] = chain(first, opened.records)
-    if options.where is None:
-        records = _selected(records, kind, first, report)
-    found = [asked for _, asked in converted_records(records, options, report, _examined)]
+def _loaded(
+    source: Source, argument: str, kind: Kind, name: str | None, options: ReadOptions | None
+) -> tuple[PromptSet, DataReport]:
+    if isinstance(source, str | Path) and is_folder(source):
+        return _load_folder(Path(source), kind, name, options)
+    opened = open_source(source, argument=argument, options=options)
+    report, records = opened.report, opened.records
+    if opened.options.where is None:
+        records = _selected(records, kind, report)
+    found = [asked for _, asked in converted_records(records, opened.options, report, _examined)]
     report.duplicates = len(found) - len({fingerprint(asked.prompt) for asked, _ in found})
     return _prompt_set(found, kind, name or opened.name, opened.shown, report.source), report
 
@@ -271,12 +270,11 @@ def _examined(style: Format, columns: Columns) -> tuple[Asked, str | None]:
     return asked, None if category is None else str(category)
 
 
-def _selected(
-    records: Iterable[Record | RowError], kind: Kind, first: list[Record | RowError], report: DataReport
-) -> Iterable[Record | RowError]:
+def _selected(records: Records, kind: Kind, report: DataReport) -> Records:
     """Leave out rows of an official file that are not of this kind."""
+    first = list(islice(records, 20))
     is_xstest = any(str(_columns(record).get("type")).startswith("contrast_") for record in first)
-    for record in records:
+    for record in chain(first, records):
         columns = _columns(record)
         unsafe: Any = None
         if "prompt" in columns and "type" in columns and (is_xstest or "focus" in columns or "label" in columns):
@@ -292,5 +290,7 @@ def _selected(
 
 
 def _columns(record: Record | RowError) -> Columns:
-    value = getattr(record, "value", None)
-    return formats.columns_of(value) if isinstance(value, dict) else {}
+    try:
+        return formats.columns_of(record.value) if isinstance(record, Record) else {}
+    except BadRowError:  # which is reported when the record is converted
+        return {}

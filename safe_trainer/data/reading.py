@@ -132,7 +132,7 @@ class DataReport:
     def count(self, conversation: Conversation, rows: list[Row]) -> None:
         """Count the answers of a record, and those that its rows learn."""
         answers = conversation.answers
-        self.answers += 0 if conversation.whole else len(answers)
+        self.answers += len(answers)
         self.answer_characters += sum(len(turn.content) for turn in answers)
         learned = [row["completion"][0]["content"] for row in rows if "completion" in row]
         self.learned += len(learned)
