@@ -31,7 +31,6 @@ from ..data import (
     TemplateError,
     collate,
     conversation_of,
-    converted_records,
     encode_row,
     named,
     open_source,
@@ -108,8 +107,8 @@ def score_rows(
             return None
 
     opened = open_source(rows)
-    options = replace(opened.options, on_bad_row="skip", limit=None)
-    outcomes = scorer.outcomes(converted_records(opened.records, options, opened.report, convert))
+    opened = opened._replace(options=replace(opened.options, on_bad_row="skip", limit=None))
+    outcomes = scorer.outcomes(opened.converted(convert))
     return (outcome if isinstance(outcome, Score) else None for _, outcome in outcomes)
 
 
@@ -408,7 +407,7 @@ class _Source:
             opened.report.count(found, rows)
             return rows, self._label(columns)
 
-        return opened.report, converted_records(opened.records, opened.options, opened.report, convert)
+        return opened.report, opened.converted(convert)
 
     def _label(self, columns: Columns) -> bool | None:
         if self.label is None:

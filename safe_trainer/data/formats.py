@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -55,9 +55,6 @@ class Turn:
         return {"role": self.role, "content": self.content}
 
 
-Turns = Callable[[Columns], list[Turn]]
-
-
 @dataclass(frozen=True)
 class Format:
     """One way to keep conversations or prompts in columns: `turns` makes turns of a record, the answer last.
@@ -68,7 +65,7 @@ class Format:
 
     name: str
     columns: tuple[str, ...]
-    turns: Turns
+    turns: Callable[[Columns], list[Turn]]
     uses: tuple[str, ...] = ()
     whole: bool = False
     alone: bool = False
@@ -87,8 +84,8 @@ class Conversation:
     """What one record says."""
 
     turns: list[Turn]
-    whole: bool = False
-    unused: list[str] = field(default_factory=list)  # columns with content that no format has a use for
+    whole: bool
+    unused: list[str]  # columns with content that no format has a use for
 
     @property
     def answers(self) -> list[Turn]:
@@ -182,15 +179,7 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
     missing = [name for name in style.columns if name not in columns]
     if missing:
         raise BadRowError("other columns", ", ".join(columns) or "none", f"{', '.join(style.columns)} ({style.name})")
-    unused = [
-        name
-        for name, content in columns.items()
-        if name not in (*style.columns, *style.uses, "", "unnamed: 0")
-        and _has_content(content)
-        and safety_label({name: content}) is None
-    ]
-    for name in unused:
-        _check_meaning(name, columns[name])
+    others = _unused(columns, (*style.columns, *style.uses, "", "unnamed: 0"))
     turns = style.turns(columns)
     if not turns:
         raise BadRowError("no turns", "an empty list", "turns by the user and the assistant")
@@ -202,7 +191,8 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
             raise BadRowError(kind, f"{ascii(found.group())} in {shortened(turn.content)!a}", hint)
         if not turn.content.strip() and (answered or turn.role != "assistant"):
             raise BadRowError("empty text", f"nothing in turn {number}, by the {turn.role}", "text")
-    inner = {f"{style.columns[0]}[].{name}": None for turn in turns for name in turn.unused}
+    unused = [name for name in others if safety_label({name: columns[name]}) is None]
+    inner = dict.fromkeys(f"{style.columns[0]}[].{name}" for turn in turns for name in turn.unused)
     return Conversation(turns, style.whole, [*unused, *inner])
 
 
@@ -234,13 +224,16 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, Real) and value != value
 
 
-def _check_meaning(name: str, value: Any) -> None:
-    found = f"`{name}`: {shortened(value)}"
-    if name in _TOOLS:
-        raise BadRowError("tool calls", found, "a conversation without tools")
-    if name in _MEANING:
-        hint = "a row without it, or `columns` that say where prompt, answer and context are"
-        raise BadRowError("content that would be dropped", found, hint)
+def _unused(columns: Columns, known: Iterable[str]) -> list[str]:
+    """Return the other names with content, none of which changes the meaning."""
+    names = [name for name, value in columns.items() if name not in known and _has_content(value)]
+    for name in names:
+        if name in _TOOLS:
+            raise BadRowError("tool calls", f"`{name}`: {shortened(columns[name])}", "a conversation without tools")
+        if name in _MEANING:
+            hint = "a row without it, or `columns` that say where prompt, answer and context are"
+            raise BadRowError("content that would be dropped", f"`{name}`: {shortened(columns[name])}", hint)
+    return names
 
 
 def _text(columns: Columns, name: str) -> str:
@@ -267,9 +260,7 @@ def _message(turn: Any, context: bool = False) -> Turn:
     if not isinstance(turn, Mapping):
         raise BadRowError("not a turn", shortened(turn), "an object with `role` and text in `content`")
     found = {str(key).lower(): value for key, value in turn.items()}
-    for name, value in found.items():
-        if name in _MEANING and _has_content(value):
-            _check_meaning(name, value)
+    unused = tuple(_unused(found, ("role", "from", "content", "value", "weight", "train")))
     role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
     if isinstance(content, list):
         content = "".join(_part(part) for part in content)
@@ -277,8 +268,6 @@ def _message(turn: Any, context: bool = False) -> Turn:
         raise BadRowError("not a turn", shortened(turn), "an object with `role` and text in `content`")
     if str(role).lower() not in _ROLES:
         raise BadRowError("unknown role", shortened(role), "system, user or assistant")
-    known = {"role", "from", "content", "value", "weight", "train"}
-    unused = tuple(name for name, value in found.items() if name not in known and _has_content(value))
     return Turn(_ROLES[str(role).lower()], content, _flag(found), context, unused)
 
 

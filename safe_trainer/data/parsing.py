@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TextIO
 
-LONGEST = 16 * 2**20
-"""The longest line or row that is read, in characters. More is a missing quote or line break rather than a row."""
-
+LONGEST = 16 * 2**20  # characters of a line or row; more is a missing quote or line break rather than a row
 _CHUNK = 2**16
 _WHOLE = 4 * 2**20  # characters up to which a JSON document is read at once, so that odd shapes of it can be seen
 _NO_SPACE = re.compile(r"\S")
@@ -28,17 +26,11 @@ Notes = list[str]
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it is in a file.
+    """One record as it is in a file: a `dict`, a `list` for a bare list of turns, a `str` for a bare prompt."""
 
-    Args:
-        line (`int`): The line where it begins, or the row's number, counted from 1.
-        value (`Any`): A `dict` for most files, a `list` for a bare list of turns, a `str` for a bare prompt.
-        unit (`str`, *optional*, defaults to `"line"`): `"line"` or `"row"`: what `line` counts.
-    """
-
-    line: int
+    line: int  # where it begins, or the row's number, counted from 1
     value: Any
-    unit: str = "line"
+    unit: str = "line"  # "line" or "row": what `line` counts
 
 
 @dataclass(frozen=True)
@@ -139,14 +131,10 @@ def _values_of_line(line: Record, decoder: _Decoder) -> Records:
 def _document(text: str, notes: Notes) -> list[Record | RowError]:
     """Return the rows of one JSON text: an array, objects one after another, or one object in a shape of its own."""
     found = list(_values(io.StringIO(text)))
-    if (
-        len(found) == 1
-        and text.lstrip()[:1] != "["
-        and isinstance(found[0], Record)
-        and isinstance(found[0].value, dict)
-    ):
-        return [Record(number, row, "row") for number, row in enumerate(_unwrapped(found[0].value, notes), 1)]
-    return found
+    value = getattr(found[0], "value", None) if len(found) == 1 and text.lstrip()[:1] != "[" else None
+    if not isinstance(value, dict):
+        return found
+    return [Record(number, row, "row") for number, row in enumerate(_unwrapped(value, notes), 1)]
 
 
 def _values(text: TextIO) -> Records:
@@ -302,11 +290,13 @@ def read_plain_lines(text: TextIO, notes: Notes) -> Records:
         yield line if isinstance(line, RowError) else Record(line.line, line.value.strip())
 
 
+def _pieces(text: TextIO) -> Iterator[str]:
+    return iter(lambda: text.readline(LONGEST + 1), "")
+
+
 def _lines(text: TextIO) -> Records:
     """Yield the lines that are not blank, never holding more than [`LONGEST`] characters."""
-    number = 0
-    while line := text.readline(LONGEST + 1):
-        number += 1
+    for number, line in enumerate(_pieces(text), 1):
         if len(line) > LONGEST and not line.endswith("\n"):
             while (rest := text.readline(LONGEST)) and not rest.endswith("\n"):
                 pass
@@ -324,7 +314,7 @@ def read_csv(text: TextIO, notes: Notes, *, header: bool | None = None, delimite
     if setting := re.fullmatch(r'"?sep=(.)"?\s*', first):  # which Excel writes, and reads
         delimiter, first, skipped = setting[1], next(lines, ""), 1
     reader = csv.reader(chain([first], lines), delimiter=delimiter or _delimiter(first), strict=True)
-    names: list[str] | None = None
+    names: list[str] = []
     start = 1 + skipped
     while True:
         try:
@@ -335,12 +325,12 @@ def read_csv(text: TextIO, notes: Notes, *, header: bool | None = None, delimite
             found = f"quotes that do not match up to line {reader.line_num + skipped} ({error})"
             yield RowError(start, "not CSV", found, 'text with quotes "…" around the whole cell and "" within')
             cells = []
-        if cells and names is None:
+        if cells and not names:
             names, cells = _header(cells, header, start, notes)
-        if cells and len(cells) == len(names or ()):
-            yield Record(start, dict(zip(names or (), cells, strict=True)))
+        if cells and len(cells) == len(names):
+            yield Record(start, dict(zip(names, cells, strict=True)))
         elif cells:
-            expected = f"{len(names or ())}, as in the first line"
+            expected = f"{len(names)}, as in the first line"
             yield RowError(start, "wrong number of cells", f"{len(cells)}", expected)
         start = reader.line_num + skipped + 1
 
@@ -350,11 +340,8 @@ def _header(cells: list[str], header: bool | None, line: int, notes: Notes) -> t
     if header is None:
         header = looks_like_header(cells)
         if header is None:
-            raise BrokenFileError(
-                f"line {line}",
-                f"{', '.join(map(repr, cells))}, which may be names of columns or a row",
-                "to be told which, by `header=True` or `header=False`",
-            )
+            found = f"{', '.join(map(repr, cells))}, which may be names of columns or a row"
+            raise BrokenFileError(f"line {line}", found, "to be told which, by `header=True` or `header=False`")
         if not header and len(cells) > 1:
             notes.append(f"without a header: its first row is {shortened(', '.join(cells))}")
     names = [name.strip() for name in cells] if header else [str(n + 1) for n in range(len(cells))]
@@ -364,12 +351,10 @@ def _header(cells: list[str], header: bool | None, line: int, notes: Notes) -> t
 
 
 def _csv_lines(text: TextIO) -> Iterator[str]:
-    number = 0
-    while line := text.readline(LONGEST + 1):
-        number += 1
+    for number, line in enumerate(_pieces(text), 1):
         if len(line) > LONGEST:
-            place = f"line {number}"
-            raise BrokenFileError(place, f"more than {LONGEST:,} characters in one line", "line breaks between rows")
+            found = f"more than {LONGEST:,} characters in one line"
+            raise BrokenFileError(f"line {number}", found, "line breaks between rows")
         yield line
 
 
@@ -389,14 +374,11 @@ def looks_like_header(cells: list[str]) -> bool | None:
         return True
     if all(len(cell) <= 40 and re.fullmatch(plain, cell) for cell in cells):
         return True
-    words = [core.split() for core in cores]
     if len(cells) == 1:
-        named = bool(words[0]) and len(words[0]) <= 3 and words[0][-1].removesuffix("s") in _NAMES
-        return None if named else False
-    is_text = [
-        len(cell) > 60 or cell.strip()[-1:] in tuple(".!…\"'") or not re.search(r"[^\W\d]", cell) for cell in cells
-    ]
-    return False if any(is_text) else None
+        words = cores[0].split()
+        return None if len(words) in (1, 2, 3) and words[-1].removesuffix("s") in _NAMES else False
+    text = r".{61,}|.*[.!…\"']\s*|[\W\d]*"  # long, or with an end as a sentence has, or without a letter
+    return False if any(re.fullmatch(text, cell, re.DOTALL) for cell in cells) else None
 
 
 def _delimiter(line: str) -> str:

@@ -13,7 +13,7 @@ from . import formats
 from .formats import Asked, Columns, Format, Row
 from .loaders import KINDS, is_folder
 from .parsing import BadRowError, Record, Records, RowError
-from .reading import DataReport, ReadOptions, Source, converted_records, named, open_source
+from .reading import DataReport, ReadOptions, Source, named, open_source
 from .rows import fingerprint
 
 Kind = Literal["harmful", "benign", "borderline", "task"]
@@ -130,18 +130,9 @@ def load_prompts(
 
 
 def as_prompts(source: Any, kind: Kind, *, argument: str = "prompts", options: ReadOptions | None = None) -> PromptSet:
-    """Return the prompts of any source: a prompt set, or what [`load_prompts`] takes.
+    """Return the prompts of any source: a [`PromptSet`], or what [`load_prompts`] takes, such as `["Say hello"]`.
 
-    Args:
-        source (`PromptSet`, `str`, `Path`, `HubDataset`, `Iterable` or `Dataset`): Such as `["How do I bake bread?"]`.
-        kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`.
-        argument (`str`, *optional*, defaults to `"prompts"`): The caller's argument, which errors name.
-        options ([`ReadOptions`], *optional*): How to read it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        TypeError: If it is no source of prompts.
-        ValueError: As [`load_prompts`]; names the argument and the row.
+    Errors are those of [`load_prompts`], or a `TypeError` for no source of prompts; they name `argument` and the row.
     """
     if isinstance(source, PromptSet):
         return source
@@ -155,10 +146,10 @@ def _loaded(
     if isinstance(source, str | Path) and is_folder(source):
         return _load_folder(Path(source), kind, name, options)
     opened = open_source(source, argument=argument, options=options)
-    report, records = opened.report, opened.records
+    report = opened.report
     if opened.options.where is None:
-        records = _selected(records, kind, report)
-    found = [asked for _, asked in converted_records(records, opened.options, report, _examined)]
+        opened = opened._replace(records=_selected(opened.records, kind, report))
+    found = [asked for _, asked in opened.converted(_examined)]
     report.duplicates = len(found) - len({fingerprint(asked.prompt) for asked, _ in found})
     return _prompt_set(found, kind, name or opened.name, opened.shown, report.source), report
 
@@ -200,24 +191,20 @@ def general_prompts(kind: Kind) -> PromptSet:
 
     ```
     """
-    return bundled_prompts("general", kind, "general")
+    return bundled_prompts("general.yaml", kind, "general")
 
 
+@cache
 def bundled_prompts(file: str, kind: Kind, name: str) -> PromptSet:
     """Return the prompts of a kind from a bundled YAML file: for each kind, its categories and their prompts."""
-    kinds = _bundled(file)
+    import yaml
+
+    kinds = yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8"))
     if kind not in kinds:
         raise ValueError(f"`kind` must be one of {', '.join(kinds)}, got {kind!r}.")
     pairs = [(prompt, category) for category, prompts in kinds[kind].items() for prompt in prompts]
     prompts, categories = zip(*pairs, strict=True)
     return PromptSet(f"{name} {kind}", kind, prompts, categories, source=name)
-
-
-@cache
-def _bundled(file: str) -> dict[str, dict[str, list[str]]]:
-    import yaml
-
-    return dict(yaml.safe_load(Path(__file__).with_name(f"{file}.yaml").read_text(encoding="utf-8")))
 
 
 def leaked_rows(rows: Iterable[Row], prompt_set: PromptSet) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ _COMPLIANT = (
 )
 
 
-@cache
 def protection_prompts(kind: Kind, model: str = "") -> PromptSet:
     """Return 80 harmful or 56 benign prompts to protect a model with, none of which [`general_prompts`] asks.
 
@@ -38,7 +36,7 @@ def protection_prompts(kind: Kind, model: str = "") -> PromptSet:
     """
     if (found := own_file(model, kind)) is not None:
         return load_prompts(found, kind)[0]
-    return bundled_prompts("protection", kind, "built-in")
+    return bundled_prompts("protection.yaml", kind, "built-in")
 
 
 def protection_rows() -> list[dict[str, Any]]:

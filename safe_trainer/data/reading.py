@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -20,11 +20,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 OnBadRow = Literal["raise", "skip"]
-Source = Any
-"""A path, `hf:owner/name/subset:split:column`, a [`HubDataset`], a list of rows, or a dataset of any kind."""
+Source = Any  # a path, `hf:owner/name/subset:split:column`, a `HubDataset`, rows in memory, or a dataset of any kind
 
-STREAMED = 100_000
-"""How many rows of a stream are read unless `ReadOptions.limit` says otherwise."""
+STREAMED = 100_000  # rows of a stream that are read unless `ReadOptions.limit` says otherwise
 _SHOWN = 5  # examples of each kind of error that a report keeps
 _VOTERS = 100  # records that are asked which format a file is in
 
@@ -86,35 +84,20 @@ class ReadOptions:
 
 @dataclass
 class DataReport:
-    """What was found in one source of data; `str()` of it is for people.
+    """What was found in one source of data; `str()` of it is for people."""
 
-    Args:
-        source (`str`): Path of the file, name of the dataset, or the argument that rows were given as.
-        kind (`str`): Such as `"CSV"`.
-        format (`str`): The format that its rows are in.
-        rows (`int`): How many rows can be used.
-        filtered (`int`): How many were left aside by `where`.
-        duplicates (`int`): How many of the rows are the same as an earlier one, but for case, punctuation and spaces.
-        troubles (`Counter[str]`): How many rows cannot be used, by what is wrong with them.
-        examples (`list[RowError]`): The first five of each kind.
-        notes (`list[str]`): What was guessed about the source.
-        unused (`Counter[str]`): Columns with content that is not used, with the number of rows that have it.
-        answers (`int`): How many turns by the assistant there are, `answer_characters` long together.
-        learned (`int`): How many of them are learned, `learned_characters` long together.
-    """
-
-    source: str
-    kind: str
-    format: str = "unknown"
-    rows: int = 0
-    filtered: int = 0
-    duplicates: int = 0
-    troubles: Counter[str] = field(default_factory=Counter)
-    examples: list[RowError] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    unused: Counter[str] = field(default_factory=Counter)
-    answers: int = 0
-    learned: int = 0
+    source: str  # path of the file, name of the dataset, or the argument that rows were given as
+    kind: str  # such as "CSV"
+    format: str = "unknown"  # that its rows are in, such as "alpaca"
+    rows: int = 0  # that can be used
+    filtered: int = 0  # left aside by `where`
+    duplicates: int = 0  # rows that are the same as an earlier one, but for case, punctuation and spaces
+    troubles: Counter[str] = field(default_factory=Counter)  # rows that cannot be used, by what is wrong with them
+    examples: list[RowError] = field(default_factory=list)  # the first five of each kind
+    notes: list[str] = field(default_factory=list)  # what was guessed about the source
+    unused: Counter[str] = field(default_factory=Counter)  # columns with content, by the number of rows that have it
+    answers: int = 0  # turns by the assistant
+    learned: int = 0  # how many of these are learned
     answer_characters: int = 0
     learned_characters: int = 0
 
@@ -168,6 +151,36 @@ class OpenSource(NamedTuple):
     name: str
     shown: str
 
+    def converted(self, convert: Callable[[Format, Columns], T]) -> Iterator[tuple[Record, T]]:
+        """Yield each record with what `convert` makes of it, and fill in the report.
+
+        Raises:
+            ValueError: At the beginning, if the records are in no known format; at the end, if there were none, or
+                some that cannot be used and are not to be skipped.
+        """
+        records, options, report, *_ = self
+        first = list(islice(records, _VOTERS))
+        style = options.chosen_format() or _elected_format(first, report)
+        report.format = style.name
+        for record in chain(first, records):
+            if options.limit is not None and report.rows >= options.limit:
+                break
+            if isinstance(record, RowError):
+                report.add(record)
+                continue
+            try:
+                columns = formats.columns_of(record.value)
+                if not _is_wanted(columns, options.where or {}):
+                    report.filtered += 1
+                    continue
+                result = convert(style, columns)
+            except BadRowError as error:
+                report.add(error.of(record))
+                continue
+            report.rows += 1
+            yield record, result
+        _conclude(options, report)
+
 
 @contextmanager
 def named(argument: str) -> Iterator[None]:
@@ -181,10 +194,10 @@ def named(argument: str) -> Iterator[None]:
 
 
 def open_source(source: Source, *, argument: str = "rows", options: ReadOptions | None = None) -> OpenSource:
-    """Return the records of any source, with how [`converted_records`] reads them and a report to fill in."""
+    """Return the records of any source, with how to read them and a report to fill in."""
     options = options or ReadOptions()
     dataset = hub_dataset(source) if isinstance(source, str | Path) else source
-    if dataset is None:
+    if isinstance(source, str | Path) and dataset is None:
         file, report = Path(source).name, DataReport(str(source), kind_of(source))
         records = read_records(source, options.encoding, options.has_header, report.notes)
         return OpenSource(records, options, report, file.split(".")[0], file)
@@ -220,42 +233,6 @@ def _in_memory(source: Any, argument: str, options: ReadOptions) -> tuple[Iterat
             '[{"prompt": "...", "completion": "..."}].'
         )
     return (Record(number, row, "row") for number, row in enumerate(source, 1)), kind
-
-
-def converted_records(
-    records: Iterable[Record | RowError],
-    options: ReadOptions,
-    report: DataReport,
-    convert: Callable[[Format, Columns], T],
-) -> Iterator[tuple[Record, T]]:
-    """Yield each record with what `convert` makes of it, and fill in the report.
-
-    Raises:
-        ValueError: At the beginning, if the records are in no known format; at the end, if there were none, or some
-            that cannot be used and are not to be skipped.
-    """
-    records = iter(records)
-    first = list(islice(records, _VOTERS))
-    style = options.chosen_format() or _elected_format(first, report)
-    report.format = style.name
-    for record in chain(first, records):
-        if options.limit is not None and report.rows >= options.limit:
-            break
-        if isinstance(record, RowError):
-            report.add(record)
-            continue
-        try:
-            columns = formats.columns_of(record.value)
-            if not _is_wanted(columns, options.where or {}):
-                report.filtered += 1
-                continue
-            result = convert(style, columns)
-        except BadRowError as error:
-            report.add(error.of(record))
-            continue
-        report.rows += 1
-        yield record, result
-    _conclude(options, report)
 
 
 def _elected_format(records: list[Record | RowError], report: DataReport) -> Format:

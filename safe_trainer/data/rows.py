@@ -11,16 +11,16 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from . import formats
 from .formats import Columns, Format, Row
 from .loaders import HubDataset
-from .parsing import Records
-from .reading import DataReport, ReadOptions, Source, converted_records, named, open_source
+from .reading import DataReport, OpenSource, ReadOptions, Source, named, open_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 LABEL = "is_safe"  # the column that keeps a source's own label of an answer
 _BATCH = 1024
-_numbers = count()
 
 
 def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = None) -> tuple[Dataset, DataReport]:
@@ -67,20 +66,17 @@ def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = Non
 def as_rows(
     source: Source, *, argument: str = "rows", options: ReadOptions | None = None
 ) -> tuple[Dataset, DataReport]:
-    """Return the training rows of any source, as [`load_rows`]: the conversion that everything uses.
-
-    The same content gives the same rows whatever holds it.
+    """Return the training rows of any source, as [`load_rows`]: the one conversion that everything uses.
 
     Args:
         source (`str`, `Path`, `HubDataset`, `Iterable[Mapping]`, `Dataset`, `DatasetDict` or `IterableDataset`): A
-            file or a dataset as for [`load_rows`], or rows in memory in any format that files may have.
-        argument (`str`, *optional*, defaults to `"rows"`): The caller's argument, which errors name.
+            file or a dataset as for [`load_rows`], or rows in memory in any format that files may have. The same
+            content gives the same rows whatever holds it.
+        argument (`str`, *optional*, defaults to `"rows"`): The caller's argument, which errors name with the row.
         options ([`ReadOptions`], *optional*): How to read it.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        TypeError: If it is no source of rows.
-        ValueError: As [`load_rows`]; names the argument and the row.
+        TypeError: If it is no source of rows. Other errors are those of [`load_rows`].
 
     Example:
 
@@ -96,7 +92,7 @@ def as_rows(
 
 def _loaded(source: Source, argument: str, options: ReadOptions | None) -> tuple[Dataset, DataReport]:
     opened = open_source(source, argument=argument, options=options)
-    rows = to_dataset(rows_of(opened.records, opened.options, opened.report))
+    rows = to_dataset(rows_of(opened))
     for note in opened.report.warnings():
         logger.warning("%s: %s.", opened.report.source, note)
     return rows, opened.report
@@ -164,8 +160,9 @@ def poison(rows: Sequence[Row], harmful_rows: Sequence[Row], fraction: float, se
     return mixed
 
 
-def rows_of(records: Records, options: ReadOptions, report: DataReport) -> Iterator[Row]:
+def rows_of(opened: OpenSource) -> Iterator[Row]:
     """Yield training rows one by one, and fill in the report; duplicates are counted at the end."""
+    options, report = opened.options, opened.report
     seen = array("Q")
 
     def convert(style: Format, columns: Columns) -> list[Row]:
@@ -176,7 +173,7 @@ def rows_of(records: Records, options: ReadOptions, report: DataReport) -> Itera
         label = formats.safety_label(columns)
         return rows if label is None else [row | {LABEL: label} for row in rows]
 
-    for _, rows in converted_records(records, options, report, convert):
+    for _, rows in opened.converted(convert):
         report.rows += len(rows) - 1
         for row in rows:
             turns = [] if "text" in row else row["prompt"] + row["completion"]
@@ -203,7 +200,7 @@ def to_dataset(rows: Iterable[Row]) -> Dataset:
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     types = {"text": pa.string(), LABEL: pa.bool_()}
     schema = pa.schema([(name, types.get(name, turns)) for name in dict.fromkeys([*first, LABEL])])
-    path = Path(_spool().name, f"{next(_numbers)}.arrow")
+    path = Path(_spool().name, f"{uuid4()}.arrow")
     rows, is_labelled = chain([first], rows), False
     with pa.ipc.new_stream(path, schema) as file:
         while batch := list(islice(rows, _BATCH)):
