@@ -307,23 +307,23 @@ def _history(columns: Columns) -> list[Turn]:
     return turns
 
 
-def _system(columns: Columns, turns: list[Turn] = []) -> list[Turn]:  # noqa: B006, never changed
-    """Return the system turn that a column holds, unless the turns begin with it."""
+def _with_system(columns: Columns, turns: list[Turn]) -> list[Turn]:
+    """Return turns after the system turn that a column holds, unless they begin with it."""
     name = "system" if _has_content(columns.get("system")) else "system_prompt"
     if not _has_content(columns.get(name)):
-        return []
+        return turns
     found = _side(columns, name, "system")
-    if turns and turns[0].role == "system":
-        if turns[0].content != found[0].content:
-            raise BadRowError("two system turns", f"{shortened(found[0].content)} in `{name}`", "one of them")
-        return []
-    return found
+    if not turns or turns[0].role != "system":
+        return found + turns
+    if turns[0].content != found[0].content:
+        raise BadRowError("two system turns", f"{shortened(found[0].content)} in `{name}`", "one of them")
+    return turns
 
 
 def _pair(name: str, prompt: str, answer: str = "", context: str = "context", **settings: Any) -> Format:
     def turns(columns: Columns) -> list[Turn]:
-        found = _system(columns) + _history(columns) + _side(columns, prompt, "user", context)
-        return found + (_side(columns, answer, "assistant") if answer else [])
+        found = _history(columns) + _side(columns, prompt, "user", context)
+        return _with_system(columns, found + (_side(columns, answer, "assistant") if answer else []))
 
     needed = (prompt, answer) if answer else (prompt,)
     return Format(name, needed, turns, (context, "history", "system", "system_prompt"), **settings)
@@ -334,8 +334,7 @@ def _chat(name: str, column: str) -> Format:
         found = _list(columns[column])
         if not isinstance(found, list):
             raise BadRowError("wrong type", f"{shortened(found)} in `{column}`", "a list of turns, or JSON of one")
-        messages = [_message(turn) for turn in found]
-        return _system(columns, messages) + messages
+        return _with_system(columns, [_message(turn) for turn in found])
 
     return Format(name, (column,), turns, ("system", "system_prompt"))
 
@@ -348,12 +347,14 @@ def _choices(columns: Columns) -> list[Turn]:
         raise BadRowError("wrong type", f"{shortened(found)} in `choices`", "a list of texts")
     letters = found["label"] if isinstance(found, Mapping) and "label" in found else [chr(65 + n) for n in range(26)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]
-    turns = _system(columns) + [Turn("user", "\n".join([_text(columns, "question"), *lines]))]
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(texts):
+            raise BadRowError("no such choice", f"{answer} in `answer`", f"0 to {len(texts) - 1}, or the letter")
         answer = letters[answer]
     elif answer in texts:
         answer = letters[texts.index(answer)]
-    return turns + ([Turn("assistant", str(answer))] if answer is not None else [])
+    asked = [Turn("user", "\n".join([_text(columns, "question"), *lines]))]
+    return _with_system(columns, asked + ([Turn("assistant", str(answer))] if answer is not None else []))
 
 
 def _behavior(columns: Columns) -> list[Turn]:
@@ -383,9 +384,7 @@ FORMATS = (
     _pair("dolly", "instruction", "response"),
     replace(_pair("beavertails", "prompt", "response"), columns=("prompt", "response", "is_safe")),
     Format("wildjailbreak", ("vanilla", "adversarial", "completion"), _wildjailbreak),
-    _pair("prompt-completion", "prompt", "completion"),
-    _pair("prompt-response", "prompt", "response"),
-    _pair("prompt-target", "prompt", "target"),
+    *(_pair(f"prompt-{answer}", "prompt", answer) for answer in ("completion", "response", "target")),
     _pair("goal-target", "goal", "target"),
     Format("multiple-choice", ("question", "choices"), _choices, ("answer", "answerkey", "system", "system_prompt")),
     _pair("question-answer", "question", "answer"),
