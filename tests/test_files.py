@@ -115,7 +115,7 @@ def test_csv_rows_know_the_lines_where_they_begin(tmp_path):
 
 @pytest.mark.parametrize("length", [10, 2**18 - 3, 2**18 - 2, 2**18 - 1, 2**18, 2**18 + 1, 2**20])
 def test_an_array_is_read_whole_wherever_the_window_ends(tmp_path, length):
-    rows = [{"text": "x" * length + '\\"é'}, 12345, -1.5e10, {"text": "last", "flag": True, "none": None}]
+    rows = [{"text": "x" * length + '\\"é'}, 12345, -1.5e-10, {"text": "last", "flag": True, "none": None}]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     assert values(path) == rows

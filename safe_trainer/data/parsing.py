@@ -20,6 +20,7 @@ LONGEST = 16 * 2**20  # characters of a line or row; more is a missing quote or 
 _CHUNK = 2**16
 _WHOLE = 4 * 2**20  # characters up to which a JSON document is read at once, so that odd shapes of it can be seen
 _NO_SPACE = re.compile(r"\S")
+_NUMBER_GOES_ON = re.compile(r"[-+.eE\d]*")  # what may be the rest of a number, if the text ends there
 
 Notes = list[str]
 
@@ -92,11 +93,13 @@ def read_json(text: TextIO, notes: Notes, by_line: bool = False) -> Records:
     """
     start = text.read(_WHOLE + 1)
     text.seek(0)
-    if not by_line and start.lstrip()[:1] == "[":
+    opening = start.lstrip()[:1]
+    if opening == "[" and not by_line:
         yield from _values(text)
         return
     first, _, others = start.strip().partition("\n")
-    if len(start) <= _WHOLE and not (_is_json(first) and (others or by_line)):
+    is_by_line = _is_json(first) and (others or by_line) or by_line and opening not in ("[", "{")
+    if len(start) <= _WHOLE and not is_by_line:
         guessed = ["read as one JSON document, not as JSON Lines"] if by_line else []
         try:
             found = _document(start, guessed)
@@ -192,7 +195,7 @@ class _Window:
                     raise self.broken(number, f"{self.around()} ({error.msg})", "a whole JSON value") from error
                 continue
             length = end - self.at
-            if end < len(self.text) or not self._more():  # a number at the end may go on
+            if not _NUMBER_GOES_ON.fullmatch(self.text, end) or not self._more():
                 break
         self.at += length
         record = Record(number, value, "row")
@@ -200,7 +203,8 @@ class _Window:
 
     def around(self) -> str:
         """Return what a message shows of the text from here on."""
-        return shortened(self.text[self.at : self.at + 60]) if self.next() else "the end of the file"
+        rest = self.text[self.at :]
+        return shortened(rest[:60]) if rest.strip() else "the end of the file"
 
     def broken(self, number: int, found: str, expected: str) -> BrokenFileError:
         """Return the error for what was found here."""
