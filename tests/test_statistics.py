@@ -173,12 +173,12 @@ def test_cohens_kappa_at_its_ends():
     assert math.isnan(cohens_kappa([("a", "a"), ("a", "a")])) and math.isnan(cohens_kappa([]))
 
 
-def test_the_spread_over_runs_is_students_t_interval():
+def test_the_spread_over_runs_equals_scipys_t_interval():
     rates = [Rate(16, 100), Rate(9, 100), Rate(16, 100), Rate(30, 100)]
     spread = Spread(tuple(rates))
-    half = scipy.stats.t.ppf(0.975, 3) * np.std([0.16, 0.09, 0.16, 0.30], ddof=1) / 2
+    reference = scipy.stats.ttest_1samp([0.16, 0.09, 0.16, 0.30], 0).confidence_interval(0.95)
     assert spread.mean == pytest.approx(0.1775)
-    assert spread.interval == (pytest.approx(0.1775 - half), pytest.approx(0.1775 + half))
+    assert spread.interval == (pytest.approx(reference.low), pytest.approx(reference.high))
     assert str(spread).endswith("(4 runs: 16.0, 9.0, 16.0, 30.0)")
 
 

@@ -174,15 +174,16 @@ class Spread:
 
         Where all runs came out the same it would have no width; then it is that of one run's rate, over prompts.
         """
-        values = [rate.value for rate in self.rates]
-        if len(values) < 2:
+        runs = len(self.rates)
+        if runs < 2:
             return 0.0, 1.0
-        if len(set(values)) == 1:
+        deviation = math.sqrt(sum((rate.value - self.mean) ** 2 for rate in self.rates) / (runs - 1))
+        if deviation == 0:
             return self.rates[0].interval
-        from scipy.stats import ttest_1samp
+        from scipy.stats import t as student
 
-        found = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
-        return max(0.0, float(found.low)), min(1.0, float(found.high))
+        half = float(student.ppf((1 + CONFIDENCE) / 2, runs - 1)) * deviation / math.sqrt(runs)
+        return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
     def __str__(self) -> str:
         values = ", ".join(f"{100 * rate.value:.1f}" for rate in self.rates)
