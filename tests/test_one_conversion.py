@@ -57,8 +57,11 @@ COLUMNS: dict[str, Callable[[str, str], Any]] = {
 }
 
 
+HOME = tempfile.TemporaryDirectory(prefix="safe_trainer_tests_")  # goes when the process ends
+
+
 def file(name: str, content: bytes) -> Path:
-    path = Path(tempfile.mkdtemp(), name)
+    path = Path(tempfile.mkdtemp(dir=HOME.name), name)
     path.write_bytes(content)
     return path
 
@@ -73,7 +76,7 @@ def table(rows: list[dict[str, Any]]) -> bytes:
 
 
 def parquet_file(rows: list[dict[str, Any]]) -> Path:
-    path = Path(tempfile.mkdtemp(), "rows.parquet")
+    path = Path(tempfile.mkdtemp(dir=HOME.name), "rows.parquet")
     parquet.write_table(pa.Table.from_pylist(rows), path)
     return path
 

@@ -37,8 +37,11 @@ values = some.recursive(
 )
 
 
+HOME = tempfile.TemporaryDirectory(prefix="safe_trainer_tests_")  # goes when the process ends
+
+
 def written(name: str, content: bytes) -> Path:
-    path = Path(tempfile.mkdtemp(), name)
+    path = Path(tempfile.mkdtemp(dir=HOME.name), name)
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return path
 
@@ -90,7 +93,7 @@ def test_what_is_read_and_what_cannot_be_used_add_up_to_what_was_written(rows, p
     some.binary(max_size=200), some.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".csv.gz"])
 )
 def test_bytes_of_any_kind_are_rows_or_are_refused_in_words(content, suffix):
-    for path in (Path(tempfile.mkdtemp(), f"rows{suffix}"),):
+    for path in (Path(tempfile.mkdtemp(dir=HOME.name), f"rows{suffix}"),):
         path.write_bytes(content)
         refused_or(lambda path=path: load_rows(path), str(path))
 

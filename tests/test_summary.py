@@ -36,7 +36,7 @@ def test_conclusion_names_the_loss_the_rescue_and_what_it_cost() -> None:
     )
     assert "Good kept the refusals:" in said["Good"]
     assert "task accuracy 97.0 % (97/100) (plain LoRA 100.0 %" in said["Good"]
-    assert "answered as before" in said["Good"]
+    assert "answered as often as before" in said["Good"]
     assert "kept part of the refusals:" in said["Dear"]
     assert (
         "kept the refusals, at the cost of the task:"

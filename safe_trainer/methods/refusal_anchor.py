@@ -105,7 +105,7 @@ class RefusalAnchor(PenaltyMethod):
         title="Refusal anchor",
         summary="Holds the model to the first words of its own refusals, and keeps these words from harmless prompts.",
         needs="nothing; prompts of your own make it fit your use",
-        cost="about 5 % longer steps; little or no task accuracy",
+        cost="a pass over four short prompts in each micro-batch; little or no task accuracy",
         avoid="the start model does not refuse, or as the only protection against harmful rows",
         fields=(FormField("weight", "Weight", 0.1, 10, 0.1, help="Higher holds answers more closely."),),
         example=lambda materials: RefusalAnchor(materials.harmful_prompts, materials.benign_prompts),
