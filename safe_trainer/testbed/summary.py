@@ -126,17 +126,8 @@ def _costs(
         old, new = pooled(before, kind, "complied"), pooled(after, kind, "complied")
         if new.value < old.value - NEGLIGIBLE:
             falls.append(f"helpful answers to {kind} prompts fell from {old.share} to {new.share}")
-    return ", ".join(
-        [
-            *parts,
-            *(
-                falls
-                or [
-                    f"benign and borderline prompts are answered as often as before, within {100 * NEGLIGIBLE:.0f} points"
-                ]
-            ),
-        ]
-    )
+    kept = f"benign and borderline prompts are answered as often as before, within {100 * NEGLIGIBLE:.0f} points"
+    return ", ".join([*parts, *(falls or [kept])])
 
 
 def markdown(results: Iterable[Result]) -> str:
