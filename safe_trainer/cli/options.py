@@ -184,11 +184,11 @@ def check_folder(option: str, source: str, what: str = "adapter") -> None:
 
 def check_model(option: str, source: str) -> None:
     """Refuse a folder that is missing, empty, or holds no complete model; a Hub id is taken as it is."""
-    from ..recipe.paths import check_model as check_files
+    from ..recipe import paths
 
     check_folder(option, source, "model")
     try:
-        check_files(source)
+        paths.check_model(source)
     except ValueError as error:
         raise misused(option, str(error)) from error
 

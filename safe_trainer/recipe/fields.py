@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -36,20 +37,18 @@ def is_torch_loaded() -> bool:
 
 def training_fields() -> Hints:
     """Return the settings of TRL's `SFTConfig` with their annotations."""
-    if not is_torch_loaded() and (found := declared(*SFT_CONFIG)):
-        return found
-    from trl import SFTConfig
-
-    return fields_of(SFTConfig)
+    return _class_fields(SFT_CONFIG, "trl", "SFTConfig")
 
 
 def peft_fields() -> Hints:
     """Return the settings of PEFT's `LoraConfig` with their annotations."""
-    if not is_torch_loaded() and (found := declared(*LORA_CONFIG)):
-        return found
-    from peft import LoraConfig
+    return _class_fields(LORA_CONFIG, "peft", "LoraConfig")
 
-    return fields_of(LoraConfig)
+
+def _class_fields(files: Sequence[str], package: str, name: str) -> Hints:
+    if not is_torch_loaded() and (found := declared(*files)):
+        return found
+    return fields_of(getattr(import_module(package), name))
 
 
 def method_fields() -> dict[str, Hints]:
