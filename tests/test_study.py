@@ -113,14 +113,14 @@ def test_the_committed_rows_were_measured_at_these_settings(study):
     }
 
 
-def test_the_readme_shows_what_the_committed_runs_say(study):
+def test_the_page_of_the_study_shows_what_the_committed_runs_say(study):
     import report
 
     committed = report.figures_of(STUDY / "results" / "runs.csv")
     second = report.figures_of(STUDY / "results" / "second" / "runs.csv")
-    readme = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert report.summary(committed) in readme
-    assert report.summary(second).replace("embedded pair", "second world") in readme
+    page = (STUDY.parents[1] / "docs" / "study.md").read_text(encoding="utf-8")
+    assert report.summary(committed) in page
+    assert report.summary(second).replace("embedded pair", "second world") in page
     strengths = report.figures_of(STUDY / "results" / "strength.csv", "validation")
     tables = (STUDY / "results" / "table.md").read_text(encoding="utf-8")
     for figures in (committed, second, strengths):
@@ -147,14 +147,14 @@ def test_a_bar_is_missed_by_as_much_as_the_figure_lies_beyond_it(study):
     assert report.missed("how-to", figures(harm=0, benign=99, border=99, task=81), before, plain) == []
 
 
-def test_every_row_that_the_readme_points_to_is_there():
+def test_every_row_that_the_page_points_to_is_there():
     import re
 
     headings = re.findall(r"^#+ (.*)$", (STUDY / "results" / "table.md").read_text(encoding="utf-8"), re.MULTILINE)
     slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
     anchors = {f"{slug}-{slugs[:n].count(slug)}" if slug in slugs[:n] else slug for n, slug in enumerate(slugs)}
-    readme = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
-    named = dict(re.findall(r"^\[([\w-]+)\]: recipes/study/results/table\.md#(.*)$", readme, re.MULTILINE))
+    page = (STUDY.parents[1] / "docs" / "study.md").read_text(encoding="utf-8")
+    named = dict(re.findall(r"^\[([\w-]+)\]: \.\./recipes/study/results/table\.md#(.*)$", page, re.MULTILINE))
     assert len(named) >= 8 and set(named.values()) <= anchors
-    used = set(re.findall(r"\]\[([\w-]+)\]", readme))
+    used = set(re.findall(r"\]\[([\w-]+)\]", page))
     assert used == set(named)
