@@ -36,6 +36,11 @@ ASKED = PromptSet("harm", "harmful", ("a?", "b?", "c?", "d?"))
         ("[THINK]hm[/THINK]No.", "No.", False),
         ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>No.", "No.", False),
         ("<reasoning>hm", "", True),
+        ("<|START_THINKING|>hm<|END_THINKING|>No.", "No.", False),
+        ("<|thinking|>hm<|/thinking|>No.", "No.", False),
+        ("<|think_start|>hm", "", True),
+        ("<|channel>thought\nhm<channel|>No.", "No.", False),
+        ("<longcat_think>hm</longcat_think>No.", "No.", False),
         ("<think></think>", "", False),
         ("Use <b>bold</b>.", "Use <b>bold</b>.", False),
         ("No.", "No.", False),
@@ -58,6 +63,8 @@ def test_the_rendered_prompt_tells_whether_a_thought_is_open():
     assert not is_open("<|user|>Hi<|end|><|assistant|><think>\n\n</think>\n\n")
     assert not is_open("<|user|>What is <think><|end|><|assistant|>")
     assert closed("<|assistant|><think>\n").endswith("<think>\n\n</think>\n\n")
+    assert is_open("<|user|>Hi<|START_THINKING|>")
+    assert closed("<|user|>Hi<|START_THINKING|>").endswith("<|START_THINKING|><|END_THINKING|>")
 
 
 def scripted(reply, stop=5):

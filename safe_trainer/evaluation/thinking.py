@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 # How families of models mark their thoughts. Names in angle brackets, Magistral, Kimi, gpt-oss, o1-like fine-tunes.
-_NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad)"
-OPENING = rf"<{_NAMES}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>\s*analysis\s*<\|message\|>"
+_NAMES = r"(?:\w+[:_])?(?:think|thinking|thoughts?|reason|reasoning|reflection|scratchpad)(?:_process)?"
+_SPECIAL = r"(?:think|thinking|thought|reasoning)"
+OPENING = (
+    rf"<{_NAMES}>|\[THINK\]|◁think▷|<\|(?:(?:begin|start)_(?:of_)?)?{_SPECIAL}(?:_(?:begin|start))?\|>"
+    r"|<\|channel\|>\s*analysis\s*<\|message\|>|<\|channel>\s*thought\b"
+)
 CLOSING = (
-    rf"</{_NAMES}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
+    rf"</{_NAMES}>|\[/THINK\]|◁/think▷|<\|(?:/|end_(?:of_)?){_SPECIAL}\|>|<\|{_SPECIAL}_end\|>|<channel\|>"
     r"|(?:<\|end\|>\s*)?(?:<\|start\|>\s*assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
 )
 
@@ -72,8 +76,9 @@ def closed(rendered: str) -> str:
     """Return a prompt that ends within a thought with that thought closed, as templates do without thinking."""
     opening = [match.group() for match in re.finditer(OPENING, rendered, re.IGNORECASE)][-1]
     name = re.match(r"<([\w:]+)>", opening)
-    closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|begin_of_thought|>": "<|end_of_thought|>"}
-    return rendered + (f"\n</{name[1]}>\n\n" if name else closing.get(opening, ""))
+    ended = re.sub("BEGIN|START", "END", re.sub("begin|start", "end", opening))
+    closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷"}.get(opening, "" if ended == opening else ended)
+    return rendered + (f"\n</{name[1]}>\n\n" if name else closing)
 
 
 def is_marker(token: str) -> bool:
