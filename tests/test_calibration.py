@@ -369,3 +369,11 @@ def test_a_lora_of_another_kind_is_measured_all_the_same():
     model = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"], use_dora=True))
     names = [name for name in linear_layers(model) if "q_proj" in name]
     assert list(SafetyBasis.from_rows(model, tiny.tokenizer(), REFUSALS, modules=names, rank=4).outputs) == names
+
+
+def test_a_missing_chat_template_is_no_fault_of_the_row():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="Row 1 of `safety_data` cannot be used: .*no chat template") as failed:
+        examples_from([conversation("Do harm", "No.")], tokenizer, samples=1, seed=0, argument="safety_data")
+    assert "Fix the row" not in str(failed.value)

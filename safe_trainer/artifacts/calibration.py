@@ -16,7 +16,7 @@ from accelerate.state import PartialState, is_initialized
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data import ReadOptions, as_rows, encode_row
+from ..data import ReadOptions, TemplateError, as_rows, encode_row
 from ..distributed import on_first_process
 from ..linalg import Sketch, TopDirections
 from ..lora.modes import evaluation_mode, without_adapters
@@ -135,9 +135,8 @@ def _example(row: Mapping[str, Any], number: int, tokenizer: Any, argument: str)
     try:
         ids, start = encode_row(tokenizer, dict(row))
     except ValueError as error:
-        raise ValueError(
-            f"Row {number + 1} of `{argument}` cannot be used: {error}. Fix the row, or leave it out."
-        ) from error
+        advice = "" if isinstance(error, TemplateError) else ". Fix the row, or leave it out."
+        raise type(error)(f"Row {number + 1} of `{argument}` cannot be used: {error}{advice}") from error
     return Example(ids, [i >= start for i in range(len(ids))])
 
 
