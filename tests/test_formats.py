@@ -302,13 +302,28 @@ def test_answers_within_a_prompt_are_context():
         ({"label": 1}, None),
         ({"response_refusal_label": "refusal"}, True),
         ({"response_harm_label": "unharmful"}, True),
+        ({"response_harm_label": "harmful", "response_refusal_label": "compliance"}, False),
+        ({"is_response_safe": "yes"}, True),
+        ({"isSafe": True}, True),
+        ({"refused": True}, True),
+        ({"unsafe": 0}, True),
+        ({"safety_label": "not safe"}, False),
+        ({"label": "not harmful"}, True),
+        ({"toxicity": 0}, True),
+        ({"toxicity": 0.31}, None),
+        ({"final_label": "2_full_refusal"}, True),
+        ({"data_type": "vanilla_benign"}, True),
+        ({"prompt_harm_label": "unharmful"}, True),
+        ({"prompt_harm_label": "harmful"}, None),
+        ({"safe": "Keep it in a safe place, and close the door."}, None),
+        ({"answer": "Refused."}, None),
         ({"category": {"fraud": False, "abuse": True}}, False),
         ({"category": "fraud"}, None),
         ({}, None),
     ],
 )
 def test_labels_of_answers_are_understood(record, label):
-    assert safety_label(record) is label
+    assert safety_label(columns_of(record)) is label
 
 
 def test_values_of_any_kind_in_memory_are_content_or_none():

@@ -32,10 +32,12 @@ _MEANING = _TOOLS | frozenset(
     "image images video videos audio audios reasoning reasoning_content thinking choices context input history "
     "system system_prompt".split()
 )
-_LABELS = {
-    **dict.fromkeys(("safe", "harmless", "benign", "unharmful", "refusal"), True),
-    **dict.fromkeys(("unsafe", "harmful", "toxic", "compliance"), False),
+_LABELS = {  # what is said of an answer, and whether that is safe
+    **dict.fromkeys("safe harmless benign unharmful nontoxic refusal refused".split(), True),
+    **dict.fromkeys("unsafe harmful toxic toxicity compliance compliant complied jailbroken".split(), False),
 }
+_LABEL_COLUMNS = {"label", "final_label", "data_type", "safety", "harmfulness"}
+_LABEL_FILLERS = set("is was has response answer completion output model assistant prompt label flag".split())
 _FLAGS = {**dict.fromkeys(("true", "1", "1.0", "yes"), True), **dict.fromkeys(("false", "0", "0.0", "no"), False)}
 
 
@@ -198,18 +200,31 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
 
 def safety_label(columns: Columns) -> bool | None:
     """Return whether a record's labels call its answer safe; `None` where there is no label that says so."""
-    for name, sign in (("is_safe", True), ("is_unsafe", False), ("is_harmful", False), ("harmful", False)):
-        flag = _FLAGS.get(str(columns.get(name)).strip().lower())
-        if flag is not None:
-            return flag == sign
-    for name in ("response_harm_label", "response_refusal_label", "label", "safety"):
-        label = _LABELS.get(str(columns.get(name)).strip().lower())
-        if label is not None:
-            return label
-    flags = columns.get("category")
-    if isinstance(flags, Mapping) and flags and all(isinstance(flag, bool) for flag in flags.values()):
-        return not any(flags.values())  # BeaverTails: a flag for each kind of harm
-    return None
+    found = [label for name, value in columns.items() if (label := _label(name, value)) is not None]
+    return any(found) if found else None
+
+
+def _label(name: str, value: Any) -> bool | None:
+    """Return whether one column calls the answer safe, whatever its name is and its values are."""
+    if name == "category" and isinstance(value, Mapping):
+        flags = list(value.values())  # BeaverTails: a flag for each kind of harm
+        return not any(flags) if flags and all(isinstance(flag, bool) for flag in flags) else None
+    if not isinstance(value, str | bool | int | float):
+        return None
+    parts = re.split(r"[^a-z]+", name)
+    subjects = [part for part in parts if part and part not in _LABEL_FILLERS] or [name]
+    subject = subjects[0].removeprefix("is") if len(subjects) == 1 else ""
+    flag, words = _FLAGS.get(str(value).strip().lower()), re.findall(r"[a-z]+", str(value).lower())
+    if flag is not None and subject in _LABELS:
+        safe = flag == _LABELS[subject]
+    else:
+        said = [_LABELS[word] for word in words if word in _LABELS]
+        asks = name in _LABEL_COLUMNS or {subject, f"{subject}fulness"} & (_LABELS.keys() | _LABEL_COLUMNS)
+        if not asks or not said or len(words) > 3:
+            return None
+        safe = any(said) != ("not" in words)
+    # An answer to a harmful prompt may be of either kind.
+    return None if "prompt" in parts and not safe else safe
 
 
 def _has_content(value: Any) -> bool:
