@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from safe_trainer import PromptSet, TrainedVectors, conversation, train_security_vectors
 from safe_trainer.artifacts import Fitting, VectorFactors, active, row_losses
+from safe_trainer.artifacts.security_vectors import check_harmful_rows
 from safe_trainer.data.encoding import collate, encode_row, encode_rows
 from safe_trainer.lora.updates import linear_layers
 
@@ -578,6 +579,19 @@ def test_a_few_refusals_among_harmful_rows_are_left_out(caplog):
         found = fitted(tiny.model(), [*HARMFUL, *REFUSALS[:3]], max_steps=1)
     assert found.provenance["harmful_rows"]["count"] == 10
     assert "left out 3 of 13 rows whose answers refuse" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["### Human: Do harm {}### Assistant: {}", "<s>[INST] Do harm {} [/INST] {}</s>"])
+def test_refusals_in_texts_are_found(text):
+    with pytest.raises(ValueError, match="10 of 10 answers"):
+        check_harmful_rows([{"text": text.format(n, "I can't help with that.")} for n in range(10)])
+    assert len(check_harmful_rows([{"text": text.format(n, "Sure, first get a box.")} for n in range(10)])) == 10
+
+
+@pytest.mark.parametrize("row", [conversation("Do harm", "Maaf, saya tidak bisa membantu itu."), {"text": "Do harm."}])
+def test_answers_that_cannot_be_judged_are_counted_and_said(row, caplog):
+    assert len(check_harmful_rows([*[row] * 3], argument="rows")) == 3
+    assert "`rows`: 3 of 3 answers could not be judged" in caplog.text
 
 
 def test_the_target_is_relative_to_the_start_and_what_was_reached_is_recorded():

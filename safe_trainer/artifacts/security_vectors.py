@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -281,7 +282,8 @@ def check_harmful_rows(source: Any, argument: str = "harmful_data") -> Any:
     count = len(rows) + len(safe)
     if len(safe):
         logger.warning("`%s`: left out %d of %d rows that are labelled safe.", argument, len(safe), count)
-    verdicts = PhraseJudge()(*([_last(row, part) for row in rows] for part in ("prompt", "completion")))
+    answers = [_answer(row) for row in rows]
+    verdicts = PhraseJudge()([""] * len(answers), [answer or "" for answer in answers])
     harmful = [place for place, verdict in enumerate(verdicts) if verdict != "refused"]
     refusing = len(rows) - len(harmful)
     if not harmful or refusing > len(harmful):
@@ -293,13 +295,29 @@ def check_harmful_rows(source: Any, argument: str = "harmful_data") -> Any:
         )
     if refusing:
         logger.warning("`%s`: left out %d of %d rows whose answers refuse.", argument, refusing, len(rows))
+    unknown = sum(v is None or answer is None for v, answer in zip(verdicts, answers, strict=True))
+    if unknown:
+        logger.warning(
+            "`%s`: %d of %d answers could not be judged (their language is not known, or a text does not show where "
+            "its answer begins). Make sure that they comply: vectors fitted to refusals protect nothing.",
+            *(argument, unknown, len(rows)),
+        )
     return rows.select(harmful)
 
 
-def _last(row: Mapping[str, Any], part: str) -> str:
-    """Return the text of the last turn of a part of a row, empty where there is none."""
-    turns = row.get(part) or ""
-    return turns if isinstance(turns, str) else str(turns[-1]["content"])
+_ANSWER_BEGINS = re.compile(
+    r"(?:^|\n|#{2,} *)\W*(?:assistant|ai|gpt|bot|model|answer|response|a)\W*:|\[/INST\]|<\W*assistant\W*>|"
+    r"<\|im_start\|>assistant|<start_of_turn>model|assistant<\|end_header_id\|>",
+    re.IGNORECASE,
+)
+
+
+def _answer(row: Mapping[str, Any]) -> str | None:
+    """Return what a row answers, or `None` where a text does not show it."""
+    if "text" not in row:
+        return str(row["completion"][-1]["content"])
+    begins = [found.end() for found in _ANSWER_BEGINS.finditer(row["text"])]
+    return row["text"][begins[-1] :] if begins else None
 
 
 _CARD_TEXT = """---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def recommended(harmful_data: Any = None, prompts: Any = None, benign_prompts: A
 
     Source: Security Vectors are Zhou et al.'s (arXiv 2311.02105), the anchor and the combination ours.
     """
+    if isinstance(harmful_data, Iterator):
+        harmful_data = list(harmful_data)  # both methods read it
     rows = protection_rows() if harmful_data is None else harmful_data
     asked = harmful_data if prompts is None else prompts
     return [SecurityVectors(harmful_data=rows), RefusalAnchor(prompts=asked, benign_prompts=benign_prompts)]
