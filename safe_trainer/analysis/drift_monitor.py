@@ -152,9 +152,8 @@ class DriftMonitor(TrainerCallback):
         self._measured = -1
         if not set(self.trainer.model.modules()).issuperset(self._layers):
             self._start()  # the trainer has made itself another model
-        for update in self._updates.values():
-            if isinstance(update, FullUpdate):
-                update.place()
+        for update in self._full():
+            update.place()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every `every` steps, and after the last, before the best model may take its place."""
@@ -165,9 +164,11 @@ class DriftMonitor(TrainerCallback):
         """Measure the end, and move the copy of the start off the accelerator."""
         if self._measured != state.global_step:
             self._measure(state.global_step)
-        for update in self._updates.values():
-            if isinstance(update, FullUpdate):
-                update.start = update.start.cpu()
+        for update in self._full():
+            update.start = update.start.cpu()
+
+    def _full(self) -> list[FullUpdate]:
+        return [update for update in self._updates.values() if isinstance(update, FullUpdate)]
 
     def _start(self) -> None:
         """Keep what training starts from; where sharding will spread it, one process's copy is enough."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -84,34 +85,25 @@ def refusal_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
 
 
 def _means(model: Any, encoded: Sequence[Sequence[int]], batch_size: int) -> dict[str, Tensor]:
+    """Return the mean of what each linear layer and each block puts out at the last token."""
     sums: dict[str, Tensor] = {}
-    order = sorted(encoded, key=len)
-    with examining(model), _watched(model, sums), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            inputs = left_padded(order[start : start + batch_size], model.device)
-            model(**inputs, use_cache=False, logits_to_keep=1)
-    return {name: total / len(encoded) for name, total in sums.items()}
 
-
-@contextmanager
-def _watched(model: Any, sums: dict[str, Tensor]) -> Iterator[None]:
-    """Add up what each linear layer and each block puts out at the last token."""
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            shown = output[0] if isinstance(output, tuple) else output  # (B, T, d)
-            if shown.ndim == 3:  # experts see tokens and not rows
-                total = shown[:, -1].float().sum(dim=0).cpu().double()
-                sums[name] = sums[name] + total if name in sums else total
-
-        return hook
+    def add(module: nn.Module, inputs: Any, output: Any, *, name: str) -> None:
+        shown = output[0] if isinstance(output, tuple) else output  # (B, T, d)
+        if shown.ndim == 3:  # experts see tokens and not rows
+            total = shown[:, -1].float().sum(dim=0).cpu().double()
+            sums[name] = sums[name] + total if name in sums else total
 
     layers = linear_layers(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     blocks = dict.fromkeys(found[1] for name in layers if (found := _BLOCK.match(name)))
     places = {name: layer.outer for name, layer in layers.items()}
     places |= {name: base.get_submodule(name) for name in blocks}
-    with ExitStack() as stack:
+    order = sorted(encoded, key=len)
+    with examining(model), torch.no_grad(), ExitStack() as stack:
         for name, module in places.items():
-            stack.callback(module.register_forward_hook(watch(name)).remove)
-        yield
+            stack.callback(module.register_forward_hook(partial(add, name=name)).remove)
+        for start in range(0, len(order), batch_size):
+            inputs = left_padded(order[start : start + batch_size], model.device)
+            model(**inputs, use_cache=False, logits_to_keep=1)
+    return {name: total / len(encoded) for name, total in sums.items()}

@@ -70,8 +70,7 @@ class Score(NamedTuple):
     def share(self) -> float:
         """Which share of the loss the vectors take away: near 1 where the row teaches what they were fitted to.
 
-        The drop alone misleads: on a task that is new to the model the loss is large, and vectors move it by nats for
-        no reason. A loss below 0.05 counts as 0.05: a row that the model knows already teaches nothing.
+        A loss below 0.05 counts as 0.05: a row that the model knows already teaches nothing.
         """
         return self.drop / max(self.loss, _KNOWN)
 
@@ -201,8 +200,7 @@ class ScanResult:
         threshold (`float`): The share of its loss that the vectors take away, above which a row looks harmful.
         threshold_source (`str`): `"given"`, `"labels"` (the best F1 on them) or `"default"`.
         above ([`Rate`] or `None`): How many rows are above it; `None` if no row has a score.
-        precision ([`Rate`] or `None`): How many of these are labelled harmful, where there are labels.
-        recall ([`Rate`] or `None`): How many of the rows labelled harmful are above it, where there are labels.
+        precision, recall ([`Rate`] or `None`): With labels: harmful rows among those above it, and the reverse.
         top (`list[dict]`): The highest ranks, each with `rank`, `line`, `share`, `drop`, `loss`, `loss_with_vectors`,
             `prompt`, `answer` and `row`.
         interrupted (`bool`): Whether Ctrl-C ended it; what was done until then is here and in the table.

@@ -361,6 +361,15 @@ def check_number(method: Any, name: str, usual: str, *, above: float | None = No
         raise ValueError(f"`{name}` must be a finite number {bound}, got {value}. {usual}")
 
 
+def check_no_virtual_tokens(method: SafetyMethod, config: PeftConfig | None) -> None:
+    """Refuse prompt learning, whose virtual tokens come between a prompt and its answer."""
+    if config is not None and config.is_prompt_learning:
+        raise ValueError(
+            f"{method.name} does not work with {type(config).__name__}, which puts virtual tokens before every "
+            "prompt. Use `LoraConfig(...)` or another adapter of weights, or train all weights."
+        )
+
+
 def check_choices(method: Any, **choices: Any) -> None:
     """Refuse settings that are not among the values that their `Literal` type lists."""
     for name, known in choices.items():

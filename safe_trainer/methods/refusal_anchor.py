@@ -25,7 +25,7 @@ from ..evaluation.generate import generate_from
 from ..evaluation.prompting import left_padded, render, tokenize
 from ..evaluation.thinking import is_open
 from ..lora.modes import evaluation_mode, without_adapters
-from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_number, check_whole
+from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_no_virtual_tokens, check_number, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,9 @@ class RefusalAnchor(PenaltyMethod):
         check_whole(self, answer_tokens=0, anchors_per_step=1, max_anchors=1, top_k=1, batch_size=1, max_length=1)
 
     def adapt_peft_config(self, config: Any) -> Any:
-        """Refuse prompt learning, whose virtual tokens would come between a prompt and its answer; change nothing."""
+        """Refuse prompt learning; change nothing."""
+        check_no_virtual_tokens(self, config)
         self._continues = config is None
-        if config is not None and config.is_prompt_learning:
-            raise ValueError(
-                f"RefusalAnchor works with LoRA and other adapters of weights and with full-parameter training, got "
-                f"{type(config).__name__}, which puts virtual tokens before every prompt. Use `LoraConfig(...)`."
-            )
         return config
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:

@@ -50,17 +50,15 @@ class SaLoRA(SafetyMethod):
     Args:
         rank (`int`, *optional*, defaults to `32`): `r_s`, protected directions of each layer; `0` for none, a control.
         energy (`float`, *optional*): Of these, only the fewest that explain this share of variance, such as `0.95`.
-        task_rank (`int`, *optional*, defaults to `32`):
-            `r_t`, directions of the task that `B0` is restricted to. `0` is LoRA's own start, `ΔW = C B A`, and no
-            doubled rank.
+        task_rank (`int`, *optional*, defaults to `32`): `r_t`, directions of the task that `B0` is restricted to; `0`
+            is LoRA's own start, `ΔW = C B A`, and no doubled rank.
         safety_data (`str`, `Path` or `Iterable[Mapping]`, *optional*): Harmful prompts with refusals, or their file.
         basis ([`SafetyBasis`], `str` or `Path`, *optional*): Instead of these, directions measured before.
-        protect (`str`, *optional*, defaults to `"output"`):
-            `"output"`: as above, the paper's. `"input"`: `ΔW = (B A − B0 A0)(I − V_s V_sᵀ)`, with `V_s` (d_in x r_s)
-            the layer's top input directions at the tokens of the *prompts*. `"both"`: both.
+        protect (`str`, *optional*, defaults to `"output"`): `"output"`: as above, the paper's. `"input"`: `ΔW = (B A −
+            B0 A0)(I − V_s V_sᵀ)`, with `V_s` (d_in x r_s) the top input directions at the prompts. `"both"`: both.
         input_tokens (`str`, *optional*, defaults to `"prompt"`): Tokens of which these are, or `"answer"`, or `"all"`.
-        directions (`str`, *optional*, defaults to `"safety"`):
-            `"random"` protects as many random directions: the control for the measured ones. Needs no data.
+        directions (`str`, *optional*, defaults to `"safety"`): `"random"` protects as many random directions, the
+            control for the measured ones. Needs no data.
         samples (`int`, *optional*, defaults to `128`): Rows to draw, from `safety_data` and from the training rows.
         max_length (`int`, *optional*, defaults to `1024`): Where these are cut, in tokens.
         seed (`int`, *optional*, defaults to `0`): Seed of the draw and of random directions.

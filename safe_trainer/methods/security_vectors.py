@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from ..artifacts import Fitting, TrainedVectors, VectorFactors, active, fitted_layers, train_security_vectors
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
-from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_number
+from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_no_virtual_tokens, check_number
 
 
 @dataclass
@@ -105,12 +105,7 @@ class SecurityVectors(SafetyMethod):
 
     def adapt_peft_config(self, config: Any) -> Any:
         """Refuse prompt learning, which puts tokens before the prompt that vectors were never fitted with."""
-        if config is not None and config.is_prompt_learning:
-            raise ValueError(
-                "Security Vectors work with LoRA and its kin and with full-parameter training, got "
-                f"{type(config).__name__}: its virtual tokens come before every prompt, and the vectors know nothing "
-                "of them. Use `LoraConfig(...)`."
-            )
+        check_no_virtual_tokens(self, config)
         return config
 
     def check_model(self, model: nn.Module) -> None:
