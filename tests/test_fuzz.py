@@ -246,7 +246,7 @@ def test_a_comparison_whose_parts_do_not_fit_is_refused():
         {"evaluations": []},
         {"evaluations": [{}]},
         {"prompt_sets": {}},
-        {"format": 2},
+        {"format": 99},
         {"seed": "many"},
         {"notes": 3},
         {"evaluations": content["evaluations"][::-1]},

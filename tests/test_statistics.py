@@ -196,3 +196,9 @@ def test_one_run_says_nothing_about_others_and_no_run_is_an_error():
 
 def test_the_interval_over_runs_stays_within_zero_and_one():
     assert Spread((Rate(1, 100), Rate(0, 100), Rate(30, 100))).interval[0] == 0.0
+
+
+def test_runs_that_all_came_out_the_same_have_the_interval_of_one_run_in_spite_of_rounding():
+    rate = Rate(161, 162)
+    assert sum([rate.value] * 5) / 5 != rate.value  # so that the deviation of the runs is not 0
+    assert Spread((rate,) * 5).interval == rate.interval

@@ -177,11 +177,11 @@ class Spread:
         runs = len(self.rates)
         if runs < 2:
             return 0.0, 1.0
-        deviation = math.sqrt(sum((rate.value - self.mean) ** 2 for rate in self.rates) / (runs - 1))
-        if deviation == 0:
+        if len({rate.value for rate in self.rates}) == 1:  # the deviation need not be 0 then, by rounding
             return self.rates[0].interval
         from scipy.stats import t as student
 
+        deviation = math.sqrt(sum((rate.value - self.mean) ** 2 for rate in self.rates) / (runs - 1))
         half = float(student.ppf((1 + CONFIDENCE) / 2, runs - 1)) * deviation / math.sqrt(runs)
         return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
