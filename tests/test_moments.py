@@ -229,7 +229,8 @@ def test_vectors_report_the_loss_that_they_leave_and_warn_where_they_did_not_fit
     assert any("still teach something. Raise `max_" in warning for warning in report["warnings"])
     long = {"rank": 4, "max_steps": 300, "learning_rate": 0.01, "target_loss": 5.0}
     report = reported(SecurityVectors(harmful_data=HARMFUL, fitting=long), tmp_path, pair)
-    assert report["figures"]["loss on harmful rows with vectors"] < 5 and report["warnings"] == []
+    assert report["figures"]["loss on harmful rows with vectors"] < 5
+    assert [warning for warning in report["warnings"] if "fitted to 8 harmful rows only" not in warning] == []
     assert report["figures"]["share of harmful rows below the target"] > 0
 
 

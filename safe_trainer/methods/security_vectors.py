@@ -16,6 +16,9 @@ from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_no_virtual_tokens, check_number
 
+_FEW_ROWS = 64
+"""With fewer harmful rows vectors protect little: fitted to 50, they left 47 of 80 harmful prompts complied with."""
+
 
 @dataclass
 class SecurityVectors(SafetyMethod):
@@ -149,13 +152,20 @@ class SecurityVectors(SafetyMethod):
         figures = {name: value for name, value in named.items() if value is not None}
         if not report:
             return SelfCheck(figures, ("these vectors do not say how well they were fitted.",))
-        if report.get("reached_target", True):
-            return SelfCheck(figures)
-        warning = (
-            f"fitting ended at a loss of {report['loss_on']:.3g} on harmful rows, above the target of {target:.3g}: "
-            "these rows still teach something. Raise `max_passes`, `learning_rate` or `rank` in `fitting`."
-        )
-        return SelfCheck(figures, (warning,))
+        warnings = []
+        if not report.get("reached_target", True):
+            warnings.append(
+                f"fitting ended at a loss of {report['loss_on']:.3g} on harmful rows, above the target of "
+                f"{target:.3g}: these rows still teach something. Raise `max_passes`, `learning_rate` or `rank` in "
+                "`fitting`."
+            )
+        count = (self.provenance or {}).get("harmful_rows", {}).get("count")
+        if count is not None and count < _FEW_ROWS:
+            warnings.append(
+                f"fitted to {count} harmful rows only, so rows that differ from these may still teach harm. Give "
+                "about 100 as `harmful_data`, or leave it out of `recommended()` to use built-in ones."
+            )
+        return SelfCheck(figures, tuple(warnings))
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
