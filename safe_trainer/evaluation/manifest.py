@@ -16,7 +16,7 @@ from ..data import PromptSet
 
 if TYPE_CHECKING:
     from .generate import Decoding
-    from .judges import Judge
+    from .judges.base import Judge
 
 _PACKAGES = ("safe-trainer", "torch", "transformers", "peft", "tokenizers", "scipy")
 
