@@ -86,7 +86,10 @@ def test_a_token_of_weight_zero_is_not_learned(tmp_path):
     assert_close(ours.end, expected, theirs.start, tolerance=5e-3)
 
 
-@pytest.mark.parametrize("changes", [{"loss_type": "dft"}, {"compute_loss_func": lambda *args, **kwargs: 0}])
+@pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "changes", [{"loss_type": "dft"}, {"compute_loss_func": lambda *args, **kwargs: 0}], ids=["loss_type", "function"]
+)
 def test_token_weights_need_the_plain_loss(changes, tmp_path):
     with pytest.raises(ValueError, match="Upweight weights tokens.*`compute_loss_func`"):
         SafeSFTTrainer(**exact(tmp_path, **changes), safety=Upweight())

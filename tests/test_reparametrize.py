@@ -229,7 +229,7 @@ NEVER_LEFT = """
 import builtins
 from types import SimpleNamespace
 import torch
-from safe_trainer.factors import IncrementA, IncrementB, trained_through
+from safe_trainer.lora.reparametrize import IncrementA, IncrementB, trained_through
 
 layer = SimpleNamespace(lora_A={"a": torch.nn.Linear(4, 2)}, lora_B={"a": torch.nn.Linear(2, 4)})
 nothing = torch.zeros(4, 0)
