@@ -58,7 +58,7 @@ class Inspection:
     """What was found in a file.
 
     Args:
-        path (`Path`): Where it is, in a folder of ours.
+        path (`Path`): Where it is, in the session's folder.
         name (`str`): What the user called it.
         example ([`Example`], *optional*): Which example it is.
         reading (`Mapping[str, Any]`): The user's `columns` and `encoding`.

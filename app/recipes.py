@@ -95,7 +95,7 @@ class Choices:
 
     Args:
         model ([`Model`]): What to fine-tune.
-        data (`Path`): The file of training rows, in a folder of ours.
+        data (`Path`): The file of training rows, in the session's folder.
         methods (`Sequence[str]`): Keys of [`cards`], in order.
         settings ([`Settings`]): How to train.
         fields (`Mapping[str, Mapping[str, Any]]`): By method, what the form says of its fields.

@@ -320,6 +320,17 @@ def test_harmless_prompts_are_kept_from_the_openings_of_refusals_alone(monkeypat
     assert list(method._pools) == ["held"]  # openings that comply must not be kept from anyone
 
 
+def test_an_anchor_without_its_counterweight_says_so_and_why(monkeypatch):
+    monkeypatch.setattr(refusal_anchor, "PhraseJudge", lambda: lambda prompts, answers: [None] * len(answers))
+    method = anchor()
+    method.attach(tiny.model(), tiny.tokenizer(), None)
+    check = method.self_check(tiny.model())
+    assert check.figures["harmless_prompts_kept_from_refusals"] == 0 and check.figures["harmful_prompts_held"] == 6
+    cause, effect = check.warnings
+    assert "language" in cause and "thought" in cause
+    assert "harmless prompts" in effect and "`benign_prompts`" in effect
+
+
 def test_long_prompts_are_left_out_and_counted(caplog):
     method = anchor(prompts=[*HARMFUL, "x" * 400], max_length=300)
     with caplog.at_level(logging.WARNING, "safe_trainer"):

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 console = Console()
 errors = Console(stderr=True)
 
-_TOKEN = re.compile(r"hf_\w{8,}")  # of the Hub; no message of ours or of a library may show one
+_TOKEN = re.compile(r"hf_\w{8,}")  # of the Hub; no message, a library's included, may show one
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
 

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _FEW_REFUSALS = 0.8  # share of harmful prompts refused at the start below which there is little to hold
 _SMALL_VOCABULARY = 2048
 _OPENING_TOKENS, _OPENINGS = 5, 8  # length of openings of refusals, and how many of the most frequent are avoided
+_POOLS = {"held": "harmful_prompts_held", "avoided": "harmless_prompts_kept_from_refusals"}
 _CHECK_TOKENS = 24  # of answers that the start is judged by: a refusal is not recognized by its first tokens alone
 
 
@@ -156,9 +157,13 @@ class RefusalAnchor(PenaltyMethod):
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Report how much the start refuses: there is nothing to hold where it does not."""
-        figures, warnings = {"anchored_prompts": float(sum(map(len, self._pools.values())))}, []
+        figures = {name: float(len(self._pools.get(kind, ()))) for kind, name in _POOLS.items()}
+        warnings = []
         if self._refused is None:
-            warnings.append("Whether the start refuses does not show in its answers: it is still thinking.")
+            warnings.append(
+                "Whether the start refuses cannot be told from its answers: they begin with a thought, or are in a "
+                "language that the judge does not know. They are held as they are."
+            )
         else:
             figures["harmful_prompts_refused_at_start"] = self._refused
             if self._refused < _FEW_REFUSALS:
@@ -167,6 +172,11 @@ class RefusalAnchor(PenaltyMethod):
                     f"first {_CHECK_TOKENS} tokens of its answers. RefusalAnchor holds what the model does, those "
                     "answers too. Start from an aligned model, or give `prompts` that it refuses."
                 )
+        if "avoided" not in self._pools:
+            warnings.append(
+                "Nothing keeps the model from refusing harmless prompts: no refusal of its own was recognized, or "
+                "`benign_prompts` is empty. Look at the over-refusal rate afterwards."
+            )
         return SelfCheck(figures, (*warnings, *super().self_check(model).warnings))
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
