@@ -176,7 +176,67 @@ def test_xstest_gives_the_prompts_of_the_kind(tmp_path, kind, expected):
     )
     prompts, report = load_prompts(path, kind)
     assert prompts.prompts == (expected,)
-    assert report.filtered == 1
+    assert report.other_kind.total() == 1
+
+
+XSTEST_ANSWERS = """id,type,prompt,completion,final_label
+1,homonyms,Kill a process?,Sure.,1_full_compliance
+2,contrast_homonyms,Kill a person?,No.,2_full_refusal
+"""
+MIXED = {
+    "wildguard.jsonl": '{"prompt": "A", "adversarial": false, "response": "No.", "prompt_harm_label": "harmful", '
+    '"response_harm_label": "unharmful"}\n{"prompt": "B", "adversarial": true, "response": "Sure.", '
+    '"prompt_harm_label": "unharmful", "response_harm_label": "unharmful"}',
+    "toxicchat.csv": "user_input,model_output,toxicity,jailbreaking\nA,No.,1,0\nB,Sure.,0,0\n",
+    "aegis.jsonl": '{"prompt": "A", "response": "No.", "prompt_label": "unsafe", "response_label": "safe"}\n'
+    '{"prompt": "B", "response": "Sure.", "prompt_label": "safe", "response_label": "safe"}',
+    "own.csv": "prompt,is_harmful\nA,true\nB,false\n",
+    "kinds.csv": "question,kind\nA,harmful\nB,benign\n",
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize(("kind", "expected"), [("harmful", "A"), ("benign", "B"), ("borderline", "B")])
+def test_prompts_that_are_labelled_as_another_kind_are_left_out_and_said(tmp_path, caplog, name, kind, expected):
+    path = tmp_path / name
+    path.write_text(MIXED[name])
+    prompts, report = load_prompts(path, kind)
+    assert prompts.prompts == (expected,) and report.other_kind.total() == 1
+    other = "safe" if kind == "harmful" else "harmful"
+    assert f"left out 1 of 2 prompts, which are labelled {other}" in str(report) and "left out 1" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("harmful", "Kill a person?"), ("borderline", "Kill a process?")])
+def test_the_answers_to_xstest_tell_the_kind_by_the_type(tmp_path, kind, expected):
+    path = tmp_path / "xstest.csv"
+    path.write_text(XSTEST_ANSWERS)
+    assert load_prompts(path, kind)[0].prompts == (expected,)
+
+
+def test_prompts_of_which_none_is_of_the_kind_are_refused_with_the_labels(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": f"Q{n}", "prompt_label": "unsafe"} for n in range(3)])
+    with pytest.raises(ValueError, match="left out 3 of 3 prompts, which are labelled harmful"):
+        load_prompts(path, "benign")
+
+
+def test_a_label_of_an_answer_says_nothing_about_its_prompt(tmp_path):
+    rows = [{"prompt": f"Q{n}", "response": "A", "is_safe": n % 2 == 0} for n in range(4)]
+    prompts, report = load_prompts(write(tmp_path / "rows.jsonl", rows), "harmful")
+    assert len(prompts) == 4 and not report.other_kind
+
+
+def test_where_overrules_a_label(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "A", "unsafe": 1}, {"prompt": "B", "unsafe": 0}])
+    assert load_prompts(path, "benign", options=ReadOptions(where={"unsafe": 1}))[0].prompts == ("A",)
+    assert (
+        load_prompts(path, "task", options=ReadOptions(columns={"prompt": "prompt", "answer": "prompt"}))[1].rows == 2
+    )
+
+
+def test_columns_of_prompts_that_are_not_used_are_listed(tmp_path):
+    rows = [{"prompt": "Q", "category": "x", "note": "y", "is_harmful": True}]
+    _, report = load_prompts(write(tmp_path / "rows.jsonl", rows), "harmful")
+    assert report.unused == {"note": 1} and "not used: `note`" in str(report)
 
 
 def test_flags_become_the_name_of_a_category(tmp_path):

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 
+from safe_trainer import ReadOptions, load_prompts
 from safe_trainer.data.loaders import kind_of, read_records
 from safe_trainer.data.parsing import LONGEST, Record, RowError
 
@@ -364,7 +365,15 @@ def test_what_looks_like_a_header_is_no_row(tmp_path, header):
 
 
 @pytest.mark.parametrize(
-    "header", ["User's question,Bot's answer", "what the user has asked,the reply", "User prompt"]
+    "header",
+    [
+        "User's question,Bot's answer",
+        "what the user has asked,the reply",
+        "User prompt",
+        "What to ask",
+        "Frage an Modell",
+        "User's prompts (v2)",
+    ],
 )
 def test_what_may_be_a_header_is_asked_about(tmp_path, header):
     path = tmp_path / "rows.csv"
@@ -372,6 +381,8 @@ def test_what_may_be_a_header_is_asked_about(tmp_path, header):
     with pytest.raises(ValueError, match="names of columns or a row.*`header=True` or `header=False`"):
         values(path)
     assert len(values(path, header=True)) == 1 and len(values(path, header=False)) == 2
+    for name, rows in ((header.partition(",")[0], 1), ("1", 2)):  # as the message advises
+        assert len(load_prompts(path, "benign", options=ReadOptions(columns={"prompt": name}))[0]) == rows
 
 
 def test_a_file_that_is_almost_there_is_suggested(tmp_path):

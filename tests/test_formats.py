@@ -260,6 +260,32 @@ def test_what_would_be_lost_is_refused_by_its_name(record, kind, found):
     assert kind in error.value.kind and found in error.value.found
 
 
+PREFERENCES = [
+    {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+    {"prompt": "Hi", "chosen": CHAT[1:3], "rejected": CHAT[1:3]},
+    {"prompt": CHAT[1:2], "chosen": CHAT[2:3], "rejected": CHAT[2:3]},
+    {"prompt": CHAT[1:2], "chosen": CHAT[1:3], "rejected": CHAT[1:3]},
+    {"messages": CHAT[1:3], "prompt": "Hi", "chosen": CHAT[1:3], "rejected": CHAT[1:3]},
+]
+
+
+@pytest.mark.parametrize("record", PREFERENCES)
+def test_a_preference_is_refused_until_it_is_said_which_answer_is_learned(record):
+    columns = columns_of(record)
+    with pytest.raises(BadRowError, match="a preference.*`chosen` and `rejected`.*'answer': 'chosen'"):
+        row_of(format_of(columns), columns)
+    assert row_of(format_with({"prompt": "prompt", "answer": "chosen"}), columns) == row(user("Hi"), answer="Hello")
+    assert prompt_of(format_of(columns), columns).prompt == "Hi"
+
+
+@pytest.mark.parametrize("false", [False, "False"])
+def test_an_answer_to_avoid_is_refused_until_it_is_said_that_it_is_learned(false):
+    columns = columns_of({"prompt": "Hi", "completion": "No", "label": false})
+    with pytest.raises(BadRowError, match="an answer to avoid.*`label`.*where={'label': True}"):
+        row_of(format_of(columns), columns)
+    assert row_of(format_with({"prompt": "prompt", "answer": "completion"}), columns) == row(user("Hi"), answer="No")
+
+
 @pytest.mark.parametrize("nothing", [None, "", [], {}, float("nan"), "[]", False])
 def test_columns_with_nothing_in_them_lose_nothing(nothing):
     columns = columns_of(
@@ -313,6 +339,10 @@ def test_answers_within_a_prompt_are_context():
         ({"toxicity": 0.31}, None),
         ({"final_label": "2_full_refusal"}, True),
         ({"data_type": "vanilla_benign"}, True),
+        ({"data_type": "vanilla_harmful"}, None),  # of the prompt, which may have been refused
+        ({"prompt_label": "safe", "response_label": "unsafe"}, False),
+        ({"prompt_label": "unsafe", "response_label": "safe"}, True),
+        ({"user_input": "Hi", "toxicity": 1}, None),
         ({"prompt_harm_label": "unharmful"}, True),
         ({"prompt_harm_label": "harmful"}, None),
         ({"safe": "Keep it in a safe place, and close the door."}, None),

@@ -36,8 +36,12 @@ _LABELS = {  # what is said of an answer, and whether that is safe
     **dict.fromkeys("safe harmless benign unharmful nontoxic refusal refused".split(), True),
     **dict.fromkeys("unsafe harmful toxic toxicity compliance compliant complied jailbroken".split(), False),
 }
-_LABEL_COLUMNS = {"label", "final_label", "data_type", "safety", "harmfulness"}
+_LABEL_COLUMNS = {"label", "final_label", "data_type", "safety", "harmfulness", "kind"}
 _LABEL_FILLERS = set("is was has response answer completion output model assistant prompt label flag".split())
+_XSTEST_SAFE = set(
+    "homonyms figurative_language safe_targets safe_contexts definitions real_group_nons_discr nons_group_real_discr "
+    "historical_events privacy_public privacy_fictional".split()
+)
 _FLAGS = {**dict.fromkeys(("true", "1", "1.0", "yes"), True), **dict.fromkeys(("false", "0", "0.0", "no"), False)}
 
 
@@ -181,6 +185,8 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
     missing = [name for name in style.columns if name not in columns]
     if missing:
         raise BadRowError("other columns", ", ".join(columns) or "none", f"{', '.join(style.columns)} ({style.name})")
+    if answered and style.name != "columns":
+        _check_no_preference(columns)
     others = _unused(columns, (*style.columns, *style.uses, "", "unnamed: 0"))
     turns = style.turns(columns)
     if not turns:
@@ -199,32 +205,67 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
 
 
 def safety_label(columns: Columns) -> bool | None:
-    """Return whether a record's labels call its answer safe; `None` where there is no label that says so."""
-    found = [label for name, value in columns.items() if (label := _label(name, value)) is not None]
-    return any(found) if found else None
+    """Return whether a record's labels call its answer safe; `None` where there is no label that says so.
+
+    Where only its prompt is labelled, an answer to a safe one is safe, and one to a harmful one may be of either kind.
+    """
+    answer, prompt = _labels(columns)
+    return any(answer) if answer else (any(prompt) or None)
+
+
+def prompt_label(columns: Columns, answered: bool) -> bool | None:
+    """Return whether a record's labels call its prompt safe; all of them speak of it, unless there is an answer."""
+    answer, prompt = _labels(columns)
+    kind = str(columns.get("type"))
+    if kind.startswith("contrast_") or kind in _XSTEST_SAFE:
+        prompt.append(kind in _XSTEST_SAFE)
+    found = prompt if answered else prompt + answer
+    return all(found) if found else None
+
+
+def _labels(columns: Columns) -> tuple[list[bool], list[bool]]:
+    """Return what labels say: of the answer, and of the prompt; `True` is safe."""
+    found: tuple[list[bool], list[bool]] = ([], [])
+    for name, value in columns.items():
+        label = _label(name, value)
+        if label is not None:
+            is_toxicchat = name == "toxicity" and "user_input" in columns
+            of_prompt = name == "data_type" or "prompt" in re.split(r"[^a-z]+", name) or is_toxicchat
+            found[of_prompt].append(label)
+    return found
 
 
 def _label(name: str, value: Any) -> bool | None:
-    """Return whether one column calls the answer safe, whatever its name is and its values are."""
+    """Return whether one column calls the row safe, whatever its name is and its values are."""
     if name == "category" and isinstance(value, Mapping):
         flags = list(value.values())  # BeaverTails: a flag for each kind of harm
         return not any(flags) if flags and all(isinstance(flag, bool) for flag in flags) else None
     if not isinstance(value, str | bool | int | float):
         return None
     parts = re.split(r"[^a-z]+", name)
-    subjects = [part for part in parts if part and part not in _LABEL_FILLERS] or [name]
+    subjects = [part for part in parts if part and part not in _LABEL_FILLERS]
+    subjects = subjects or ["label" if "label" in parts else name]
     subject = subjects[0].removeprefix("is") if len(subjects) == 1 else ""
     flag, words = _FLAGS.get(str(value).strip().lower()), re.findall(r"[a-z]+", str(value).lower())
     if flag is not None and subject in _LABELS:
-        safe = flag == _LABELS[subject]
-    else:
-        said = [_LABELS[word] for word in words if word in _LABELS]
-        asks = name in _LABEL_COLUMNS or {subject, f"{subject}fulness"} & (_LABELS.keys() | _LABEL_COLUMNS)
-        if not asks or not said or len(words) > 3:
-            return None
-        safe = any(said) != ("not" in words)
-    # An answer to a harmful prompt may be of either kind.
-    return None if "prompt" in parts and not safe else safe
+        return flag == _LABELS[subject]
+    said = [_LABELS[word] for word in words if word in _LABELS]
+    asks = name in _LABEL_COLUMNS or {subject, f"{subject}fulness"} & (_LABELS.keys() | _LABEL_COLUMNS)
+    if not asks or not said or len(words) > 3:
+        return None
+    return any(said) != ("not" in words)
+
+
+def _check_no_preference(columns: Columns) -> None:
+    """Refuse rows that say which answer is better: of these, not every answer is one to learn."""
+    if pair := [name for name in ("chosen", "rejected") if _has_content(columns.get(name))]:
+        hint = "one answer to learn, as in `columns={'prompt': 'prompt', 'answer': 'chosen'}`"
+        raise BadRowError("a preference", " and ".join(f"`{name}`" for name in pair), hint)
+    if str(columns.get("label")).strip().lower() == "false":  # as in KTO's rows
+        hint = (
+            "answers to learn: take those with `where={'label': True}`, or name the `columns` if it says another thing"
+        )
+        raise BadRowError("an answer to avoid", f"`label`: {shortened(columns['label'])}", hint)
 
 
 def _has_content(value: Any) -> bool:
@@ -338,7 +379,10 @@ def _with_system(columns: Columns, turns: list[Turn]) -> list[Turn]:
 def _pair(name: str, prompt: str, answer: str = "", context: str = "context", **settings: Any) -> Format:
     def turns(columns: Columns) -> list[Turn]:
         found = _history(columns) + _side(columns, prompt, "user", context)
-        return _with_system(columns, found + (_side(columns, answer, "assistant") if answer else []))
+        said = _side(columns, answer, "assistant") if answer else []
+        if [turn.message for turn in said[: len(found)]] == [turn.message for turn in found]:
+            said = said[len(found) :]  # conversations of preferences begin with their prompt
+        return _with_system(columns, found + said)
 
     needed = (prompt, answer) if answer else (prompt,)
     return Format(name, needed, turns, (context, "history", "system", "system_prompt"), **settings)

@@ -345,7 +345,8 @@ def _header(cells: list[str], header: bool | None, line: int, notes: Notes) -> t
         header = looks_like_header(cells)
         if header is None:
             found = f"{', '.join(map(repr, cells))}, which may be names of columns or a row"
-            raise BrokenFileError(f"line {line}", found, "to be told which, by `header=True` or `header=False`")
+            expected = "to be told which, by `header=True` or `header=False`, or by `columns`, such as {'prompt': "
+            raise BrokenFileError(f"line {line}", found, f"{expected}{cells[0]!r}}}, or {{'prompt': '1'}} for a row")
         if not header and len(cells) > 1:
             notes.append(f"without a header: its first row is {shortened(', '.join(cells))}")
     names = [name.strip() for name in cells] if header else [str(n + 1) for n in range(len(cells))]
@@ -379,8 +380,8 @@ def looks_like_header(cells: list[str]) -> bool | None:
     if all(len(cell) <= 40 and re.fullmatch(plain, cell) for cell in cells):
         return True
     if len(cells) == 1:
-        words = cores[0].split()
-        return None if len(words) in (1, 2, 3) and words[-1].removesuffix("s") in _NAMES else False
+        few_words = r"[\w'’/-]+( [\w'’/-]+){1,2}\s*([(\[{<].*|[:*#])?"
+        return None if re.fullmatch(few_words, cells[0].strip()) else False
     text = r".{61,}|.*[.!…\"']\s*|[\W\d]*"  # long, or with an end as a sentence has, or without a letter
     return False if any(re.fullmatch(text, cell, re.DOTALL) for cell in cells) else None
 

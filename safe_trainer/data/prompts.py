@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import chain, islice
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from . import formats
 from .formats import Asked, Columns, Format, Row
 from .loaders import KINDS, is_folder
-from .parsing import BadRowError, Record, Records, RowError
-from .reading import DataReport, ReadOptions, Source, named, open_source
+from .reading import DataReport, OpenSource, ReadOptions, Source, named, open_source
 from .rows import fingerprint
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["harmful", "benign", "borderline", "task"]
 Scorer = Literal["exact", "number", "choice"]
@@ -117,8 +118,8 @@ def load_prompts(
     Args:
         source (`str`, `Path`, [`HubDataset`] or rows): A file, which may hold one prompt a line; a folder of files,
             each of which is a category; `hf:owner/name/subset:split:column`; or prompts in memory.
-        kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`, whose answers are the references. Of sets
-            that hold both, such as XSTest, the unsafe prompts are taken for `"harmful"` and the safe ones otherwise.
+        kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`, whose answers are the references. Prompts
+            that the source labels as of another kind are left out and counted, unless `where` chooses by the label.
         name (`str`, *optional*): Name of the set; left out, that of the file or dataset.
         options ([`ReadOptions`], *optional*): How to read it.
 
@@ -147,11 +148,37 @@ def _loaded(
         return _load_folder(Path(source), kind, name, options)
     opened = open_source(source, argument=argument, options=options)
     report = opened.report
-    if opened.options.where is None:
-        opened = opened._replace(records=_selected(opened.records, kind, report))
-    found = [asked for _, asked in opened.converted(_examined)]
+    found = []
+    for _, prompt in opened.converted(partial(_examined, kind, opened)):
+        if prompt is None:
+            report.rows -= 1
+        else:
+            found.append(prompt)
     report.duplicates = len(found) - len({fingerprint(asked.prompt) for asked, _ in found})
+    for note in report.warnings():
+        logger.warning("%s: %s.", report.source, note)
     return _prompt_set(found, kind, name or opened.name, opened.shown, report.source), report
+
+
+def _examined(kind: Kind, opened: OpenSource, style: Format, columns: Columns) -> tuple[Asked, str | None] | None:
+    """Return what a record asks, and its category; `None` for one that is of another kind, which is counted."""
+    report, where = opened.report, {name.strip().lower() for name in opened.options.where or {}}
+    if not where and str(columns.get("prompt_style") or "base") != "base":  # SORRY-Bench's mutations
+        report.filtered += 1
+        return None
+    found = formats.conversation_of(style, columns, answered=False)
+    asked = found.asked()
+    is_safe = formats.prompt_label(columns, asked.answer is not None)
+    is_chosen = formats.prompt_label({name: columns[name] for name in where}, answered=False) is not None
+    if kind != "task" and not is_chosen and is_safe is (kind == "harmful"):
+        report.other_kind["safe" if is_safe else "harmful"] += 1
+        return None
+    named = next((name for name in _CATEGORIES if columns.get(name)), "")
+    report.unused.update(set(found.unused) - where - {named})
+    category = columns.get(named)
+    if isinstance(category, Mapping):  # BeaverTails: a flag for each category
+        category = ", ".join(name for name, flag in category.items() if flag) or "none"
+    return asked, None if category is None else str(category)
 
 
 def _prompt_set(found: list[tuple[Asked, str | None]], kind: Kind, name: str, shown: str, source: str) -> PromptSet:
@@ -246,38 +273,5 @@ def _load_folder(
         asked += [(Asked(*row), file.stem) for row in zip(found.prompts, answers, before, strict=True)]
         report.format = part.format
         report.rows, report.filtered = report.rows + part.rows, report.filtered + part.filtered
+        report.other_kind, report.unused = report.other_kind + part.other_kind, report.unused + part.unused
     return _prompt_set(asked, kind, name or folder.name, folder.name, report.source), report
-
-
-def _examined(style: Format, columns: Columns) -> tuple[Asked, str | None]:
-    asked = formats.conversation_of(style, columns, answered=False).asked()
-    category = next((columns[name] for name in _CATEGORIES if columns.get(name)), None)
-    if isinstance(category, Mapping):  # BeaverTails: a flag for each category
-        category = ", ".join(name for name, flag in category.items() if flag) or "none"
-    return asked, None if category is None else str(category)
-
-
-def _selected(records: Records, kind: Kind, report: DataReport) -> Records:
-    """Leave out rows of an official file that are not of this kind."""
-    first = list(islice(records, 20))
-    is_xstest = any(str(_columns(record).get("type")).startswith("contrast_") for record in first)
-    for record in chain(first, records):
-        columns = _columns(record)
-        unsafe: Any = None
-        if "prompt" in columns and "type" in columns and (is_xstest or "focus" in columns or "label" in columns):
-            label = str(columns.get("label", "")).lower()  # XSTest; its second version has no label
-            unsafe = label == "unsafe" if label in ("safe", "unsafe") else str(columns["type"]).startswith("contrast_")
-        elif "adversarial" in columns and "data_type" in columns:  # WildJailbreak
-            unsafe = str(columns["data_type"]).endswith("harmful")
-        is_other_style = str(columns.get("prompt_style") or "base") != "base"  # SORRY-Bench's mutations
-        if is_other_style or (unsafe is not None and kind != "task" and unsafe != (kind == "harmful")):
-            report.filtered += 1
-        else:
-            yield record
-
-
-def _columns(record: Record | RowError) -> Columns:
-    try:
-        return formats.columns_of(record.value) if isinstance(record, Record) else {}
-    except BadRowError:  # which is reported when the record is converted
-        return {}

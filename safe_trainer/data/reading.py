@@ -90,7 +90,8 @@ class DataReport:
     kind: str  # such as "CSV"
     format: str = "unknown"  # that its rows are in, such as "alpaca"
     rows: int = 0  # that can be used
-    filtered: int = 0  # left aside by `where`
+    filtered: int = 0  # left aside by `where`, or as no part of a published set
+    other_kind: Counter[str] = field(default_factory=Counter)  # prompts left out, by what they are labelled as
     duplicates: int = 0  # rows that are the same as an earlier one, but for case, punctuation and spaces
     troubles: Counter[str] = field(default_factory=Counter)  # rows that cannot be used, by what is wrong with them
     examples: list[RowError] = field(default_factory=list)  # the first five of each kind
@@ -124,6 +125,8 @@ class DataReport:
     def warnings(self) -> list[str]:
         """Return what the rows do not say any more, or were taken for."""
         found = list(self.notes)
+        for label, count in self.other_kind.items():
+            found.append(f"left out {count:,} of {self.rows + count:,} prompts, which are labelled {label}")
         if self.learned < self.answers:
             found.append(
                 f"{self.learned:,} of {self.answers:,} answers are learned ({self.learned_share or 0:.0%} of their "
