@@ -55,16 +55,15 @@ class Answerer:
         if self._path == model.path:
             return
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from safe_trainer import load_model
 
         self._path = self._model = None
         gc.collect()
         if model.embedded:
             torch.set_num_threads(1)  # faster for a tiny model, and kinder to others
-        self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
-        self._model = AutoModelForCausalLM.from_pretrained(model.path, trust_remote_code=False).eval()
-        if torch.accelerator.is_available() and not IS_LENT:
-            self._model = self._model.to(torch.accelerator.current_accelerator())
+        elsewhere = {"device_map": None} if IS_LENT else {}  # an accelerator that is lent is not there between jobs
+        self._model, self._tokenizer = load_model(model.path, trust_remote_code=False, **elsewhere)
         self._path = model.path
 
     def _stream(self, model: Any, question: str, tokens: int) -> Iterator[str]:

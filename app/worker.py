@@ -128,23 +128,16 @@ def train(job: Mapping[str, Any], progress: Progress, stop: Stop) -> None:
 
 def examine(adapters: Mapping[str, str], progress: Progress) -> None:
     """Ask the model before and every model after, and write the report and the cards."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from safe_trainer import compare, write_model_card, write_report
+    from safe_trainer import compare, load_model, write_model_card, write_report
 
     _enter(progress, "comparing")
     checked = recipe.read_recipe(f"{next(iter(adapters.values()))}.yaml")
     path, asked = checked.parts.model.path, checked.parts.evaluation
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=checked.parts.model.dtype)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+    model, tokenizer = load_model(path, dtype=checked.parts.model.dtype)
     decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"}) if asked else {}
 
     sets = recipe.load_data(checked).prompt_sets
-    comparison = compare(
-        model, AutoTokenizer.from_pretrained(path), sets, adapters, progress=_counted(progress), **decoding
-    )
+    comparison = compare(model, tokenizer, sets, adapters, progress=_counted(progress), **decoding)
     write_report(comparison, Path.cwd(), COMPARISON)
     for title, folder in adapters.items():
         write_model_card(folder, comparison, name=title)
@@ -152,13 +145,10 @@ def examine(adapters: Mapping[str, str], progress: Progress) -> None:
 
 def scan(job: Mapping[str, Any], progress: Progress) -> None:
     """Rank the rows of a file by how harmful they look; vectors are trained first where there are none yet."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from safe_trainer import ReadOptions, load_rows, read_records, scan_file, train_security_vectors
+    from safe_trainer import ReadOptions, load_model, load_rows, read_records, scan_file, train_security_vectors
 
     _enter(progress, "loading")
-    model = AutoModelForCausalLM.from_pretrained(job["model"]["path"])
-    tokenizer = AutoTokenizer.from_pretrained(job["model"]["path"])
+    model, tokenizer = load_model(job["model"]["path"])
     vectors = Path(job["vectors"])
     if not vectors.exists():
         _enter(progress, "fitting")

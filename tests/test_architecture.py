@@ -33,7 +33,7 @@ ROOMS = {
     "analysis": {"artifacts", "data", "distributed", "evaluation", "linalg", "lora"},
     "recipe": {"analysis", "artifacts", "checkpoints", "data", "distributed", "evaluation", "lora"}
     | {"methods", "trainer"},
-    "testbed": {"analysis", "artifacts", "data", "evaluation", "methods", "recipe", "trainer"},
+    "testbed": {"analysis", "artifacts", "data", "evaluation", "lora", "methods", "recipe", "trainer"},
     "cli": {"analysis", "artifacts", "data", "distributed", "evaluation", "lora", "methods", "recipe", "testbed"},
 }
 # What a room may import besides the standard library.
@@ -132,6 +132,13 @@ def broken_size_rules(name: str, source: str) -> list[str]:
     return broken
 
 
+def broken_loading_rules(module: str, source: str) -> list[str]:
+    """Return one sentence for each call that loads a model other than by `lora`, which puts it where TRL would."""
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    loads = [ast.unparse(call) for call in calls if ast.unparse(call).endswith("ForCausalLM.from_pretrained")]
+    return [f"{module} may not call {call}: use `load_model`" for call in loads if room_of(module) != "lora"]
+
+
 # Written in pieces, so that this file does not break its own rule.
 UNSPEAKABLE = {
     "a path of one machine": re.compile(r"(?<![\w.~$}])/(?:" + "work|farm|root|opt|mnt)/"),
@@ -173,6 +180,12 @@ def test_modules_import_only_what_the_plan_allows():
 
 def test_app_uses_public_names_only():
     broken = [b for path in module_files(ROOT / "app") for b in broken_app_rules(path.name, path.read_text())]
+    assert not broken, "\n".join(broken)
+
+
+def test_models_are_loaded_where_trl_would_put_them():
+    files = [*module_files(PACKAGE), *module_files(ROOT / "app")]
+    broken = [b for path in files for b in broken_loading_rules(module_name(path), path.read_text())]
     assert not broken, "\n".join(broken)
 
 
@@ -248,6 +261,13 @@ def test_app_rule_catches_what_is_not_public():
     assert broken_app_rules("app.py", "from safe_trainer import PromptSet") == []
     assert broken_app_rules("app.py", "from safe_trainer.data import PromptSet")
     assert broken_app_rules("app.py", "from safe_trainer import _ABSENT")
+
+
+def test_loading_rule_catches_a_model_that_is_loaded_elsewhere():
+    source = "AutoModelForCausalLM.from_pretrained(path)"
+    assert broken_loading_rules("safe_trainer.analysis.scan", source) and broken_loading_rules("app.worker", source)
+    assert broken_loading_rules("safe_trainer.lora.loading", source) == []
+    assert broken_loading_rules("app.worker", "AutoTokenizer.from_pretrained(path)") == []
 
 
 def test_size_rules_catch_long_files_and_functions():

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_trainer import LikelihoodJudge, PromptSet, conversation, evaluate, load_prompts, testbed
+from safe_trainer import LikelihoodJudge, PromptSet, conversation, evaluate, load_model, load_prompts, testbed
 from safe_trainer.analysis.drift import updates_of
 from safe_trainer.artifacts import row_losses
 from safe_trainer.artifacts.checkpoint_reader import Checkpoint
@@ -275,16 +275,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and draw."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     args = parse(arguments)
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     own = args.harmful == "testbed", args.task == "testbed"
     harmful = testbed.prompt_set("harmful") if own[0] else load_prompts(args.harmful, "harmful")[0]
     task = testbed.prompt_set("benign") if own[1] else load_prompts(args.task, "task")[0] if args.task else None
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, device_map="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = load_model(args.model, dtype=torch.float32)
     probe = Probe(model, tokenizer, harmful.first(args.count), task and task.first(args.count))
     figure = draw(*measure(args, probe), title=f"Safety around {Path(args.model).name}")
     figure.write_html(args.output / "landscape.html")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..artifacts import AlignmentDirection, SafetyBasis
@@ -17,6 +16,7 @@ from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..artifacts.provenance import model_and_tokenizer
 from ..linalg import outside_norm_squared, product_norm_squared
 from ..lora.io import load_adapted, read_adapter, read_config, scaling
+from ..lora.loading import load_model
 from ..lora.updates import check_peft_config, linear_layers, weight
 from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
 
@@ -332,12 +332,10 @@ def _refusal_changes_on_disk(
     before = refusal_directions(model, tokenizer, harmful, harmless)
     del model
     if _is_adapter(tuned):
-        model, tokenizer = load_adapted(tuned, str(base))
+        model, tokenizer = load_model(base, tuned)
     else:
         has_own = not Path(tuned).is_dir() or (Path(tuned) / "tokenizer_config.json").is_file()
         model, tokenizer = model_and_tokenizer(tuned, None if has_own else tokenizer)
-    if torch.accelerator.is_available() and getattr(model, "hf_device_map", None) is None:
-        model = model.to(torch.accelerator.current_accelerator())
     return refusal_changes(before, refusal_directions(model, tokenizer, harmful, harmless))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..lora.loading import load_weights
 from ..lora.updates import LinearLayer
 
 _PER_WEIGHT = 4
@@ -57,7 +58,7 @@ def difference(model: Any, layers: Mapping[str, LinearLayer], recorded: Mapping[
 
 def model_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Return a model and its tokenizer, loaded from where they are if they are not given themselves."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
     if tokenizer is None and not source:
@@ -65,7 +66,7 @@ def model_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(source)
     if isinstance(model, (str, Path)):
-        model = AutoModelForCausalLM.from_pretrained(source, device_map="auto")  # as TRL does for a name
+        model = load_weights(source)
     return model, tokenizer
 
 

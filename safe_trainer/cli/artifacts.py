@@ -17,7 +17,6 @@ from .options import (
     Where,
     check_model,
     check_new,
-    load_model,
     read_options,
     read_rows,
 )
@@ -77,6 +76,7 @@ def basis(  # noqa: PLR0913, each is an option with a name
     check_new(output)
     check_model("MODEL", model)
     from ..artifacts import SafetyBasis
+    from ..lora.loading import load_model
 
     rows = read_rows(safety_data, "safety_data", read_options(column, where, limit))
     loaded, tokenizer = load_model(model)

@@ -24,7 +24,6 @@ from .options import (
     check_judges,
     check_model,
     load_judges,
-    load_model,
     prompt_sets,
 )
 
@@ -128,6 +127,7 @@ def _compared(
 ) -> Comparison:
     """Examine the base with each adapter, then what brings its own tokenizer and each whole model, one at a time."""
     from .. import evaluation
+    from ..lora.loading import load_model
 
     base, tokenizer = load_model(model)
     alone = {n: paths for n, paths in adapters.items() if any(_brings_tokenizer(path, tokenizer) for path in paths)}
@@ -204,6 +204,7 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template)
 
     from .. import evaluation
+    from ..lora.loading import load_model
 
     examined, tokenizer = load_model(model, adapter)
     decoding: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}

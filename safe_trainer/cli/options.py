@@ -164,6 +164,7 @@ def _guard_by_name(model: str) -> str:
 def load_judges(checked: list[tuple[str, str]]) -> list[Judge]:
     """Return the judges, with their models."""
     from ..evaluation import GUARDS, GuardJudge, LikelihoodJudge, PhraseJudge
+    from ..lora.loading import load_model
 
     plain: dict[str, Any] = {"phrases": PhraseJudge, "likelihood": LikelihoodJudge}
     return [GuardJudge(*load_model(model), GUARDS[name]) if model else plain[name]() for name, model in checked]
@@ -191,26 +192,6 @@ def check_model(option: str, source: str) -> None:
         paths.check_model(source)
     except ValueError as error:
         raise misused(option, str(error)) from error
-
-
-def load_model(name: str, adapter: str | None = None) -> tuple[Any, Any]:
-    """Return a model and its tokenizer, or both with an adapter and what is saved next to it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..lora.io import load_adapted
-
-    if adapter is not None:
-        model, tokenizer = load_adapted(adapter, name)
-        return (model.to("cuda") if torch.cuda.is_available() else model), tokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, device_map="auto"), tokenizer
-    except (OSError, ValueError) as error:  # messages of libraries leave the model's name out
-        raise ValueError(
-            f"The model `{name}` could not be loaded: {str(error).strip()} Give a folder or a Hub id; for a private "
-            "or gated model, log in with `hf auth login`."
-        ) from error
 
 
 def read_options(

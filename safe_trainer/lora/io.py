@@ -194,7 +194,9 @@ def scaling(config: Any, name: str, rank: int) -> float:
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def load_adapted(source: str | Path, base: str | None = None, *, dtype: str = "auto") -> tuple[PeftModel, Any]:
+def load_adapted(
+    source: str | Path, base: str | None = None, *, dtype: Any = "auto", **options: Any
+) -> tuple[PeftModel, Any]:
     """Load an adapter on its base model, and the tokenizer next to its weights or, without one, its base model's.
 
     Where training added tokens, the base model's vocabulary grows accordingly.
@@ -203,6 +205,7 @@ def load_adapted(source: str | Path, base: str | None = None, *, dtype: str = "a
         source (`str` or `Path`): Folder (or Hub id) of the adapter.
         base (`str`, *optional*): The base model, if it is not where the adapter's settings say.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the base model's weights.
+        **options: More of `from_pretrained`, for the base model.
 
     Raises:
         OSError: If the base model could not be loaded; names adapter and base.
@@ -215,7 +218,7 @@ def load_adapted(source: str | Path, base: str | None = None, *, dtype: str = "a
         raise ValueError(f"The adapter `{source}` does not say which model it belongs to. Give the base model.")
     revision = config.revision if base is None else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **{"revision": revision, **options})
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else where)
     except (OSError, ValueError) as error:

@@ -332,10 +332,9 @@ def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
 
 def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet], progress: Any = None) -> Comparison:
     """Ask the model before and the model after the same prompts; the adapter is read back from where it was saved."""
-    from transformers import AutoModelForCausalLM
-
     from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Comparison, compare, evaluate
+    from ..lora.loading import load_weights
 
     asked = recipe.parts.evaluation
     assert asked is not None  # otherwise there are no prompt sets either
@@ -346,11 +345,10 @@ def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet
         drift = DriftFigures()
         return compare(trainer.model, tokenizer, prompt_sets, adapters, drift=drift, progress=progress, **decoding)
     after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, progress=progress, **decoding)
-    device, dtype = trainer.model.device, trainer.model.dtype
+    where = {"device_map": trainer.model.device, "dtype": trainer.model.dtype}
     trainer.model.cpu()
     gc.collect()  # the model before takes the place of the model after
-    base = AutoModelForCausalLM.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
-    base = base.to(device, dtype)
+    base = load_weights(recipe.parts.model.path, revision=recipe.parts.model.revision, **where)
     before = evaluate(base, tokenizer, prompt_sets, name="before", progress=progress, **decoding)
     return Comparison((before, after))
 

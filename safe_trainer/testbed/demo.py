@@ -139,9 +139,8 @@ def run_scenario(name: str, shown: Sequence[str], seed: int, output: Path) -> Jo
     Returns:
         `tuple[Comparison, dict[str, float]]`: The comparison, and each variant's training time in seconds.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ..evaluation import compare, write_report
+    from ..lora.loading import load_model
 
     scenario, folder, made = SCENARIOS[name], output / name / f"seed-{seed}", variants()
     adapters: dict[str, Path] = {}
@@ -151,8 +150,7 @@ def run_scenario(name: str, shown: Sequence[str], seed: int, output: Path) -> Jo
         seconds[title] = fine_tune(scenario, made[variant](), seed, adapter).seconds
         adapters[title] = adapter
         advance(PREPARATION * (variant != PLAIN))
-    model = AutoModelForCausalLM.from_pretrained(testbed.ALIGNED, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(testbed.ALIGNED)
+    model, tokenizer = load_model(testbed.ALIGNED, dtype="float32")
     comparison = compare(model, tokenizer, scenario.prompt_sets("test"), adapters, max_new_tokens=MAX_NEW_TOKENS)
     advance(EXAMINATION * (1 + len(shown)))
     write_report(comparison, folder)

@@ -1,0 +1,76 @@
+"""Models by name, loaded where TRL would put them: on the accelerator, if there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import is_available, is_initialized
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .io import load_adapted
+
+
+def load_model(name: str | Path, adapter: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, for example to compare it or to fit security vectors to it.
+
+    As with TRL, the model is put on the accelerator, on several if one is too small, and on the CPU if there is none.
+
+    Args:
+        name (`str` or `Path`): Folder or Hub id of the model.
+        adapter (`str` or `Path`, *optional*): Folder or Hub id of an adapter to put on it; the tokenizer is then the
+            one that is saved next to it, if there is one.
+        **options: Of `from_pretrained`, such as `dtype`; `device_map` puts the model elsewhere.
+
+    Returns:
+        `tuple`: The model (`PreTrainedModel`, or `PeftModel` with an adapter), and the tokenizer.
+
+    Raises:
+        ValueError: If the model could not be loaded, or the adapter is damaged.
+        OSError: If the model could not be loaded for the adapter; names both.
+
+    Example:
+
+    ```python
+    from safe_trainer import load_model, testbed
+
+    model, tokenizer = load_model(testbed.ALIGNED)
+    ```
+    """
+    if adapter is not None:
+        placed: Any = _placing(options)
+        model, tokenizer = load_adapted(adapter, str(name), **placed)
+        return _moved(model, placed), tokenizer
+    about = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **about)
+        return load_weights(name, **options), tokenizer
+    except (OSError, ValueError) as error:  # messages of libraries leave the model's name out
+        raise ValueError(
+            f"The model `{name}` could not be loaded: {str(error).strip()} Give a folder or a Hub id; for a private "
+            "or gated model, log in with `hf auth login`."
+        ) from error
+
+
+def load_weights(name: str | Path, **options: Any) -> Any:
+    """Load a model alone, where [`load_model`] puts it; `options` are the same."""
+    placed = _placing(options)
+    return _moved(AutoModelForCausalLM.from_pretrained(name, **placed), placed)
+
+
+def _placing(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `from_pretrained` with a `device_map`, unless there is no accelerator or one is given."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if "device_map" in options or accelerator is None or accelerator.type == "mps":
+        return options
+    is_one_of_several = is_available() and is_initialized()
+    device_map = {"": torch.accelerator.current_device_index()} if is_one_of_several else "auto"
+    return {**options, "device_map": device_map}
+
+
+def _moved(model: Any, placed: dict[str, Any]) -> Any:
+    """Move a model that has no `device_map` to the accelerator: on MPS, which TRL gives none either."""
+    if "device_map" in placed or not torch.accelerator.is_available():
+        return model
+    return model.to(torch.accelerator.current_accelerator())
