@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from commands import invoke
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType
 from runs import given, lora
-from typer.testing import CliRunner
 
 import safe_trainer as st
 from safe_trainer import conversation
 from safe_trainer.artifacts.fitting import Fitting
-from safe_trainer.cli import app
 from safe_trainer.recipe import read_recipe
 
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(4)]
@@ -640,7 +639,7 @@ def test_a_wrong_command_ends_with_one_sentence_and_its_exit_code(name, room):
     )
     names.empty.mkdir()
     filled = [argument.format(**vars(names)) for argument in arguments]
-    result = CliRunner().invoke(app, filled, prog_name="safe-trainer", env={"COLUMNS": "400", "TERM": "dumb"})
+    result = invoke(*filled)
     assert result.exit_code == code, result.output
     assert words in " ".join(
         re.split(r"[\s│]+", result.stderr)

@@ -9,15 +9,14 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from commands import invoke
 from evaluation_models import tiny_llama
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from test_report import comparison
-from typer.testing import CliRunner
 
 from safe_trainer import TrainedVectors, testbed
 from safe_trainer.artifacts.store import save_artifact
-from safe_trainer.cli import app
 from safe_trainer.evaluation import to_json
 from safe_trainer.lora.io import HARMFUL_KIND
 from safe_trainer.methods import AsFT
@@ -29,10 +28,6 @@ RECIPE = {
     "safety": [{"method": "asft", "unaligned_model": "org/base", "weight": 2.0}],
     "output": "out",
 }
-
-
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="safe-trainer")
 
 
 @pytest.fixture

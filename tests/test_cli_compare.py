@@ -8,18 +8,13 @@ import shlex
 
 import pytest
 import torch
+from commands import invoke
 from evaluation_models import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
-from typer.testing import CliRunner
 
-from safe_trainer.cli import app
 from safe_trainer.cli.options import check_judges, prompt_sets
 from safe_trainer.evaluation import from_json
 from safe_trainer.testbed import ALIGNED
-
-
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="safe-trainer")
 
 
 @pytest.fixture(scope="module")

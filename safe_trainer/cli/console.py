@@ -20,6 +20,8 @@ from typer.core import TyperGroup
 console = Console()
 errors = Console(stderr=True)
 
+_OWN_ERRORS: type[Exception] = typer.BadParameter.__mro__[-4]
+"""The base of typer's own errors: `typer.TyperException` from 0.28 on, click's `ClickException` before."""
 _TOKEN = re.compile(r"hf_\w{8,}")  # of the Hub; no message, a library's included, may show one
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
@@ -33,7 +35,7 @@ class CommandGroup(TyperGroup):
         _quiet_libraries()
         try:
             return super().invoke(ctx)
-        except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
+        except (_OWN_ERRORS, typer.Exit, typer.Abort, BrokenPipeError):
             raise  # typer's own ways to end, with their own messages and exit codes
         except KeyboardInterrupt:
             errors.print("\nStopped by Ctrl-C. What was finished before is intact; run the command again to redo it.")
