@@ -1,5 +1,6 @@
 # make demo       see refusals before and after a fine-tune, with and without a defense
-# make test       everything that is tested; make test-fast leaves out what trains for long
+# make test       what a change must pass, in minutes; make test-fast is what to run while you work
+# make test-all   the exhaustive matrices too
 # make lint types the checks that a change must pass
 # make study      the measurements of docs/study.md
 # make space      the folder to upload as a Hugging Face Space, in build/space
@@ -18,12 +19,15 @@ export HF_HUB_OFFLINE ?= 1
 # Tests of one file stay in one process, since they share its fixtures (often a trained model).
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast lint types space notebooks study study-more clean
+.PHONY: demo test test-all test-fast lint types space notebooks study study-more clean
 
 demo: $(INSTALLED)
 	$(BIN)/safe-trainer demo --output demo
 
 test: $(DEVELOPING)
+	$(PYTEST) -m "not exhaustive"
+
+test-all: $(DEVELOPING)
 	$(PYTEST)
 
 test-fast: $(DEVELOPING)

@@ -5,6 +5,8 @@ The settings are made before anything imports torch or the hub client, which rea
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -24,7 +26,14 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take minutes: begun last, they would keep one process while the others have ended."""
+    """Mark what is exhaustive as slow too, and begin with the files that take minutes.
+
+    Begun last, these would keep one process while the others have ended.
+    """
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))

@@ -284,6 +284,7 @@ def test_a_file_is_read_in_a_process_of_its_own_with_the_chosen_columns(tmp_path
     assert found.rows == 3 and found.samples[0][1].startswith("Hi")
 
 
+@pytest.mark.slow
 def test_the_archive_of_recipes_runs_as_it_is(tmp_path):
     folder = tmp_path / "job"
     variants = write_order(folder, choices(tmp_path, ["plain", "asft", "salora"]))

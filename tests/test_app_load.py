@@ -12,7 +12,7 @@ from app.server import create_app
 from app.sessions import COOKIE
 from app.setup import Setup
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 CLIENTS, TRAINING = 20, 5
 
 

@@ -89,6 +89,7 @@ def test_a_password_stands_before_everything(tmp_path):
         stop()
 
 
+@pytest.mark.slow
 def test_guessing_a_password_is_slow_and_logged(tmp_path, caplog):
     app = create_app(Setup(), folder=tmp_path, password="open sesame", hosts=None)
     url, stop = serve_in_background(app)

@@ -211,6 +211,7 @@ def train(pair: tuple[str, str], output: Path, method: AsFT, **settings: object)
     return trainer
 
 
+@pytest.mark.slow
 def test_training_with_a_large_weight_keeps_the_update_small_and_logs_the_penalty(
     pairs: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from marks import exhaustive_but
 from runs import exact_settings, given, history, lora
 from safetensors.torch import load_file
 from torch import Tensor
@@ -150,7 +151,7 @@ def outcome(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", exhaustive_but(["recommended"], CASES))
 def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair, tmp_path):
     chance = random.Random(f"seed 7 {name}")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -290,7 +290,7 @@ def test_prompt_sets_refuse_what_does_not_fit_together(arguments, message):
         PromptSet(**{"name": "set", "kind": "harmful", **arguments})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_million_rows_are_loaded_in_bounded_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     with path.open("w") as file:

@@ -1,6 +1,7 @@
 """Two processes: the same losses and the same adapter as one, whichever way the model is spread, or a refusal.
 
-One launch carries out many runs, since starting two processes costs more than all of them.
+One launch carries out many runs, since starting two processes costs more than all of them. `make test` has a launch of
+its own with the runs in `KEPT`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import pytest
 import tiny
 import torch
 from launch import ADAM, CLIPPED, NF4, RESUMED, SAVED, SHIPPED, STEPS, on_two_processes
+from marks import exhaustive_but
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -68,6 +70,7 @@ RUNS = {
     f"zero2: {SHIPPED}": ["recommended"],
     f"zero3: {SHIPPED}": ["security_vectors: loaded"],
 }
+KEPT = {"ddp": ["all", *(f"recommended{way}" for way in ("", f", {ADAM}", f", {RESUMED}"))], "fsdp2": ["recommended"]}
 METHODS = [*EVERYWHERE[1:], "security_vectors: loaded"]
 SPLIT = "Load the complete model, and use DDP, FSDP2 or ZeRO-2"
 AT_HAND = "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2"
@@ -112,6 +115,12 @@ def pairs(which: dict[str, Any]) -> list[tuple[str, str]]:
     return [(strategy, name) for strategy, names in which.items() for name in names]
 
 
+def chosen(cases: list[Any]) -> list[Any]:
+    """Mark the cases whose runs are not in `KEPT` as exhaustive; a case is a strategy with a run or without."""
+    kept = [*KEPT, *pairs(KEPT)]
+    return exhaustive_but([case for case in cases if case in kept], cases)
+
+
 COMPARED = [(strategy, name) for strategy, name in pairs(RUNS) if not name.endswith((ADAM, RESUMED))]
 
 
@@ -127,20 +136,28 @@ def is_installed(strategy: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
+def runs(request) -> dict[str, list[str]]:
+    """Return what the chosen tests need."""
+    here = [item for item in request.session.items if item.path == request.path]
+    return RUNS if any(item.get_closest_marker("exhaustive") for item in here) else KEPT
+
+
+@pytest.fixture(scope="module")
+def place(runs, tmp_path_factory) -> Place:
     """Carry out every run on one process."""
     folder = tmp_path_factory.mktemp("runs")
     tiny.save_pair(folder, hidden=64)  # as NF4 on a CPU needs it
     planted.vectors(AutoModelForCausalLM.from_pretrained(folder / "aligned", dtype=torch.float32)).save(
         folder / "vectors"
     )
-    for strategy, name in {(alone(strategy), name): None for strategy, name in COMPARED if is_installed(strategy)}:
+    compared = [(strategy, name) for strategy, name in COMPARED if name in runs.get(strategy, [])]
+    for strategy, name in {(alone(strategy), name): None for strategy, name in compared if is_installed(strategy)}:
         launch.carry_out(name, strategy, folder)
     return Place(folder)
 
 
 @pytest.fixture(scope="module")
-def spread(place) -> Any:
+def spread(place, runs) -> Any:
     """Return a function that sees to it that the runs of a strategy have been carried out on two processes."""
     done: set[str] = set()
 
@@ -148,12 +165,15 @@ def spread(place) -> Any:
         if not is_installed(strategy):
             pytest.skip('It needs a library: `pip install ".[deepspeed,quantization]"`')
         together = [s for launched in LAUNCHES if strategy in launched for s in launched if is_installed(s)]
+        if runs is KEPT:
+            together = list(KEPT)
         if strategy not in done:
             done.update(together)
             for kind in [s.partition(": ")[0] for s in together if s.endswith(SHIPPED)]:
                 left = json.dumps(left_by_the_launcher(kind, place.folder)[0])
                 (place.folder / f"{kind}.json").write_text(left)
-            plan = {s: {"runs": RUNS.get(s, []), "refused": list(REFUSED.get(s, []))} for s in together}
+            refused = {} if runs is KEPT else REFUSED
+            plan = {s: {"runs": runs.get(s, []), "refused": list(refused.get(s, []))} for s in together}
             on_two_processes(str(Path(launch.__file__)), str(place.folder), json.dumps(plan))
         return place
 
@@ -172,7 +192,7 @@ def saved(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / name)
 
 
-@pytest.mark.parametrize(("strategy", "name"), pairs(RUNS))
+@pytest.mark.parametrize(("strategy", "name"), chosen(pairs(RUNS)))
 def test_two_processes_shared_the_rows_and_where_it_is_said_the_weights(strategy, name, spread):
     one, other = spread(strategy).facts(strategy, name)
     assert one["world"] == other["world"] == 2
@@ -193,14 +213,16 @@ def test_two_processes_shared_the_rows_and_where_it_is_said_the_weights(strategy
     assert not one["absent"] and (other["absent"] > 10) == (strategy == "fsdp2: first loads")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
-@pytest.mark.parametrize("name", ["salora", "salora: both sides", "drift_penalty", "security_vectors", "recommended"])
+MEASURING = ["salora", "salora: both sides", "drift_penalty", "security_vectors", "recommended"]
+
+
+@pytest.mark.parametrize(("strategy", "name"), chosen(pairs(dict.fromkeys(["ddp", "fsdp2", "zero2"], MEASURING))))
 def test_what_methods_need_is_computed_on_the_first_process_only(strategy, name, spread):
     one, other = spread(strategy).facts(strategy, name)
     assert one["prepared with"] > 0 and other["prepared with"] == 0
 
 
-@pytest.mark.parametrize(("strategy", "name"), [pair for pair in COMPARED if not pair[0].endswith(SHIPPED)])
+@pytest.mark.parametrize(("strategy", "name"), chosen([pair for pair in COMPARED if not pair[0].endswith(SHIPPED)]))
 def test_losses_and_weights_are_those_of_one_process(strategy, name, spread):
     place = spread(strategy)
     theirs = told(place.facts(alone(strategy), name)[0])
@@ -220,6 +242,7 @@ def test_losses_and_weights_are_those_of_one_process(strategy, name, spread):
                 assert (ours[key] - expected[key]).abs().max() < 1e-5, key
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "strategy", [strategy for strategy, names in RUNS.items() if any(CLIPPED in n for n in names)]
 )
@@ -229,7 +252,7 @@ def test_gradients_are_clipped_where_that_is_compared(strategy, spread):
     assert all(entry["grad_norm"] > 0.2 for entry in entries if "grad_norm" in entry)
 
 
-@pytest.mark.parametrize(("strategy", "name"), [pair for pair in COMPARED if pair[0].endswith(SHIPPED)])
+@pytest.mark.parametrize(("strategy", "name"), chosen([pair for pair in COMPARED if pair[0].endswith(SHIPPED)]))
 def test_our_files_for_the_launcher_train_in_bfloat16_as_one_process_does(strategy, name, spread):
     place = spread(strategy)
     ours, theirs = (told(place.facts(s, name)[0]) for s in (strategy, alone(strategy)))
@@ -242,7 +265,7 @@ def test_our_files_for_the_launcher_train_in_bfloat16_as_one_process_does(strate
     assert (mine - other).norm() < 0.05 * other.norm()
 
 
-@pytest.mark.parametrize(("strategy", "name"), [p for p in pairs(RUNS) if p[1] != "none"])
+@pytest.mark.parametrize(("strategy", "name"), chosen([p for p in pairs(RUNS) if p[1] != "none"]))
 def test_every_process_holds_the_same_directions_to_the_last_bit(strategy, name, spread):
     place = spread(strategy)
     one, other = (load_file(place.of(strategy, name) / f"{rank}.safetensors") for rank in range(2))
@@ -250,7 +273,7 @@ def test_every_process_holds_the_same_directions_to_the_last_bit(strategy, name,
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize(("strategy", "name"), [pair for pair in pairs(RUNS) if pair[1].endswith(RESUMED)])
+@pytest.mark.parametrize(("strategy", "name"), chosen([pair for pair in pairs(RUNS) if pair[1].endswith(RESUMED)]))
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(strategy, name, spread):
     place, whole = spread(strategy), name.replace(RESUMED, ADAM)
     ours, theirs = (told(place.facts(strategy, which)[0]) for which in (name, whole))
@@ -264,7 +287,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(strategy, name, spre
         assert (again[key] - end[key]).norm().item() <= 1e-5 * way + 1e-7, key
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", exhaustive_but(["ddp"], ["ddp", "fsdp2", "zero2", "zero3"]))
 def test_one_plain_adapter_is_saved_that_stock_peft_loads(strategy, spread):
     place = spread(strategy)
     name = "security_vectors: loaded" if strategy == "zero3" else "all"
@@ -281,6 +304,7 @@ def test_one_plain_adapter_is_saved_that_stock_peft_loads(strategy, spread):
     assert (answers[0] - answers[1]).abs().max() < 1e-4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("strategy", "name"), pairs(REFUSED))
 def test_what_cannot_work_is_refused_with_what_to_use_instead(strategy, name, spread):
     place = spread(strategy)
@@ -367,7 +391,7 @@ def left_by_the_launcher(kind: str, folder: Path) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("kind", LEFT)
+@pytest.mark.parametrize("kind", exhaustive_but(["ddp"], LEFT))
 def test_the_launcher_takes_from_our_configuration_what_it_is_there_for(kind, tmp_path):
     if not is_installed(kind):
         pytest.skip("DeepSpeed is not installed")
@@ -391,12 +415,14 @@ def test_a_recipe_launched_on_two_processes_is_told_and_compared_once(tmp_path):
     assert epochs == pytest.approx(2 * 2 * 2 / 16)  # two steps of two rows on each of two processes
 
 
+@pytest.mark.exhaustive
 def test_a_recipe_that_fails_on_two_processes_says_why_and_fails(tmp_path):
     result = accelerated(tmp_path, "/dev/null/out")  # no folder can be made there
     assert result.returncode == 1 and not result.stdout
     assert "Error: " in result.stderr and "/dev/null/out" in result.stderr
 
 
+@pytest.mark.exhaustive
 def test_sigterm_to_the_launcher_saves_a_checkpoint_of_one_step_in_all_processes(tmp_path):
     """As a cluster's scheduler stops a run; the launcher passes the signal on."""
     with started(tmp_path, "out", "--set", "training.max_steps=4000", "--set", "training.logging_steps=1") as process:
@@ -453,6 +479,7 @@ output: out
 """
 
 
+@pytest.mark.exhaustive
 def test_two_machines_without_a_common_disk_train_together_and_are_told_what_resuming_takes(tmp_path):
     for folder in (tmp_path / "machine-0", tmp_path / "machine-1"):
         folder.mkdir()

@@ -33,7 +33,7 @@ from safe_trainer.evaluation import Decoding
 from safe_trainer.linalg import TopDirections, random_basis
 from safe_trainer.lora.updates import linear_layers, whole
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 STEPS, SAVED = 6, 3
 VARIANTS = ["", ": directions", ": resumed", ": floor"]

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from safe_trainer.checkpoints import LAUNCH, is_complete, last_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 STEPS = 5
 

@@ -10,10 +10,10 @@ import pytest
 import runs
 import tiny
 import torch
+from commands import invoke
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTTrainer
-from typer.testing import CliRunner
 
 from safe_trainer import (
     AlignmentDirection,
@@ -399,15 +399,13 @@ def test_drift_of_an_active_adapter_equals_the_dense_update_over_the_weight():
 
 @pytest.mark.slow
 def test_command_tells_the_drift_of_an_adapter_on_the_embedded_pair(tmp_path):
-    from safe_trainer.cli import app
-
     model = AutoModelForCausalLM.from_pretrained(testbed.ALIGNED)
     torch.manual_seed(0)
     get_peft_model(model, LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
     arguments = ["drift", str(testbed.ALIGNED), str(tmp_path / "adapter"), "--refusal", "--json"]
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["relative"] > 0 and "kept" in found["layers"]["model.layers.3"]["refusal"]
-    table = CliRunner().invoke(app, arguments[:-2])
+    table = invoke(*arguments[:-2])
     assert table.exit_code == 0 and "All together" in table.stdout

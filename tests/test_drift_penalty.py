@@ -116,6 +116,7 @@ def test_gradient_is_that_of_the_activations():
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6 * theirs.abs().max().item())
 
 
+@pytest.mark.slow
 def test_a_heavy_penalty_keeps_what_harmful_prompts_do_to_the_layers(tmp_path):
     drifts = {}
     for weight in (0.0, 1000.0):

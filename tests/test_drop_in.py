@@ -21,6 +21,7 @@ import tiny
 import torch
 import trl
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from marks import exhaustive_but
 from peft import (
     LoraConfig,
     PeftModel,
@@ -359,6 +360,11 @@ CASES |= {kind: lambda kind=kind: {"model": tiny.model(kind)} for kind in tiny.A
 CASES |= {kind: lambda kind=kind: {"model": architecture(kind)} for kind in ARCHITECTURES}
 
 
+USUAL = ["text", "messages", "prompt-completion, conversational", "assistant turns only", "tools", "streamed"]
+USUAL += ["packed, bfd", "packed with LoRA", "padding-free with LoRA", "accumulation with LoRA", "full fine-tuning"]
+USUAL += ["LoRA", "LoRA with dropout", "modules to save", "a path with LoRA", "experts with LoRA", "qwen2"]
+
+
 def arguments_of(case: str, folder: object, path: str) -> dict[str, Any]:
     arguments = given(folder, **CASES[case]())
     if arguments["model"] is SAVED:  # the tokenizer too is then found at the path
@@ -368,7 +374,7 @@ def arguments_of(case: str, folder: object, path: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's, about what it will remove; parity holds until it does
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", exhaustive_but(USUAL, CASES))
 def test_rows_log_and_weights_are_those_of_trl(case, path, tmp_path):
     with fresh(tmp_path / "run") as folder:
         theirs = run(SFTTrainer, arguments_of(case, folder, path))
@@ -381,6 +387,7 @@ def test_rows_log_and_weights_are_those_of_trl(case, path, tmp_path):
         assert set(theirs.trainer.model.model_tags) <= set(ours.trainer.model.model_tags)
 
 
+@pytest.mark.slow
 def test_a_model_quantized_by_the_trainer_trains_as_with_trl(path, tmp_path):
     pytest.importorskip("bitsandbytes")
 
@@ -395,6 +402,7 @@ def test_a_model_quantized_by_the_trainer_trains_as_with_trl(path, tmp_path):
         assert_same_run(run(build, arguments()), theirs)
 
 
+@pytest.mark.slow
 def test_plain_training_arguments_are_completed_as_trl_does(tmp_path):
     plain = {"use_cpu": True, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "report_to": "none"}
     theirs, *ours = [
@@ -445,6 +453,7 @@ def test_without_methods_nothing_is_added_to_trl_s_trainer(tmp_path, monkeypatch
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "LoRA"])
 def test_a_run_resumed_from_a_checkpoint_of_trl_ends_like_one_that_trl_resumed(peft_config, tmp_path):
     def arguments(steps):
@@ -472,6 +481,7 @@ def test_without_settings_the_folder_and_the_settings_are_those_of_trl(path, tmp
         assert ours.trainer.args.output_dir == theirs.trainer.args.output_dir == "aligned-SFT"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", OURS)
 def test_arguments_may_come_by_position(ours, tmp_path):
     def arguments():
@@ -495,7 +505,7 @@ def test_adapter_starts_from_the_seed_of_the_settings_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["template.jinja", "other_tokenizer"])
+@pytest.mark.parametrize("source", exhaustive_but(["template.jinja"], ["template.jinja", "other_tokenizer"]))
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "LoRA"])
 def test_a_chat_template_from_elsewhere_is_taken_over_as_trl_does(source, peft, tmp_path):
     other = tiny.tokenizer()
@@ -531,6 +541,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_custom_code_of_a_model_is_trusted_only_when_allowed(path, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))  # the cache of modules is added to it
@@ -609,7 +620,7 @@ EVALUATING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", EVALUATED)
+@pytest.mark.parametrize("rows", exhaustive_but(["a dataset", "a dict of streams"], EVALUATED))
 def test_evaluation_while_training_is_that_of_trl(rows, tmp_path):
     def arguments():
         config = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
@@ -622,7 +633,7 @@ def test_evaluation_while_training_is_that_of_trl(rows, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", EVALUATED)
+@pytest.mark.parametrize("rows", exhaustive_but(["a dataset", "a dict of streams"], EVALUATED))
 def test_evaluation_of_rows_given_later_is_that_of_trl(rows, tmp_path):
     trainers = [build(**given(tmp_path / "run", train_dataset=text_rows())) for build in (SFTTrainer, *OURS.values())]
     theirs, *ours = [without_times(trainer.evaluate(EVALUATED[rows])) for trainer in trainers]
@@ -631,7 +642,7 @@ def test_evaluation_of_rows_given_later_is_that_of_trl(rows, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", EVALUATING)
+@pytest.mark.parametrize("config", exhaustive_but(["the best model at the end", "packed"], EVALUATING))
 def test_evaluation_under_each_setting_is_that_of_trl(config, tmp_path):
     def arguments(folder):
         changes = {"eval_strategy": "steps", "eval_steps": 1, "peft_config": lora(), **EVALUATING[config]}
@@ -647,6 +658,7 @@ def test_evaluation_under_each_setting_is_that_of_trl(config, tmp_path):
         assert ours.trainer.state.best_metric == theirs.trainer.state.best_metric
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_metrics_and_predictions_see_the_logits_that_trl_gives(tmp_path):
     def arguments():

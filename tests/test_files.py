@@ -221,7 +221,7 @@ def test_kinds_are_told_by_name_whatever_its_case():
     assert [kind_of(name) for name in ("a.JSON", "b.v2.Csv.GZ", "c.parquet")] == ["JSON", "CSV", "Parquet"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
 def test_a_million_rows_are_streamed_in_bounded_memory(tmp_path, name):
     path = tmp_path / name

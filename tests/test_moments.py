@@ -112,6 +112,7 @@ class Halve(SafetyMethod):
             gradient.mul_(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_gradients_are_seen_once_per_optimizer_step_accumulated(accumulation, tmp_path):
     size = {"per_device_train_batch_size": 12 // accumulation, "gradient_accumulation_steps": accumulation}

@@ -74,6 +74,7 @@ def test_logs_hold_what_judging_the_same_weights_gives(tmp_path):
         assert logged(trained, "safety/safe_refused")[step] == verdicts[:3].count("refused") / 3
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_last_bit_with_and_without(tmp_path):
     runs = []
     for watched in (False, True):

@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from marks import exhaustive_but
 
 matplotlib = pytest.importorskip("matplotlib")
 nbformat = pytest.importorskip("nbformat")
@@ -27,7 +28,7 @@ NAMES = [path.stem for path in BUILD.sources()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", exhaustive_but(["quickstart"], NAMES))
 def test_each_source_runs_on_the_embedded_pair(name, tmp_path, monkeypatch):
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from marks import exhaustive_but
 from peft import PeftModel, get_peft_model
 from runs import exact_settings, lora, settings
 from test_invariants import BUILD, VARIANTS
@@ -101,8 +103,11 @@ def test_neither_a_monitor_nor_evaluation_disturbs_training(kind, pair, tmp_path
     assert losses(watched=True) == losses(watched=False)
 
 
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("name", [*VARIANTS, *TOGETHER])
+CASES = [(name, kind) for name in (*VARIANTS, *TOGETHER) for kind in BASES]
+USUAL = [*itertools.product(["asft", "salora", "recommended"], ["nf4"]), ("recommended", "torchao int8")]
+
+
+@pytest.mark.parametrize(("name", "kind"), exhaustive_but(USUAL, CASES))
 def test_a_quantised_base_goes_the_whole_way(name, kind, pair, tmp_path: Path):
     model = base(pair[0], kind)
     clean = logits(model)

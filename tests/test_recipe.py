@@ -13,14 +13,13 @@ import pytest
 import runs
 import torch
 import yaml
+from commands import invoke
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from test_report import comparison
 from trl import SFTTrainer
-from typer.testing import CliRunner
 
 from safe_trainer import testbed
-from safe_trainer.cli import app
 from safe_trainer.methods import METHODS
 from safe_trainer.recipe import RecipeError, fields, read_recipe
 from safe_trainer.recipe.document import Document
@@ -54,10 +53,6 @@ def recipe(tmp_path):
         return path
 
     return write
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="safe-trainer")
 
 
 def problems(path, *overrides) -> list[str]:
@@ -95,7 +90,7 @@ def test_anchors_are_followed():
             + "".join(f"{n}: &{n} [{','.join([f'*{o}'] * 8)}]\n" for o, n in zip("abcdef", "bcdefg", strict=True)),
             "it holds more than 100,000 values",
         ),
-        (f"output: {'[' * 5000}", "nested too deeply"),
+        (f"output: {'[' * 1000}", "nested too deeply"),
         (f"output: {'1' * 5000}", "Exceeds the limit"),
     ],
 )
@@ -466,6 +461,7 @@ def test_dry_run_counts_what_a_run_would_take(recipe):
     assert not Path(yaml.safe_load(path.read_text())["output"]).exists()
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_same_tokens_and_steps_as_a_run(recipe):
     from safe_trainer.recipe.dry_run import plan
     from safe_trainer.recipe.sources import load_data
@@ -633,6 +629,7 @@ def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tm
     assert str(tmp_path / "rows.jsonl") not in saved, "the data is named as seen from the output"
 
 
+@pytest.mark.slow
 def test_full_training_is_compared_with_the_model_before(recipe):
     asked = {"prompts": [{"path": "ask.csv", "kind": "harmful", "name": "asked"}], "max_new_tokens": 16}
     result = invoke("train", recipe({"evaluation": asked, "peft": None}), "--json")
@@ -642,6 +639,7 @@ def test_full_training_is_compared_with_the_model_before(recipe):
     assert compared["before"]["asked"]["rates"]["refused"]["count"] == 2
 
 
+@pytest.mark.slow
 def test_a_second_run_is_not_written_over_a_first_but_goes_on(recipe):
     path = recipe({"training": {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}})
     assert invoke("train", path, "--resume").exit_code == 1

@@ -194,6 +194,7 @@ def test_penalty_leaves_modes_and_random_numbers_alone():
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_accumulation_changes_nothing(refusing, tmp_path, checkpointing):
     ends = []
@@ -225,6 +226,7 @@ def test_each_step_has_other_anchors_and_a_resumed_run_the_same(refusing):
     assert len(set(harmful[:6])) == len(set(harmful[6:12])) == 6 and harmful[:6] != harmful[6:12]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path):
     def arguments(steps: int) -> dict:
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps, "lr_scheduler_type": "constant"}
@@ -253,6 +255,7 @@ def test_security_vectors_do_not_act_in_the_anchor():
         assert method.penalty(model).item() == alone
 
 
+@pytest.mark.slow
 def test_a_heavy_anchor_holds_the_answers_that_plain_training_changes(tmp_path):
     ends = {}
     for weight in (0.0, 10.0):

@@ -240,6 +240,7 @@ def test_a_basis_that_does_not_tell_its_data_is_not_taken_for_them(pair, tmp_pat
         resumable(tmp_path, pair, DriftPenalty(rank=4, basis=basis)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_stream_of_other_rows_is_told_by_what_was_measured(pair, tmp_path):
     resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(REFUSED))).train()
     resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(REFUSED))).train(resume_from_checkpoint=True)
@@ -247,6 +248,7 @@ def test_a_stream_of_other_rows_is_told_by_what_was_measured(pair, tmp_path):
         resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(HARMFUL))).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_tell_what_was_made_from_what_are_still_resumed(pair, tmp_path):
     resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train()
     folder = tmp_path / "checkpoint-1"
@@ -393,6 +395,7 @@ def test_the_random_state_of_this_process_must_be_there(protected_run, pair, tmp
 # ---- what is the same after all, and what is another kind of run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_whose_vocabulary_has_grown_goes_on(tied, pair, tmp_path):
     """PEFT saves its embeddings along with the adapter, though nothing trains them."""
@@ -422,6 +425,7 @@ def test_an_adapter_of_any_name_is_compared(name, pair, tmp_path):
         other.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only_model", [True, False])
 def test_all_weights_and_an_adapter_are_not_taken_for_each_other(only_model, pair, tmp_path):
     method = AsFT(projector="none", weight=0.5)
@@ -435,6 +439,7 @@ def test_all_weights_and_an_adapter_are_not_taken_for_each_other(only_model, pai
             trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_what_methods_have_read_counts_and_not_what_became_of_the_file(pair, tmp_path):
     file = tmp_path / "harmful.jsonl"
     file.write_text("\n".join(map(json.dumps, HARMFUL)))
@@ -445,6 +450,7 @@ def test_what_methods_have_read_counts_and_not_what_became_of_the_file(pair, tmp
     resumable(tmp_path / "run", pair, methods_of(file)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_the_same_rows_in_another_form_go_on(pair, tmp_path):
     file = tmp_path / "harmful.jsonl"
     file.write_text("\n".join(map(json.dumps, HARMFUL)))

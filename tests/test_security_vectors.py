@@ -61,7 +61,9 @@ def hook_count(model):
 # ---- the same as training the merged model
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in tiny.ARCHITECTURES[1:])]
+)
 @pytest.mark.parametrize("peft", [True, False])
 def test_training_is_that_of_the_model_with_the_vectors_merged(architecture, peft, tmp_path):
     base = tiny.model(architecture)
@@ -252,6 +254,7 @@ def test_vectors_are_frozen_and_never_change(tmp_path):
         assert all(tensor.grad is None and not tensor.requires_grad for tensor in factors)
 
 
+@pytest.mark.slow
 def test_a_second_train_is_protected_like_the_first(tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
@@ -264,6 +267,7 @@ def test_a_second_train_is_protected_like_the_first(tmp_path):
     assert all(torch.allclose(tensor, ends[1][name], atol=5e-6) for name, tensor in ends[0].items())
 
 
+@pytest.mark.slow
 def test_one_method_serves_two_trainers_one_after_the_other(tmp_path):
     base = tiny.model()
     method = SecurityVectors(planted.vectors(base))
@@ -287,6 +291,7 @@ class TrainInside(TrainerCallback):
         self.trainer.train()
 
 
+@pytest.mark.slow
 def test_training_within_a_training_of_the_same_model_is_refused_and_both_are_clean(tmp_path):
     base = tiny.model()
     found = planted.vectors(base)

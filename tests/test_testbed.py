@@ -130,6 +130,7 @@ def test_no_task_prompt_is_in_two_splits(name):
     assert not (examined["validation"] & examined["test"]) | (train & (examined["validation"] | examined["test"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sentiment", "topic", "word_problems"])
 def test_no_question_of_a_task_is_in_any_training_of_the_pair(name):
     chats = [

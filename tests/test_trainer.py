@@ -233,7 +233,9 @@ def batches_of(rows, size: int) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("adapter", [None, lora(r=2)], ids=["full", "LoRA"])
-@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4), (4, 2), (1, 8)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation"), [(8, 1), (2, 4), *(pytest.param(*s, marks=pytest.mark.slow) for s in ((4, 2), (1, 8)))]
+)
 def test_penalty_counts_once_per_optimizer_step(batch, accumulation, adapter, tmp_path):
     rows, method = even_rows(16), Pull()
     config = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
@@ -310,6 +312,7 @@ def test_penalties_of_several_methods_add_up(tmp_path):
     assert history(twice.trainer)[0]["safety_penalty"] == pytest.approx(history(once.trainer)[0]["safety_penalty"])
 
 
+@pytest.mark.slow
 def test_a_penalty_of_zero_or_none_changes_no_bit(tmp_path):
     plain = run(SFTTrainer, given(tmp_path, peft_config=lora()))
     for method in (Pull(weight=0.0), Diary()):
@@ -449,6 +452,7 @@ def test_contexts_are_opened_anew_each_time_that_training_begins(tmp_path):
     assert method.pages.count("diary: enter") == method.pages.count("diary: leave") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_a_penalty_that_is_not_finite_stops_training_and_leaves_earlier_checkpoints_intact(value, tmp_path):
     @dataclass
@@ -515,6 +519,7 @@ def card(build, folder: Path) -> str:
         return (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_methods_card_and_tags_are_those_of_trl(tmp_path):
     build = SafeSFTTrainer
     assert sorted(card(build, tmp_path / "run").splitlines()) == sorted(
@@ -523,6 +528,7 @@ def test_without_methods_card_and_tags_are_those_of_trl(tmp_path):
     assert SafeSFTTrainer(**given(tmp_path)).model.model_tags == SFTTrainer(**given(tmp_path)).model.model_tags
 
 
+@pytest.mark.slow
 def test_card_and_tags_name_the_methods_beside_what_trl_writes(tmp_path):
     theirs, ours = card(SFTTrainer, tmp_path / "run"), card(safe(Pull(), Diary()), tmp_path / "run")
     assert "trained with SFT with Pull and Diary, a method introduced in [On Pulling]" in ours

@@ -121,6 +121,7 @@ def seconds_of_work():
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
+@pytest.mark.exhaustive
 def test_the_whole_way_with_poisoned_data(page):
     start, work = time.monotonic(), seconds_of_work()
     take(page, "poisoned")
