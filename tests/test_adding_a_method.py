@@ -143,6 +143,7 @@ def recipe(package: Path, **settings: object) -> str:
     return str(path)
 
 
+@pytest.mark.exhaustive
 def test_a_recipe_with_the_new_method_is_validated(package):
     with pytest.raises(AssertionError, match="unknown.*wieght|wieght.*weight"):
         run(package, "-m", "safe_trainer.cli", "train", recipe(package, wieght=1.0), "--dry-run")

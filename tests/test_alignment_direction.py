@@ -410,7 +410,7 @@ def test_direction_file_whose_parts_do_not_agree_is_refused(tmp_path):
         AlignmentDirection.load(tmp_path / "basis")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_models(tmp_path):
     """Two models of 350 MB in float32 within a few times their largest weight (8 MB) + 400 MB."""
     script = """

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import exhaustive_but
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "safe_trainer"
@@ -280,3 +281,26 @@ def test_size_rules_catch_long_files_and_functions():
 def test_unspeakable_catches_paths_and_registries():
     assert unspeakable("a.py", "open('/" + "work/x')") and unspeakable("a.md", "https://pypi" + ".org/simple")
     assert unspeakable("a.md", "see https://huggingface.co/home and ./work/x") == []
+
+
+# ---- no test is lost between `make test` and CI
+
+
+def test_ci_runs_every_test():
+    recipes = dict(re.findall(r"^(test\S*): \$\(DEVELOPING\)\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert recipes == {
+        "test": '$(PYTEST) -m "not exhaustive"',
+        "test-all": "$(PYTEST)",
+        "test-fast": '$(PYTEST) -m "not slow"',
+    }
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test-all"
+
+
+def test_what_is_exhaustive_is_slow_and_of_a_matrix_all_cases_are_there(request):
+    marks = [{mark.name for mark in item.iter_markers()} for item in request.session.items]
+    assert all("slow" in names for names in marks if "exhaustive" in names)
+    one, two = exhaustive_but([("a", 1)], [("a", 1), ("b", 2)])
+    assert (one.values, one.marks) == (("a", 1), ()) and two.values == ("b", 2)
+    assert [mark.name for mark in two.marks] == ["exhaustive"]
+    with pytest.raises(AssertionError, match="no such cases"):
+        exhaustive_but(["c"], ["a", "b"])

@@ -355,7 +355,7 @@ def measure_on(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_processes_take_the_directions_of_the_first(tmp_path: Path):
     mp.spawn(measure_on, (str(tmp_path),), nprocs=2)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))

@@ -198,7 +198,7 @@ def fill(folder: Path, pair: tuple[str, str], limit: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [10_000, 30_000], ids=["no room for weights", "no room for the optimizer"])
+@pytest.mark.parametrize("limit", exhaustive_but([10_000], [10_000, 30_000]))  # for weights, for the optimizer
 def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_to_go_on_from(limit, pair, tmp_path):
     assert in_a_process(fill, tmp_path, pair, limit) == 0
     told = (tmp_path / "told").read_text()

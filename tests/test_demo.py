@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from marks import exhaustive_but
 from rich.console import Console
 
 from safe_trainer import METHODS, testbed
@@ -93,7 +94,7 @@ def test_the_demo_shows_harmful_rows_benign_drift_and_identity_shift() -> None:
     assert [SCENARIOS[name].harmful for name in SHOWN] == [0.1, 0.0, 1.0] and SHOWN[-1] == "identity"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_seed_gives_one_result() -> None:
     logs = [fine_tune(SCENARIOS["attack"], variants()["asft"](), seed=3).log for _ in range(2)]
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
@@ -101,8 +102,8 @@ def test_one_seed_gives_one_result() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_workers_end_with_a_parent_that_is_interrupted_or_killed(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("how", exhaustive_but(["SIGKILL"], ["SIGINT", "SIGTERM", "SIGKILL"]))
+def test_workers_end_with_a_parent_that_is_interrupted_or_killed(tmp_path: Path, how: str) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"
@@ -117,7 +118,7 @@ def test_workers_end_with_a_parent_that_is_interrupted_or_killed(tmp_path: Path,
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
         pids = {int(parent.stdout.readline()) for _ in range(2)}
         time.sleep(0.5)
-        parent.send_signal(how)
+        parent.send_signal(signal.Signals[how])
         parent.wait(timeout=60)
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:

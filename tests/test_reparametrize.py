@@ -205,7 +205,7 @@ def train_sharded(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_factors_are_whole_in_every_state_dict_of_a_sharded_model(tmp_path: Path) -> None:
     mp.spawn(train_sharded, (str(tmp_path),), nprocs=2)
     sharded = torch.load(tmp_path / "0.pt")

@@ -191,7 +191,7 @@ def test_memory_of_scores_does_not_grow_with_what_they_hold():
     assert held == 10_000 and peak < 2e6  # 20 MB went through it
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_of_a_scan_does_not_grow_with_the_file(pair, tmp_path):
     path, peaks = tmp_path / "rows.jsonl", []
     for number in (10, 300, 550):  # the first also loads what is loaded once; 4 MB decide how a file is read

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from marks import exhaustive_but
 from runs import exact_settings, given, lora
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -368,11 +369,11 @@ NEVER = (Ask, -1, "on_step_begin", [])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(("number", "code"), exhaustive_but([("SIGINT", 130)], [("SIGINT", 130), ("SIGTERM", 143)]))
 def test_a_command_that_is_stopped_in_its_last_step_saves_and_compares_when_it_goes_on(number, code, tmp_path):
     whole, broken = recipe_of(tmp_path / "whole"), recipe_of(tmp_path / "broken")
     assert command(whole, NEVER)[0] == 0
-    found, told = command(broken, (Ask, 1, "on_optimizer_step", [number]))
+    found, told = command(broken, (Ask, 1, "on_optimizer_step", [signal.Signals[number]]))
     assert found == code, told
     assert "Traceback" not in told and "train(" not in told
     again = f"Resume with: safe-trainer train {broken} --resume"
@@ -399,7 +400,7 @@ class NoRoom(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_disk_behind_training_is_told_and_gone_on_from(tmp_path):
     recipe = recipe_of(tmp_path / "run")
     found, told = command(recipe, (NoRoom,))
@@ -412,7 +413,7 @@ def test_a_full_disk_behind_training_is_told_and_gone_on_from(tmp_path):
     assert found == 0 and (output / "comparison.json").exists(), told
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "recipe.yaml"])
 def test_what_stands_in_the_way_of_the_result_is_told(name, tmp_path):
     recipe = recipe_of(tmp_path / "run")
@@ -421,7 +422,7 @@ def test_what_stands_in_the_way_of_the_result_is_told(name, tmp_path):
     assert found == 1 and "could not be saved in" in told and "is intact. Free some space or make" in told, told
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_without_checkpoints_that_cannot_be_saved_says_so(tmp_path):
     recipe = recipe_of(tmp_path / "run")
     found, told = command(recipe, (NoRoom,), "--set", "training.save_strategy='no'")
