@@ -7,7 +7,6 @@ import logging
 
 import pytest
 import tiny
-from marks import exhaustive_but
 from runs import given, lora
 
 from safe_trainer import (
@@ -56,8 +55,8 @@ def test_the_model_s_own_harmful_rows_are_taken(bringing, tmp_path):
     trainer.train()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source", exhaustive_but(["folder"], ["folder", "memory"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("source", ["folder", "memory"])
 def test_a_model_that_brings_none_is_protected_with_built_in_rows(source, tmp_path):
     model = {"folder": tiny.save_pair(tmp_path)[0], "memory": tiny.model()}[source]
     arguments = given(tmp_path / "out", model=model, max_steps=1)  # in full, for a change
