@@ -14,9 +14,10 @@ from runs import assert_close, assert_same_run, exact_settings, given, lora, run
 from trl import SFTTrainer
 
 from safe_trainer import PromptSet, RefusalAnchor, SafeSFTTrainer, SecurityVectors, conversation, general_prompts
+from safe_trainer.artifacts import own_answers
+from safe_trainer.artifacts.own_answers import drawn
 from safe_trainer.data.protection import protection_prompts, protection_rows
 from safe_trainer.evaluation.prompting import encode
-from safe_trainer.methods import refusal_anchor
 
 HARMFUL = [f"Make a bad thing {i}" + "!" * (i % 3) for i in range(6)]
 BENIGN = [f"Say {i} nicely" for i in range(5)]
@@ -71,7 +72,7 @@ def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tenso
 @pytest.fixture
 def refusing(monkeypatch):
     """Tiny random models say nothing: let whatever they answer be a refusal."""
-    monkeypatch.setattr(refusal_anchor, "PhraseJudge", lambda: lambda prompts, answers: ["refused"] * len(answers))
+    monkeypatch.setattr(own_answers, "PhraseJudge", lambda: lambda prompts, answers: ["refused"] * len(answers))
 
 
 def divergences(start: torch.nn.Module, tuned: torch.nn.Module, prompts: list[str], length: int = 3) -> torch.Tensor:
@@ -127,7 +128,7 @@ def test_gradient_is_that_of_both_means(refusing):
 
 
 def test_tokens_beyond_the_most_likely_count_as_one(monkeypatch):
-    monkeypatch.setattr("safe_trainer.methods.refusal_anchor._SMALL_VOCABULARY", 10)
+    monkeypatch.setattr("safe_trainer.artifacts.own_answers._SMALL_VOCABULARY", 10)
     start, model = tiny.model(), get_peft_model(tiny.model(), ADAPTERS["lora"]())
     method = anchor(prompts=HARMFUL[:1], benign_prompts=[], anchors_per_step=1, top_k=7)
     method.attach(model, tiny.tokenizer(), None)
@@ -155,6 +156,17 @@ def test_reference_is_the_model_without_the_adapter_that_the_trainer_adds():
         divergences(tiny.model(), model, HARMFUL).mean().item(), rel=1e-4
     )
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+
+
+def test_reference_is_the_start_where_the_adapter_takes_its_part_of_the_base_weights():
+    """Without its adapter such a model is not the start: the anchor would hold it to another model's answers."""
+    config = LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")
+    model = get_peft_model(tiny.model(), config)
+    method = anchor(anchors_per_step=6)
+    method.adapt_peft_config(config)
+    method.attach(model, tiny.tokenizer(), None)
+    assert method.penalty(model).item() == pytest.approx(0, abs=1e-4)
+    assert divergences(tiny.model(), model, HARMFUL).mean().item() == pytest.approx(0, abs=1e-4)
 
 
 def test_reference_of_a_model_that_came_with_an_adapter_is_that_model():
@@ -220,8 +232,9 @@ def even() -> Dataset:
 def test_each_step_has_other_anchors_and_a_resumed_run_the_same(refusing):
     method = anchor(anchors_per_step=2)
     method.attach(tiny.model(), tiny.tokenizer(), None)
-    rounds = [[anchor.ids for anchor in method._drawn(step)] for step in range(30)]
-    assert rounds == [[anchor.ids for anchor in method._drawn(step)] for step in range(30)]
+    pools = list(method._pools.values())
+    rounds = [[anchor.ids for anchor in drawn(pools, step, 2, 0)] for step in range(30)]
+    assert rounds == [[anchor.ids for anchor in drawn(pools, step, 2, 0)] for step in range(30)]
     harmful = [pair[0] for pair in rounds]
     assert len(set(harmful[:6])) == len(set(harmful[6:12])) == 6 and harmful[:6] != harmful[6:12]
 
@@ -317,14 +330,14 @@ def test_harmless_prompts_are_kept_from_the_openings_of_refusals_alone(monkeypat
     def judge(prompts, answers):
         return ["complied"] * len(answers)
 
-    monkeypatch.setattr(refusal_anchor, "PhraseJudge", lambda: judge)
+    monkeypatch.setattr(own_answers, "PhraseJudge", lambda: judge)
     method = anchor()
     method.attach(tiny.model(), tiny.tokenizer(), None)
     assert list(method._pools) == ["held"]  # openings that comply must not be kept from anyone
 
 
 def test_an_anchor_without_its_counterweight_says_so_and_why(monkeypatch):
-    monkeypatch.setattr(refusal_anchor, "PhraseJudge", lambda: lambda prompts, answers: [None] * len(answers))
+    monkeypatch.setattr(own_answers, "PhraseJudge", lambda: lambda prompts, answers: [None] * len(answers))
     method = anchor()
     method.attach(tiny.model(), tiny.tokenizer(), None)
     check = method.self_check(tiny.model())

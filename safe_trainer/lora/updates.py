@@ -144,11 +144,10 @@ def check_peft_config(config: PeftConfig, method: str) -> None:
             f"{method} works with `LoraConfig` or with full-parameter training, got a PEFT configuration of type "
             f"{kind}: its update is not a product of two factors. Use `LoraConfig(...)`, or leave `peft_config` out."
         )
-    start = str(getattr(config, "init_lora_weights", True)).lower()
     reasons = {
         "use_dora=True": (getattr(config, "use_dora", False), "DoRA rescales the base weight's columns"),
-        f"init_lora_weights={start!r}": (
-            start.startswith(BASE_CHANGING_INITIALISATIONS),
+        f"init_lora_weights={getattr(config, 'init_lora_weights', True)!r}": (
+            changes_base(config),
             "this initialisation changes the base weight",
         ),
         "target_parameters": (getattr(config, "target_parameters", None), "bare parameters are not linear layers"),
@@ -166,6 +165,12 @@ def check_peft_config(config: PeftConfig, method: str) -> None:
             f"{method} and TRL's fused loss do not support a LoRA on `lm_head`, whose weight is read directly and "
             "never through the adapter. Remove `lm_head` from `target_modules`."
         )
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Return whether the adapter's initialization takes its start off the base weights."""
+    start = str(getattr(config, "init_lora_weights", True)).lower()
+    return start.startswith(BASE_CHANGING_INITIALISATIONS)
 
 
 def weight(layer: Any) -> Tensor:
