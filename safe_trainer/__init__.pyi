@@ -41,12 +41,14 @@ from .lora.io import compact_adapter as compact_adapter
 from .lora.loading import load_model as load_model
 from .methods import METHODS as METHODS
 from .methods import AsFT as AsFT
+from .methods import ConstrainedSFT as ConstrainedSFT
 from .methods import DriftPenalty as DriftPenalty
 from .methods import FormField as FormField
 from .methods import Materials as Materials
 from .methods import MethodCard as MethodCard
 from .methods import PenaltyMethod as PenaltyMethod
 from .methods import RefusalAnchor as RefusalAnchor
+from .methods import SafeGrad as SafeGrad
 from .methods import SafetyMethod as SafetyMethod
 from .methods import SaLoRA as SaLoRA
 from .methods import SecurityVectors as SecurityVectors

@@ -5,12 +5,12 @@ accelerate does the distributing. Here is what a method must know about it to wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -102,3 +102,25 @@ def from_first_process(value: T) -> T:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over all processes, in place; those that FSDP2 has averaged and split are left alone."""
+    if is_distributed():
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor):
+                dist.all_reduce(tensor)
+                tensor.div_(dist.get_world_size())
+
+
+def inner_product(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Return `Σ ⟨one, other⟩` in float32 over pairs of tensors, also where each process holds a shard of them."""
+    found = 0.0
+    split: dict[Any, Any] = {}
+    for one, other in zip(ones, others, strict=True):
+        product = (one.float() * other.float()).sum()
+        if isinstance(product, DTensor):  # a part of the sum in each process, added up once at the end
+            split[product.device_mesh] = split.get(product.device_mesh, 0) + product
+        else:
+            found += product.item()
+    return found + sum(total.full_tensor().item() for total in split.values())

@@ -165,8 +165,7 @@ class SafeSFTTrainer(SFTTrainer):
         """Return TRL's loss, plus the methods' penalties while training."""
         if not (self.safety_methods and self.model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        forward = self._weighted(model, inputs)
-        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(self._weighted(model), inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         for method in self.safety_methods:
             method.step = self.state.global_step
@@ -181,18 +180,20 @@ class SafeSFTTrainer(SFTTrainer):
             loss = loss + penalty / steps
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted(self, model: Any, inputs: Any) -> Callable[..., Any]:
+    def _weighted(self, model: Any) -> Callable[..., Any]:
         """Return the model, with each token's log-probability multiplied by its weight where methods give any."""
-        given = [method.token_weights(self.model, inputs) for method in self._overriding("token_weights")]
-        weights = [weight for weight in given if weight is not None]
-        if not weights:
+        methods = self._overriding("token_weights")
+        if not methods:
             return model
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            outputs = model(*args, **kwargs)
-            if (log_probs := getattr(outputs, "log_probs", None)) is not None:
-                for weight in weights:
-                    outputs.log_probs = outputs.log_probs * weight[:, 1:].to(log_probs.device)  # of the next token
+        def forward(**inputs: Any) -> Any:
+            outputs = model(**inputs)
+            if "labels" not in inputs:  # TRL asks for logits, not for the loss
+                return outputs
+            log_probs = outputs.log_probs.detach()
+            for method in methods:
+                if (weights := method.token_weights(self.model, inputs, log_probs)) is not None:
+                    outputs.log_probs = outputs.log_probs * weights.detach().to(log_probs.device)
             return outputs
 
         return forward

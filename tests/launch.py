@@ -75,6 +75,9 @@ def methods(folder: Path) -> dict[str, Callable[[], Any]]:
         "security_vectors": vectors,
         "security_vectors: loaded": lambda: METHODS["security_vectors"](TrainedVectors.load(folder / "vectors")),
         "refusal_anchor": lambda: METHODS["refusal_anchor"](refused, ["Say it nicely", "Say 2"], weight=5.0),
+        "constrained_sft": lambda: METHODS["constrained_sft"](),
+        "safe_grad": lambda: METHODS["safe_grad"](refused, rho=5.0),
+        "safe_grad: trust region": lambda: METHODS["safe_grad"](refused, rule="trust_region", max_step_size=0.5),
         "recommended": lambda: [vectors(), made["refusal_anchor"]()],
         "all": lambda: [made["asft"](), made["salora"](), vectors()],
     }
@@ -123,7 +126,7 @@ def held(methods: list[Any]) -> dict[str, Any]:
                 collect(f"{name}.{number}", entry)
 
     for method in methods:
-        for attribute in ("_operators", "_spans", "_bases", "_moments", "_factors", "_pools"):
+        for attribute in ("_operators", "_spans", "_bases", "_moments", "_factors", "_pools", "_answers"):
             collect(f"{method.tag}{attribute}", getattr(method, attribute, None))
     return found
 

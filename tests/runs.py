@@ -74,6 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "salora": {"rank": 4, "task_rank": 4},
     "security_vectors": {"fitting": SHORT},
     "refusal_anchor": {"answer_tokens": 3},
+    "safe_grad": {"answer_tokens": 3},
     "drift_penalty": {"rank": 8},
 }
 

@@ -39,20 +39,26 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = ["all", "recommended"]
-EVERYWHERE = ["none", "asft", "salora", "salora: both sides", "drift_penalty", "refusal_anchor", "security_vectors"]
+EVERYWHERE = [
+    *("none", "asft", "salora", "salora: both sides", "drift_penalty", "refusal_anchor", "security_vectors"),
+    "constrained_sft",
+]
+GRADIENTS = ["safe_grad", "safe_grad: trust region"]
+KEEP_NOTHING = ["none", "constrained_sft"]  # no tensor of their own
 AGAIN = ["all", "recommended", "drift_penalty", "asft: full"]  # what is resumed
 OTHERWISE = [f"recommended, {CLIPPED}", *(f"{name}, {way}" for name in AGAIN for way in (ADAM, RESUMED))]
 # What is run under each strategy, and with which words the rest is refused.
 RUNS = {
     "ddp": [
         *EVERYWHERE,
+        *GRADIENTS,
         "asft: full",
         "security_vectors: loaded",
         *TOGETHER,
         *OTHERWISE,
     ],
     f"ddp: {NF4}": [*TOGETHER, "none"],
-    "fsdp2": [*EVERYWHERE, "asft: full", "security_vectors: loaded", *TOGETHER, *OTHERWISE],
+    "fsdp2": [*EVERYWHERE, *GRADIENTS, "asft: full", "security_vectors: loaded", *TOGETHER, *OTHERWISE],
     "fsdp2: first loads": ["asft", "asft: full", "security_vectors: loaded"],
     "zero2": [
         *EVERYWHERE,
@@ -71,7 +77,7 @@ RUNS = {
     f"zero3: {SHIPPED}": ["security_vectors: loaded"],
 }
 KEPT = {"ddp": ["all", *(f"recommended{way}" for way in ("", f", {ADAM}", f", {RESUMED}"))], "fsdp2": ["recommended"]}
-METHODS = [*EVERYWHERE[1:], "security_vectors: loaded"]
+METHODS = [*EVERYWHERE[1:], *GRADIENTS, "security_vectors: loaded"]
 SPLIT = "Load the complete model, and use DDP, FSDP2 or ZeRO-2"
 AT_HAND = "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2"
 BEFOREHAND = "Fit them beforehand with `safe-trainer vectors`"
@@ -80,16 +86,17 @@ REFUSED = {
     "fsdp2: first loads": {
         "salora": AT_HAND,
         "drift_penalty": AT_HAND,
-        "refusal_anchor": AT_HAND,
+        **dict.fromkeys(("refusal_anchor", "constrained_sft", "safe_grad"), AT_HAND),
         "security_vectors": BEFOREHAND,
     },
     "fsdp2: in pieces": dict.fromkeys(METHODS, "Set `fsdp_state_dict_type: FULL_STATE_DICT`"),
     "tensor": dict.fromkeys(METHODS, SPLIT),
+    "zero2": {"safe_grad": "Use DDP or FSDP2"},
     "zero3": {
         "asft": "Use FSDP2 or ZeRO-2",
         "salora": AT_HAND,
         "drift_penalty": AT_HAND,
-        "refusal_anchor": AT_HAND,
+        **dict.fromkeys(("refusal_anchor", "constrained_sft", "safe_grad"), AT_HAND),
         "security_vectors": BEFOREHAND,
     },
 }
@@ -265,7 +272,7 @@ def test_our_files_for_the_launcher_train_in_bfloat16_as_one_process_does(strate
     assert (mine - other).norm() < 0.05 * other.norm()
 
 
-@pytest.mark.parametrize(("strategy", "name"), chosen([p for p in pairs(RUNS) if p[1] != "none"]))
+@pytest.mark.parametrize(("strategy", "name"), chosen([p for p in pairs(RUNS) if p[1] not in KEEP_NOTHING]))
 def test_every_process_holds_the_same_directions_to_the_last_bit(strategy, name, spread):
     place = spread(strategy)
     one, other = (load_file(place.of(strategy, name) / f"{rank}.safetensors") for rank in range(2))
@@ -512,6 +519,8 @@ NAMES = {
     "`SaLoRA`": "salora",
     "`DriftPenalty`": "drift_penalty",
     "`RefusalAnchor`": "refusal_anchor",
+    "`ConstrainedSFT`": "constrained_sft",
+    "`SafeGrad`": "safe_grad",
     "`SecurityVectors`, fitted beforehand": "security_vectors: loaded",
     "`SecurityVectors`, fitted in the run": "security_vectors",
 }

@@ -53,12 +53,13 @@ class Upweight(SafetyMethod):
 
     name: ClassVar[str] = "Upweight"
     weights: tuple[float, ...] = (1.0,)
-    seen: list[torch.Size] = field(default_factory=list)
 
-    def token_weights(self, model, inputs):
-        self.seen.append(inputs["labels"].shape)
+    def token_weights(self, model, inputs, log_probs):
+        assert not log_probs.requires_grad
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).log_probs, log_probs)
         length = inputs["labels"].shape[1]
-        return torch.tensor(self.weights).repeat(length)[:length].expand(inputs["labels"].shape)
+        return torch.tensor(self.weights).repeat(length)[1:length].expand(log_probs.shape)
 
 
 def test_token_weights_of_one_change_nothing_and_of_two_double_the_step(tmp_path):

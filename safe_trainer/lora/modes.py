@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import nn
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module, *, freeze: bool = False) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, *, freeze: bool = False, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Put a model into evaluation mode; afterwards each module is back in the mode that it had.
 
-    With `freeze=True` (default `False`) no parameter requires a gradient meanwhile.
+    With `freeze=True` (default `False`) no parameter requires a gradient meanwhile. Modules listed in `but` keep their
+    mode.
     """
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in model.modules() if module.training and module not in but]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     try:
         for module in training:  # one by one, since part of a model may be in evaluation mode on purpose

@@ -2,8 +2,10 @@
 
 from .asft import AsFT
 from .base import FormField, Materials, MethodCard, Paper, PenaltyMethod, SafetyMethod, SelfCheck
+from .constrained_sft import ConstrainedSFT
 from .drift_penalty import DriftPenalty
 from .refusal_anchor import RefusalAnchor
+from .safe_grad import SafeGrad
 from .salora import SaLoRA
 from .security_vectors import SecurityVectors
 
@@ -13,11 +15,14 @@ METHODS: dict[str, type[SafetyMethod]] = {
     "security_vectors": SecurityVectors,
     "refusal_anchor": RefusalAnchor,
     "drift_penalty": DriftPenalty,
+    "constrained_sft": ConstrainedSFT,
+    "safe_grad": SafeGrad,
 }
 
 __all__ = [
     "METHODS",
     "AsFT",
+    "ConstrainedSFT",
     "DriftPenalty",
     "FormField",
     "Materials",
@@ -25,6 +30,7 @@ __all__ = [
     "Paper",
     "PenaltyMethod",
     "RefusalAnchor",
+    "SafeGrad",
     "SaLoRA",
     "SafetyMethod",
     "SecurityVectors",

@@ -95,7 +95,7 @@ class SafetyMethod:
     | `check_strategy` | when the distributed strategy is known |
     | `attach`, then `self_check` | right after the model is wrapped, before any optimizer exists |
     | `training` | around `train()` |
-    | `token_weights` | for every micro-batch, before the loss |
+    | `token_weights` | for every micro-batch, between the forward pass and the loss |
     | `penalty` | for every micro-batch, after the loss |
     | `after_backward` | once per optimizer step, before gradients are clipped |
     | `diagnostics` | once, when `train()` has ended well |
@@ -203,16 +203,19 @@ class SafetyMethod:
         """Surround `train()`; undo on leaving whatever was done on entering, also after an exception."""
         yield
 
-    def token_weights(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    def token_weights(self, model: nn.Module, inputs: Mapping[str, Any], log_probs: Tensor) -> Tensor | None:
         """Return the weight of each token in the loss, or `None` to leave the loss alone.
 
         Args:
             model (`PreTrainedModel` or `PeftModel`): The model in training.
-            inputs (`Mapping[str, Any]`): The micro-batch.
+            inputs (`Mapping[str, Any]`): The micro-batch with its `labels` (batch, tokens), as the model was called
+                with it: `model(**inputs).log_probs` are those of the model in another state.
+            log_probs (`torch.Tensor`): The model's log-probabilities of all tokens but the first, (batch, tokens - 1),
+                without a gradient; 0 where `labels` are -100.
 
         Returns:
-            `torch.Tensor` or `None`: Weights in the shape of `labels` (batch, tokens), each of the token at its place
-            as a target. Those of several methods are multiplied. The loss is divided by the number of tokens.
+            `torch.Tensor` or `None`: Weights in the shape of `log_probs`; no gradient passes through them. Those of
+            several methods are multiplied. The loss is divided by the number of tokens, whatever their weights.
         """
         return None
 
