@@ -141,7 +141,7 @@ class ConstrainedSFT(SafetyMethod):
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Measure how long answers are, and how likely the start model finds their openings, on rows drawn."""
-        drawn = {"argument": "train_dataset", "samples": _ROWS, "max_length": sys.maxsize}
+        drawn: dict[str, Any] = {"argument": "train_dataset", "samples": _ROWS, "max_length": sys.maxsize}
         rows = calibration.examples_from(train_dataset, tokenizer, **drawn)
         self._lengths = [length for row in rows for length in _lengths(row)]
         self._without_prompt = fmean(row.is_answer[0] for row in rows)
