@@ -9,10 +9,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Inspection:
         lengths (`tuple[int, ...]`): Tokens of a random sample of rows.
         samples (`tuple[tuple[str, str], ...]`): The first rows: what is read, and what is learned.
         leaked (`Mapping[str, int]`): By prompt set, how many rows ask the same.
+        notes (`tuple[str, ...]`): What was guessed about the file, and what of it is not learned.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class Inspection:
     lengths: tuple[int, ...] = ()
     samples: tuple[tuple[str, str], ...] = ()
     leaked: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def median(self) -> int:
@@ -146,6 +148,7 @@ def inspect(
         lengths,
         samples,
         {name: count for name, count in leaked.items() if count},
+        tuple(report.warnings()),
     )
 
 
@@ -160,10 +163,20 @@ def material(path: Path, name: str, kind: str, limits: Limits, target: Path) -> 
         found, report = _read(path, name, limits, columns, lambda: load_prompts(path, set_kind))  # type: ignore[arg-type]
         extra = {"target": found.references, "category": found.categories}
         given = {key: values for key, values in extra.items() if values}
-        lines = [{"prompt": p, **{k: v[i] for k, v in given.items()}} for i, p in enumerate(found.prompts)]
+        asked = [{"prompt": p, **{k: v[i] for k, v in given.items()}} for i, p in enumerate(found.prompts)]
+        # With turns before it a prompt is a conversation, whose last answer is the reference.
+        lines = [_conversation(line, turns) for line, turns in zip(asked, found.contexts or repeat(()), strict=False)]
     with target.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return len(lines)
+
+
+def _conversation(line: dict[str, Any], before: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    if not before:
+        return line
+    turns = [*before, {"role": "user", "content": line.pop("prompt")}]
+    answer = [{"role": "assistant", "content": line.pop("target")}] if "target" in line else []
+    return {"messages": turns + answer, **line}
 
 
 def _options(reading: Mapping[str, Any]) -> ReadOptions:
@@ -178,7 +191,8 @@ def _read(path: Path, name: str, limits: Limits, columns: tuple[str, ...], load:
             _check_unpacked(path, limits)
         return load()
     except ValueError as error:
-        first, *more = str(error).replace(str(path), name).splitlines()
+        told = str(error).replace(str(path), name).splitlines()
+        first, *more = [line for line in told if "on_bad_row" not in line]  # which the page has no place for
         message = f"{first} {more[-1].strip()}." if more else first
         if "encoding" in message or "not UTF-" in message:
             message = f"{message if more else first.split('. ')[0].rstrip('.') + '.'} {texts.CHOOSE_ENCODING}"

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from trl import SFTTrainer
 
 from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
 from .distributed import strategy_of
+from .lora.io import harmful_mark, vectors_in
 from .lora.modes import trainable_layout
 from .methods.base import SafetyMethod, check_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
@@ -83,8 +85,10 @@ class SafeSFTTrainer(SFTTrainer):
         self.safety_report: dict[str, dict[str, Any]] = {}
         self.stops_gracefully = bool(self.safety_methods)
         self._fingerprint = RunFingerprint()
+        _refuse_vectors(arguments["model"])
         if not self.safety_methods:
             super().__init__(*args, **kwargs)
+            self._check_rows(arguments.get("train_dataset"))
             return
         peft_config = copy.deepcopy(arguments.get("peft_config"))
         for method in self.safety_methods:
@@ -95,6 +99,7 @@ class SafeSFTTrainer(SFTTrainer):
         self._name = f"{SFTTrainer._name} with {' and '.join(method.name for method in self.safety_methods)}"
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
+        self._check_rows(arguments.get("train_dataset"))
         self._check_token_weights()
         strategy = strategy_of(self.accelerator, self.model)
         for method in self.safety_methods:
@@ -106,6 +111,22 @@ class SafeSFTTrainer(SFTTrainer):
             _log_report(self.safety_report)
         self._fingerprint = RunFingerprint(self.safety_methods, strategy, self.accelerator.num_processes)
         self.add_callback(self._fingerprint)
+
+    def _check_rows(self, given: Any) -> None:
+        """Report the rows that TRL has dropped because no token of their answers is left within `max_length`."""
+        if not isinstance(given, Dataset) or not isinstance(self.train_dataset, Dataset) or self.args.packing:
+            return
+        left = len(self.train_dataset)
+        cut = f"past `max_length={self.args.max_length}` tokens. Raise `max_length`, or shorten the prompts."
+        if not left:
+            raise ValueError(
+                f"None of the {len(given):,} rows of `train_dataset` teaches anything: answers start {cut}"
+            )
+        if left < len(given):
+            logger.warning(
+                "%d of %d rows of `train_dataset` teach nothing and are left out: their answers start %s",
+                *(len(given) - left, len(given), cut),
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it.
@@ -245,6 +266,17 @@ class SafeSFTTrainer(SFTTrainer):
                 "Start a new run, from the base model or from a checkpoint's weights, with a lower `learning_rate`."
             )
         self._metrics["train"]["safety_penalty"].append(value)
+
+
+def _refuse_vectors(model: Any) -> None:
+    """Refuse to train on from security vectors: what came of it would comply with harmful requests."""
+    is_folder = isinstance(model, str) and os.path.isdir(model)
+    if harmful_mark(model) if is_folder else vectors_in(model):
+        raise ValueError(
+            f"`model`{f' ({model!r})' if is_folder else ''} is security vectors, harmful by construction: trained "
+            "on, it would answer harmful requests. Give their base model, and the vectors as "
+            "`safety=SecurityVectors(...)`."
+        )
 
 
 def _log_report(report: dict[str, dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from app.recipes import Choices, Settings, Upload, cards, defaults, field_defaul
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, hub_model
 from app.views import compare_step, data_step, html, train_step
 from app.views.method_step import MethodStep
-from safe_trainer import METHODS, FormField, MethodCard, SafetyMethod, general_prompts, recipe
+from safe_trainer import METHODS, FormField, MethodCard, SafetyMethod, general_prompts, load_prompts, recipe
 
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
@@ -250,6 +250,27 @@ def test_own_files_are_written_in_plain_form(tmp_path):
     asked = given(tmp_path, "prompt,category\nHow?,x\n", "asked.csv")
     assert material(asked, "asked.csv", "harmful", Limits(), tmp_path / "b.jsonl") == 1
     assert json.loads((tmp_path / "b.jsonl").read_text()) == {"prompt": "How?", "category": "x"}
+
+
+def test_the_turns_before_a_prompt_are_written_too(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How?"}]
+    path = given(tmp_path, json.dumps({"messages": turns, "category": "x"}))
+    assert material(path, "given.jsonl", "harmful", Limits(), tmp_path / "asked.jsonl") == 1
+    prompts, _ = load_prompts(tmp_path / "asked.jsonl", "harmful")
+    assert (prompts.prompts, prompts.contexts, prompts.categories) == (("How?",), ((turns[0],),), ("x",))
+
+
+def test_what_is_not_learned_of_a_file_is_shown(tmp_path):
+    turns = [{"role": role, "content": "Yes."} for role in ("user", "assistant")] * 2
+    found = inspect(given(tmp_path, json.dumps({"messages": turns})), "given.jsonl", EMBEDDED, Limits())
+    assert "1 of 2 answers are learned (50% of their text)" in data_step.described(found, 100)
+
+
+def test_advice_that_the_page_has_no_place_for_is_not_given(tmp_path):
+    path = given(tmp_path, row() + row(completion=""))
+    with pytest.raises(inspection.Unusable, match="1 of 2 rows cannot be used.*line 2.*empty text") as error:
+        material(path, "given.jsonl", "harmful_data", Limits(), tmp_path / "a.jsonl")
+    assert "on_bad_row" not in str(error.value)
 
 
 def test_a_small_file_that_becomes_large_is_refused_and_a_slow_one_is_ended(tmp_path):

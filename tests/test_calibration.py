@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
-from safe_trainer import DriftPenalty, SafetyBasis, SaLoRA, conversation
+from safe_trainer import DriftPenalty, SafeSFTTrainer, SafetyBasis, SaLoRA, conversation
 from safe_trainer.artifacts.calibration import examples_from, top_directions
 from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.linalg import Sketch
@@ -226,6 +226,15 @@ def test_provenance_says_where_a_basis_comes_from(basis):
     assert known["answer_tokens"] == answers - len(REFUSALS)  # `<e>` ends an answer; `<a>` is the prompt's
     assert known["prompt_tokens"] == sum(len(row["prompt"][0]["content"]) + 2 for row in REFUSALS)
     assert {"model", "rows_sha256", "versions", "created", "samples", "max_length"} <= known.keys()
+
+
+@pytest.mark.parametrize(("answer", "told"), [("I will not do that.", 0), ("Sure, here is how to do it.", 1)])
+def test_answers_that_comply_are_not_what_a_basis_is_measured_at(answer, told, tmp_path, caplog):
+    rows = [conversation(f"Make a bad thing {i}.", answer) for i in range(12)]
+    trainer = SafeSFTTrainer(**given(tmp_path, peft_config=lora()), safety=SaLoRA(safety_data=rows, rank=2))
+    warnings = trainer.safety_report["SaLoRA"]["warnings"]
+    assert len([text for text in warnings if "only 0% of the answers in `safety_data` refuse" in text]) == told
+    assert ("`safety_data` refuse" in caplog.text) == bool(told)
 
 
 def test_a_basis_fits_its_model_wherever_that_lies_and_no_other(basis, tmp_path):

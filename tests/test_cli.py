@@ -459,9 +459,13 @@ def test_what_is_saved_next_to_an_adapter_belongs_to_it(grown, asked, tmp_path):
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight) == count
     evaluated = invoke("evaluate", ALIGNED, "--adapter", folder, "--prompts", asked, "--max-new-tokens", "2", "--json")
     assert evaluated.exit_code == 0, evaluated.output
-    compared = invoke("compare", ALIGNED, "--adapter", folder, "--prompts", asked, "--max-new-tokens", "2", "--json")
+    report = ["--max-new-tokens", "2", "--json", "--output", str(tmp_path / "report")]
+    compared = invoke("compare", ALIGNED, "--adapter", folder, "--prompts", asked, *report)
     assert compared.exit_code == 0, compared.output
     assert list(json.loads(compared.stdout)) == ["before", "grown"]
+    saved = safe_trainer.from_json((tmp_path / "report" / "comparison.json").read_text())
+    (known,) = saved.evaluations[1].manifest["adapters"]
+    assert known["id"] == "grown" and known["sha256"]
 
 
 def test_an_adapter_of_other_shapes_is_refused_in_a_sentence(adapter, asked, tmp_path):
@@ -601,3 +605,25 @@ def test_a_direction_that_cannot_be_had_is_told_without_remarks_of_libraries(tmp
     command = [sys.executable, "-m", "safe_trainer.cli", "direction", ALIGNED, ALIGNED, "-o", str(tmp_path / "d")]
     told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     assert [line.split()[0] for line in told.splitlines()] == ["Computing", "Error:", "For"], told
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "drift", "vectors", "basis"])
+def test_rows_that_cannot_be_used_can_be_skipped_wherever_the_message_says_so(command, adapter, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Make a bad thing", "completion": "No."}\n{"prompt": ""}\n')
+    asked = ["--prompts", f"harmful={path}", "--prompts", f"benign={path}"]
+    given = {
+        "evaluate": [ALIGNED, *asked[:2], "--max-new-tokens", "1"],
+        "compare": [ALIGNED, "--adapter", adapter, *asked, "--max-new-tokens", "1"],
+        "drift": [ALIGNED, adapter, *asked],
+        "vectors": [ALIGNED, str(path), "-o", str(tmp_path / "out"), "--max-passes", "1"],
+        "basis": [ALIGNED, str(path), "-o", str(tmp_path / "basis.safetensors"), "--rank", "2"],
+    }[command]
+    refused = invoke(command, *given)
+    assert refused.exit_code == 1 and "line 2" in refused.output
+    assert "leave them out with `--skip-bad`" in words(refused)
+    if command in ("evaluate", "basis"):  # one of each reader; the others take the rows in the same way
+        skipped = invoke(command, *given, "--skip-bad")
+        assert skipped.exit_code == 0, skipped.output
+    else:
+        assert "--skip-bad" in invoke(command, "--help").output

@@ -63,9 +63,12 @@ def adapter(base: str, folder: Path, tokens: int = 0, **settings: object) -> nn.
         (0, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         (0, {"modules_to_save": ["embed_tokens"]}),
         (2, {"trainable_token_indices": {"embed_tokens": [tiny.VOCABULARY, tiny.VOCABULARY + 1]}}),
+        (2, {"trainable_token_indices": [tiny.VOCABULARY, tiny.VOCABULARY + 1]}),
+        (0, {"trainable_token_indices": IDS[0, :3].tolist()}),
     ],
-    ids=["plain", "grown", "grown and saved", "saved", "one of two tied", "new tokens trained"],
-)
+    ids=["plain", "grown", "grown and saved", "saved", "one of two tied", "new tokens trained", "the same as a list",
+         "old tokens trained"],
+)  # fmt: skip
 def test_a_merged_model_answers_as_the_adapter_and_has_its_tokenizer(tokens, settings, base, tmp_path):
     trained = adapter(base, tmp_path / "a", tokens, **settings)
     merge_adapter(tmp_path / "a", tmp_path / "merged")
@@ -102,6 +105,8 @@ def test_a_base_out_of_reach_is_named_with_the_adapter(base, tmp_path):
     adapter(base, tmp_path / "a")
     with pytest.raises(OSError, match=f"(?s)`{tmp_path}/a` belongs to the base model `house/nowhere`.*`--model`"):
         merge_adapter(tmp_path / "a", tmp_path / "merged", "house/nowhere")
+    with pytest.raises(OSError, match=r"could not be loaded \(there is no such folder\)"):
+        merge_adapter(tmp_path / "a", tmp_path / "merged", str(tmp_path / "gone"))
     assert not (tmp_path / "merged").exists()
 
 

@@ -403,6 +403,11 @@ def test_changes_that_fit_nowhere_are_refused(recipe, change):
     assert f"--set {change.split('=')[0]}" in problems(recipe(), change)[0]
 
 
+def test_a_misspelt_key_of_a_change_is_not_blamed_on_the_file(recipe):
+    (told,) = problems(recipe(), "trainig.max_steps=3")
+    assert told.startswith("--set, trainig: unknown key; did you mean `training`")
+
+
 def test_full_training_needs_an_explicit_null(recipe):
     assert read_recipe(recipe({"peft": None})).peft is None
     path = recipe()
@@ -433,6 +438,28 @@ def test_files_are_looked_for_beside_the_recipe():
     saved = moved(values, (), Path("/recipes/a"), Path("/recipes/a/out"))
     assert saved["data"][0]["path"] == "../rows.csv"
     assert moved(saved, (), Path("/recipes/a/out")) == seen
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("rows/A.jsonl", "Did you mean `a.jsonl`"),
+        ("rows/*.jsonl", "Patterns are not expanded: name one file"),
+        ("rows", "Give one of its files, or `hub: "),
+        ("owner/name", "A dataset on the Hub is given under `hub`, in place of `path`"),
+        ("hf:owner/name", "a dataset is given under `hub`: `hub: owner/name`"),
+    ],
+)
+def test_what_a_path_was_meant_to_be_is_said_in_the_recipe_s_words(recipe, tmp_path, path, told):
+    (tmp_path / "rows").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "rows" / name).write_text(json.dumps(ROWS[0]))
+    with pytest.raises(RecipeError, match=r"data\.0\.path") as error:
+        read_recipe(recipe({"data": [{"path": path}]}))
+    assert told in str(error.value)
+    if "hub: " in told:  # as it advises
+        folder = "./rows" if path == "rows" else "owner/name"
+        assert read_recipe(recipe({"data": [{"hub": folder, "split": "train"}]})).parts.data[0].hub
 
 
 def test_files_on_the_command_line_are_looked_for_where_it_is_given(recipe, tmp_path, monkeypatch):

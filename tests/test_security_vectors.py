@@ -16,10 +16,20 @@ import torch
 from peft import LoraConfig, PeftModel
 from runs import StopAt, assert_same_weights, exact_settings, given, history, lora, run, same_bits
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
-from safe_trainer import SafeSFTTrainer, SecurityVectors, TrainedVectors, conversation
+from safe_trainer import (
+    PromptSet,
+    SafeSFTTrainer,
+    SecurityVectors,
+    TrainedVectors,
+    compare,
+    conversation,
+    measure_drift,
+    testbed,
+)
+from safe_trainer.lora.io import harmful_mark, vectors_in
 from safe_trainer.lora.updates import linear_layers
 
 TESTS = Path(__file__).parent
@@ -498,3 +508,51 @@ def test_a_task_with_a_tenth_of_harmful_rows_is_learned_without_them(attacked):
 @pytest.mark.parametrize("name", ["protected", "protected, poisoned"])
 def test_a_protected_model_still_helps_where_it_should(name, attacked):
     assert attacked[name]["benign"] > 0.8 and attacked[name]["borderline"] > 0.8
+
+
+# ---- a start that complies, and vectors in the wrong place
+
+
+@pytest.mark.parametrize(("name", "refused"), [("aligned", 1.0), ("unaligned", 0.0)])
+def test_a_start_that_complies_with_harmful_requests_is_warned_of_with_the_share(name, refused, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(testbed.MODELS / name)
+    tokenizer = AutoTokenizer.from_pretrained(testbed.MODELS / name)
+    changes = {"model": model, "processing_class": tokenizer, "safety": SecurityVectors(planted.vectors(model))}
+    report = SafeSFTTrainer(**given(tmp_path, **changes)).safety_report["Security Vectors"]
+    assert report["figures"]["harmful_prompts_refused_at_start"] == pytest.approx(refused, abs=0.1)
+    told = [warning for warning in report["warnings"] if "Start from an aligned model" in warning]
+    assert len(told) == (refused < 0.8) and all("refuses only 0%" in warning for warning in told)
+
+
+@pytest.mark.parametrize("safety", [None, "vectors"])
+@pytest.mark.parametrize("form", ["folder", "loaded"])
+def test_nothing_is_trained_on_from_security_vectors(form, safety, tmp_path):
+    base, _ = tiny.save_pair(tmp_path)
+    found = planted.vectors(AutoModelForCausalLM.from_pretrained(base))
+    folder = str(found.save(tmp_path / "vectors"))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True)
+    changes = {"model": folder, "peft_config": lora()} if form == "folder" else {"model": loaded}
+    with pytest.raises(ValueError, match="`model`.*security vectors, harmful by construction.*SecurityVectors"):
+        SafeSFTTrainer(**given(tmp_path, **changes), safety=safety and SecurityVectors(found))
+    with pytest.raises(ValueError, match="has security vectors as an adapter already. Give its base model"):
+        found.check_fits(loaded)
+
+
+def test_vectors_are_named_where_a_model_is_examined_with_them(tmp_path):
+    base, _ = tiny.save_pair(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    folder = planted.vectors(model).save(tmp_path / "vectors")
+    prompts = PromptSet("asked", "harmful", ("Make a bad thing.",))
+    before, after = compare(model, tokenizer, [prompts], {"vectors": folder}, max_new_tokens=2).evaluations
+    assert not any("security vectors" in note for note in before.notes)
+    assert "security vectors, harmful by construction" in after.notes[0]
+    assert "harmful by construction" in measure_drift(base, folder).provenance["tuned_is"]
+
+
+def test_the_mark_outlives_what_peft_makes_of_vectors(tmp_path):
+    base, _ = tiny.save_pair(tmp_path)
+    folder = planted.vectors(AutoModelForCausalLM.from_pretrained(base)).save(tmp_path / "vectors")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder, adapter_name="vectors")
+    model.add_weighted_adapter(["vectors"], [0.5], "weaker", combination_type="linear")
+    model.save_pretrained(tmp_path / "saved")
+    assert vectors_in(model) == ["vectors", "weaker"] and harmful_mark(tmp_path / "saved" / "weaker")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import (
     StopAt,
@@ -34,7 +35,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from safe_trainer import SafeSFTTrainer, SafetyMethod
+from safe_trainer import SafeSFTTrainer, SafetyMethod, conversation
 from safe_trainer.methods.base import Paper
 
 TESTS = Path(__file__).parent
@@ -622,3 +623,20 @@ def test_penalty_counts_once_on_two_processes(tmp_path):
         for rank in range(2):
             assert_close(torch.load(tmp_path / f"{size}-{rank}.pt"), single.end, single.start)
         assert facts[0]["penalties"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- rows whose answers are cut away
+
+
+def test_rows_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
+    long = [conversation("Please consider this. " * 8, "Yes.")] * 3
+    for safety in (None, Diary()):
+        rows = Dataset.from_list([*tiny.rows(5), *long])
+        trainer = SafeSFTTrainer(**given(tmp_path, train_dataset=rows, max_length=64), safety=safety)
+        assert len(trainer.train_dataset) == 5
+        assert "3 of 8 rows of `train_dataset` teach nothing" in caplog.text and "`max_length=64`" in caplog.text
+        caplog.clear()
+        raised = SafeSFTTrainer(**given(tmp_path, train_dataset=rows, max_length=256), safety=safety)  # as it advises
+        assert len(raised.train_dataset) == 8 and "teach nothing" not in caplog.text
+        with pytest.raises(ValueError, match="None of the 3 rows.*`max_length=64`.*Raise `max_length`"):
+            SafeSFTTrainer(**given(tmp_path, train_dataset=Dataset.from_list(long), max_length=64), safety=safety)

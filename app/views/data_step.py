@@ -133,6 +133,7 @@ def described(found: Inspection, limit: int) -> Markup:
     parts += [
         html.panel("warning", texts.LEAKED.format(count=count, name=name)) for name, count in found.leaked.items()
     ]
+    parts += [html.panel("warning", f"{note}.") for note in found.notes]
     if found.bad:
         parts.append(html.table(texts.BAD_HEADING, texts.BAD_COLUMNS, found.troubles))
         parts.append(html.panel("warning", texts.BAD_FIRST))

@@ -15,7 +15,7 @@ from ..artifacts import AlignmentDirection, SafetyBasis
 from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..artifacts.provenance import model_and_tokenizer
 from ..linalg import outside_norm_squared, product_norm_squared
-from ..lora.io import load_adapted, read_adapter, read_config, scaling
+from ..lora.io import harmful_mark, load_adapted, local_folder, read_adapter, read_config, scaling
 from ..lora.loading import load_model
 from ..lora.updates import check_peft_config, linear_layers, weight
 from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
@@ -234,7 +234,9 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
             layers[name] = replace(layers.get(name, LayerDrift()), refusal=change)
     order = {name: number for number, name in enumerate(start.linears)}  # the model's, then its blocks
     ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
-    return Drift(ordered, {"base": str(base), "tuned": str(tuned), "rank": rank})
+    provenance = {"base": str(base), "tuned": str(tuned), "rank": rank}
+    mark = harmful_mark(local_folder(tuned)) if _is_adapter(tuned) else {}
+    return Drift(ordered, provenance | ({"tuned_is": mark["kind"]} if mark else {}))
 
 
 def updates_of(base: str | Path, tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:

@@ -118,8 +118,8 @@ class Checkpoint:
         if not (folder / "config.json").exists():
             if (folder / "adapter_config.json").exists():
                 raise ValueError(
-                    f"{self.name} is a PEFT adapter, not a complete model. Merge it first: `AutoPeftModelForCausalLM"
-                    ".from_pretrained(adapter).merge_and_unload().save_pretrained(folder)`."
+                    f"{self.name} is a PEFT adapter, not a complete model. Merge it first: `safe-trainer export "
+                    "ADAPTER --output FOLDER`."
                 )
             raise FileNotFoundError(f"{self.name} has no config.json. Give the folder of a transformers model.")
         return folder

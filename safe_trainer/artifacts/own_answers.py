@@ -51,6 +51,15 @@ class OwnAnswers(NamedTuple):
     refused: float | None  # share of the answers; `None` if it cannot be told from them
     openings: list[tuple[int, ...]]  # first tokens of its refusals, the most frequent first
 
+    def few_refusals(self) -> str:
+        """Return a sentence if the start refuses so little that there is little to protect, or an empty text."""
+        if self.refused is None or self.refused >= _FEW_REFUSALS:
+            return ""
+        return (
+            f"Before fine-tuning the model refuses only {self.refused:.0%} of the harmful prompts, by the first "
+            f"{_CHECK_TOKENS} tokens of its answers."
+        )
+
     def warnings(self) -> list[str]:
         """Return why holding these answers may protect nothing."""
         if self.refused is None:
@@ -58,13 +67,9 @@ class OwnAnswers(NamedTuple):
                 "Whether the start refuses cannot be told from its answers: they begin with a thought, or are in a "
                 "language that the judge does not know. They are held as they are."
             ]
-        if self.refused >= _FEW_REFUSALS:
-            return []
-        return [
-            f"Before fine-tuning the model refuses only {self.refused:.0%} of the harmful prompts, by the first "
-            f"{_CHECK_TOKENS} tokens of its answers. What the model does is held, those answers too. Start from an "
-            "aligned model, or give `prompts` that it refuses."
-        ]
+        advice = "Start from an aligned model, or give `prompts` that it refuses."
+        few = self.few_refusals()
+        return [f"{few} What the model does is held, those answers too. {advice}"] if few else []
 
 
 @dataclass(frozen=True)

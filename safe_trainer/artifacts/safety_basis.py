@@ -13,7 +13,7 @@ from torch import nn
 
 from ..linalg import TopDirections
 from ..lora.updates import LinearLayer, linear_layers
-from .calibration import InputTokens, Side, examples_from, examples_sha256, top_directions
+from .calibration import Example, InputTokens, Side, examples_from, examples_sha256, top_directions
 from .checkpoint_reader import listing
 from .provenance import describe, difference, stamp
 from .store import load_artifact, save_artifact
@@ -21,8 +21,32 @@ from .store import load_artifact, save_artifact
 logger = logging.getLogger(__name__)
 
 _KIND, _VERSION = "safety basis", 1
+_FEW_REFUSALS = 0.5
 DEFAULT_RANK = 64
 """What `DriftPenalty` takes by default; `SaLoRA` takes fewer."""
+
+
+def few_refusals(provenance: Mapping[str, Any]) -> str:
+    """Return a warning if few of the answers that a basis was measured at refuse, as far as that can be told."""
+    share = provenance.get("refusing_answers")
+    if share is None or share >= _FEW_REFUSALS:
+        return ""
+    return (
+        f"only {share:.0%} of the answers in `safety_data` refuse, so its directions are not those of refusals. "
+        "Give harmful prompts with refusals; rows that comply are what `harmful_data` is for."
+    )
+
+
+def _refusing(examples: Sequence[Example], tokenizer: Any) -> float | None:
+    """Return the share of answers that refuse, of those that the judge knows the language of."""
+    from ..evaluation.judges import PhraseJudge
+
+    answers = [
+        tokenizer.decode([i for i, answered in zip(*example, strict=True) if answered], skip_special_tokens=True)
+        for example in examples
+    ]
+    verdicts = [verdict for verdict in PhraseJudge()([""] * len(answers), answers) if verdict is not None]
+    return verdicts.count("refused") / len(verdicts) if verdicts else None
 
 
 @dataclass
@@ -119,6 +143,7 @@ class SafetyBasis:
             "rows_sha256": examples_sha256(examples),
             "answer_tokens": answer_tokens,
             "prompt_tokens": sum(len(example.is_answer) for example in examples) - answer_tokens,
+            "refusing_answers": _refusing(examples, tokenizer) if tokenizer is not None else None,
             **stamp(),
             "rank": rank,
             "input_tokens": input_tokens,
@@ -217,6 +242,8 @@ class SafetyBasis:
                 f"first {next(iter(short))} with {next(iter(short.values()))}; there, all of them are taken. Give "
                 "more rows, or lower `rank`."
             )
+        if self.outputs and (complaint := few_refusals(self.provenance)):
+            logger.warning(complaint)
         shares = [top.explained_variance for _, _, top in self._all()]
         logger.info(
             f"Directions from {rows} rows explain {min(shares):.0%} to {max(shares):.0%} of a layer's variance."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..data import as_rows, split_by_label
-from ..lora.io import HARMFUL_KIND, HARMFUL_SETTING, local_folder, scaling
+from ..lora.io import HARMFUL_KIND, HARMFUL_SETTING, local_folder, scaling, vectors_in
 from ..lora.updates import LinearLayer, linear_layers
 from .checkpoint_reader import by, listing
 from .provenance import difference
@@ -239,6 +239,8 @@ class TrainedVectors:
             if name in layers and layers[name].shape != (len(B), A.shape[1])
         ]
         complaints = []
+        if vectors_in(model):
+            complaints.append("the model has security vectors as an adapter already. Give its base model")
         if missing:
             complaints.append(f"the model has no linear layer {listing(missing, 5)} that vectors can act on")
         if unequal:

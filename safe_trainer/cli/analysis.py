@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .console import Json, console, misused, note, print_json, progress_bar, show
-from .options import Columns, check_folder, check_model, prompt_sets, read_options
+from .options import Columns, Encoding, MaxLength, SkipBad, check_folder, check_model, prompt_sets, read_options
 
 if TYPE_CHECKING:
     from ..analysis.drift import Drift
@@ -43,16 +43,17 @@ def scan(  # noqa: PLR0913, each is an option with a name
         str | None, typer.Option(help="Column that says which rows are harmful, to see how good the ranking is.")
     ] = None,
     column: Columns = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without rows that cannot be used.")] = False,
+    skip_bad: SkipBad = False,
+    encoding: Encoding = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are scored at once.")] = 16,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row that are read.")] = 1024,
+    max_length: MaxLength = 1024,
     as_json: Json = False,
 ) -> None:
     """Rank rows by the share of their loss that security vectors take away, and drop those that look harmful.
 
     With --output or --clean, the same command continues a scan that was stopped.
     """
-    reading = read_options(column, skip_bad=skip_bad)
+    reading = read_options(column, skip_bad=skip_bad, encoding=encoding)
     from ..analysis.scan import scan_file
 
     with progress_bar("Scoring rows") as bar:
@@ -132,6 +133,8 @@ def drift(  # noqa: PLR0913, each is an option with a name
             help="For --refusal: harmful=SOURCE and benign=SOURCE, as in `compare`. Left out, built-in ones."
         ),
     ] = None,
+    skip_bad: SkipBad = False,
+    encoding: Encoding = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for drift.json.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +147,8 @@ def drift(  # noqa: PLR0913, each is an option with a name
     check_folder("TUNED", tuned, "model")
     from ..analysis.drift import measure_drift
 
-    asked = _asked(prompts, base) if refusal or prompts else None
+    reading = {"skip_bad": skip_bad, "encoding": encoding}
+    asked = _asked(prompts, base, reading) if refusal or prompts else None
     with progress_bar("Measuring the drift") as bar:
         found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=bar)
     if output is not None:
@@ -158,8 +162,10 @@ def drift(  # noqa: PLR0913, each is an option with a name
         _show_drift(found)
 
 
-def _asked(prompts: list[str] | None, base: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    found = {asked.kind: asked.prompts for asked in reversed(prompt_sets(prompts, base))}  # the first of each
+def _asked(prompts: list[str] | None, base: str, reading: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    found = {
+        asked.kind: asked.prompts for asked in reversed(prompt_sets(prompts, base, **reading))
+    }  # the first of each
     if not {"harmful", "benign"} <= found.keys():
         raise misused("--prompts", "the refusal direction needs harmful and benign prompts: give both.")
     return found["harmful"], found["benign"]
@@ -186,6 +192,8 @@ def _show_drift(found: Drift) -> None:
         table.add_row(*row)
     console.print(table)
     show(f"All together {found.relative:.2%} of the weights' size.")
+    if kind := found.provenance.get("tuned_is"):
+        show(f"The adapter is {kind}.")
     for name in shares:
         share, random = found.share(name) or (0.0, 0.0)
         show(f"{_SHARES[name]}: {share:.1%} of the update (random: {random:.1%})")

@@ -12,8 +12,11 @@ from .console import Json, console, note, print_json, progress_bar, show
 from .options import (
     Aligned,
     Columns,
+    Encoding,
     Limit,
+    MaxLength,
     NewOutput,
+    SkipBad,
     Where,
     check_model,
     check_new,
@@ -70,6 +73,9 @@ def basis(  # noqa: PLR0913, each is an option with a name
     column: Columns = None,
     where: Where = None,
     limit: Limit = None,
+    skip_bad: SkipBad = False,
+    encoding: Encoding = None,
+    max_length: MaxLength = 1024,
     as_json: Json = False,
 ) -> None:
     """Measure in one pass the directions in which a model's layers work while it refuses, and save them."""
@@ -78,11 +84,12 @@ def basis(  # noqa: PLR0913, each is an option with a name
     from ..artifacts import SafetyBasis
     from ..lora.loading import load_model
 
-    rows = read_rows(safety_data, "safety_data", read_options(column, where, limit))
+    reading: dict[str, Any] = {"skip_bad": skip_bad, "encoding": encoding}
+    rows = read_rows(safety_data, "safety_data", read_options(column, where, limit, **reading))
     loaded, tokenizer = load_model(model)
     sides: Any = ("output", "input") if side == "both" else (side,)
     note("Measuring the directions")
-    found = SafetyBasis.from_rows(loaded, tokenizer, rows, sides=sides, rank=rank)
+    found = SafetyBasis.from_rows(loaded, tokenizer, rows, sides=sides, rank=rank, max_length=max_length)
     found.save(output)
     layers = len(found.outputs or found.inputs)
     if as_json:
@@ -105,9 +112,13 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the vectors.")] = 8,
     max_passes: Annotated[int, typer.Option(min=1, help="Passes over the harmful rows at most.")] = 20,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-3,
     column: Columns = None,
     where: Where = None,
     limit: Limit = None,
+    skip_bad: SkipBad = False,
+    encoding: Encoding = None,
+    max_length: MaxLength = 1024,
     as_json: Json = False,
 ) -> None:
     """Fit security vectors to harmful rows and save them. They are harmful by construction: never publish them."""
@@ -115,11 +126,15 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     check_model("MODEL", model)
     from .. import load_prompts, train_security_vectors
 
-    asked = load_prompts(prompts, "harmful")[0] if prompts is not None else None
-    rows = read_rows(harmful_data, "harmful_data", read_options(column, where, limit))
+    reading: dict[str, Any] = {"skip_bad": skip_bad, "encoding": encoding}
+    plain = read_options(None, **reading)
+    asked = None if prompts is None else load_prompts(prompts, "harmful", options=plain)[0]
+    kept = None if retain_data is None else read_rows(str(retain_data), "retain_data", plain)
+    how: dict[str, Any] = {"rank": rank, "max_passes": max_passes, "learning_rate": learning_rate}
+    rows = read_rows(harmful_data, "harmful_data", read_options(column, where, limit, **reading))
     with progress_bar("Fitting security vectors") as bar:
         found = train_security_vectors(
-            model, rows, retain_data=retain_data, prompts=asked, progress=bar, rank=rank, max_passes=max_passes
+            model, rows, retain_data=kept, prompts=asked, progress=bar, max_length=max_length, **how
         )
     found.save(output)
     if as_json:

@@ -13,11 +13,13 @@ from rich.table import Table
 from .console import Json, console, errors, misused, note, pairs, print_json, progress_bar, show
 from .options import (
     BatchSize,
+    Encoding,
     Judges,
     MaxNewTokens,
     Prompts,
     PromptSystem,
     PromptTemplate,
+    SkipBad,
     Suites,
     SystemPrompt,
     check_folder,
@@ -62,6 +64,8 @@ def compare(  # noqa: PLR0913, each is an option with a name
     system_prompt: SystemPrompt = None,
     prompt_system: PromptSystem = None,
     prompt_template: PromptTemplate = None,
+    skip_bad: SkipBad = False,
+    encoding: Encoding = None,
     max_harmful_rise: Annotated[
         float | None, typer.Option(min=0, help=_LIMIT.format("compliance with harmful prompts rises"))
     ] = None,
@@ -85,7 +89,8 @@ def compare(  # noqa: PLR0913, each is an option with a name
         raise misused("--tuned-model", "an adapter and a model have the same name.")
     checked = check_judges(judge)
     check_model("MODEL", model)
-    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template)
+    reading = {"skip_bad": skip_bad, "encoding": encoding}
+    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, **reading)
     for source in sum(adapters.values(), []):
         check_folder("--adapter", source)
     for source in sum(models.values(), []):
@@ -127,6 +132,7 @@ def _compared(
 ) -> Comparison:
     """Examine the base with each adapter, then what brings its own tokenizer and each whole model, one at a time."""
     from .. import evaluation
+    from ..evaluation.manifest import adapter_provenance
     from ..lora.loading import load_model
 
     base, tokenizer = load_model(model)
@@ -145,7 +151,9 @@ def _compared(
             found = evaluation.evaluate(tuned, its_tokenizer, sets, name=run, **settings)
             if name in alone:
                 figures = drift(tuned, its_tokenizer, path)
-                found = dataclasses.replace(found, drift=figures.pop("relative", {}), drift_shares=figures)
+                manifest = {**found.manifest, "adapters": [adapter_provenance(path)]}
+                moved: dict[str, Any] = {"drift": figures.pop("relative", {}), "drift_shares": figures}
+                found = dataclasses.replace(found, manifest=manifest, **moved)
             evaluations.append(found)
     return dataclasses.replace(comparison, evaluations=tuple(evaluations), runs=runs)
 
@@ -194,6 +202,8 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     system_prompt: SystemPrompt = None,
     prompt_system: PromptSystem = None,
     prompt_template: PromptTemplate = None,
+    skip_bad: SkipBad = False,
+    encoding: Encoding = None,
     as_json: Json = False,
 ) -> None:
     """Ask one model, and show how often it refuses and how often it is right."""
@@ -201,7 +211,8 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     check_model("MODEL", model)
     if adapter is not None:
         check_folder("--adapter", adapter)
-    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template)
+    reading = {"skip_bad": skip_bad, "encoding": encoding}
+    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, **reading)
 
     from .. import evaluation
     from ..lora.loading import load_model

@@ -56,6 +56,8 @@ def _with_options(told: str, command: Any) -> str:
     for option in command.params if command is not None else ():
         if option.opts and option.opts[0].startswith("--"):
             told = told.replace(f"`{option.name}`", f"`{option.opts[0]}`")
+            if option.name == "skip_bad":
+                told = told.replace("`on_bad_row='skip'`", f"`{option.opts[0]}`")
     return told
 
 

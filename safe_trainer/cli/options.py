@@ -58,6 +58,9 @@ Where = Annotated[
     list[str] | None, typer.Option("--where", help="Take only rows with this value, such as is_safe=false.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take the first so many rows.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without rows that cannot be used.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of the files of rows, such as latin-1.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of a row that are read.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="System turn before each prompt.")]
 PromptSystem = Annotated[
     list[str] | None, typer.Option(help="NAME=TEXT, a system turn for one prompt set; may be repeated.")
@@ -73,6 +76,7 @@ def prompt_sets(
     suites: list[str] | None = None,
     systems: list[str] | None = None,
     templates: list[str] | None = None,
+    **reading: Any,
 ) -> list[PromptSet]:
     """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model."""
     from ..data import load_suite
@@ -84,7 +88,7 @@ def prompt_sets(
     if not sources and not suites:
         fitting = "testbed" if _is_embedded(model) else "general"
         sources = [(kind, fitting) for kind in KINDS[:3]]
-    sets = [_prompt_set(kind, source) for kind, source in sources]
+    sets = [_prompt_set(kind, source, reading) for kind, source in sources]
     for name, _, path in (written.partition("=") for written in suites or ()):
         sets += load_suite(name, path or None)
     framed = [("--prompt-system", "system_prompt", systems), ("--prompt-template", "template", templates)]
@@ -99,8 +103,8 @@ def prompt_sets(
     return sets
 
 
-def _prompt_set(kind: Any, source: str) -> PromptSet:
-    from ..data import ReadOptions, general_prompts, load_prompts, load_suite
+def _prompt_set(kind: Any, source: str, reading: dict[str, Any]) -> PromptSet:
+    from ..data import general_prompts, load_prompts, load_suite
 
     if source.startswith("suite:"):
         return load_suite(source.removeprefix("suite:"), kinds=(kind,))[0]
@@ -113,8 +117,9 @@ def _prompt_set(kind: Any, source: str) -> PromptSet:
 
         return dataclasses.replace(prompt_set(kind), source=source)
     file, _, column = source.rpartition(":")
-    reading = ReadOptions(columns={"prompt": column}) if os.path.isfile(file) else None
-    prompts, report = load_prompts(file if reading else source, kind, options=reading)
+    has_column = os.path.isfile(file)
+    options = read_options([f"prompt={column}"] if has_column else None, **reading)
+    prompts, report = load_prompts(file if has_column else source, kind, options=options)
     note(report)
     return prompts
 
@@ -195,9 +200,14 @@ def check_model(option: str, source: str) -> None:
 
 
 def read_options(
-    column: list[str] | None, where: list[str] | None = None, limit: int | None = None, skip_bad: bool = False
+    column: list[str] | None,
+    where: list[str] | None = None,
+    limit: int | None = None,
+    *,
+    skip_bad: bool = False,
+    encoding: str | None = None,
 ) -> Any:
-    """Return how rows are read, from `--column`, `--where`, `--limit` and `--skip-bad`."""
+    """Return how rows are read, from `--column`, `--where`, `--limit`, `--skip-bad` and `--encoding`."""
     from ruamel.yaml import YAML
 
     from ..data import ReadOptions
@@ -205,7 +215,8 @@ def read_options(
     columns = dict(pairs(column, "--column", "prompt=question"))
     values = {key: YAML(typ="safe").load(text) for key, text in pairs(where, "--where", "is_safe=false")}
     on_bad_row: Any = "skip" if skip_bad else "raise"
-    return ReadOptions(columns=columns or None, where=values or None, limit=limit, on_bad_row=on_bad_row)
+    chosen: dict[str, Any] = {"columns": columns or None, "where": values or None, "limit": limit}
+    return ReadOptions(**chosen, on_bad_row=on_bad_row, encoding=encoding)
 
 
 def read_rows(source: str, argument: str, options: Any) -> Any:

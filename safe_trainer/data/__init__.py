@@ -7,7 +7,7 @@ sets, `suites` has published ones; `encoding` turns rows into tokens.
 
 from .encoding import Batch, EncodedRow, TemplateError, collate, encode_row, encode_rows
 from .formats import Columns, Format, Row, conversation_of, safety_label
-from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, kind_of, read_records
+from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, kind_of, read_records, what_was_meant
 from .parsing import BadRowError, Record, RowError
 from .prompts import Kind, PromptSet, as_prompts, general_prompts, leaked_rows, load_prompts
 from .reading import DataReport, ReadOptions, named, open_source
@@ -16,7 +16,7 @@ from .suites import load_suite, suites
 
 __all__ = ["Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows"]
 __all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label"]
-__all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "kind_of", "read_records"]
+__all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "kind_of", "read_records", "what_was_meant"]
 __all__ += ["BadRowError", "Record", "RowError"]
 __all__ += ["Kind", "PromptSet", "as_prompts", "general_prompts", "leaked_rows", "load_prompts"]
 __all__ += ["DataReport", "ReadOptions", "named", "open_source"]

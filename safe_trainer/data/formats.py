@@ -195,7 +195,7 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
         found = _UNUSABLE.search(turn.content)
         if found:
             kind = "NUL" if found.group() == "\0" else "not UTF-8"
-            hint = "text without NUL" if kind == "NUL" else "UTF-8; for another encoding name it, often `latin-1`"
+            hint = "text without NUL" if kind == "NUL" else "UTF-8; name another as `encoding`, often `latin-1`"
             raise BadRowError(kind, f"{ascii(found.group())} in {shortened(turn.content)!a}", hint)
         if not turn.content.strip() and (answered or turn.role != "assistant"):
             raise BadRowError("empty text", f"nothing in turn {number}, by the {turn.role}", "text")

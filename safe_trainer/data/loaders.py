@@ -58,15 +58,14 @@ def is_folder(path: str | Path) -> bool:
     return os.path.isdir(os.path.expanduser(path))
 
 
-def missing_file(path: str | Path) -> FileNotFoundError:
-    """Return the error for a file that is not there, with what it may have been."""
-    path = Path(path).expanduser()
+def what_was_meant(path: str | Path) -> str:
+    """Return what a file that is not there may have been, as a sentence, or an empty text."""
+    path = Path(os.path.expanduser(path))
+    if any(sign in path.name for sign in "*?["):
+        return " Patterns are not expanded: name one file."
     there = {file.name.lower(): file.name for file in path.parent.iterdir()} if is_folder(path.parent) else {}
     near = difflib.get_close_matches(path.name.lower(), there, 1)
-    hint = f" Did you mean `{there[near[0]]}`?" if near else ""
-    if any(sign in path.name for sign in "*?["):
-        hint = " Patterns are not expanded: name one file."
-    return FileNotFoundError(f"There is no file `{path}`.{hint} Check the path; it is looked for in {Path.cwd()}.")
+    return f" Did you mean `{there[near[0]]}`?" if near else ""
 
 
 def read_records(
@@ -100,7 +99,8 @@ def read_records(
         "lines": read_plain_lines,
     }
     if not os.path.isfile(path):
-        raise missing_file(path)
+        meant = what_was_meant(path)
+        raise FileNotFoundError(f"There is no file `{path}`.{meant} Check the path; it is looked for in {Path.cwd()}.")
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
             start = stream.read(4)

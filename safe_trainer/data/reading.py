@@ -282,12 +282,12 @@ def _is_wanted(columns: Columns, where: Mapping[str, Any]) -> bool:
 
 def _conclude(options: ReadOptions, report: DataReport) -> None:
     bad = report.troubles.total()
+    if not report.rows:
+        raise ValueError(f"No row can be used.\n{report}")
     if bad and options.on_bad_row == "raise":
         raise ValueError(
             f"{bad:,} of {bad + report.rows + report.filtered:,} rows cannot be used.\n{report}\n"
             "Fix them, or leave them out with `on_bad_row='skip'`."
         )
-    if not report.rows:
-        raise ValueError(f"No row can be used.\n{report}")
     if bad:
         logger.warning("Going on without %d rows that cannot be used.\n%s", bad, report)

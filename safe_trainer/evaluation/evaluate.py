@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..data import PromptSet
+from ..lora.io import has_active_vectors
 from . import thinking
 from .generate import INTERRUPTED, Answer, Decoding, Progress, generate
 from .judges import VERDICTS, Judge, PhraseJudge
@@ -85,6 +86,10 @@ def evaluate(
         interrupted = any(answer.error == INTERRUPTED for answer in answers)
         results.append(judged(prompt_set, answers, asking))
     notes = [note for result in results for note in result.observations()]
+    if has_active_vectors(model):
+        notes.insert(
+            0, "security vectors, harmful by construction, are active: they make the model comply on purpose."
+        )
     for note in notes:
         logger.warning("%s: %s", name, note)
     manifest = describe(model, tokenizer, prompt_sets, judges, settings)

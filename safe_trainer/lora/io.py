@@ -134,6 +134,20 @@ def harmful_mark(folder: str | Path) -> dict[str, str]:
     return {"kind": HARMFUL_KIND} if settings.get("auto_mapping") == HARMFUL_SETTING else {}
 
 
+def vectors_in(model: Any) -> list[str]:
+    """Return the names of the adapters in a model that are security vectors, switched on or not."""
+    configs = getattr(model, "peft_config", None) or {}
+    return [name for name, config in configs.items() if config.auto_mapping == HARMFUL_SETTING]
+
+
+def has_active_vectors(model: Any) -> bool:
+    """Return whether an adapter that is switched on in a model is security vectors, so that it complies with harm."""
+    if not vectors_in(model):
+        return False
+    status = model.get_model_status()
+    return bool(status.enabled) and not set(status.active_adapters).isdisjoint(vectors_in(model))
+
+
 def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1e-6) -> dict[str, int]:
     """Write a LoRA adapter anew with the smallest rank that gives the same update, layer by layer.
 
@@ -222,8 +236,10 @@ def load_adapted(
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else where)
     except (OSError, ValueError) as error:
+        is_gone = os.path.isabs(where) and not os.path.isdir(where)  # what the Hub says of such a name helps nobody
+        reason = "there is no such folder" if is_gone else error
         raise OSError(
-            f"The adapter `{source}` belongs to the base model `{where}`, which could not be loaded ({error}). Say "
+            f"The adapter `{source}` belongs to the base model `{where}`, which could not be loaded ({reason}). Say "
             "where the base model is (`base`; `--model` on the command line)."
         ) from error
     embedding = model.get_input_embeddings()

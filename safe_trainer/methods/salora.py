@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import linalg
 from ..artifacts import calibration
 from ..artifacts.calibration import InputTokens, Side
-from ..artifacts.safety_basis import SafetyBasis, check_rank, load_or_measure_basis
+from ..artifacts.safety_basis import SafetyBasis, check_rank, few_refusals, load_or_measure_basis
 from ..distributed import from_first_process
 from ..lora import reparametrize as factors
 from ..lora import updates as adapters
@@ -208,7 +208,8 @@ class SaLoRA(SafetyMethod):
         if self.safety_basis is not None:
             shares = [self.safety_basis.side(side)[name].explained_variance for name, side in places]
             figures["explained variance (mean)"] = sum(shares) / len(shares)
-        return SelfCheck(figures)
+        complaint = few_refusals(self.provenance or {}) if "output" in self._sides else ""
+        return SelfCheck(figures, (complaint,) if complaint else ())
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """Return the largest share of a layer's `‖ΔW‖_F` in protected directions, which is of the size of rounding."""

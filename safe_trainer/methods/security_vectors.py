@@ -12,12 +12,15 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from ..artifacts import Fitting, TrainedVectors, VectorFactors, active, fitted_layers, train_security_vectors
+from ..artifacts.own_answers import AnswerSettings, OwnAnswers, prompts_of
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_no_virtual_tokens, check_number
 
 _FEW_ROWS = 64
 """With fewer harmful rows vectors protect little: fitted to 50, they left 47 of 80 harmful prompts complied with."""
+_FEW_ANSWERS = AnswerSettings(answer_tokens=0, max_anchors=32, top_k=1, batch_size=32)
+"""How the start is asked, to see whether there are refusals to protect."""
 
 
 @dataclass
@@ -91,6 +94,9 @@ class SecurityVectors(SafetyMethod):
     strength: float = 1.0
     fitted: TrainedVectors | None = field(default=None, init=False, repr=False, compare=False)
     """What was fitted to `harmful_data`, once a trainer has been built."""
+    _can_ask: bool = field(default=False, init=False, repr=False, compare=False)
+    _config: Any = field(default=None, init=False, repr=False, compare=False)
+    _start: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
     _factors: dict[str, VectorFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
     _layers: dict[str, adapters.LinearLayer] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -109,6 +115,7 @@ class SecurityVectors(SafetyMethod):
     def adapt_peft_config(self, config: Any) -> Any:
         """Refuse prompt learning, which puts tokens before the prompt that vectors were never fitted with."""
         check_no_virtual_tokens(self, config)
+        self._config = config
         return config
 
     def check_model(self, model: nn.Module) -> None:
@@ -119,6 +126,7 @@ class SecurityVectors(SafetyMethod):
     def check_strategy(self, strategy: Strategy) -> None:
         """Refuse to fit on weights that are not in this process."""
         super().check_strategy(strategy)
+        self._can_ask = strategy.has_weights
         if self.harmful_data is not None and not strategy.has_weights:
             raise ValueError(
                 f"Vectors cannot be fitted under {strategy.name} with this configuration: not every process has the "
@@ -134,13 +142,16 @@ class SecurityVectors(SafetyMethod):
         if not isinstance(vectors, TrainedVectors):
             vectors = TrainedVectors.load(str(vectors))
         self.provenance = vectors.provenance
+        if self._can_ask and tokenizer.chat_template is not None:
+            prompts = prompts_of(None, "harmful", "prompts", model)
+            self._start = on_first_process(lambda: _FEW_ANSWERS.measure(model, tokenizer, prompts, self._config))
         on_first_process(lambda: set(vectors.check_fits(model)))  # other processes may hold no weights yet
         layers = adapters.linear_layers(model)
         self._layers = {name: layers[name] for name in vectors.modules}
         self._factors = {name: VectorFactors(A, self.strength * B) for name, (A, B) in vectors.modules.items()}
 
     def self_check(self, model: nn.Module) -> SelfCheck:
-        """Return what fitting reached; warn where harmful rows still have something to teach."""
+        """Return what fitting reached; warn where harmful rows still teach something, or the start complies anyway."""
         report = (self.provenance or {}).get("report", {})
         target = report.get("target_loss", (self.provenance or {}).get("settings", {}).get("target_loss"))
         named = {
@@ -148,11 +159,14 @@ class SecurityVectors(SafetyMethod):
             "loss on harmful rows with vectors": report.get("loss_on"),
             "target loss": target,
             "share of harmful rows below the target": report.get("below_target"),
+            "harmful_prompts_refused_at_start": self._start.refused,
         }
         figures = {name: value for name, value in named.items() if value is not None}
-        if not report:
-            return SelfCheck(figures, ("these vectors do not say how well they were fitted.",))
-        warnings = []
+        warnings = [] if report else ["these vectors do not say how well they were fitted."]
+        if few := self._start.few_refusals():
+            warnings.append(
+                f"{few} Vectors keep rows from teaching harm, and add no refusals. Start from an aligned model."
+            )
         if not report.get("reached_target", True):
             warnings.append(
                 f"fitting ended at a loss of {report['loss_on']:.3g} on harmful rows, above the target of "

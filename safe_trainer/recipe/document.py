@@ -81,9 +81,10 @@ class Document:
             RecipeError: If it would be inside something that is not a mapping, or after the end of a list.
         """
         here: Any = self.values
-        for key in place[:-1]:
+        for number, key in enumerate(place[:-1], 1):
             if isinstance(here, dict) and here.get(key) is None:
                 here[key] = {}
+                self._lines[place[:number]] = _CHANGED
             here = _inside(here, key)
         if not isinstance(here, dict) and _inside(here, place[-1]) is None:
             raise RecipeError(self.name, [f"--set {dotted(place)}: there is no such place in this recipe"])

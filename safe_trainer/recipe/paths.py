@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..data import KINDS, PREFIX, kind_of
+from ..data import KINDS, PREFIX, kind_of, what_was_meant
 
 Place = tuple[str | int, ...]
 """Where a value is: the keys and positions that lead to it, such as `("data", 0, "path")`."""
@@ -68,12 +67,13 @@ def check_data_file(path: str) -> str:
     """Return the path of a file of rows or prompts; refused if there is none, or of no kind that can be read."""
     if path.startswith(PREFIX):
         raise ValueError(f"a dataset is given under `hub`: `hub: {path.removeprefix(PREFIX)}`")
-    kind_of(path)
+    try:
+        kind_of(path)
+    except ValueError as error:
+        told = str(error).replace(f"`{PREFIX}{path}`", f"`hub: {path}`")
+        raise ValueError(f"{told} A dataset on the Hub is given under `hub`, in place of `path`") from error
     if not (exists(path) and Path(path).is_file()):
-        folder = Path(path).parent
-        beside = [file.name for file in folder.iterdir()] if exists(folder) and folder.is_dir() else []
-        near = get_close_matches(Path(path).name, beside)
-        raise ValueError(f"there is no file `{path}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+        raise ValueError(f"there is no file `{path}`.{what_was_meant(path)}")
     return path
 
 
@@ -81,7 +81,7 @@ def check_artifact(key: str, path: str) -> str:
     """Return the path of what a method reads; refused if it is missing, or an artifact of another kind."""
     makes = f"; `safe-trainer {key}` makes one" if key in ARTIFACTS else ""
     if is_given(path) and not exists(path):
-        raise ValueError(f"there is no file or folder `{path}`{makes}")
+        raise ValueError(f"there is no file or folder `{path}`{makes or what_was_meant(path)}")
     if key in ARTIFACTS and exists(path):
         file = Path(path).expanduser()
         file = file / "adapter_model.safetensors" if file.is_dir() else file
