@@ -128,6 +128,27 @@ def test_security_vectors_act_in_both_models(tmp_path):
         }
 
 
+def test_openings_are_learned_less_than_by_plain_training_and_the_rest_as_well(tmp_path):
+    rows = Dataset.from_list([conversation(f"Say {i}", "Aye! It is so, and it will be so.") for i in range(16)])
+    method, losses = ConstrainedSFT(), {}
+    for name, build in (("plain", SFTTrainer), ("ours", lambda **a: SafeSFTTrainer(**a, safety=method))):
+        model = tiny.model()
+        model.lm_head.weight.data.mul_(20)  # or nothing that is trained before it makes a token likely
+        args = exact_settings(tmp_path, optim="adamw_torch", learning_rate=1e-2, max_steps=30)
+        outcome = run(build, given(tmp_path, model=model, args=args, peft_config=lora(), train_dataset=rows))
+        ids, labels = (torch.tensor(outcome.trainer.train_dataset[0][column]) for column in ("input_ids", "labels"))
+        answer = ids[labels != -100]
+        with torch.no_grad():
+            logits = outcome.trainer.model.eval()(input_ids=ids.unsqueeze(0)).logits[0, -len(answer) - 1 : -1]
+        losses[name] = torch.nn.functional.cross_entropy(logits, answer, reduction="none")
+    opening, later = (
+        losses["ours"][part].mean() - losses["plain"][part].mean() for part in (slice(5), slice(5, None))
+    )
+    assert opening > 1 and later < 0.3, (opening, later)
+    weights = method.diagnostics(outcome.trainer.model)
+    assert weights["constrained_sft/opening_weight"] < 0.7 < weights["constrained_sft/later_weight"]
+
+
 @pytest.mark.parametrize(
     ("covered", "restarts", "expected"),
     [

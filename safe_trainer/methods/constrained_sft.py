@@ -55,7 +55,8 @@ class ConstrainedSFT(SafetyMethod):
     Args:
         opening_beta (`float`, *optional*, defaults to `2.0`): `β_t` of the opening from its second token on.
         first_token_beta (`float`, *optional*, defaults to `0.5`): `β_1`. Smaller, since the first token's loss is the
-            largest at the start.
+            largest at the start. Raise it to 2 where rows open with the word that refusals open with, such as "I":
+            otherwise that word is learned, what follows it is held, and harmless prompts are refused.
         opening_tokens (`int`, *optional*, defaults to `5`): Tokens of the opening, counted anew in each answer: each
             turn of the assistant that the loss covers, in each row of a packed sequence.
         beta (`float`, *optional*, defaults to `0.1`): `β_t` after the opening. Near 0 is plain training.
