@@ -58,9 +58,10 @@ class SafeGrad(SafetyMethod):
     The safety loss is computed in evaluation mode: without dropout and security vectors, and without drawing random
     numbers. No safe answers and no second model are needed.
 
-    When to use it: where a penalty such as [`RefusalAnchor`]'s would be fought by the task: a projection has no weight
-    to tune. What it costs: a forward and backward pass over a few short prompts in each optimizer step.
-    What to know: it can only keep what the start does, and it has no counterweight against refusing too much.
+    When to use it: where you want SafeGrad by name; on the embedded pair [`RefusalAnchor`], a penalty on the same
+    answers, did as well. What it costs: a forward and backward pass over a few short prompts in each optimizer step.
+    What to know: it can only keep what the start does, and it has no counterweight against refusing too much: where
+    the data held harmful rows, the trust region made the model refuse nearly everything.
 
     Args:
         prompts (`PromptSet`, `Sequence`, `Dataset`, `str` or `Path`, *optional*): Harmful prompts: texts, rows, or a
