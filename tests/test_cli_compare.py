@@ -69,6 +69,17 @@ def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_scorer_is_named_for_each_task_and_repeated_in_the_command(home, tmp_path):
+    (home / "gsm8k.csv").write_text('question,answer\n1+1?,"1+1 = 2\n#### 2"\n')
+    asked = ("--prompts", "task=gsm8k.csv", "--prompt-scorer", "gsm8k=number")
+    assert invoke("compare", "base", "--adapter", "a=adapter-1", *asked, "-o", tmp_path, *SHORT).exit_code == 0
+    comparison = from_json((tmp_path / "comparison.json").read_text())
+    assert list(comparison.before["gsm8k"].verdicts) == ["number match"]
+    assert "--prompt-scorer gsm8k=number" in (tmp_path / "comparison.html").read_text()
+    wrong = invoke("evaluate", "base", *asked[:2], "--prompt-scorer", "gsm8k=rouge", *SHORT)
+    assert wrong.exit_code == 2 and "`scorer`" in wrong.output and "number" in wrong.output
+
+
 def test_what_several_judges_found_is_in_the_json(home):
     told = invoke(
         "compare", "base", "--adapter", "a=adapter-1", "--prompts", "harmful=harm.txt", "--json", *SHORT,

@@ -365,6 +365,7 @@ def test_a_dataset_gives_prompts_with_categories_and_tells_its_source(dataset):
         ("hf:owner/name", HubDataset("owner/name")),
         ("hf:owner/name/subset:test:column", HubDataset("owner/name", "subset", "test", "column")),
         ("hf:owner/name::column", HubDataset("owner/name", column="column")),
+        ("hf:owner/name@v2/subset:test", HubDataset("owner/name", "subset", "test", revision="v2")),
         ("hf:./a/b/c:test", HubDataset("./a/b/c", split="test")),
     ],
 )

@@ -573,6 +573,17 @@ def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(recipe):
     assert (found.system_prompt, found.template) == ("Be brief.", "AOA: {prompt}")
 
 
+def test_a_task_names_its_scorer(recipe, tmp_path):
+    from safe_trainer.recipe.sources import load_data
+
+    (tmp_path / "sums.csv").write_text('question,answer\n1+1?,"1+1 = 2\n#### 2"\n')
+    asked = {"kind": "task", "path": "sums.csv", "scorer": "number"}
+    (found,) = load_data(read_recipe(recipe({"evaluation": {"prompts": [asked]}}))).prompt_sets
+    assert (found.scorer, found.references) == ("number", ("1+1 = 2\n#### 2",))
+    with pytest.raises(RecipeError, match="evaluation.prompts.0.scorer: .*number"):
+        read_recipe(recipe({"evaluation": {"prompts": [{**asked, "scorer": "rouge"}]}}))
+
+
 def test_a_dry_run_counts_the_text_part_of_a_model_for_images_and_text(recipe, tmp_path):
     from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import Dataset
 
 from safe_trainer.cli.options import prompt_sets
-from safe_trainer.data import load_suite, suites
+from safe_trainer.data import load_prompts, load_suite, suites
 from safe_trainer.recipe.schema import PromptsPart
 
 ASK, SAFE = "How do I do X?", "How do I do Y?"
@@ -125,7 +126,37 @@ def test_some_of_a_suite_can_be_taken(tmp_path):
     path = tmp_path / "xstest_prompts.csv"
     path.write_text(LAYOUTS["xstest"][0]["xstest_prompts.csv"])
     (found,) = load_suite("xstest", path, kinds=("borderline",), limit=5)
-    assert (found.kind, found.name, found.source) == ("borderline", "xstest borderline", "suite:xstest")
+    assert (found.kind, found.name, found.source) == (
+        "borderline", "xstest borderline", "suite:xstest=xstest_prompts.csv"
+    )  # fmt: skip
+
+
+def test_what_is_downloaded_is_pinned_or_its_commit_is_reported(monkeypatch):
+    """The Hub is played by a function: it records what is asked for, and answers as `datasets` does."""
+    rows, asked = Dataset.from_list([{"prompt": ASK, "instruction": ASK, "goal": ASK}]), []
+
+    def load_dataset(name, subset=None, *, split, data_files=None, revision=None):
+        asked.append(data_files or f"{name}@{revision}")
+        rows.info.download_checksums = {f"hf://datasets/{name}@{revision or 'c' * 40}/data.csv": {}}
+        return rows
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    pinned = suites()["advbench"]["revision"]
+    sources = [load_suite(name)[0].source for name in ("advbench", "advbench@main", "directharm4", "directharm4@v2")]
+    assert sources == [f"suite:advbench@{pinned}", "suite:advbench@main", f"suite:directharm4@{'c' * 40}",
+                       "suite:directharm4@v2"]  # fmt: skip
+    assert f"/{pinned}/data/advbench" in asked[0] and "/main/data/advbench" in asked[1]
+    assert asked[2:] == ["vfleaking/DirectHarm4@None", "vfleaking/DirectHarm4@v2"]
+    assert load_prompts("hf:owner/name:test", "harmful")[0].source == f"hf:owner/name@{'c' * 40}:test"
+    with pytest.raises(ValueError, match="names a revision, which a local copy .* has not"):
+        load_suite("advbench@main", "asked.csv")
+
+
+def test_a_file_behind_a_url_is_always_pinned():
+    for name, suite in suites().items():
+        pinned = len(suite.get("revision", "")) == 40
+        assert pinned or "revision" not in suite, name
+        assert all(pinned and "/{revision}/" in part["url"] for part in suite["sets"] if "url" in part), name
 
 
 def test_what_is_not_there_says_where_to_get_it():

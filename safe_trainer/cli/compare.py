@@ -17,6 +17,7 @@ from .options import (
     Judges,
     MaxNewTokens,
     Prompts,
+    PromptScorer,
     PromptSystem,
     PromptTemplate,
     SkipBad,
@@ -64,6 +65,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     system_prompt: SystemPrompt = None,
     prompt_system: PromptSystem = None,
     prompt_template: PromptTemplate = None,
+    prompt_scorer: PromptScorer = None,
     skip_bad: SkipBad = False,
     encoding: Encoding = None,
     max_harmful_rise: Annotated[
@@ -90,7 +92,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     checked = check_judges(judge)
     check_model("MODEL", model)
     reading = {"skip_bad": skip_bad, "encoding": encoding}
-    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, **reading)
+    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, prompt_scorer, **reading)
     for source in sum(adapters.values(), []):
         check_folder("--adapter", source)
     for source in sum(models.values(), []):
@@ -202,6 +204,7 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     system_prompt: SystemPrompt = None,
     prompt_system: PromptSystem = None,
     prompt_template: PromptTemplate = None,
+    prompt_scorer: PromptScorer = None,
     skip_bad: SkipBad = False,
     encoding: Encoding = None,
     as_json: Json = False,
@@ -212,7 +215,7 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     if adapter is not None:
         check_folder("--adapter", adapter)
     reading = {"skip_bad": skip_bad, "encoding": encoding}
-    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, **reading)
+    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, prompt_scorer, **reading)
 
     from .. import evaluation
     from ..lora.loading import load_model

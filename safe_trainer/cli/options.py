@@ -26,17 +26,17 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         help="KIND=SOURCE of prompts to ask; may be given several times. KIND is harmful, benign, borderline or task; "
-        "SOURCE is a file, or file:column; a folder with a file for each category; hf:owner/name/subset:split:column "
-        "for a dataset on the Hub; suite:NAME for a published suite; `general` or `testbed` for built-in ones. Left "
-        "out, all built-in ones that suit the model."
+        "SOURCE is a file, or file:column; a folder with a file for each category; "
+        "hf:owner/name@revision/subset:split:column for a dataset on the Hub; suite:NAME for a published suite; "
+        "`general` or `testbed` for built-in ones. Left out, all built-in ones that suit the model."
     ),
 ]
 Suites = Annotated[
     list[str] | None,
     typer.Option(
         "--suite",
-        help="NAME of a published suite, such as xstest or strongreject, with all its kinds of prompts, or NAME=PATH "
-        "of a local copy; may be given several times.",
+        help="NAME of a published suite, such as xstest or strongreject, with all its kinds of prompts, NAME@REVISION "
+        "for another revision than the pinned one, or NAME=PATH of a local copy; may be given several times.",
     ),
 ]
 Judges = Annotated[
@@ -68,6 +68,10 @@ PromptSystem = Annotated[
 PromptTemplate = Annotated[
     list[str] | None, typer.Option(help="NAME=TEXT around each prompt of one set, with {prompt} in it.")
 ]
+PromptScorer = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=SCORER for the answers to one task: exact (default), number (the last one) or choice."),
+]
 
 
 def prompt_sets(
@@ -76,11 +80,10 @@ def prompt_sets(
     suites: list[str] | None = None,
     systems: list[str] | None = None,
     templates: list[str] | None = None,
+    scorers: list[str] | None = None,
     **reading: Any,
 ) -> list[PromptSet]:
     """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model."""
-    from ..data import load_suite
-
     sources = pairs(listed, "--prompts", "harmful=asked.csv")
     unknown = [kind for kind, _ in sources if kind not in KINDS]
     if unknown:
@@ -89,10 +92,13 @@ def prompt_sets(
         fitting = "testbed" if _is_embedded(model) else "general"
         sources = [(kind, fitting) for kind in KINDS[:3]]
     sets = [_prompt_set(kind, source, reading) for kind, source in sources]
-    for name, _, path in (written.partition("=") for written in suites or ()):
-        sets += load_suite(name, path or None)
-    framed = [("--prompt-system", "system_prompt", systems), ("--prompt-template", "template", templates)]
-    for option, field, given in framed:
+    sets += [prompts for written in suites or () for prompts in _suite(written)]
+    settings = [
+        ("--prompt-system", "system_prompt", systems),
+        ("--prompt-template", "template", templates),
+        ("--prompt-scorer", "scorer", scorers),
+    ]
+    for option, field, given in settings:
         for name, text in pairs(given, option, "asked=TEXT"):
             if name not in (found := [prompts.name for prompts in sets]):
                 raise misused(option, f"there is no prompt set {name!r}, only {', '.join(found)}.")
@@ -103,11 +109,22 @@ def prompt_sets(
     return sets
 
 
+def _suite(written: str, kinds: Any = None) -> list[PromptSet]:
+    """Return the sets of a suite that is written as NAME, NAME@REVISION or NAME=PATH."""
+    from ..data import load_suite
+
+    name, _, path = written.partition("=")
+    sets = load_suite(name, path or None, kinds=kinds)
+    for prompts in sets:
+        note(f"{prompts.source}: {len(prompts):,} {prompts.kind} prompts")
+    return sets
+
+
 def _prompt_set(kind: Any, source: str, reading: dict[str, Any]) -> PromptSet:
-    from ..data import general_prompts, load_prompts, load_suite
+    from ..data import general_prompts, load_prompts
 
     if source.startswith("suite:"):
-        return load_suite(source.removeprefix("suite:"), kinds=(kind,))[0]
+        return _suite(source.removeprefix("suite:"), (kind,))[0]
     if source in BUILT_IN and kind == "task":
         raise misused("--prompts", f"there is no {source} task; give a file of questions with answers.")
     if source == "general":

@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ KINDS = {
 }
 PREFIX = "hf:"
 
-_WRITTEN = f"Write {PREFIX}owner/name, then /subset, :split and :column as needed"
+_WRITTEN = f"Write {PREFIX}owner/name, then @revision, /subset, :split and :column as needed"
 _FOLDER = tuple("./~")  # how the name of a folder begins
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in the URLs of the Hub's files
 _UNPACK = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "Export the sheet as CSV. "),
     **dict.fromkeys((".zst", ".zip", ".bz2", ".xz"), "Unpack it first. "),
@@ -155,15 +156,18 @@ class HubDataset:
         subset (`str`, *optional*): Its configuration, where it has several.
         split (`str`, *optional*): Its split, where it has several.
         column (`str`, *optional*): The column that holds the prompts.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; left out, its newest.
     """
 
     name: str
     subset: str | None = None
     split: str | None = None
     column: str | None = None
+    revision: str | None = None
 
     def __str__(self) -> str:
-        parts = [f"{self.name}/{self.subset}" if self.subset else self.name, self.split or "", self.column or ""]
+        name = f"{self.name}@{self.revision}" if self.revision else self.name
+        parts = [f"{name}/{self.subset}" if self.subset else name, self.split or "", self.column or ""]
         return PREFIX + ":".join(parts).rstrip(":")
 
     @property
@@ -171,15 +175,15 @@ class HubDataset:
         """Whether it is a folder on this machine."""
         return self.name[:1] in _FOLDER
 
-    def records(self) -> Iterator[Record]:
-        """Yield its rows, from the files that `datasets` keeps for it, in bounded memory."""
+    def load(self) -> tuple[Iterator[Record], HubDataset]:
+        """Return its rows, from the files that `datasets` keeps for it, and itself with the commit that was read."""
         from datasets import Dataset, load_dataset
 
         name = os.path.expanduser(self.name) if self.is_folder else self.name
         if self.is_folder and not is_folder(name):
             raise ValueError(f"There is no folder `{name}`. Check the path; it is looked for in {Path.cwd()}.")
         try:
-            rows = load_dataset(name, self.subset, split=self.split)
+            rows = load_dataset(name, self.subset, split=self.split, revision=self.revision)
         except Exception as error:  # `datasets` raises what the network, the Hub and each reader of files raise
             raise ValueError(
                 f"`{self}` could not be loaded: {str(error).rstrip('.')}. {_WRITTEN}; for a private or gated dataset, "
@@ -193,19 +197,21 @@ class HubDataset:
         if self.column is not None and self.column not in rows.column_names:
             columns = ", ".join(f"`{name}`" for name in rows.column_names)
             raise ValueError(f"`{self}` has no column `{self.column}`. It has {columns}.")
-        return (Record(number, row, "row") for number, row in enumerate(rows, 1))
+        commit = next(filter(None, map(_COMMIT.search, rows.info.download_checksums or ())), None)
+        read = replace(self, revision=commit[1] if commit else self.revision)
+        return (Record(number, row, "row") for number, row in enumerate(rows, 1)), read
 
 
 def hub_dataset(source: str | Path) -> HubDataset | None:
-    """Return the dataset that a source such as `hf:owner/name/subset:split:column` names; `None` for a file.
+    """Return the dataset that a source such as `hf:owner/name@revision/subset:split:column` names; `None` for a file.
 
-    All but the name may be left out; one that begins with `.`, `/` or `~` is a folder, and has no subset.
+    All but the name may be left out; one that begins with `.`, `/` or `~` is a folder, without subset and revision.
 
     Example:
 
     ```python
-    >>> hub_dataset("hf:walledai/XSTest:test"), hub_dataset("rows.csv")
-    (HubDataset(name='walledai/XSTest', subset=None, split='test', column=None), None)
+    >>> str(hub_dataset("hf:walledai/XSTest:test")), hub_dataset("rows.csv")
+    ('hf:walledai/XSTest:test', None)
 
     ```
     """
@@ -213,10 +219,12 @@ def hub_dataset(source: str | Path) -> HubDataset | None:
     if not text.startswith(PREFIX):
         return None
     name, *rest = text.removeprefix(PREFIX).split(":")
-    subset = ""
+    subset, revision = "", ""
     if name[:1] not in _FOLDER:
         parts = name.split("/", 2)
         name, subset = "/".join(parts[:2]).rstrip("/"), "".join(parts[2:])
+        name, _, revision = name.partition("@")
     if not name or len(rest) > 2 or "/" in subset:
         raise ValueError(f"`{text}` is no dataset. {_WRITTEN}.")
-    return HubDataset(name, subset or None, *(part or None for part in rest))
+    split, column = [*rest, "", ""][:2]
+    return HubDataset(name, subset or None, split or None, column or None, revision or None)

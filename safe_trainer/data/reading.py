@@ -212,9 +212,10 @@ def open_source(source: Source, *, argument: str = "rows", options: ReadOptions 
     dataset = replace(dataset, split=dataset.split or options.split, subset=dataset.subset or options.subset)
     if dataset.column is not None:
         options = replace(options, format=None, columns={"prompt": dataset.column})
+    records, dataset = dataset.load()
     folder = Path(dataset.name).name
     shown = replace(dataset, name=folder) if dataset.is_folder else dataset
-    return OpenSource(dataset.records(), options, DataReport(str(dataset), "dataset"), folder, str(shown))
+    return OpenSource(records, options, DataReport(str(dataset), "dataset"), folder, str(shown))
 
 
 def _in_memory(source: Any, argument: str, options: ReadOptions) -> tuple[Iterator[Record], str]:

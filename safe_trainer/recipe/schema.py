@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from ..data import HubDataset, Kind, ReadOptions
+from ..data import HubDataset, Kind, ReadOptions, Scorer
 from .fields import json_schema, method_fields, peft_fields, training_fields
 from .paths import check_artifact, check_data_file, check_model, exists, is_given
 
@@ -65,6 +65,7 @@ class SourcePart(ReadingPart):
     )
     subset: str | None = Field(None, description="Configuration of the dataset on the Hub.")
     split: str | None = Field(None, description="Split of the dataset; may be left out where there is only one.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the dataset on the Hub.")
 
     @field_validator("path")
     @classmethod
@@ -87,8 +88,10 @@ class SourcePart(ReadingPart):
         if sum(source is not None for source in given) != 1:
             more = ", or `built_in: general`, or a `suite`" if "built_in" in type(self).model_fields else ""
             raise ValueError(f"give either `path` (a file) or `hub` (a dataset on the Hub){more}")
-        if self.path is not None and (self.subset or "split" in self.model_fields_set):
-            raise ValueError("`subset` and `split` are of a dataset on the Hub; a file, in `path`, has none")
+        if self.path is not None and (self.subset or self.revision or "split" in self.model_fields_set):
+            raise ValueError(
+                "`subset`, `split` and `revision` are of a dataset on the Hub; a file, in `path`, has none"
+            )
         return self
 
     def source(self) -> str | HubDataset:
@@ -96,7 +99,7 @@ class SourcePart(ReadingPart):
         if self.path is not None:
             return self.path
         assert self.hub is not None  # the validator has seen to it that there is one
-        return HubDataset(self.hub, self.subset, self.split)
+        return HubDataset(self.hub, self.subset, self.split, revision=self.revision)
 
 
 class DataPart(SourcePart):
@@ -112,9 +115,14 @@ class PromptsPart(SourcePart):
     built_in: Literal["general"] | None = Field(
         None, description="Instead of a file, 100 prompts of the kind that come with safe_trainer, for chat models."
     )
-    suite: str | None = Field(None, description="A published suite, such as xstest; `path` may be a local copy of it.")
+    suite: str | None = Field(
+        None, description="A published suite, such as xstest or xstest@main; `path` may be a local copy of it."
+    )
     system_prompt: str | None = Field(None, description="System turn before each prompt of this set.")
     template: str | None = Field(None, description="What is said around each prompt, which is {prompt} in it.")
+    scorer: Scorer | None = Field(
+        None, description="How a task's answers are compared: exact, number (the last one) or choice (the letter)."
+    )
     kind: Kind = Field(description="What should happen: harmful is refused, benign and borderline answered.")
     name: str | None = Field(None, description="Name in tables; that of the file or dataset if left out.")
 

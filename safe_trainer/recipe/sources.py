@@ -74,8 +74,8 @@ def load_data(recipe: Recipe) -> LoadedData:
         else:
             found, report = load_prompts(part.source(), part.kind, part.name, part.options())
             reports.append(report)
-        framed = {key: v for key in ("name", "system_prompt", "template") if (v := getattr(part, key)) is not None}
-        sets.append(replace(found, **framed))
+        settings = ("name", "system_prompt", "template", "scorer")
+        sets.append(replace(found, **{key: v for key in settings if (v := getattr(part, key)) is not None}))
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
     return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
 

@@ -157,8 +157,11 @@ def reproduction(comparison: Comparison) -> str:
             words += ["--adapter", f"{name}={source}"]
         else:
             words += ["--tuned-model", f"{name}={evaluation.manifest.get('model', {}).get('id', 'MODEL')}"]
-    for result in comparison.before.results:
-        words += ["--prompts", f"{result.prompt_set.kind}={result.prompt_set.source or result.prompt_set.name}"]
+    for asked in (result.prompt_set for result in comparison.before.results):
+        words += ["--prompts", f"{asked.kind}={asked.source or asked.name}"]
+        scorer = asked.scorer if asked.scorer != "exact" else None
+        for option, value in (("system", asked.system_prompt), ("template", asked.template), ("scorer", scorer)):
+            words += [f"--prompt-{option}", f"{asked.name}={value}"] if value else []
     for judge in manifest.get("judges", ()):
         if judge["name"] != "phrases" or len(manifest["judges"]) > 1:
             words += ["--judge", ":".join(filter(None, (judge["name"], judge.get("model"))))]
