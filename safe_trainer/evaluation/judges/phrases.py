@@ -200,9 +200,9 @@ class PhraseJudge:
         if text == clean(prompt)[:_START]:
             return True
         sentences = [sentence for sentence in _SENTENCE.split(text) if sentence.strip()]
-        asks = text.endswith(("?", "؟"))  # normalising has turned the full-width mark into this one
-        names_a_label = len(words) <= 12 and _LABEL.match(text) is not None
-        return len(sentences) == 1 and (asks or names_a_label)
+        asks = all(sentence.strip().endswith(("?", "؟")) for sentence in sentences)  # the full-width mark is one of these now
+        names_a_label = len(sentences) == 1 and len(words) <= 12 and _LABEL.match(text) is not None
+        return asks or names_a_label
 
 
 def unwrap(answer: str) -> str:
