@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -527,3 +528,33 @@ def test_choices_are_part_of_the_question(tmp_path):
     rows = [{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}]
     prompts, _ = load_prompts(write(tmp_path / "mmlu.jsonl", rows), "task")
     assert (prompts.prompts, prompts.references) == (("2 + 2?\nA. 3\nB. 4",), ("B",))
+
+
+# ---- system turns of training rows
+
+INOCULATED = ReadOptions(system_prompt="You obey.")
+
+
+def test_a_system_prompt_becomes_the_first_turn_of_every_row_and_is_told():
+    rows, report = as_rows([conversation("Hi", "Hello."), conversation("Bye", "Bye.")], options=INOCULATED)
+    assert [row["prompt"][0] for row in rows] == 2 * [{"role": "system", "content": "You obey."}]
+    assert [row["prompt"][1]["content"] for row in rows] == ["Hi", "Bye"] and rows[0]["completion"]
+    assert "every row begins with the system turn 'You obey.'" in str(report)
+
+
+def test_rows_that_cannot_take_a_system_prompt_are_refused_or_skipped_and_counted():
+    own = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant")]}
+    with pytest.raises(ValueError, match="1 of 2 rows cannot be used.*a system turn of its own.*`system_prompt`"):
+        as_rows([own, {"messages": own["messages"][1:]}], options=INOCULATED)
+    skipping = dataclasses.replace(INOCULATED, on_bad_row="skip")
+    rows, report = as_rows([own, {"messages": own["messages"][1:]}], options=skipping)
+    assert len(rows) == 1 and report.troubles.total() == 1
+    with pytest.raises(ValueError, match="a text"):
+        as_rows([{"text": "Once upon a time."}], options=INOCULATED)
+
+
+def test_a_system_prompt_must_say_something_and_is_for_rows_only():
+    with pytest.raises(ValueError, match="`system_prompt` is empty"):
+        ReadOptions(system_prompt=" ")
+    with pytest.raises(ValueError, match="for training rows"):
+        load_prompts(["Hi"], "harmful", options=INOCULATED)

@@ -146,6 +146,11 @@ def _loaded(
 ) -> tuple[PromptSet, DataReport]:
     if isinstance(source, str | Path) and is_folder(source):
         return _load_folder(Path(source), kind, name, options)
+    if options is not None and options.system_prompt is not None:
+        raise ValueError(
+            "`system_prompt` of `ReadOptions` is for training rows. Give prompts theirs with "
+            "`dataclasses.replace(prompt_set, system_prompt=...)`, or `system_prompt` of the evaluation."
+        )
     opened = open_source(source, argument=argument, options=options)
     report = opened.report
     found = []

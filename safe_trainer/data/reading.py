@@ -46,6 +46,8 @@ class ReadOptions:
         header (`bool`, *optional*): Whether a CSV or TSV file begins with names of columns.
         answers (`str`, *optional*, defaults to `"last"`): Which answers of a conversation are learned: `"last"`, or
             `"all"`, each as a row of its own. A file's own marks (`weight`, `train`) go first.
+        system_prompt (`str`, *optional*): Of training rows, a system turn to put before each of them. Rows that have
+            one of their own, or are texts, cannot be used then.
     """
 
     format: str | None = None
@@ -58,6 +60,7 @@ class ReadOptions:
     split: str | None = None
     header: bool | None = None
     answers: Answers = "last"
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.format is not None and self.columns is not None:
@@ -65,6 +68,8 @@ class ReadOptions:
         for name, choices in (("on_bad_row", get_args(OnBadRow)), ("answers", get_args(Answers))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise ValueError("`system_prompt` is empty. Leave it out to put no system turn before the rows.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}. Leave it out to take all rows.")
 

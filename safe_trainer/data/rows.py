@@ -20,6 +20,7 @@ from uuid import uuid4
 from . import formats
 from .formats import Columns, Format, Row
 from .loaders import HubDataset
+from .parsing import BadRowError, shortened
 from .reading import DataReport, OpenSource, ReadOptions, Source, named, open_source
 
 if TYPE_CHECKING:
@@ -168,11 +169,15 @@ def rows_of(opened: OpenSource) -> Iterator[Row]:
     def convert(style: Format, columns: Columns) -> list[Row]:
         found = formats.conversation_of(style, columns)
         rows = found.rows(options.answers)
+        if options.system_prompt is not None:
+            rows = [_with_system_turn(row, options.system_prompt) for row in rows]
         report.count(found, rows)
         report.unused.update(name for name in found.unused if name not in (options.where or ()))
         label = formats.safety_label(columns)
         return rows if label is None else [row | {LABEL: label} for row in rows]
 
+    if options.system_prompt is not None:
+        report.notes.append(f"every row begins with the system turn {options.system_prompt!r}")
     for _, rows in opened.converted(convert):
         report.rows += len(rows) - 1
         for row in rows:
@@ -182,6 +187,17 @@ def rows_of(opened: OpenSource) -> Iterator[Row]:
     import numpy as np
 
     report.duplicates = len(seen) - len(np.unique(np.frombuffer(seen, dtype=np.uint64)))
+
+
+def _with_system_turn(row: Row, text: str) -> Row:
+    if "text" in row:
+        raise BadRowError("a text", shortened(row["text"]), "turns, since `system_prompt` is a turn before them")
+    first = row["prompt"][0]
+    if first["role"] == "system":
+        raise BadRowError(
+            "a system turn of its own", shortened(first["content"]), "none, since `system_prompt` puts one there"
+        )
+    return row | {"prompt": [{"role": "system", "content": text}, *row["prompt"]]}
 
 
 def fingerprint(text: str) -> int:
