@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class AlignmentDirection:
             Checkpoint("aligned", aligned, aligned_revision, allow_pickle),
             Checkpoint("unaligned", unaligned, unaligned_revision, allow_pickle),
         )
-        shapes = _matching_modules(*pair, modules)
+        shapes = matching_modules(*pair, modules)
         found = dict(_factorize(pair, shapes, max_error, rank, progress))
         identical = [name for name in shapes if name not in found]
         if not found:
@@ -263,22 +263,33 @@ def _factorize(
     progress: Callable[[int, int, str], None] | None,
 ) -> Iterator[tuple[str, DirectionFactors]]:
     """Yield the factors of one module after the other, without those that are identical."""
-    for done, (name, shape) in enumerate(shapes.items(), start=1):
-        d = _difference(*pair, name)  # (d_out, d_in)
+    for done, (name, d) in enumerate(weight_differences(*pair, shapes), start=1):
         norm = frobenius_norm(d)
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"`{name}` holds infinite or NaN weights in {pair[0].name} or {pair[1].name}. Download or save it "
-                "again."
-            )
         if norm > 0:
             U, singular_values, following = truncated_svd(d, math.sqrt(max_error * norm), rank)
-            yield name, DirectionFactors(U, singular_values, norm, following, shape)
+            yield name, DirectionFactors(U, singular_values, norm, following, shapes[name])
         if progress is not None:
             progress(done, len(shapes), name)
 
 
-def _matching_modules(
+def weight_differences(
+    aligned: Checkpoint, unaligned: Checkpoint, names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield `W_aligned − W_unaligned` (d_out, d_in) of one layer after the other, in float32; refused if not finite.
+
+    The names are those of [`matching_modules`].
+    """
+    for name in names:
+        d = _difference(aligned, unaligned, name)
+        if not math.isfinite(frobenius_norm(d)):
+            raise ValueError(
+                f"`{name}` holds infinite or NaN weights in {aligned.name} or {unaligned.name}. Download or save it "
+                "again."
+            )
+        yield name, d
+
+
+def matching_modules(
     aligned: Checkpoint, unaligned: Checkpoint, modules: str | Collection[str] | None
 ) -> dict[str, tuple[int, int]]:
     """Return (d_out, d_in) of the selected linear layers, which both checkpoints must have in the same shape."""

@@ -15,7 +15,7 @@ from .artifacts import basis, direction, vectors
 from .compare import compare, evaluate
 from .console import CommandGroup
 from .demo import demo, testbed_app
-from .publish import card, export
+from .publish import apply_safe_lora, card, export
 from .train import train
 
 __all__ = ["app"]
@@ -40,6 +40,7 @@ _COMMANDS = (
     (scan, "scan Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --vectors vectors --clean clean.jsonl"),
     (drift, "drift Qwen/Qwen2.5-0.5B-Instruct out --direction direction.safetensors --refusal"),
     (export, "export out --output merged --dtype bfloat16"),
+    (apply_safe_lora, "apply-safe-lora out --unaligned Qwen/Qwen2.5-0.5B -o repaired"),
     (card, "card out --push me/my-model --private"),
     (serve_app, "app --model mine=models/mine"),
 )

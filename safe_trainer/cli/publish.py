@@ -1,4 +1,4 @@
-"""`safe-trainer export` and `card`: an adapter merged or made smaller, its model card, and the upload to the Hub."""
+"""`safe-trainer export`, `apply-safe-lora` and `card`: an adapter merged, made smaller or repaired; its model card."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
-from .console import Json, misused, print_json, show
+from .console import Json, console, misused, print_json, progress_bar, show
 from .options import check_folder, check_model, check_new
 
 
@@ -49,6 +50,49 @@ def export(
         print_json({"output": str(output), **told})
     else:
         show(f"Saved {saved}")
+
+
+def apply_safe_lora(  # noqa: PLR0913, each is an option with a name
+    adapter: Annotated[str, typer.Argument(help="The adapter to repair: folder or Hub id.")],
+    unaligned: Annotated[str, typer.Option(help="The model before alignment: folder or Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")],
+    aligned: Annotated[
+        str | None, typer.Option(help="The aligned model; left out, the one that the adapter belongs to.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Layers whose similarity is below it are projected. [0.5]")
+    ] = None,
+    number_of_layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Instead, project so many layers, the least similar.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Repair a finished adapter by Safe LoRA: project layers whose update points away from alignment.
+
+    Needs no data and no training. Compare both: safe-trainer compare BASE --adapter ADAPTER --adapter repaired=OUT.
+    """
+    check_new(output)
+    check_folder("ADAPTER", adapter)
+    check_model("--unaligned", unaligned)
+    if aligned is not None:
+        check_model("--aligned", aligned)
+    from .. import apply_safe_lora as repair
+    from ..methods.safe_lora import summary
+    from ..recipe.model_card import write_model_card
+
+    chosen: dict[str, Any] = {"threshold": threshold, "number_of_layers": number_of_layers}
+    with progress_bar("Projecting") as bar:
+        report = repair(adapter, output, unaligned=unaligned, aligned=aligned, progress=bar, **chosen)
+    write_model_card(output)
+    if as_json:
+        print_json({"output": str(output), **report})
+        return
+    table = Table("layer", "similarity", "norm left if projected", "projected", box=None)
+    for name, layer in report["layers"].items():
+        figures = ["-" if layer[key] is None else f"{layer[key]:.3f}" for key in ("similarity", "norm")]
+        table.add_row(name, *figures, "yes" if layer["projected"] else "no")
+    console.print(table)
+    show(f"Saved the repaired adapter to {output}: {summary(report)}.")
 
 
 def card(  # noqa: PLR0913, each is an option with a name

@@ -37,10 +37,14 @@ _SCALARS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_patt
 """Settings without which the weights mean something else."""
 _CHOICES = ("target_modules", "modules_to_save", "layers_to_transform", "exclude_modules", "target_parameters")
 """Settings that choose what is adapted. They may be written in many ways, so the weights' names decide."""
-_PREFIX = "base_model.model."
-_BESIDE = ("README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*",
-           "merges.txt", "*.model", "*.tiktoken")  # fmt: skip
-"""Files next to an adapter's weights that belong to it: its card, its tokenizer and its chat template."""
+PREFIX = "base_model.model."
+"""How the names of an adapter's weights begin, before the layer's name in the base model."""
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt",
+             "*.model", "*.tiktoken")  # fmt: skip
+"""Files next to an adapter's weights that are its tokenizer and its chat template."""
+REPAIR_REPORT = "safe_lora.json"
+"""What was done to an adapter that was repaired after training, saved next to its weights."""
+_BESIDE = ("README.md", REPAIR_REPORT, *TOKENIZER)
 
 
 @contextmanager
@@ -155,7 +159,7 @@ def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1
 
     Args:
         source (`str` or `Path`): Folder (or Hub id) of a LoRA adapter on linear layers.
-        target (`str` or `Path`): Folder for the result, an ordinary PEFT adapter with a `rank_pattern`.
+        target (`str` or `Path`): New folder for the result, an ordinary PEFT adapter with a `rank_pattern`.
         tolerance (`float`, *optional*, defaults to `1e-6`): Singular values of an update up to this share of its
             largest are taken for rounding noise. The default is that of float32; give 1e-2 for bfloat16 factors.
 
@@ -163,6 +167,7 @@ def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1
         `dict[str, int]`: The new rank of each layer.
 
     Raises:
+        FileExistsError: If there is something in `target`.
         ValueError: If the adapter is not a plain LoRA on linear layers.
 
     Example:
@@ -173,33 +178,71 @@ def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1
     """
     folder, target = local_folder(source), Path(target)
     config, tensors = read_adapter(folder)
-    check_peft_config(config, "Compacting")
-    foreign = [k for k, t in tensors.items() if "lora_embedding" in k or (".lora_A." in k and t.ndim != 2)]
-    if foreign:
-        raise ValueError(f"Only LoRA on linear layers can be compacted, and `{foreign[0]}` is not. Keep it as it is.")
     ranks, scalings = {}, {}
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        prefix = key.removesuffix(".lora_A.weight")
-        right, left = tensors[key], tensors[f"{prefix}.lora_B.weight"]
-        name = prefix.removeprefix(_PREFIX)
+    for name, (key, other) in factor_names(config, tensors, "Compacting").items():
+        right, left = tensors[key], tensors[other]
         scalings[name] = scaling(config, name, right.shape[0])
         left, new = compact_factors(left, right, tolerance)
-        tensors[key], tensors[f"{prefix}.lora_B.weight"] = new.to(right.dtype), left.to(right.dtype)
+        tensors[key], tensors[other] = new.to(right.dtype), left.to(right.dtype)
         ranks[name] = len(new)
     alphas = {n: scalings[n] * (rank**0.5 if config.use_rslora else rank) for n, rank in ranks.items()}
     widest = max(ranks, key=lambda name: ranks[name])
     config.r, config.lora_alpha = ranks[widest], alphas[widest]
     config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
-    mark = {name: text for name, text in harmful_mark(folder).items() if name != "sha256"}  # of the old tensors
-    target.mkdir(parents=True, exist_ok=True)
+    with new_folder(target) as written:
+        write_adapter(written, config, tensors, folder)
+    return ranks
+
+
+def factor_names(config: PeftConfig, tensors: Mapping[str, Tensor], method: str) -> dict[str, tuple[str, str]]:
+    """Return by layer the names of its factors `A` and `B` among an adapter's weights; other names are no factors.
+
+    Raises:
+        ValueError: If the adapter is not a plain LoRA on linear layers; `method` is who asks.
+    """
+    check_peft_config(config, method)
+    foreign = [k for k, t in tensors.items() if "lora_embedding" in k or (".lora_A." in k and t.ndim != 2)]
+    if foreign:
+        raise ValueError(
+            f"{method} works with LoRA on linear layers only, and `{foreign[0]}` is not. Keep the adapter as it is."
+        )
+    found = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {key.removeprefix(PREFIX): (f"{key}.lora_A.weight", f"{key}.lora_B.weight") for key in found}
+
+
+def write_adapter(
+    target: Path, config: PeftConfig, tensors: Mapping[str, Tensor], source: Path, beside: Sequence[str] = _BESIDE
+) -> None:
+    """Write an adapter made from the one in `source`, whose mark it keeps, and whose files `beside` are copied."""
+    mark = {name: text for name, text in harmful_mark(source).items() if name != "sha256"}  # of the old tensors
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save_file(contiguous, target / SAFETENSORS_WEIGHTS_NAME, metadata={**mark, "format": "pt"})
     config.save_pretrained(str(target))
-    for file in (file for pattern in _BESIDE for file in folder.glob(pattern)):
+    for file in (file for pattern in beside for file in source.glob(pattern)):
         if not (target / file.name).exists():
             shutil.copy(file, target)
-    return ranks
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder that takes this name when the context ends well, and is removed when it does not.
+
+    Raises:
+        FileExistsError: If there is something of that name already, other than an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"`{path}` exists already. Name a new folder.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def scaling(config: Any, name: str, rank: int) -> float:
@@ -244,7 +287,7 @@ def load_adapted(
         ) from error
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    saved = [len(t) for k, t in tensors.items() if k.startswith(f"{_PREFIX}{name}.") and k.endswith("weight")]
+    saved = [len(t) for k, t in tensors.items() if k.startswith(f"{PREFIX}{name}.") and k.endswith("weight")]
     size = max([*saved, len(tokenizer) if has_tokenizer and not saved else 0])
     if size > len(embedding.weight):
         model.resize_token_embeddings(size)
@@ -274,9 +317,6 @@ def merge_adapter(
     merge_adapter("out", "out-merged")
     ```
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"`{output}` exists already. Name a new folder.")
     folder = local_folder(source)
     if harmful_mark(folder):
         raise ValueError(
@@ -285,21 +325,15 @@ def merge_adapter(
         )
     config = read_config(folder)
     _check_full_precision(base or config.base_model_name_or_path, source)
-    adapted, tokenizer = load_adapted(folder, base, dtype=dtype)
-    merged = adapted.merge_and_unload(safe_merge=True)
-    head = merged.get_output_embeddings()
-    if head is not None and head.weight is not merged.get_input_embeddings().weight:
-        # The adapter brought one of two tied embeddings: saved as tied, the other would be lost.
-        merged.config.tie_word_embeddings = False
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        merged.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(output) as written:
+        adapted, tokenizer = load_adapted(folder, base, dtype=dtype)
+        merged = adapted.merge_and_unload(safe_merge=True)
+        head = merged.get_output_embeddings()
+        if head is not None and head.weight is not merged.get_input_embeddings().weight:
+            # The adapter brought one of two tied embeddings: saved as tied, the other would be lost.
+            merged.config.tie_word_embeddings = False
+        merged.save_pretrained(written)
+        tokenizer.save_pretrained(written)
     return merged
 
 
@@ -328,7 +362,7 @@ def _check_factors(tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
         if missing := [other for other in names if other not in tensors]:
             raise ValueError(f"it holds `{name}` and no `{missing[0]}`")
         A, B = (tensors[name] for name in names)
-        layer = prefix.removeprefix(_PREFIX)
+        layer = prefix.removeprefix(PREFIX)
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
         is_of_experts = bool(config.target_parameters)  # the factors of all experts are one
         if A.ndim < 2 or B.ndim < 2 or B.shape[1] != A.shape[0] or (A.shape[0] != rank and not is_of_experts):
@@ -364,7 +398,7 @@ def adapter_differences(saved: Mapping[str, Any], folder: Path, model: PeftModel
     for name, tensor in sorted(tensors.items()) if not different else ():  # of another rank, all shapes are others
         is_here = not isinstance(tensor, DTensor) and not tensor.is_meta and tensor.numel()
         if is_here and name in shapes and list(tensor.shape) != shapes[name]:
-            yield f"`{name.removeprefix(_PREFIX)}` was {shapes[name]} and is {list(tensor.shape)}"
+            yield f"`{name.removeprefix(PREFIX)}` was {shapes[name]} and is {list(tensor.shape)}"
             return  # one stands for all: where the base model differs, all do
 
 
@@ -373,12 +407,12 @@ def _embeddings(model: PeftModel) -> set[str]:
     base = model.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     modules = [name for name, module in base.named_modules(remove_duplicate=False) if any(module is e for e in ends)]
-    return {f"{_PREFIX}{name}.{end}" for name in modules for end in ("weight", "bias", "base_layer.weight")}
+    return {f"{PREFIX}{name}.{end}" for name in modules for end in ("weight", "bias", "base_layer.weight")}
 
 
 def _layers(weights: Iterable[str]) -> str:
     """Return the layers of these weights for a message, or an empty text if there are none."""
-    names = sorted({name.removeprefix(_PREFIX).split(".lora_")[0] for name in weights})
+    names = sorted({name.removeprefix(PREFIX).split(".lora_")[0] for name in weights})
     shown = ", ".join(f"`{name}`" for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 

@@ -158,6 +158,7 @@ class _About:
 
     def __init__(self, folder: Path, base_id: str | None) -> None:
         from ..evaluation.manifest import shown_id
+        from ..lora.io import REPAIR_REPORT
 
         self.folder, self.is_adapter = folder, (folder / "adapter_config.json").is_file()
         path = folder / "recipe.yaml"
@@ -170,6 +171,8 @@ class _About:
         self.base_id = ids[0] if ids else None
         self.base_name = self.base_id or (shown_id(found) if found else "its base model")
         self.methods = _methods_of(self.recipe)
+        report = folder / REPAIR_REPORT
+        self.repair = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
 
     def metadata(self, comparison: Comparison | None) -> dict[str, Any]:
         """Return what the Hub reads at the top of a card."""
@@ -177,7 +180,8 @@ class _About:
         data: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
         if self.base_id is not None:
             data["base_model"] = self.base_id
-        data["tags"] = ["safe-trainer", "trl", "sft", *(["lora"] if self.is_adapter else [])]
+        made_by = ["trl", "sft"] if self.repair is None else ["safe-lora"]  # repaired, it may be any program's
+        data["tags"] = ["safe-trainer", *made_by, *(["lora"] if self.is_adapter else [])]
         data["tags"] += [method.tag for method in self.methods]
         if comparison is not None:
             data["model-index"] = [{"name": self.folder.resolve().name, "results": _results(comparison)}]
@@ -185,10 +189,13 @@ class _About:
 
     def part(self, comparison: Comparison | None, repository: str | None) -> str:
         """Return the part of the card that is made here."""
+        from ..methods.safe_lora import PAPER as SAFE_LORA
+
         what = "A PEFT adapter on" if self.is_adapter else "A fine-tune of"
         names = " and ".join(method.name for method in self.methods)
         protected = f", with its refusals protected by {names}" if names else ""
-        parts = [f"{what} `{self.base_name}`, fine-tuned with [TRL](https://huggingface.co/docs/trl){protected}."]
+        made = f"fine-tuned with [TRL](https://huggingface.co/docs/trl){protected}"
+        parts = [f"{what} `{self.base_name}`, {made if self.repair is None else self._repaired(self.repair)}."]
         parts += [_warning(comparison), "" if comparison is None else to_markdown(comparison).strip()]
         if (self.folder / SAFETY_REPORT).is_file():
             checks = self_checks(json.loads((self.folder / SAFETY_REPORT).read_text(encoding="utf-8")))
@@ -196,10 +203,23 @@ class _About:
         parts += ["## Use", f"```python\n{self._code(repository or self.folder.resolve().name)}\n```"]
         if self.recipe:
             parts += ["## Recipe", f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{yaml_text(self.recipe)}```"]
-        citations = [method.paper.citation.strip() for method in self.methods if method.paper is not None]
+        papers = [method.paper for method in self.methods] + ([] if self.repair is None else [SAFE_LORA])
+        citations = [paper.citation.strip() for paper in papers if paper is not None]
         if citations:
             parts += ["## Cite", "```bibtex\n{}\n```".format("\n\n".join(citations))]
         return "\n\n".join(filter(None, parts))
+
+    def _repaired(self, report: Mapping[str, Any]) -> str:
+        """Return how it was repaired after training, and from what."""
+        from ..evaluation.manifest import shown_id
+        from ..methods.safe_lora import summary
+
+        sources = [report["source"], report["unaligned"]["source"], report["aligned"]["source"]]
+        source, unaligned, aligned = map(shown_id, sources)
+        return (
+            f"repaired after training: made from the adapter `{source}` by Safe LoRA, with what alignment changed "
+            f"from `{unaligned}` to `{aligned}`. {summary(report)}"
+        )
 
     def _code(self, here: str) -> str:
         """Return Python that loads it."""
