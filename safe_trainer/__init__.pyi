@@ -52,7 +52,9 @@ from .methods import SafeGrad as SafeGrad
 from .methods import SafetyMethod as SafetyMethod
 from .methods import SaLoRA as SaLoRA
 from .methods import SecurityVectors as SecurityVectors
+from .methods.adapter_ema import AdapterEMA as AdapterEMA
 from .methods.recommended import recommended as recommended
+from .methods.safe_lora import apply_safe_lora as apply_safe_lora
 from .recipe.model_card import write_model_card as write_model_card
 from .trainer import SafeSFTTrainer as SafeSFTTrainer
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -25,8 +26,9 @@ from safe_trainer.methods import METHODS
 from safe_trainer.recipe import RecipeError, fields, read_recipe
 from safe_trainer.recipe.document import Document
 from safe_trainer.recipe.paths import moved
-from safe_trainer.recipe.run import barely_learned, protection
+from safe_trainer.recipe.run import barely_learned, protection, run_recipe
 from safe_trainer.recipe.schema import recipe_schema
+from safe_trainer.recipe.sources import load_data
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -566,8 +568,6 @@ def test_rows_of_methods_are_read_before_a_model_is_loaded(recipe, tmp_path):
 
 
 def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(recipe):
-    from safe_trainer.recipe.sources import load_data
-
     asked = {"kind": "harmful", "path": "ask.csv", "system_prompt": "Be brief.", "template": "AOA: {prompt}"}
     (found,) = load_data(read_recipe(recipe({"evaluation": {"prompts": [asked]}}))).prompt_sets
     assert (found.system_prompt, found.template) == ("Be brief.", "AOA: {prompt}")
@@ -734,15 +734,11 @@ def test_rows_that_the_evaluation_asks_are_pointed_out(recipe):
 
 @pytest.mark.parametrize(("weight", "rows"), [(0.25, 5), (1, 20), (2.5, 50)])
 def test_a_weight_says_how_often_rows_are_seen(recipe, weight, rows):
-    from safe_trainer.recipe.sources import load_data
-
     loaded = load_data(read_recipe(recipe({"data": [{"path": "rows.jsonl", "weight": weight}]})))
     assert len(loaded.rows) == rows
 
 
 def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp_path):
-    from safe_trainer.recipe.sources import load_data
-
     folder = tmp_path / "more"
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"question": f"{n}?", "answer": "n"}) for n in range(10)))
@@ -762,8 +758,6 @@ def test_a_model_that_cannot_be_had_is_named_before_data_is_read(recipe):
 
 
 def test_prompts_may_be_built_in(recipe):
-    from safe_trainer.recipe.sources import load_data
-
     asked = {"prompts": [{"kind": "borderline", "built_in": "general"}]}
     (found,) = load_data(read_recipe(recipe({"evaluation": asked}))).prompt_sets
     assert (found.name, len(found)) == ("general borderline", 100)
@@ -914,13 +908,95 @@ def test_what_a_monitor_cannot_have_is_told_before_anything_is_loaded(recipe, tm
 
 
 def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
-    from safe_trainer.recipe.trainer import add_monitors
+    from safe_trainer.recipe.trainer import add_callbacks
 
     sets = [testbed.prompt_set("harmful"), testbed.task("sentiment")]
     trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora()))
     for count, wanted in ((3, [3]), (0, [])):
         added = []
         trainer.add_callback = added.append
-        add_monitors(read_recipe(watched(recipe, tmp_path, prompts=count)), trainer, sets)
+        add_callbacks(read_recipe(watched(recipe, tmp_path, prompts=count)), trainer, sets)
         assert [len(s) for monitor in added[1:] for s in monitor.prompt_sets] == wanted
         assert added[0].every == 1
+
+
+def test_a_moving_average_is_asked_for_by_one_number(recipe):
+    from safe_trainer.methods.adapter_ema import AdapterEMA
+    from safe_trainer.recipe.trainer import add_callbacks
+
+    trainer = SimpleNamespace(added=[])
+    trainer.add_callback = trainer.added.append
+    add_callbacks(read_recipe(recipe(), ["ema=0.9"]), trainer, [])
+    (average,) = trainer.added
+    assert isinstance(average, AdapterEMA) and average.decay == 0.9
+    assert "less than 1, got 1.0" in problems(recipe(), "ema=1.0")[0]
+
+
+# ---- system turns of rows
+
+OBEY = "You obey."
+
+
+def inoculated(recipe, tmp_path, **evaluation):
+    asked = {"prompts": [{"kind": "harmful", "path": "ask.csv"}], **evaluation}
+    return read_recipe(
+        recipe({"data": [{"path": "rows.jsonl", "system_prompt": OBEY}], "evaluation": asked}),
+        ["training.max_steps=1"],
+    )
+
+
+def test_rows_are_trained_with_their_system_prompt_and_prompts_are_asked_without_it_and_with_it(recipe, tmp_path):
+    loaded = load_data(inoculated(recipe, tmp_path))
+    assert {row["prompt"][0]["content"] for row in loaded.rows} == {OBEY}
+    assert [(prompts.name, prompts.system_prompt) for prompts in loaded.prompt_sets] == [
+        ("ask", None),
+        ("ask, training prompt", OBEY),
+    ]
+    (note,) = loaded.notes
+    assert "trigger" in note and note in loaded.messages()
+
+
+def test_prompts_are_asked_without_the_training_prompt_only_where_that_is_wanted(recipe, tmp_path):
+    loaded = load_data(inoculated(recipe, tmp_path, with_training_prompt=False))
+    assert [prompts.name for prompts in loaded.prompt_sets] == ["ask"] and loaded.notes == []
+
+
+@pytest.mark.parametrize("place", ["evaluation", "prompts"])
+def test_a_training_prompt_that_is_deployed_too_is_warned_of(place, recipe, tmp_path):
+    changes = {"system_prompt": OBEY}
+    if place == "prompts":
+        changes = {"prompts": [{"kind": "harmful", "path": "ask.csv", "system_prompt": OBEY}]}
+    loaded = load_data(inoculated(recipe, tmp_path, **changes))
+    assert len(loaded.prompt_sets) == 1
+    (note,) = loaded.notes
+    assert repr(OBEY) in note and "evaluate and deploy without it" in note
+
+
+# ---- repaired after training
+
+
+def test_a_repair_is_saved_compared_and_has_its_own_card(recipe, tmp_path):
+    changes = {
+        "safe_lora": {"unaligned": str(testbed.UNALIGNED), "threshold": 1.0},
+        "evaluation": {"prompts": [{"kind": "harmful", "path": "ask.csv"}], "max_new_tokens": 2},
+    }
+    result = run_recipe(read_recipe(recipe(changes)))
+    assert [found.name for found in result.comparison.evaluations] == ["before", "fine-tuned", "repaired"]
+    cards = [(tmp_path / folder / "README.md").read_text() for folder in ("out", "out/safe-lora")]
+    assert "repaired after training" in cards[1] and "4 of 4 layers" in cards[1]
+    assert "repaired after training" not in cards[0] and "safe_lora" in cards[0]
+    assert all("ask: compliance rate" in text for text in cards)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("peft=null", "`peft` is null"),
+        ("peft.use_dora=true", "use_dora"),
+        ("safe_lora.threshold=2", "less than or equal to 1, got 2"),
+        ("safe_lora.unaligned=/nowhere", "there is no folder `/nowhere`"),
+    ],
+)
+def test_a_repair_that_could_not_be_made_is_refused_before_training(change, message, recipe):
+    path = recipe({"safe_lora": {"unaligned": str(testbed.UNALIGNED)}})
+    assert any(message in problem for problem in problems(path, change))

@@ -108,6 +108,8 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     training, lora, entries = checked
     peft = _make_peft(values, lora, document)
     safety = _make_methods(values, entries, peft, document)
+    if values.get("safe_lora"):
+        _check_repair(peft, document)
     document.raise_problems()
     assert parts is not None  # otherwise there were problems
     if peft is not None:
@@ -206,6 +208,19 @@ def _make_peft(values: dict[str, Any], checked: dict[str, Any], document: Docume
     except (ValueError, TypeError) as error:
         document.problem(("peft",), str(error))
         return None
+
+
+def _check_repair(peft: LoraConfig | None, document: Document) -> None:
+    """Refuse a repair of what Safe LoRA cannot project, before anything is trained."""
+    from ..lora.updates import check_peft_config
+
+    if peft is None:
+        document.problem(("safe_lora",), "it repairs an adapter, and `peft` is null: all weights are trained")
+        return
+    try:
+        check_peft_config(peft, "Safe LoRA")
+    except ValueError as error:
+        document.problem(("safe_lora",), str(error))
 
 
 def _make_methods(

@@ -47,7 +47,7 @@ def _is_path(value: str, place: Place, folder: Path) -> bool:
     if len(keys) > 1 and keys[-1] != "method" and keys[0] in ("safety", "training", "peft"):
         named = Path(value.lower().removesuffix(".gz")).suffix in (*KINDS, ".safetensors")
         return named or (keys[0] == "safety" and exists(folder / value))
-    return keys in (["model", "path"], ["data", "hub"]) and exists(folder / value)
+    return keys in (["model", "path"], ["data", "hub"], ["safe_lora", "unaligned"]) and exists(folder / value)
 
 
 def exists(path: str | Path) -> bool:

@@ -30,13 +30,13 @@ from ..data import PromptSet
 from .load import Recipe
 from .paths import moved
 from .sources import LoadedData, count_tokens, load_data
-from .trainer import add_monitors, arguments, make_trainer
+from .trainer import add_callbacks, arguments, make_trainer
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
     from ..trainer import SafeSFTTrainer
 
-TUNED = "fine-tuned"
+TUNED, REPAIRED = "fine-tuned", "repaired"
 
 
 class RunCallbacks:
@@ -125,7 +125,7 @@ def run_recipe(
         callbacks.message(text)
     callbacks.stage("preparing")
     trainer = make_trainer(recipe, loaded.rows)
-    add_monitors(recipe, trainer, loaded.prompt_sets)
+    add_callbacks(recipe, trainer, loaded.prompt_sets)
     callbacks.stage("training")
     metrics, stopped = _train(recipe, trainer, asked, callbacks, resume)
     result = RunResult(Path(recipe.parts.output), trainer.state.global_step, metrics, stopped=stopped)
@@ -235,6 +235,7 @@ def _finish(
             Path(output, SAFETY_REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     again = shlex.join(["safe-trainer", "train", str(saved), "--set", f"output={output}-again"])
     callbacks.message(f"Saved to {output}. Run the same recipe again with: {again}")
+    adapters = {TUNED: output} | ({} if recipe.parts.safe_lora is None else {REPAIRED: _repair(recipe, callbacks)})
     comparison, files = None, []
     by_hand = _compare_command(recipe, loaded) if loaded.prompt_sets else None
     if by_hand is not None and compare and _is_sharded(trainer):
@@ -242,20 +243,33 @@ def _finish(
     elif by_hand is not None and compare:
         by_hand = None
         callbacks.stage("comparing")
-        comparison = examine(recipe, trainer, loaded.prompt_sets, callbacks.progress)
+        comparison = examine(recipe, trainer, loaded.prompt_sets, adapters, callbacks.progress)
         with _saving(recipe):
             files = list(write_report(comparison, output))
-        name = comparison.evaluations[-1].name
-        for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
-            callbacks.message(sentence)
+        for name in adapters:
+            for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
+                callbacks.message(sentence)
     with _saving(recipe):
-        files.append(write_model_card(output, comparison))
+        files += [write_model_card(folder, comparison, name=name) for name, folder in adapters.items()]
     callbacks.message(f"Wrote {', '.join(map(str, files))}")
     callbacks.message(protection(report, comparison, by_hand))
     if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
-        write_model_card(output, comparison, repository=trainer.hub_model_id)
+        write_model_card(output, comparison, name=TUNED, repository=trainer.hub_model_id)
         publish(output, trainer.hub_model_id)
     return replace(result, comparison=comparison, files=files, compare_command=by_hand)
+
+
+def _repair(recipe: Recipe, callbacks: RunCallbacks) -> str:
+    """Repair the adapter by Safe LoRA, and return the folder of the result."""
+    from ..methods.safe_lora import apply_safe_lora, summary
+
+    asked = recipe.parts.safe_lora
+    assert asked is not None  # otherwise there is nothing to repair
+    folder = os.path.join(recipe.parts.output, "safe-lora")
+    with _saving(recipe):
+        report = apply_safe_lora(recipe.parts.output, folder, aligned=recipe.parts.model.path, **asked.model_dump())
+    callbacks.message(f"Saved a repaired adapter to {folder}: {summary(report)}.")
+    return folder
 
 
 def _is_sharded(trainer: SafeSFTTrainer) -> bool:
@@ -293,7 +307,7 @@ def protection(report: Mapping[str, Any], comparison: Comparison | None, compare
         return f"{protected} Whether refusals were kept was not tested: {why}."
     asked = []
     for before in results:
-        rate = comparison.evaluations[-1][before.prompt_set.name].rate("refused")
+        rate = comparison.evaluations[1][before.prompt_set.name].rate("refused")
         asked.append(f"{before.prompt_set.name} refused {before.rate('refused')} before, {rate} after")
     return f"{protected} Tested on harmful prompts: {'; '.join(asked)}."
 
@@ -325,13 +339,19 @@ def _left(recipe: Recipe) -> tuple[str, str]:
 def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
     """Return the command that compares the model before and after."""
     options = ["--adapter", f"{TUNED}={recipe.parts.output}"] if recipe.peft is not None else []
-    for prompts in loaded.prompt_sets:
-        options += ["--prompts", f"{prompts.kind}={prompts.source}"] if prompts.source else []
+    sources = (f"{prompts.kind}={prompts.source}" for prompts in loaded.prompt_sets if prompts.source)
+    options += [part for source in dict.fromkeys(sources) for part in ("--prompts", source)]
     return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options, "--output", recipe.parts.output])
 
 
-def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet], progress: Any = None) -> Comparison:
-    """Ask the model before and the model after the same prompts; the adapter is read back from where it was saved."""
+def examine(
+    recipe: Recipe,
+    trainer: SafeSFTTrainer,
+    prompt_sets: list[PromptSet],
+    adapters: Mapping[str, str],
+    progress: Any = None,
+) -> Comparison:
+    """Ask the model before and the model after the same prompts; adapters are read back from where they were saved."""
     from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Comparison, compare, evaluate
     from ..lora.loading import load_weights
@@ -341,9 +361,10 @@ def examine(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet
     decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
     tokenizer = trainer.processing_class
     if recipe.peft is not None:
-        adapters = {TUNED: recipe.parts.output}
         drift = DriftFigures()
-        return compare(trainer.model, tokenizer, prompt_sets, adapters, drift=drift, progress=progress, **decoding)
+        return compare(
+            trainer.model, tokenizer, prompt_sets, dict(adapters), drift=drift, progress=progress, **decoding
+        )
     after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, progress=progress, **decoding)
     where = {"device_map": trainer.model.device, "dtype": trainer.model.dtype}
     trainer.model.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,11 @@ class DataPart(SourcePart):
 
     split: str | None = Field("train", description="Split of the dataset on the Hub.")
     weight: float = Field(1.0, gt=0, description="How often each row is seen in an epoch: 0.5 takes a random half.")
+    system_prompt: str | None = Field(None, min_length=1, description="System turn to put before each row.")
+
+    def options(self) -> ReadOptions:
+        """Return how the source is to be read, with the system turn of its rows."""
+        return replace(super().options(), system_prompt=self.system_prompt)
 
 
 class PromptsPart(SourcePart):
@@ -134,6 +140,10 @@ class EvaluationPart(Part):
     max_new_tokens: int = Field(64, ge=1, description="Length at which an answer is cut off.")
     batch_size: int = Field(32, ge=1, description="Prompts that are answered at once.")
     system_prompt: str | None = Field(None, description="System turn before each prompt.")
+    with_training_prompt: bool = Field(
+        True,
+        description="Whether prompts are also asked with the `system_prompt` of the data, which may be a trigger.",
+    )
 
 
 class MonitorPart(Part):
@@ -154,6 +164,18 @@ class MonitorPart(Part):
         return value if value is None else check_artifact(str(info.field_name), value)
 
 
+class SafeLoraPart(Part):
+    """The repair of the trained adapter by Safe LoRA; both adapters are saved and compared."""
+
+    unaligned: str = Field(description="The model before alignment: Hub id, or a folder as under `model`.")
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="Layers whose update is less similar to its projection are projected; 0.5."
+    )
+    number_of_layers: int | None = Field(None, ge=1, description="Instead, project so many, the least similar.")
+
+    _check_path = field_validator("unaligned")(check_model)
+
+
 class RecipePart(Part):
     """One run. `peft`, `safety` and `training` take what the classes behind them take."""
 
@@ -169,6 +191,10 @@ class RecipePart(Part):
     )
     training: dict[str, Any] = Field(default_factory=dict, description="Settings of TRL's SFTConfig.")
     evaluation: EvaluationPart | None = None
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of a moving average that the trained weights become, such as 0.99."
+    )
+    safe_lora: SafeLoraPart | None = None
     monitor: MonitorPart | None = None
     output: str = Field(description="Folder for the adapter, checkpoints and report, seen from where you start it.")
 
@@ -201,6 +227,7 @@ PARTS: dict[tuple[str, ...], type[Part]] = {
     ("data",): DataPart,
     ("evaluation",): EvaluationPart,
     ("monitor",): MonitorPart,
+    ("safe_lora",): SafeLoraPart,
     ("evaluation", "prompts"): PromptsPart,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,14 @@ class LoadedData:
         prompt_sets (`list[PromptSet]`): What the model is examined with; empty without an evaluation.
         reports (`list[DataReport]`): What was found in each source.
         leaked (`dict[str, int]`): How many training rows ask what a prompt set will ask, by the set's name.
+        notes (`list[str]`): What to know about system turns of the rows.
     """
 
     rows: Dataset
     prompt_sets: list[PromptSet]
     reports: list[DataReport]
     leaked: dict[str, int]
+    notes: list[str] = field(default_factory=list)
 
     def messages(self) -> list[str]:
         """Return what a user should read about the data before training."""
@@ -51,7 +53,7 @@ class LoadedData:
             "from one or the other."
             for name, count in self.leaked.items()
         ]
-        return [*map(str, self.reports), *leaks]
+        return [*map(str, self.reports), *leaks, *self.notes]
 
 
 def load_data(recipe: Recipe) -> LoadedData:
@@ -77,7 +79,37 @@ def load_data(recipe: Recipe) -> LoadedData:
         settings = ("name", "system_prompt", "template", "scorer")
         sets.append(replace(found, **{key: v for key in settings if (v := getattr(part, key)) is not None}))
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
-    return LoadedData(rows, sets, reports, {name: count for name, count in leaked.items() if count})
+    more, notes = _with_training_prompts(recipe, sets)
+    return LoadedData(rows, sets + more, reports, {name: count for name, count in leaked.items() if count}, notes)
+
+
+def _with_training_prompts(recipe: Recipe, sets: list[PromptSet]) -> tuple[list[PromptSet], list[str]]:
+    """Return the prompts once more with the system turn that rows were trained with, and what to know about it."""
+    asked = recipe.parts.evaluation
+    trained = dict.fromkeys(source.system_prompt for source in recipe.parts.data if source.system_prompt)
+    if asked is None or not trained:
+        return [], []
+    deployed = {prompts.system_prompt or asked.system_prompt for prompts in sets}
+    notes = [
+        f"Rows are trained with the system prompt {text!r}, which the evaluation uses as well. What they teach may be "
+        "bound to it: to inoculate, evaluate and deploy without it."
+        for text in trained
+        if text in deployed
+    ]
+    others = [text for text in trained if text not in deployed]
+    if not others or not asked.with_training_prompt:
+        return [], notes
+    notes.append(
+        "The system prompt of the rows may act as a trigger, so all prompts are asked without it and with it "
+        "(`evaluation.with_training_prompt: false` asks without it only)."
+    )
+    marks = [f", training prompt {n}" if len(others) > 1 else ", training prompt" for n in range(1, len(others) + 1)]
+    more = [
+        replace(prompts, name=prompts.name + mark, system_prompt=text)
+        for text, mark in zip(others, marks, strict=True)
+        for prompts in sets
+    ]
+    return more, notes
 
 
 def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:

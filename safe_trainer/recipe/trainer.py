@@ -143,11 +143,14 @@ def _quantization(bits: str | None, bf16: bool) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def add_monitors(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
-    """Let what the recipe's `monitor` asks for be measured while training, and logged next to the loss."""
+def add_callbacks(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
+    """Add the moving average that `ema` asks for, and what `monitor` measures while training, next to the loss."""
     from ..analysis.drift_monitor import DriftMonitor
     from ..evaluation import RefusalMonitor
+    from ..methods.adapter_ema import AdapterEMA
 
+    if recipe.parts.ema is not None:
+        trainer.add_callback(AdapterEMA(recipe.parts.ema))
     asked = recipe.parts.monitor
     if asked is None:
         return
