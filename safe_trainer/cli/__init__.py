@@ -45,7 +45,7 @@ _COMMANDS = (
     (serve_app, "app --model mine=models/mine"),
 )
 for _command, _example in _COMMANDS:
-    app.command(epilog=f"Example: safe-trainer {_example}")(_command)
+    app.command(_command.__name__.replace("_", "-"), epilog=f"Example: safe-trainer {_example}")(_command)
 app.add_typer(testbed_app, name="testbed")
 
 
