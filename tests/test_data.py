@@ -544,7 +544,7 @@ def test_a_system_prompt_becomes_the_first_turn_of_every_row_and_is_told():
 
 def test_rows_that_cannot_take_a_system_prompt_are_refused_or_skipped_and_counted():
     own = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant")]}
-    with pytest.raises(ValueError, match="1 of 2 rows cannot be used.*a system turn of its own.*`system_prompt`"):
+    with pytest.raises(ValueError, match="(?s)1 of 2 rows cannot be used.*a system turn of its own.*`system_prompt`"):
         as_rows([own, {"messages": own["messages"][1:]}], options=INOCULATED)
     skipping = dataclasses.replace(INOCULATED, on_bad_row="skip")
     rows, report = as_rows([own, {"messages": own["messages"][1:]}], options=skipping)
