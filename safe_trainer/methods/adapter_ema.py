@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..distributed import from_first_process
 from .base import check_number
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,16 @@ class AdapterEMA(TrainerCallback, ExportableState):
         """Start from the weights, or from the average in the optimizer's state of a run that resumes."""
         self._check(args, state)
         trained = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
-        saved = {weight: optimizer.state.get(weight, {}).get(_KEY) for weight in trained}
-        if state.global_step and not any(average is not None for average in saved.values()):
+        saved = [optimizer.state.get(weight, {}).get(_KEY) for weight in trained]
+        if state.global_step and any(isinstance(weight, DTensor) for weight in trained):
+            # Complete, and on the first process alone: torch spreads only what the optimizer itself keeps.
+            saved = from_first_process([None if average is None else average.cpu() for average in saved])
+        if state.global_step and not any(average is not None for average in saved):
             raise ValueError(
                 "The checkpoint holds no average for `AdapterEMA`: it was made without it, or without the optimizer's "
                 "state. Resume without the callback, or start a new run."
             )
-        self._averages = {weight: _placed(average, weight) for weight, average in saved.items()}
+        self._averages = {weight: _placed(average, weight) for weight, average in zip(trained, saved, strict=True)}
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     @torch.no_grad()
