@@ -603,7 +603,7 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
         2,
         "there is no folder",
     ),
-    "a basis of rank 0": (["basis", "{model}", "{asked}", "--rank", "0"], 2, "greater than or equal to 1"),
+    "a basis of rank 0": (["basis", "{model}", "{asked}", "--rank", "0"], 2, "--rank"),
     "a direction between a model and itself": (
         ["direction", "{model}", "{model}", "-o", "{folder}/d.safetensors"],
         1,
