@@ -27,9 +27,11 @@ from .evaluation import Comparison as Comparison
 from .evaluation import Evaluation as Evaluation
 from .evaluation import FunctionJudge as FunctionJudge
 from .evaluation import GuardJudge as GuardJudge
+from .evaluation import Harness as Harness
 from .evaluation import LikelihoodJudge as LikelihoodJudge
 from .evaluation import PhraseJudge as PhraseJudge
 from .evaluation import RefusalMonitor as RefusalMonitor
+from .evaluation import Review as Review
 from .evaluation import Thresholds as Thresholds
 from .evaluation import from_json as from_json
 from .evaluation import write_report as write_report

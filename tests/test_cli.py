@@ -306,7 +306,7 @@ def test_compare_with_prompts_that_cannot_be_read_fails_before_the_model_is_load
 def test_evaluate_tells_rates_of_a_model_and_of_an_adapter_on_it(adapter, asked):
     told = [invoke("evaluate", ALIGNED, "--prompts", asked, "--json", *more) for more in ([], ["--adapter", adapter])]
     assert [result.exit_code for result in told] == [0, 0], told[0].output + told[1].output
-    counts = [json.loads(result.stdout)["asked"]["refused"] for result in told]
+    counts = [json.loads(result.stdout)["asked"]["rates"]["refused"] for result in told]
     assert [(found["count"], found["total"], found["rate"]) for found in counts] == [(4, 4, 1.0), (0, 4, 0.0)]
     assert all(found["low"] < found["high"] for found in counts)
     assert json.loads(told[0].stdout)["asked"]["not_judged"] == 0

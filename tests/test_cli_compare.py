@@ -57,6 +57,7 @@ def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):
     assert re.search(r"\| harm: refusal rate \| .* \(2 runs: ", markdown)
     assert re.search(r"before: phrases and likelihood agree on .*, Cohen's κ", markdown)
     assert "| harm: refusal rate (likelihood) |" in markdown
+    assert "LoRA, run 1: all 4 weights of the adapter were loaded." in markdown
     page = (tmp_path / "comparison.html").read_text()
     assert "Mean over training runs that differ in their seed" in page and "Each judge by itself" in page
     assert "has intervals that do" in page
@@ -91,12 +92,57 @@ def test_what_several_judges_found_is_in_the_json(home):
     assert entry["agreements"][0]["judges"] == ["likelihood", "harmbench"]
 
 
+OUTCOMES = {"refused", "complied", "neither", "correct", "agreed", "before", "after", "above", "precision", "recall"}
+
+
+def rates_of(value: object, path: str = ""):
+    """Yield every rate in what a command printed, by its path: what is under the name of an outcome."""
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        is_model = isinstance(part, dict) and all(isinstance(entry, dict) for entry in part.values())
+        if key in OUTCOMES and not is_model:
+            yield f"{path}.{key}", part
+        yield from rates_of(part, f"{path}.{key}")
+
+
+def test_no_rate_in_json_stands_without_its_count_and_interval(home, tmp_path):
+    from safe_trainer.analysis.scan import ScanResult
+    from safe_trainer.cli.analysis import _as_json
+    from safe_trainer.data import DataReport
+    from safe_trainer.evaluation import Rate
+
+    asked = (
+        "--prompts",
+        "harmful=harm.txt",
+        "--prompts",
+        "borderline=hf:./asked",
+        "--prompts",
+        "task=sums.csv",
+        *SHORT,
+    )
+    told = [
+        invoke("evaluate", "base", "--adapter", "adapter-1", *asked, "--json"),
+        invoke("compare", "base", "--adapter", "a=adapter-1", *asked, "--json", "-o", tmp_path),
+    ]
+    assert [result.exit_code for result in told] == [0, 0], told[0].output + told[1].output
+    outputs = [json.loads(result.stdout) for result in told]
+    outputs.append(json.loads((tmp_path / "comparison.json").read_text())["summary"])
+    scan = ScanResult(DataReport("rows", "CSV"), 4, above=Rate(2, 4), precision=Rate(1, 2), recall=Rate(1, 1))
+    outputs.append(_as_json(scan))
+    for output in outputs:
+        found = dict(rates_of(output))
+        assert len(found) >= 3
+        for path, rate in found.items():
+            assert set(rate) == {"count", "total", "rate", "low", "high"}, path
+            assert rate["low"] <= rate["count"] / rate["total"] <= rate["high"] or rate["rate"] is None, path
+    assert {entry["judge"] for entry in outputs[0].values()} == {"phrases", "exact match"}
+
+
 def test_a_guard_is_told_by_the_name_of_its_model():
     assert check_judges(["guard:allenai/wildguard"]) == [("wildguard", "allenai/wildguard")]
     assert check_judges(["guard:meta-llama/Llama-Guard-3-1B"]) == [("llama-guard", "meta-llama/Llama-Guard-3-1B")]
     assert check_judges(["guard:cais/HarmBench-Llama-2-13b-cls"])[0][0] == "harmbench"
     assert check_judges(["guard:google/shieldgemma-2b"])[0][0] == "shieldgemma"
-    assert check_judges(None) == [("phrases", "")]
+    assert check_judges(None) == [("phrases", ""), ("likelihood", "")]
 
 
 def test_prompts_that_nobody_named_suit_the_model():

@@ -28,6 +28,7 @@ from safe_trainer.evaluation import (
 from safe_trainer.evaluation.generate import INTERRUPTED
 from safe_trainer.evaluation.manifest import fingerprint
 from safe_trainer.evaluation.report.content import tables_of
+from safe_trainer.lora.io import load_adapted
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."
@@ -335,6 +336,7 @@ def test_the_manifest_tells_adapters_and_states_apart(tmp_path):
     assert manifests[0]["adapters"] == []
     assert [m["adapters"][0]["id"] for m in manifests[1:]] == ["one", "two"]
     assert manifests[1]["adapters"][0]["sha256"] != manifests[2]["adapters"][0]["sha256"]
+    assert [m["adapters"][0]["weights_loaded"] for m in manifests[1:]] == [4, 4]
     assert len({m["model"]["fingerprint"] for m in manifests}) == 3
     assert manifests[0]["judges"] == [{"name": "parity", "version": "1"}]
     assert manifests[0]["decoding"]["max_new_tokens"] == 2
@@ -364,10 +366,22 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_no_trace(tmp_path, wr
     generate(model, byte_tokenizer(), ["hi"], max_new_tokens=2)
 
 
-def test_an_adapter_that_lacks_layers_is_refused(tmp_path):
-    shallow = adapter(tmp_path, "shallow", 1, base=tiny_llama(num_hidden_layers=1))
-    with pytest.raises(ValueError, match="shallow` cannot be used on this model: it has no weights for 2 places"):
-        compare(tiny_llama(), byte_tokenizer(), [ASKED], {"shallow": shallow}, max_new_tokens=2)
+def test_an_adapter_of_which_not_every_weight_is_loaded_is_refused(tmp_path):
+    for trained, used, lost in (
+        (1, 2, "it has no weights for 2 places of the model, among them `.*layers.1"),
+        (2, 1, "2 of its 4 weights have no place in the model, among them `.*layers.1"),
+    ):
+        path = adapter(tmp_path, f"of-{trained}", 1, base=tiny_llama(num_hidden_layers=trained))
+        own = adapter(tmp_path, "own", 3, base=tiny_llama(num_hidden_layers=used))
+        model = tiny_llama(num_hidden_layers=used)
+        model.save_pretrained(tmp_path / "base")
+        message = f"{path.name}` cannot be used on this model: {lost}"
+        for examined in (model, PeftModel.from_pretrained(tiny_llama(num_hidden_layers=used), own)):
+            with pytest.raises(ValueError, match=message):
+                compare(examined, byte_tokenizer(), [ASKED], {"it": path}, max_new_tokens=2)
+        byte_tokenizer().save_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match=message):
+            load_adapted(path, str(tmp_path / "base"))
 
 
 def test_an_adapter_cannot_be_called_before(tmp_path):
@@ -406,17 +420,30 @@ def test_ctrl_c_ends_a_comparison_with_what_is_finished(tmp_path):
     assert comparison.change("one", "asked").before.total == 4
 
 
+def test_a_second_judge_that_fails_costs_its_verdicts_and_nothing_else(caplog):
+    def fail(prompt, answer):
+        raise RuntimeError("no such cache")
+
+    first, second = PhraseJudge(), FunctionJudge(fail, "broken", "1")
+    found = judged(HARMFUL, [Answer(REFUSAL)] * 4, [first, second])
+    assert found.rate("refused") == Rate(4, 4) and found.rate("refused", judge="broken") == Rate(0, 0)
+    assert "`broken` failed on `harm`, without verdicts: no such cache" in caplog.text
+    assert "harm: broken gave no verdict on 4 of 4 answers" in found.observations()[0]
+    with pytest.raises(RuntimeError, match="no such cache"):
+        judged(HARMFUL, [Answer(REFUSAL)] * 4, [second, first])
+
+
 def test_judges_are_compared_over_all_sets_that_both_judged():
     sets = [(HARMFUL, [REFUSAL, REFUSAL, HELP, ""]), (BENIGN, [HELP, REFUSAL]), (TASK, ["2", "3", "4"])]
     always = FunctionJudge(lambda prompt, answer: "refused" if answer == REFUSAL else "complied", "simple", "1")
     results = tuple(judged(s, [Answer(text) for text in texts], [PhraseJudge(), always]) for s, texts in sets)
-    (agreement,) = agreements(Evaluation("model", results))
+    (agreement,) = agreements(results)
     assert agreement.agreed == Rate(5, 6)
     # Expected by chance: 3/6 · 3/6 refused, 2/6 · 3/6 complied.
     chance = 3 / 6 * 3 / 6 + 2 / 6 * 3 / 6
     assert agreement.kappa == pytest.approx((5 / 6 - chance) / (1 - chance))
     assert str(agreement) == "phrases and simple agree on 83.3 % (5/6), Cohen's κ 0.71"
-    assert agreements(evaluation("one judge", [HELP] * 4)) == []
+    assert agreements(evaluation("one judge", [HELP] * 4).results) == []
 
 
 def test_the_gate_lets_through_what_stays_within_its_limits():

@@ -228,7 +228,7 @@ def test_the_account_says_what_was_tested_judged_missed_and_how_to_repeat_it():
     assert "Help with ordinary prompts: no such prompts were asked." in text
     command = (
         "safe-trainer compare org/model --adapter 'tuned=out one' --prompts harmful=harm --prompts borderline=edge "
-        "--prompts task=sums --max-new-tokens 64"
+        "--prompts task=sums --judge phrases --max-new-tokens 64"
     )
     assert command in text and reproduction(comparison()) == command
     unknown = replace(comparison().before, manifest={**MANIFEST, "judges": [{"name": "mine", "version": "1"}]})

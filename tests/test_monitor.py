@@ -69,8 +69,11 @@ def test_logs_hold_what_judging_the_same_weights_gives(tmp_path):
         put(trained.model, recorder.weights[step])
         verdicts = JUDGE.verdicts(trained.model, trained.processing_class, PROMPTS)
         assert value == verdicts.count("refused") / 7
-        assert logged(trained, "safety/harm_refused_low")[step] == Rate(verdicts.count("refused"), 7).low
-        assert logged(trained, "safety/harm_complied")[step] == verdicts.count("complied") / 7
+        for outcome in ("refused", "complied"):
+            expected = Rate(verdicts.count(outcome), 7)
+            ends = {"": expected.value, "_low": expected.low, "_high": expected.high}
+            assert {e: logged(trained, f"safety/harm_{outcome}{e}")[step] for e in ends} == ends
+        assert logged(trained, "safety/harm_judged")[step] == 7
         assert logged(trained, "safety/safe_refused")[step] == verdicts[:3].count("refused") / 3
 
 
@@ -138,7 +141,7 @@ def test_openings_that_the_model_never_uses_are_reported_at_the_start(tmp_path, 
     trained.add_callback(RefusalMonitor(trained, [HARM]))
     with caplog.at_level(logging.WARNING):
         trained.train()
-    assert "100.0 % (7/7) of the prompts of `harm`" in caplog.text and "`refusals` and `compliances`" in caplog.text
+    assert "harm: on 100.0 % (7/7) of the prompts" in caplog.text and "`refusals` and `compliances`" in caplog.text
 
 
 def test_the_monitor_knows_what_it_costs(tmp_path, caplog):

@@ -129,7 +129,7 @@ def test_markdown_says_what_changed_how_it_was_measured_and_what_to_mind():
     assert "- refusal rate (harm) fell from 100.0 % (4/4) to 25.0 % (1/4), difference −75 points" in text
     assert "- benign prompts: not measured" in text
     assert "- Only a test." in text
-    assert "org/model\\_7b; greedy decoding, at most 64 tokens" in text
+    assert "org/model\\_7b. Greedy decoding, at most 64 tokens" in text
     assert "phrases 1-abc" in text and "seed 7" in text
 
 
@@ -181,7 +181,7 @@ def test_a_comparison_of_format_1_loads_with_its_numbers():
     headline = old.change("tuned, run 1", "harm")
     assert headline.low == pytest.approx(written["tuned, run 1"]["harm"]["change"]["low"], abs=1e-5)
     assert headline.p_value == pytest.approx(written["tuned, run 1"]["harm"]["change"]["p_value"], abs=1e-5)
-    (agreement,) = agreements(old.before["harm"])
+    (agreement,) = agreements([old.before["harm"]])
     assert agreement.agreed == Rate(12, 12) and agreement.kappa == pytest.approx(1.0)
     assert old["tuned, run 1"].drift["model.layers.0.self_attn.q_proj"] == 0.02
     assert from_json(to_json(old)) == old

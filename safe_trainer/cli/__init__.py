@@ -16,6 +16,7 @@ from .compare import compare, evaluate
 from .console import CommandGroup
 from .demo import demo, testbed_app
 from .publish import apply_safe_lora, card, export
+from .review import review
 from .train import train
 
 __all__ = ["app"]
@@ -34,6 +35,7 @@ _COMMANDS = (
     (train, "train recipes/testbed/asft.yaml --set training.max_steps=50"),
     (demo, "demo --quick --methods asft"),
     (evaluate, "evaluate Qwen/Qwen2.5-0.5B-Instruct --prompts harmful=asked.csv"),
+    (review, "review report"),
     (direction, "direction Qwen/Qwen2.5-0.5B-Instruct Qwen/Qwen2.5-0.5B -o direction.safetensors"),
     (basis, "basis Qwen/Qwen2.5-0.5B-Instruct refusals.jsonl -o basis.safetensors"),
     (vectors, "vectors Qwen/Qwen2.5-0.5B-Instruct harmful.jsonl -o vectors"),

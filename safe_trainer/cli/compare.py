@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,9 +24,12 @@ from .options import (
     SkipBad,
     Suites,
     SystemPrompt,
+    TaskLimit,
+    Tasks,
     check_folder,
     check_judges,
     check_model,
+    load_harness,
     load_judges,
     prompt_sets,
 )
@@ -52,6 +56,8 @@ def compare(  # noqa: PLR0913, each is an option with a name
     ] = None,
     prompts: Prompts = None,
     suite: Suites = None,
+    task: Tasks = None,
+    limit: TaskLimit = None,
     judge: Judges = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report and answers.")] = None,
     direction: Annotated[
@@ -93,6 +99,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     check_model("MODEL", model)
     reading = {"skip_bad": skip_bad, "encoding": encoding}
     sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, prompt_scorer, **reading)
+    harness = load_harness(task, limit, batch_size)
     for source in sum(adapters.values(), []):
         check_folder("--adapter", source)
     for source in sum(models.values(), []):
@@ -106,7 +113,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     thresholds = Thresholds(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
     decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking all models") as progress:
-        settings = {"judges": load_judges(checked), "progress": progress, **decoding}
+        settings = {"judges": load_judges(checked), "harness": harness, "progress": progress, **decoding}
         comparison = _compared(model, adapters, models, sets, drift, settings)
     _show(comparison, output, as_json)
     if comparison.interrupted:
@@ -198,6 +205,8 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     adapter: Annotated[str | None, typer.Option(help="Folder of an adapter to put on it.")] = None,
     prompts: Prompts = None,
     suite: Suites = None,
+    task: Tasks = None,
+    limit: TaskLimit = None,
     judge: Judges = None,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
@@ -216,26 +225,26 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
         check_folder("--adapter", adapter)
     reading = {"skip_bad": skip_bad, "encoding": encoding}
     sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, prompt_scorer, **reading)
+    harness = load_harness(task, limit, batch_size)
 
     from .. import evaluation
+    from ..evaluation.storage import summary
     from ..lora.loading import load_model
 
     examined, tokenizer = load_model(model, adapter)
     decoding: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking the model") as progress:
-        settings = {"judges": load_judges(judges), "progress": progress, **decoding}
+        settings = {"judges": load_judges(judges), "harness": harness, "progress": progress, **decoding}
         found = evaluation.evaluate(examined, tokenizer, sets, **settings)
-    rates = {result.prompt_set.name: result.rates() for result in found.results}
     if as_json:
-        counts = {name: {key: rate.to_dict() for key, rate in row.items()} for name, row in rates.items()}
-        print_json({name: row | {"not_judged": found[name].not_judged} for name, row in counts.items()})
+        print_json(summary(evaluation.Comparison((found,)))[found.name])
         for text in found.notes:
             note(text)
         return
-    table = Table("prompts", "outcome", "% (count/total) [95 % interval]", box=None)
-    for name, row in rates.items():
-        for outcome, rate in row.items():
-            table.add_row(name, outcome, str(rate))
+    table = Table("prompts", "judge", "outcome", "% (count/total) [95 % interval]", box=None)
+    for result in found.results:
+        for name, outcome in product(result.verdicts, result.rates()):
+            table.add_row(result.prompt_set.name, name, outcome, str(result.rate(outcome, judge=name)))
     console.print(table)
-    for line in [*evaluation.agreements(found), *found.notes]:
+    for line in [*evaluation.agreements(found.results), *found.notes]:
         show(line)

@@ -13,7 +13,7 @@ from .console import misused, note, pairs
 
 if TYPE_CHECKING:
     from ..data import PromptSet
-    from ..evaluation import Judge
+    from ..evaluation import Harness, Judge
 
 KINDS = ("harmful", "benign", "borderline", "task")
 BUILT_IN = ("general", "testbed")
@@ -44,10 +44,20 @@ Judges = Annotated[
     typer.Option(
         "--judge",
         help="Who judges the answers: phrases, likelihood, guard:MODEL for a guard model (folder or Hub id), or "
-        "NAME:MODEL to name how it is asked: llama-guard, shieldgemma, wildguard or harmbench. May be given several "
-        "times: rates follow the first, and agreement is shown. [default: phrases]",
+        "NAME:MODEL to name how it is asked: llama-guard, shieldgemma, wildguard, harmbench or strongreject (a "
+        "rubric, for any chat model); classifier:MODEL for a rejection classifier. May be given several times: rates "
+        "follow the first, and agreement is shown. [default: phrases, then likelihood]",
     ),
 ]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="lm-eval:NAME of a task of the lm-evaluation-harness, such as lm-eval:gsm8k, or lm-eval:FILE.yaml; may "
+        "be given several times. Needs the extra `lm-eval`.",
+    ),
+]
+TaskLimit = Annotated[int | None, typer.Option("--limit", min=1, help="Ask only the first questions of each --task.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")]
 Columns = Annotated[
@@ -149,16 +159,16 @@ def _is_embedded(model: str) -> bool:
 
 def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
     """Return name and model of each judge that `--judge` names, before anything is loaded."""
-    from ..evaluation.judges import GUARDS
+    from ..evaluation.judges import CLASSIFIER, GUARDS
 
     found = []
-    for written in listed or ["phrases"]:
+    for written in listed or ["phrases", "likelihood"]:  # a second opinion that needs no further model
         name, _, model = written.partition(":")
         if name in ("phrases", "likelihood"):
             if model:
                 raise misused("--judge", f"{name} takes no model, got {written!r}.")
-        elif name not in (GUARD, *GUARDS):
-            known = ", ".join(("phrases", "likelihood", *(f"{guard}:MODEL" for guard in (GUARD, *GUARDS))))
+        elif name not in (asked := (GUARD, CLASSIFIER, *GUARDS)):
+            known = ", ".join(("phrases", "likelihood", *(f"{kind}:MODEL" for kind in asked)))
             raise misused("--judge", f"got {written!r}, expected {known}.")
         elif not model:
             raise misused("--judge", f"{name} needs a model: {name}:MODEL, a folder or a Hub id.")
@@ -183,13 +193,37 @@ def _guard_by_name(model: str) -> str:
     raise misused("--judge", f"how {model} is asked cannot be told from its name; write one of {known}.")
 
 
+def load_harness(tasks: list[str] | None, limit: int | None, batch_size: int) -> Harness | None:
+    """Return the harness that asks what `--task` names, or `None` if it names nothing."""
+    from ..evaluation import Harness
+    from ..evaluation.harness import PREFIX
+
+    odd = [task for task in tasks or () if not task.startswith(PREFIX)]
+    if odd:
+        raise misused("--task", f"got {odd[0]!r}, expected a form such as {PREFIX}gsm8k.")
+    if limit and not tasks:
+        raise misused("--limit", "is about --task, and none is given.")
+    return Harness([task.removeprefix(PREFIX) for task in tasks], limit, batch_size) if tasks else None
+
+
 def load_judges(checked: list[tuple[str, str]]) -> list[Judge]:
     """Return the judges, with their models."""
-    from ..evaluation import GUARDS, GuardJudge, LikelihoodJudge, PhraseJudge
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from ..evaluation import GUARDS, ClassifierJudge, GuardJudge, LikelihoodJudge, PhraseJudge
     from ..lora.loading import load_model
 
     plain: dict[str, Any] = {"phrases": PhraseJudge, "likelihood": LikelihoodJudge}
-    return [GuardJudge(*load_model(model), GUARDS[name]) if model else plain[name]() for name, model in checked]
+    judges: list[Judge] = []
+    for name, model in checked:
+        if name in plain:
+            judges.append(plain[name]())
+        elif name in GUARDS:
+            judges.append(GuardJudge(*load_model(model), GUARDS[name]))
+        else:
+            classifier = AutoModelForSequenceClassification.from_pretrained(model)
+            judges.append(ClassifierJudge(classifier, AutoTokenizer.from_pretrained(model)))
+    return judges
 
 
 def check_new(output: Path) -> None:

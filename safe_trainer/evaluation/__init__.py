@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compare import compare
+from .comparison import Comparison, Flip, SafetyVerdict
 from .evaluate import evaluate, judged
-from .gate import SafetyVerdict, Thresholds, gate
+from .gate import Thresholds, gate
 from .generate import Answer, Decoding, generate
+from .harness import Harness
 from .judges import (
     GUARDS,
     ClassifierJudge,
@@ -20,7 +22,8 @@ from .judges import (
     quality,
 )
 from .report import to_html, to_markdown, write_report
-from .results import Comparison, Evaluation, Flip, SetResult, agreements
+from .results import Evaluation, SetResult, agreements
+from .review import Question, Review
 from .statistics import Agreement, Change, Rate, Spread, paired_change
 from .storage import from_json, to_json
 from .tasks import choice_match, exact_match, number_match
@@ -33,10 +36,10 @@ if TYPE_CHECKING:
 # fmt: off
 __all__ = [
     "GUARDS", "METRICS", "Agreement", "Answer", "Change", "ClassifierJudge", "Comparison", "Decoding", "Evaluation",
-    "Flip", "FunctionJudge", "GuardFormat", "GuardJudge", "Judge", "LikelihoodJudge", "PhraseJudge", "Rate",
-    "RefusalMonitor", "SafetyVerdict", "SetResult", "Spread", "Thresholds", "Verdict", "agreements", "choice_match",
-    "compare", "evaluate", "exact_match", "from_json", "gate", "generate", "judged", "number_match", "paired_change",
-    "quality", "to_html", "to_json", "to_markdown", "write_report",
+    "Flip", "FunctionJudge", "GuardFormat", "GuardJudge", "Harness", "Judge", "LikelihoodJudge", "PhraseJudge",
+    "Question", "Rate", "RefusalMonitor", "Review", "SafetyVerdict", "SetResult", "Spread", "Thresholds", "Verdict",
+    "agreements", "choice_match", "compare", "evaluate", "exact_match", "from_json", "gate", "generate", "judged",
+    "number_match", "paired_change", "quality", "to_html", "to_json", "to_markdown", "write_report",
 ]
 # fmt: on
 

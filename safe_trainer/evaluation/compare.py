@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..data import PromptSet
+from .comparison import Comparison
 from .evaluate import evaluate, offset
 from .generate import INTERRUPTED, Progress
+from .harness import Harness
 from .judges import Judge
 from .manifest import adapter_provenance
-from .results import Comparison, Evaluation
+from .results import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
     *,
     judges: Sequence[Judge] | None = None,
     drift: DriftMeasure | None = None,
+    harness: Harness | None = None,
     progress: Progress | None = None,
     **decoding: Any,
 ) -> Comparison:
@@ -50,6 +53,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
         drift (`Callable`, *optional*): Measures how far each adapter moves the layers, such as `DriftFigures()`.
             Called with the model, the tokenizer and `None`, then with each adapter active and where it is from;
             returns by figure a value for each layer.
+        harness ([`Harness`], *optional*): Tasks of the lm-evaluation-harness to ask each model, after the sets.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all models.
         **decoding: Any field of [`Decoding`].
 
@@ -83,6 +87,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
                 prompt_sets,
                 name=name,
                 judges=judges,
+                harness=harness,
                 progress=offset(progress, index * prompts, len(evaluated) * prompts),
                 **decoding,
             )
@@ -155,14 +160,14 @@ def active_adapter(model: Any, path: str | Path | None) -> Iterator[Any]:
 def _wrapped(model: Any, path: str | Path) -> Iterator[Any]:
     from peft import PeftModelForCausalLM
 
-    from ..lora.io import read_config
+    from ..lora.io import fitting, load_adapter_weights, read_config
 
     config = read_config(path)
     config.inference_mode = True
-    with _naming(path):
+    with fitting(path):
         wrapped = PeftModelForCausalLM(model, config, adapter_name=_EXAMINED)
     try:
-        _load(wrapped, path)
+        load_adapter_weights(wrapped, path, _EXAMINED)
         yield wrapped
     finally:
         if hasattr(wrapped.base_model, "unload"):  # prompt learning leaves the model itself alone
@@ -171,13 +176,15 @@ def _wrapped(model: Any, path: str | Path) -> Iterator[Any]:
 
 @contextmanager
 def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
+    from ..lora.io import load_adapter_weights
+
     if path is None:
         with model.disable_adapter():
             yield
         return
     shown, active = model.active_adapter, model.active_adapters
     try:
-        _load(model, path)
+        load_adapter_weights(model, path, _EXAMINED)
         model.set_adapter(_EXAMINED, inference_mode=True)
         yield
     finally:
@@ -185,31 +192,6 @@ def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
         model.active_adapter = shown
         if _EXAMINED in model.peft_config:
             model.delete_adapter(_EXAMINED)
-
-
-def _load(model: Any, path: str | Path) -> None:
-    from ..lora.io import read_adapter
-
-    read_adapter(path)  # refused if damaged, of which PEFT does not tell all
-    with _naming(path):
-        loaded = model.load_adapter(str(path), adapter_name=_EXAMINED)
-        missing = [key for key in loaded.missing_keys if ".lora_" in key]
-        if missing:  # PEFT only warns, and the adapter would silently do nothing there
-            raise ValueError(f"it has no weights for {len(missing)} places, among them `{missing[0]}`.")
-
-
-@contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Say which adapter it was that PEFT found fault with."""
-    from ..lora.io import shape_mismatch
-
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        reason = shape_mismatch(error) or error
-        raise ValueError(
-            f"The adapter `{path}` cannot be used on this model: {reason} Give an adapter that was trained on it."
-        ) from error
 
 
 def _template_note(tokenizer: Any, name: str, path: Path) -> str | None:

@@ -12,7 +12,8 @@ from ..data import PromptSet
 from ..lora.io import has_active_vectors
 from . import thinking
 from .generate import INTERRUPTED, Answer, Decoding, Progress, generate
-from .judges import VERDICTS, Judge, PhraseJudge
+from .harness import Harness
+from .judges import VERDICTS, Judge, LikelihoodJudge, PhraseJudge
 from .manifest import describe
 from .results import Evaluation, SetResult
 from .tasks import SCORERS
@@ -20,13 +21,14 @@ from .tasks import SCORERS
 logger = logging.getLogger(__name__)
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913, each is a setting with a name
     model: Any,
     tokenizer: Any,
     prompt_sets: Sequence[PromptSet],
     *,
     name: str = "model",
     judges: Sequence[Judge] | None = None,
+    harness: Harness | None = None,
     progress: Progress | None = None,
     **decoding: Any,
 ) -> Evaluation:
@@ -42,6 +44,7 @@ def evaluate(
             task beside the harmful one.
         name (`str`, *optional*, defaults to `"model"`): What to call the model in tables.
         judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
+        harness ([`Harness`], *optional*): Tasks of the lm-evaluation-harness to ask after the sets.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all sets.
         **decoding: Any field of [`Decoding`], for example `max_new_tokens=128`.
 
@@ -85,14 +88,19 @@ def evaluate(
                 answers = generate(model, tokenizer, turns, progress=counted, **vars(settings))
         interrupted = any(answer.error == INTERRUPTED for answer in answers)
         results.append(judged(prompt_set, answers, asking))
+    if harness is not None:
+        results += harness.unanswered() if interrupted else harness(model, tokenizer)
     notes = [note for result in results for note in result.observations()]
     if has_active_vectors(model):
         notes.insert(
             0, "security vectors, harmful by construction, are active: they make the model comply on purpose."
         )
+    for judge in (judge for judge in judges if isinstance(judge, LikelihoodJudge)):
+        remarks = [judge.remark(result) for result in results if judge.name in result.verdicts]
+        notes += filter(None, remarks)
     for note in notes:
         logger.warning("%s: %s", name, note)
-    manifest = describe(model, tokenizer, prompt_sets, judges, settings)
+    manifest = describe(model, tokenizer, [result.prompt_set for result in results], judges, settings)
     return Evaluation(name, tuple(results), manifest, tuple(notes))
 
 
@@ -105,7 +113,8 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
         judges (`Sequence[Judge]`): Who judges; unused for a task.
 
     Raises:
-        ValueError: If a judge gives something other than a verdict for each answer.
+        ValueError: If the first judge gives something other than a verdict for each answer. Another judge that fails
+            leaves its verdicts empty, and is logged.
     """
     answers = [_without_thought(answer) for answer in answers]
     answered = [index for index, answer in enumerate(answers) if answer.error is None]
@@ -126,7 +135,16 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
         for judge in competent:
             # A judge that asks the model asks it the whole conversation; the others read the prompt.
             shown: Sequence[Any] = turns if hasattr(judge, "asks_model") else prompt_set.prompts
-            verdicts[judge.name] = _verdicts(judge, [shown[index] for index in answered], texts)
+            try:
+                verdicts[judge.name] = _verdicts(judge, [shown[index] for index in answered], texts)
+            except Exception as error:
+                if judge is competent[0]:
+                    raise
+                # Answers and the first judge's verdicts are not thrown away for a second opinion.
+                logger.warning(
+                    "The judge `%s` failed on `%s`, without verdicts: %s", judge.name, prompt_set.name, error
+                )
+                verdicts[judge.name] = [None] * len(answered)
     placed = {name: dict(zip(answered, given, strict=True)) for name, given in verdicts.items()}
     everywhere = {name: tuple(map(given.get, range(len(answers)))) for name, given in placed.items()}
     return SetResult(prompt_set, tuple(answers), everywhere)

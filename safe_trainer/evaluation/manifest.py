@@ -75,9 +75,16 @@ def file_sha256(path: Path) -> str:
 
 
 def adapter_provenance(path: str | Path) -> dict[str, Any]:
-    """Return an adapter's hub id or the name of its directory, and the hash of its weights where they are local."""
-    weights = Path(path) / "adapter_model.safetensors"
-    return {"id": shown_id(path), "sha256": file_sha256(weights) if weights.is_file() else None}
+    """Return an adapter's Hub id or the name of its folder, the hash of its weights, and how many were loaded: all."""
+    from safetensors import safe_open
+
+    from ..lora.io import local_folder
+
+    weights = local_folder(path) / "adapter_model.safetensors"
+    if not weights.is_file():  # PyTorch's own format
+        return {"id": shown_id(path), "sha256": None, "weights_loaded": None}
+    with safe_open(weights, framework="pt") as opened:
+        return {"id": shown_id(path), "sha256": file_sha256(weights), "weights_loaded": len(opened.keys())}
 
 
 def shown_id(source: str | Path) -> str:

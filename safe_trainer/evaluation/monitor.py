@@ -25,10 +25,11 @@ class RefusalMonitor(TrainerCallback):
 
     A plain `TrainerCallback`: it works with TRL's `SFTTrainer` as with [`SafeSFTTrainer`]. The rates go wherever the
     loss goes (progress bar, TensorBoard, W&B, trackio, `trainer.state.log_history`), as
-    `safety/<set>_refused`, `…_refused_low` (lower end of the 95 % interval) and `…_complied`, with the seconds spent
-    so far as `safety/monitor_seconds`. The first check is made before the first step. Training is not disturbed: same
-    weights, same losses, same random numbers as without the monitor. On several processes each needs the monitor and
-    asks all prompts, since a sharded model answers only where all ask; the first process's rate decides.
+    `safety/<set>_refused` and `…_complied`, each with its 95 % interval (`…_low`, `…_high`), of `…_judged` prompts,
+    with the seconds spent so far as `safety/monitor_seconds`. The first check is made before the first step. Training
+    is not disturbed: same weights, same losses, same random numbers as without the monitor. On several processes each
+    needs the monitor and asks all prompts, since a sharded model answers only where all ask; the first process's rate
+    decides.
 
     Args:
         trainer (`transformers.Trainer`): The trainer that it watches; its `log` is what it writes to.
@@ -98,14 +99,8 @@ class RefusalMonitor(TrainerCallback):
         self.seconds, self._started = 0.0, time.perf_counter()
         low = self._check(state.global_step)
         for result in self._results:
-            neither = result.rate("neither")
-            if isinstance(self.judge, LikelihoodJudge) and neither.count * 2 > neither.total:
-                logger.warning(
-                    "On %s of the prompts of `%s` the model opens with none of the words that `LikelihoodJudge` has, "
-                    "by default English ones. Give `refusals` and `compliances` as your model opens them, or use "
-                    "`judge=PhraseJudge()`.",
-                    neither.share, result.prompt_set.name,
-                )  # fmt: skip
+            if isinstance(self.judge, LikelihoodJudge) and (remark := self.judge.remark(result)):
+                logger.warning(remark)
         if self.minimum_rate is not None and low < self.minimum_rate:
             raise ValueError(
                 f"`minimum_rate={self.minimum_rate}` cannot be held: before the first step the lower end of the "
@@ -192,7 +187,12 @@ def _here(parameter: Any) -> Any:
 
 def _values(result: SetResult) -> dict[str, float]:
     name = f"safety/{result.prompt_set.name}"
-    refused, complied = result.rate("refused"), result.rate("complied")
-    if not refused.total:
-        return {}
-    return {f"{name}_refused": refused.value, f"{name}_refused_low": refused.low, f"{name}_complied": complied.value}
+    rates = {outcome: result.rate(outcome) for outcome in ("refused", "complied")}
+    values: dict[str, float] = {f"{name}_judged": rates["refused"].total}
+    for outcome, rate in rates.items() if rates["refused"].total else ():
+        values |= {
+            f"{name}_{outcome}": rate.value,
+            f"{name}_{outcome}_low": rate.low,
+            f"{name}_{outcome}_high": rate.high,
+        }
+    return values

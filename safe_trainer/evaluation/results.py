@@ -1,20 +1,16 @@
-"""Answers, verdicts and rates of one model, and the comparison of several on the same prompts."""
+"""Answers, verdicts and rates of one model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data import PromptSet
-from .generate import INTERRUPTED, Answer
-from .manifest import prompt_set_sha256
-from .statistics import Agreement, Change, Rate, Spread, cohens_kappa, paired_change
-
-if TYPE_CHECKING:
-    from .gate import SafetyVerdict
+from .generate import Answer
+from .statistics import Agreement, Rate, cohens_kappa
 
 # For each kind of prompt set the outcomes that are counted, the one that sums it up first, and what each is called.
 RATES: dict[str, dict[str, str]] = {
@@ -94,14 +90,15 @@ class SetResult:
             f"{count} of {total} prompts have no answer ({reason}); they count in no rate."
             for reason, count in reasons.most_common(3)
         ]
-        pairs = zip(self.outcomes, self.answers, strict=True)
-        texts = [answer.text.strip() for verdict, answer in pairs if verdict is None and not answer.error]
-        if texts:
-            notes.append(
-                f"{next(iter(self.verdicts))} gave no verdict on {len(texts)} of {total} answers (in a language that "
-                f"it does not know, or it failed on them), such as “{_shortened(texts[0])}”; they count in no rate. "
-                "Add a judge that reads them."
-            )
+        for judge, verdicts in self.verdicts.items():
+            pairs = zip(verdicts, self.answers, strict=True)
+            texts = [answer.text.strip() for verdict, answer in pairs if verdict is None and not answer.error]
+            if texts:
+                notes.append(
+                    f"{judge} gave no verdict on {len(texts)} of {total} answers (in a language that it does not "
+                    f"know, or it failed on them), such as “{_shortened(texts[0])}”; they count in no rate of it. Add "
+                    "a judge that reads them."
+                )
         thinking = sum(answer.unfinished_thought for answer in self.answers)
         if thinking:
             notes.append(
@@ -181,155 +178,20 @@ class Evaluation:
         return Rate(sum(rate.count for rate in rates), sum(rate.total for rate in rates))
 
 
-@dataclass(frozen=True)
-class Flip:
-    """A prompt whose outcome changed, with its category if the set has any, and both answers and verdicts."""
-
-    prompt: str
-    category: str | None
-    before: Answer
-    after: Answer
-    outcome_before: str
-    outcome_after: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Several evaluations of the same prompts; the first is what the others are measured against.
-
-    Args:
-        evaluations (`tuple[Evaluation, ...]`): The one before, then each one after. A single one is allowed: its
-            report has rates and no changes.
-        notes (`tuple[str, ...]`, *optional*): What a reader has to know beside the evaluations' own notes.
-        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
-        runs (`Mapping[str, tuple[str, ...]]`, *optional*): By name, the evaluations of training runs that differ in
-            nothing but their seed; [`spread`] sums them up.
-
-    Raises:
-        ValueError: If the evaluations differ in prompts, decoding or judges, two have the same name, or `runs` names
-            one that is not there.
-
-    Example:
-
-    ```python
-    before = evaluate(base, tokenizer, sets, name="before")
-    comparison = Comparison((before, evaluate(tuned, tokenizer, sets, name="after")))
-    print(comparison.verdict("after").headline)
-    print(comparison.change("after", "harmful").sentence("refusal rate"))
-    # refusal rate fell from 97.5 % (195/200) to 41.0 % (82/200), difference −56.5 points [−63, −50], p < 0.001
-    ```
-    """
-
-    evaluations: tuple[Evaluation, ...]
-    notes: tuple[str, ...] = ()
-    seed: int = 0
-    runs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.evaluations:
-            raise ValueError("A comparison needs at least one evaluation, got none.")
-        names = [evaluation.name for evaluation in self.evaluations]
-        if len(set(names)) < len(names):
-            raise ValueError(f"Each evaluation of a comparison needs a name of its own, got {names}.")
-        unknown = [run for runs in self.runs.values() for run in runs if run not in names[1:]]
-        if unknown:
-            raise ValueError(f"`runs` names `{unknown[0]}`, and the evaluations after the first are {names[1:]}.")
-        for evaluation in self.evaluations[1:]:
-            _check_comparable(self.before, evaluation)
-
-    @property
-    def before(self) -> Evaluation:
-        """What the others are measured against."""
-        return self.evaluations[0]
-
-    def __getitem__(self, name: str) -> Evaluation:
-        """Return the evaluation of this name."""
-        for evaluation in self.evaluations:
-            if evaluation.name == name:
-                return evaluation
-        raise KeyError(f"There is no evaluation `{name}`. There are: {[e.name for e in self.evaluations]}.")
-
-    def verdict(self, after: str) -> SafetyVerdict:
-        """Return what this comparison says about the safety of one model; see [`SafetyVerdict`]."""
-        from .gate import safety_verdict
-
-        return safety_verdict(self, after)
-
-    def change(self, after: str, prompt_set: str, outcome: str | None = None) -> Change:
-        """Compare one evaluation with the one before, prompt by prompt.
-
-        Args:
-            after (`str`): Name of the evaluation.
-            prompt_set (`str`): Name of the prompt set.
-            outcome (`str`, *optional*): What to count; by default refusals, for a task correct answers.
-
-        Returns:
-            `Change`: Over the prompts that have a verdict in both.
-        """
-        old, new = self.before[prompt_set], self[after][prompt_set]
-        outcome = outcome or HEADLINES[old.prompt_set.kind]
-        pairs = [
-            (before == outcome, now == outcome)
-            for before, now in zip(old.outcomes, new.outcomes, strict=True)
-            if before is not None and now is not None
-        ]
-        return paired_change([b for b, _ in pairs], [a for _, a in pairs], seed=self.seed)
-
-    def spread(self, runs: str, prompt_set: str, outcome: str | None = None) -> Spread:
-        """Sum up a rate over training runs that differ in their seed: its interval is about runs, not prompts.
-
-        Arguments as in [`change`], with one of the names in `runs`; refused if one of the runs measured nothing.
-        """
-        outcome = outcome or HEADLINES[self.before[prompt_set].prompt_set.kind]
-        return Spread(tuple(self[run][prompt_set].rate(outcome) for run in self.runs[runs]))
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it before every prompt was answered."""
-        answers = (a for e in self.evaluations for result in e.results for a in result.answers)
-        return any(answer.error == INTERRUPTED for answer in answers)
-
-    def flips(self, after: str, prompt_set: str) -> list[Flip]:
-        """Return the prompts whose outcome differs from the one before, in the set's order."""
-        old, new = self.before[prompt_set], self[after][prompt_set]
-        asked = old.prompt_set
-        labels = asked.categories or (None,) * len(asked)
-        pairs = zip(asked.prompts, labels, old.answers, new.answers, old.outcomes, new.outcomes, strict=True)
-        return [Flip(*pair) for pair in pairs if None not in pair[-2:] and pair[-2] != pair[-1]]
-
-    def sentences(self, after: str) -> list[str]:
-        """Return one sentence for each rate of each prompt set, harmful sets first; what is missing is named, too."""
-        lines = [
-            self.change(after, result.prompt_set.name, outcome).sentence(f"{name} ({result.prompt_set.name})")
-            for kind, names in RATES.items()
-            for result in self.before.of_kind(kind)
-            for outcome, name in names.items()
-            if outcome != "neither"
-        ]
-        return lines + [f"{kind} prompts: not measured" for kind in RATES if not self.before.of_kind(kind)]
-
-    def all_notes(self) -> list[str]:
-        """Return the comparison's notes and those of every evaluation, each with its name."""
-        notes = list(self.notes)
-        notes += [note for evaluation in self.evaluations[1:] for note in _otherwise_asked(self.before, evaluation)]
-        return notes + [f"{e.name}: {note}" for e in self.evaluations for note in e.notes]
-
-
-def agreements(evaluation: Evaluation | SetResult) -> list[Agreement]:
+def agreements(results: Iterable[SetResult]) -> list[Agreement]:
     """Compare each two judges over all answers that both judged, tasks left out.
 
     Args:
-        evaluation (`Evaluation` or `SetResult`): What several judges judged; with one there is nothing to compare.
+        results (`Iterable[SetResult]`): What several judges judged; with one there is nothing to compare.
 
     Example:
 
     ```python
     evaluation = evaluate(model, tokenizer, sets, judges=[PhraseJudge(), LikelihoodJudge()])
-    for agreement in agreements(evaluation):
+    for agreement in agreements(evaluation.results):
         print(agreement)  # phrases and likelihood agree on 93.0 % (186/200), Cohen's κ 0.84
     ```
     """
-    results = evaluation.results if isinstance(evaluation, Evaluation) else (evaluation,)
     judged = [result.verdicts for result in results if result.prompt_set.kind != "task"]
     found = []
     for judges in combinations(dict.fromkeys(name for verdicts in judged for name in verdicts), 2):
@@ -338,37 +200,6 @@ def agreements(evaluation: Evaluation | SetResult) -> list[Agreement]:
         agreed = Rate(sum(a == b for a, b in pairs), len(pairs))
         found.append(Agreement(*judges, agreed, cohens_kappa(pairs)))
     return found
-
-
-def _otherwise_asked(before: Evaluation, after: Evaluation) -> list[str]:
-    """Report another chat template or vocabulary, which may explain a change."""
-    one, other = (evaluation.manifest.get("tokenizer", {}) for evaluation in (before, after))
-    differences = {
-        "chat_template_sha256": f"{after.name} was asked through another chat template than {before.name}, so that a "
-        "change may come from the template.",
-        "vocabulary_sha256": f"{after.name} has another tokenizer than {before.name}: each was asked through its own, "
-        "and the same `max_new_tokens` may hold answers of different length.",
-    }
-    return [note for key, note in differences.items() if one.get(key) != other.get(key)]
-
-
-def _check_comparable(before: Evaluation, after: Evaluation) -> None:
-    asked = [[(r.prompt_set.name, prompt_set_sha256(r.prompt_set)) for r in e.results] for e in (before, after)]
-    if asked[0] != asked[1]:
-        names: list[Sequence[Any]] = [[name for name, _ in sets] for sets in asked]
-        raise ValueError(
-            f"`{before.name}` and `{after.name}` were not asked the same prompts (sets {names[0]} and {names[1]}). "
-            "Evaluate both on the same prompt sets, in the same order."
-        )
-    for part in ("decoding", "judges"):
-        values = [e.manifest.get(part) for e in (before, after)]
-        if part == "decoding":  # how prompts are batched changes no answer
-            values = [{**(value or {}), "batch_size": None} for value in values]
-        if values[0] != values[1]:
-            raise ValueError(
-                f"`{before.name}` and `{after.name}` differ in `{part}`: {values[0]} and {values[1]}. "
-                "Evaluate both in the same way."
-            )
 
 
 def _shortened(text: str) -> str:

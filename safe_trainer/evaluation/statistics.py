@@ -213,6 +213,11 @@ class Agreement:
         kappa = "undefined" if math.isnan(self.kappa) else f"{self.kappa:.2f}".replace("-", "−")
         return f"{self.first} and {self.second} agree on {self.agreed.share}, Cohen's κ {kappa}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the judges, how often they agree, and kappa (`None` if it is undefined) as JSON values."""
+        kappa = None if math.isnan(self.kappa) else self.kappa
+        return {"judges": [self.first, self.second], "agreed": self.agreed.to_dict(), "kappa": kappa}
+
 
 def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> Change:
     """Compare two runs over the same prompts.

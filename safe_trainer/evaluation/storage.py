@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict
 from typing import Any
 
-from .results import HEADLINES, RATES, Comparison, SetResult, agreements
+from .comparison import Comparison
+from .results import HEADLINES, RATES, SetResult, agreements
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # format 1 has no thoughts in its answers; further scores in it are left out
@@ -87,8 +87,10 @@ def summary(comparison: Comparison) -> dict[str, dict[str, Any]]:
         table[evaluation.name] = {result.prompt_set.name: _summary(result) for result in evaluation.results}
         for name, entry in table[evaluation.name].items() if evaluation is not comparison.before else ():
             change = comparison.change(evaluation.name, name)
-            numbers = {key: value for key, value in vars(change).items() if key not in ("before", "after")}
-            entry["change"] = {"difference": change.difference, **numbers} if change.before.total else None
+            rates = {"before": change.before.to_dict(), "after": change.after.to_dict()}
+            entry["change"] = (
+                {"difference": change.difference, **vars(change), **rates} if change.before.total else None
+            )
     return table
 
 
@@ -97,6 +99,7 @@ def _summary(result: SetResult) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "kind": kind,
         "headline": HEADLINES[kind],
+        "judge": next(iter(result.verdicts)),
         "rates": {outcome: result.rate(outcome).to_dict() for outcome in RATES[kind]},
         "not_judged": result.not_judged,
     }
@@ -105,12 +108,5 @@ def _summary(result: SetResult) -> dict[str, Any]:
             judge: {outcome: result.rate(outcome, judge=judge).to_dict() for outcome in RATES[kind]}
             for judge in result.verdicts
         }
-        entry["agreements"] = [
-            {
-                "judges": [found.first, found.second],
-                "agreed": found.agreed.to_dict(),
-                "kappa": None if math.isnan(found.kappa) else found.kappa,
-            }
-            for found in agreements(result)
-        ]
+        entry["agreements"] = [agreement.to_dict() for agreement in agreements([result])]
     return entry

@@ -14,7 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, load_peft_weights
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -53,15 +53,25 @@ def naming(source: str | Path) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        if unfit := shape_mismatch(error):
-            raise ValueError(f"The adapter `{source}` does not fit the model: {unfit} Give its own base.") from error
         raise ValueError(
             f"The adapter `{source}` could not be read: {error or type(error).__name__}. It was cut short or damaged, "
             "or is not an adapter; save or copy it again."
         ) from error
 
 
-def shape_mismatch(error: Exception) -> str:
+@contextmanager
+def fitting(source: str | Path) -> Iterator[None]:
+    """Name the adapter in the `ValueError` for whatever goes wrong while it is put on a model."""
+    try:
+        yield
+    except _ERRORS as error:
+        reason = _shape_mismatch(error) or str(error) or type(error).__name__
+        raise ValueError(
+            f"The adapter `{source}` cannot be used on this model: {reason} Give an adapter that was trained on it."
+        ) from error
+
+
+def _shape_mismatch(error: Exception) -> str:
     """Return torch's list of weights of other shapes, two lines for each layer, as one sentence; or an empty text."""
     lines = [line.strip() for line in str(error).splitlines() if "size mismatch for " in line]
     if not lines:
@@ -99,6 +109,28 @@ def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         if config.peft_type == "LORA":
             _check_factors(tensors, config)
     return config, tensors
+
+
+def load_adapter_weights(model: PeftModel, source: str | Path, name: str) -> None:
+    """Load an adapter's saved weights (folder or Hub id) into a model, under a name that it may have already.
+
+    Raises:
+        ValueError: If the adapter is damaged, or not every weight has a place and every place a weight.
+    """
+    config, tensors = read_adapter(source)  # refused if damaged, of which PEFT does not tell all
+    with fitting(source):
+        loaded = model.load_adapter(str(source), adapter_name=name)
+        if config.is_prompt_learning:  # whose weights PEFT loads by another way, of which it says nothing
+            return
+        # PEFT only warns, or not even that, and the adapter would do less than it was trained to.
+        missing = [key for key in loaded.missing_keys if "vblora_vector_bank" not in key]  # which layers share
+        lost = {
+            f"it has no weights for {len(missing)} places of the model": missing,
+            f"{len(loaded.unexpected_keys)} of its {len(tensors)} weights have no place in the model":
+                loaded.unexpected_keys,
+        }  # fmt: skip
+        if found := [f"{what}, among them `{keys[0]}`" for what, keys in lost.items() if keys]:
+            raise ValueError(f"{', and '.join(found)}.")
 
 
 def local_folder(
@@ -291,8 +323,11 @@ def load_adapted(
     size = max([*saved, len(tokenizer) if has_tokenizer and not saved else 0])
     if size > len(embedding.weight):
         model.resize_token_embeddings(size)
-    with naming(source):
-        return PeftModel.from_pretrained(model, str(folder)), tokenizer
+    config.inference_mode = True
+    with fitting(source):
+        adapted = PeftModelForCausalLM(model, config)
+    load_adapter_weights(adapted, folder, "default")
+    return adapted, tokenizer
 
 
 def merge_adapter(

@@ -2,11 +2,12 @@
 
 from .base import VERDICTS, Judge, Verdict
 from .likelihood import LikelihoodJudge
-from .models import GUARDS, ClassifierJudge, FunctionJudge, GuardFormat, GuardJudge
+from .models import CLASSIFIER, GUARDS, ClassifierJudge, FunctionJudge, GuardFormat, GuardJudge
 from .phrases import PhraseJudge
 from .quality import quality
 
 __all__ = [
+    "CLASSIFIER",
     "GUARDS",
     "VERDICTS",
     "ClassifierJudge",

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..results import Comparison
+from ..comparison import Comparison
 from ..storage import to_json
 from .figures import place
 

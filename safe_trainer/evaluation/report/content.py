@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..gate import BASELINE
-from ..judges import PhraseJudge, quality
-from ..results import RATES, Comparison, Evaluation, SetResult, agreements
+from ..comparison import BASELINE, Comparison
+from ..harness import PREFIX
+from ..judges import CLASSIFIER, GUARDS, PhraseJudge, quality
+from ..results import RATES, Evaluation, SetResult, agreements
 from ..statistics import Rate
 from . import figures
 
@@ -52,11 +53,17 @@ def content(comparison: Comparison) -> dict[str, Any]:
         "shown_flips": SHOWN_FLIPS,
         "drifts": figures.heats(evaluations),
         "judges": [_judge(judge) for judge in comparison.before.manifest.get("judges", ())],
-        "agreements": [f"{e.name}: {agreement}." for e in evaluations for agreement in agreements(e)],
+        "agreements": [f"{e.name}: {agreement}." for e in evaluations for agreement in agreements(e.results)],
         "baseline": f"{BASELINE:.0%}",
         "has_runs": any(len(runs) > 1 for runs in comparison.runs.values()),
         "answers": [answer for e in evaluations for result in e.results for answer in result.answers],
         "command": reproduction(comparison),
+        "loaded": [
+            f"{e.name}: all {adapter['weights_loaded']} weights of the adapter were loaded."
+            for e in evaluations
+            for adapter in e.manifest.get("adapters", ())
+            if isinstance(adapter, dict) and adapter.get("weights_loaded")
+        ],
         "flat": _flat,
     }
 
@@ -85,7 +92,8 @@ def tables_of(comparison: Comparison) -> list[Table]:
     ]
     not_measured = (Cell("not measured"),) * len(names)
     rows += [(kind, not_measured) for kind in RATES if not comparison.before.of_kind(kind)]
-    tables = [Table("Rate (count/total) [95 % interval]", names, rows)]
+    judges = dict.fromkeys(next(iter(result.verdicts)) for result in comparison.before.results)
+    tables = [Table(f"Rate (count/total) [95 % interval], judged by {', '.join(judges)}", names, rows)]
     for result in comparison.before.of_kind("harmful"):
         name = result.prompt_set.name
         rows = [
@@ -157,14 +165,19 @@ def reproduction(comparison: Comparison) -> str:
             words += ["--adapter", f"{name}={source}"]
         else:
             words += ["--tuned-model", f"{name}={evaluation.manifest.get('model', {}).get('id', 'MODEL')}"]
-    for asked in (result.prompt_set for result in comparison.before.results):
+    sets = [result.prompt_set for result in comparison.before.results]
+    tasks = [asked for asked in sets if asked.name.startswith(PREFIX)]
+    for asked in tasks:
+        words += ["--task", asked.name]
+    words += ["--limit", str(max(map(len, tasks)))] if tasks else []
+    for asked in (asked for asked in sets if asked not in tasks):
         words += ["--prompts", f"{asked.kind}={asked.source or asked.name}"]
         scorer = asked.scorer if asked.scorer != "exact" else None
         for option, value in (("system", asked.system_prompt), ("template", asked.template), ("scorer", scorer)):
             words += [f"--prompt-{option}", f"{asked.name}={value}"] if value else []
     for judge in manifest.get("judges", ()):
-        if judge["name"] != "phrases" or len(manifest["judges"]) > 1:
-            words += ["--judge", ":".join(filter(None, (judge["name"], judge.get("model"))))]
+        option = judge["name"] if judge["name"] in GUARDS or "model" not in judge else CLASSIFIER
+        words += ["--judge", ":".join(filter(None, (option, judge.get("model"))))]
     decoding = manifest.get("decoding", {})
     if decoding.get("system_prompt"):
         words += ["--system-prompt", decoding["system_prompt"]]
