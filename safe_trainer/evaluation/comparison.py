@@ -174,11 +174,11 @@ class Comparison:
 
 def _level(comparison: Comparison, after: str) -> tuple[Level, str]:
     names = [result.prompt_set.name for result in comparison.before.of_kind("harmful")]
-    unmeasured = [reason for name in names if (reason := unmeasured(comparison, after, name))]
-    if not names or unmeasured:
+    reasons = [reason for name in names if (reason := unmeasured(comparison, after, name))]
+    if not names or reasons:
         return (
             "unclear",
-            f"Nothing can be said about safety: {unmeasured[0] if names else 'no harmful prompt was asked'}.",
+            f"Nothing can be said about safety: {reasons[0] if names else 'no harmful prompt was asked'}.",
         )
     changes = {name: comparison.change(after, name, "complied") for name in names}
     said = {name: change.sentence(f"compliance rate ({name})") for name, change in changes.items()}

@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, load_peft_weights
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -124,11 +125,13 @@ def load_adapter_weights(model: PeftModel, source: str | Path, name: str) -> Non
             return
         # PEFT only warns, or not even that, and the adapter would do less than it was trained to.
         missing = [key for key in loaded.missing_keys if "vblora_vector_bank" not in key]  # which layers share
+        # Only the method's own: modules and tokens that are trained whole are saved twice where embeddings are tied.
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+        unexpected = [key for key in loaded.unexpected_keys if prefix in key]
         lost = {
             f"it has no weights for {len(missing)} places of the model": missing,
-            f"{len(loaded.unexpected_keys)} of its {len(tensors)} weights have no place in the model":
-                loaded.unexpected_keys,
-        }  # fmt: skip
+            f"{len(unexpected)} of its {len(tensors)} weights have no place in the model": unexpected,
+        }
         if found := [f"{what}, among them `{keys[0]}`" for what, keys in lost.items() if keys]:
             raise ValueError(f"{', and '.join(found)}.")
 
