@@ -91,6 +91,7 @@ def test_a_sample_becomes_question_reference_answer_and_one_verdict_for_each_fil
         _result("t", [sample(0, metrics=["bleu"], bleu=0.3)], None)
 
 
+@pytest.mark.slow
 def test_tasks_are_counted_as_the_harness_does_and_paired_over_adapters(tasks, adapter):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
@@ -112,6 +113,7 @@ def test_tasks_are_counted_as_the_harness_does_and_paired_over_adapters(tasks, a
     assert comparison.before.manifest["prompt_sets"][1]["source"] == "lm-eval:sums@3"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_task_is_asked_leaves_it_without_answers(tasks, adapter, monkeypatch):
     pytest.importorskip("lm_eval")
     harness = Harness(tasks[:1], limit=2)
@@ -129,6 +131,7 @@ def test_ctrl_c_while_a_task_is_asked_leaves_it_without_answers(tasks, adapter, 
         Harness(tasks[:1])(model(), byte_tokenizer())
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_tasks_and_can_be_repeated(tasks, adapter, tmp_path):
     pytest.importorskip("lm_eval")
     model().save_pretrained(tmp_path / "base")
