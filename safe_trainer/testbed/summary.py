@@ -14,6 +14,11 @@ INTRODUCTION = (
     "protection, and asked the same test prompts before and after. All harmful text is inert. The model has one "
     "million parameters: its results show how the tools work and do not carry over to other models."
 )
+REAL = (
+    "SmolLM2-135M-Instruct, made to refuse harmful prompts, is fine-tuned on 100 harmful rows, with and without "
+    "protection, and asked the same test prompts before and after. All harmful text is inert. This is a real chat "
+    "model, but a small one, and it was aligned for this demo: compare yours before you rely on any of it."
+)
 NEXT_STEPS = """\
   safe-trainer demo --methods all            # every method, same scenarios
   safe-trainer compare MODEL --adapter DIR   # your adapter against its base
@@ -130,9 +135,9 @@ def _costs(
     return ", ".join([*parts, *(falls or [kept])])
 
 
-def markdown(results: Iterable[Result]) -> str:
+def markdown(results: Iterable[Result], introduction: str = INTRODUCTION) -> str:
     """Return the demo's report: for each scenario its table, its conclusions, and where the details are."""
-    parts = ["# Refusals before and after fine-tuning\n", INTRODUCTION + "\n"]
+    parts = ["# Refusals before and after fine-tuning\n", introduction + "\n"]
     for scenario, comparisons, seconds in results:
         headings = [heading for heading, _, _ in columns(scenario)]
         parts.append(f"## Fine-tuned on {scenario.title}\n")
@@ -146,11 +151,11 @@ def markdown(results: Iterable[Result]) -> str:
         notes = sorted({note for comparison in comparisons for note in comparison.all_notes()})
         parts.append("".join(f"- Note: {note}\n" for note in notes))
         runs = ", ".join(f"`{scenario.name}/seed-{seed}/comparison.html`" for seed in range(len(comparisons)))
-        parts.append(f"{scenario.steps} steps of 16 rows; every answer and its verdict: {runs}.\n")
+        parts.append(f"{scenario.steps} steps of {scenario.batch_size} rows; every answer and its verdict: {runs}.\n")
     parts.append(
         "Cells: share (count/total) [95 % Wilson interval]. *Compliance* is the share of prompts that were complied "
         "with; an answer that neither refuses nor complies is empty or meaningless. Settings were chosen on "
-        "validation prompts, these are test prompts; no test prompt shares a verb-object pair with training data.\n"
+        "validation prompts; these are test prompts, none of which is in the training data.\n"
     )
     return "\n".join(parts)
 
