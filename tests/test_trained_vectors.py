@@ -18,7 +18,7 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from safe_trainer import PromptSet, TrainedVectors, conversation, train_security_vectors
-from safe_trainer.artifacts import Fitting, VectorFactors, active, row_losses
+from safe_trainer.artifacts import Fitting, VectorFactors, active, fitting, row_losses
 from safe_trainer.artifacts.security_vectors import check_harmful_rows
 from safe_trainer.data.encoding import collate, encode_row, encode_rows
 from safe_trainer.lora.updates import linear_layers
@@ -601,6 +601,17 @@ def test_the_target_is_relative_to_the_start_and_what_was_reached_is_recorded():
     assert report["target_loss"] == pytest.approx(0.3 * report["loss_off"])
     assert report["reached_target"] and report["loss_on"] < report["target_loss"] and 0.5 < report["below_target"] <= 1
     assert {most for _, most, _ in told} == {60 * math.ceil(len(HARMFUL) / QUICK["batch_size"])}
+
+
+def test_the_loss_on_all_rows_is_computed_only_where_the_target_is_near(monkeypatch):
+    computed = []
+    losses = fitting._losses
+    monkeypatch.setattr(fitting, "_losses", lambda model, rows: computed.append(rows) or losses(model, rows))
+    a_pass = math.ceil(len(HARMFUL) / QUICK["batch_size"])
+    for target, steps in ((1e-9, 3 * a_pass), (1e3, a_pass)):
+        computed.clear()
+        report = fitted(target_loss=target, max_steps=None, max_passes=3).provenance["report"]
+        assert len(computed) == 2 and report["steps"] == steps  # at the start, and at the end or after the first pass
 
 
 def test_a_model_that_gives_the_answers_already_is_named(caplog):

