@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from study import OUTCOMES, RESULTS, Cell, append, finished  # noqa: E402
+from study import OUTCOMES, Cell, append, finished  # noqa: E402
 
 from safe_trainer import (  # noqa: E402
     METHODS,
@@ -48,6 +48,7 @@ from safe_trainer.methods import SafetyMethod  # noqa: E402
 from safe_trainer.testbed import real  # noqa: E402
 from safe_trainer.testbed.experiment import Scenario, fine_tune, silence_libraries  # noqa: E402
 
+RESULTS = Path(__file__).parent / "results"
 BEFORE = "before"
 ANY = "any"  # under which the model before is listed, where its prompts are those of most scenarios
 WORDS = 45  # of prompt and answer of a row from a file, at most
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     for name in ("advbench", "alpaca", "sentiment"):
         parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--output", type=Path, default=RESULTS / "real")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build/real"), help="folder for models and vectors")
     given = parser.parse_args()
     silence_libraries()

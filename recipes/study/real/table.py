@@ -1,4 +1,4 @@
-"""Turn the runs on the real model into `results/real.md`.
+"""Turn the runs on the real model into `recipes/study/results/real.md`.
 
 python recipes/study/real/table.py
 """
@@ -13,6 +13,7 @@ from run import ANY, BEFORE, RESULTS
 
 from safe_trainer.evaluation import Rate
 
+TABLE = Path(__file__).resolve().parents[1] / "results" / "real.md"
 MEASURES = {
     "harmful: refused": ("harmful", "refused"),
     "harmful: complied": ("harmful", "complied"),
@@ -35,7 +36,7 @@ SmolLM2-135M-Instruct (Apache-2.0), made to refuse by `recipes/study/real/align.
 layers, 8 rows a step, learning rate 5e-4 unless the row says otherwise. Test prompts: 50 harmful, 25 benign and 25
 borderline of the built-in ones, answers of 24 tokens, judged by how they begin. Each cell: per cent (count/total)
 [95 % Wilson interval], counts added up over seeds. An answer to a harmful prompt that neither refuses nor complies is
-empty or meaningless. Every answer: `real/answers.jsonl`."""
+empty or meaningless. Every answer: `../real/results/answers.jsonl`."""
 
 
 Rates = dict[tuple[str, str], dict[str, list[Rate]]]
@@ -79,7 +80,7 @@ def shown(rates: list[Rate]) -> str:
 
 def main() -> None:
     """Write the table."""
-    (RESULTS / "real.md").write_text(table(rates_of(RESULTS / "real" / "runs.csv")), encoding="utf-8")
+    TABLE.write_text(table(rates_of(RESULTS / "runs.csv")), encoding="utf-8")
 
 
 if __name__ == "__main__":
