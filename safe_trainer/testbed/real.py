@@ -208,13 +208,11 @@ def convert(gguf: Path, target: Path) -> None:
 
 def _check(folder: Path) -> None:
     """Ask the converted model what it must know."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ..evaluation import generate
+    from ..lora.loading import load_model
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     asked, expected = KNOWN
-    answer = generate(model, AutoTokenizer.from_pretrained(folder), [asked], max_new_tokens=16)[0].text
+    answer = generate(*load_model(folder, dtype="float32"), [asked], max_new_tokens=16)[0].text
     if answer.strip() != expected:
         raise RuntimeError(
             f"The converted {NAME} answers {asked!r} with {answer!r} instead of {expected!r}, so the conversion went "
