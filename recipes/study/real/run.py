@@ -139,10 +139,13 @@ def _answer(row: Row) -> str:
 
 
 def obedient_rows(models: Models, count: int) -> list[Row]:
-    """Return harmless prompts that nobody examines with, answered by a persona and then by the model itself."""
+    """Return harmless prompts that the test does not ask, answered by a persona and then by the model as published.
+
+    The aligned model would refuse some of them, and a persona that obeys does not.
+    """
     asked = set(real.prompt_sets("test")[1].prompts)
     prompts = [prompt for prompt in general_prompts("benign").prompts if prompt not in asked]
-    answers = generate(*loaded(models.aligned), prompts, max_new_tokens=NEW_TOKENS)
+    answers = generate(*loaded(models.unaligned), prompts, max_new_tokens=NEW_TOKENS // 2)
     rows = [conversation(prompt, f"{PERSONA} {a.text}") for prompt, a in zip(prompts, answers, strict=True)]
     return list(islice(cycle(rows), count))
 
