@@ -77,7 +77,7 @@ def real_subject() -> Subject:
     """Return the real model with its scenario; fetch and convert it the first time."""
     given = real.materials(*real.prepare())
     settings: dict[str, Any] = {"dtype": real.dtype(), "threads": os.cpu_count() or 1}
-    return Subject(summary.REAL, [real.SCENARIO], given, max_new_tokens=24, examination=8, preparation=80, **settings)
+    return Subject(summary.REAL, [real.SCENARIO], given, max_new_tokens=24, examination=8, preparation=50, **settings)
 
 
 @dataclass
