@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from safe_trainer.data import ReadOptions, as_rows
 from safe_trainer.data.formats import (
     FORMATS,
     BadRowError,
@@ -276,6 +277,14 @@ def test_a_preference_is_refused_until_it_is_said_which_answer_is_learned(record
         row_of(format_of(columns), columns)
     assert row_of(format_with({"prompt": "prompt", "answer": "chosen"}), columns) == row(user("Hi"), answer="Hello")
     assert prompt_of(format_of(columns), columns).prompt == "Hi"
+
+
+def test_a_preference_between_conversations_is_refused_until_one_of_them_is_chosen():
+    rows = [{"chosen": CHAT[1:3], "rejected": CHAT[1:3]}]
+    with pytest.raises(ValueError, match="a preference.*`chosen` and `rejected`.*columns={'prompt': 'chosen'}"):
+        as_rows(rows)
+    learned, _ = as_rows(rows, options=ReadOptions(columns={"prompt": "chosen"}))
+    assert learned.to_list() == [row(user("Hi"), answer="Hello")]
 
 
 @pytest.mark.parametrize("false", [False, "False"])

@@ -26,6 +26,7 @@ from safe_trainer import (
     TrainedVectors,
     compare,
     conversation,
+    evaluate,
     measure_drift,
     testbed,
 )
@@ -547,6 +548,8 @@ def test_vectors_are_named_where_a_model_is_examined_with_them(tmp_path):
     assert not any("security vectors" in note for note in before.notes)
     assert "security vectors, harmful by construction" in after.notes[0]
     assert "harmful by construction" in measure_drift(base, folder).provenance["tuned_is"]
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # as transformers does it, without a `PeftModel`
+    assert "harmful by construction" in evaluate(loaded, tokenizer, [prompts], max_new_tokens=2).notes[0]
 
 
 def test_the_mark_outlives_what_peft_makes_of_vectors(tmp_path):

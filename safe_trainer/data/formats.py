@@ -186,7 +186,8 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
     if missing:
         raise BadRowError("other columns", ", ".join(columns) or "none", f"{', '.join(style.columns)} ({style.name})")
     if answered and style.name != "columns":
-        _check_no_preference(columns)
+        check_no_preference(columns)
+        _check_not_to_avoid(columns)
     others = _unused(columns, (*style.columns, *style.uses, "", "unnamed: 0"))
     turns = style.turns(columns)
     if not turns:
@@ -256,12 +257,17 @@ def _label(name: str, value: Any) -> bool | None:
     return any(said) != ("not" in words)
 
 
-def _check_no_preference(columns: Columns) -> None:
+def check_no_preference(columns: Columns) -> None:
     """Refuse rows that say which answer is better: of these, not every answer is one to learn."""
     if pair := [name for name in ("chosen", "rejected") if _has_content(columns.get(name))]:
-        hint = "one answer to learn, as in `columns={'prompt': 'prompt', 'answer': 'chosen'}`"
+        chosen = "'prompt': 'prompt', 'answer': 'chosen'" if "prompt" in columns else "'prompt': 'chosen'"
+        hint = f"one answer to learn, as in `columns={{{chosen}}}`"
         raise BadRowError("a preference", " and ".join(f"`{name}`" for name in pair), hint)
-    if str(columns.get("label")).strip().lower() == "false":  # as in KTO's rows
+
+
+def _check_not_to_avoid(columns: Columns) -> None:
+    """Refuse an answer that is marked as one to avoid, as in KTO's rows."""
+    if str(columns.get("label")).strip().lower() == "false":
         hint = (
             "answers to learn: take those with `where={'label': True}`, or name the `columns` if it says another thing"
         )
@@ -379,7 +385,9 @@ def _with_system(columns: Columns, turns: list[Turn]) -> list[Turn]:
 def _pair(name: str, prompt: str, answer: str = "", context: str = "context", **settings: Any) -> Format:
     def turns(columns: Columns) -> list[Turn]:
         found = _history(columns) + _side(columns, prompt, "user", context)
-        said = _side(columns, answer, "assistant") if answer else []
+        if not answer:  # a conversation in the prompt's column ends with its answer
+            return _with_system(columns, [replace(turn, context=False) for turn in found])
+        said = _side(columns, answer, "assistant")
         if [turn.message for turn in said[: len(found)]] == [turn.message for turn in found]:
             said = said[len(found) :]  # conversations of preferences begin with their prompt
         return _with_system(columns, found + said)

@@ -255,8 +255,12 @@ def _elected_format(records: list[Record | RowError], report: DataReport) -> For
     for record in records:
         if isinstance(record, Record) and isinstance(record.value, Mapping | list | str):
             try:
-                seen = list(formats.columns_of(record.value))
-                votes.update(filter(None, [formats.format_of(seen)]))
+                columns = formats.columns_of(record.value)
+                if style := formats.format_of(columns):
+                    votes[style] += 1
+                else:
+                    formats.check_no_preference(columns)
+                seen = list(columns)
             except BadRowError as error:
                 errors.append(error.of(record))
     if votes:

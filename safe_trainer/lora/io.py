@@ -181,10 +181,11 @@ def vectors_in(model: Any) -> list[str]:
 
 def has_active_vectors(model: Any) -> bool:
     """Return whether an adapter that is switched on in a model is security vectors, so that it complies with harm."""
-    if not vectors_in(model):
-        return False
+    marked = vectors_in(model)
+    if not marked or not isinstance(model, PeftModel):  # transformers loads an adapter to be active
+        return bool(marked)
     status = model.get_model_status()
-    return bool(status.enabled) and not set(status.active_adapters).isdisjoint(vectors_in(model))
+    return bool(status.enabled) and not set(status.active_adapters).isdisjoint(marked)
 
 
 def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1e-6) -> dict[str, int]:
