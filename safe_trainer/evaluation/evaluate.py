@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any
 
 from ..data import PromptSet
-from ..lora.io import has_active_vectors
 from . import thinking
 from .generate import INTERRUPTED, Answer, Decoding, Progress, generate
 from .harness import Harness
@@ -68,6 +67,8 @@ def evaluate(  # noqa: PLR0913, each is a setting with a name
         print(result.prompt_set.name, result.headline)
     ```
     """
+    from ..lora.io import has_active_vectors  # which loads torch
+
     judges = (PhraseJudge(),) if judges is None else tuple(judges)
     odd = [judge for judge in judges if not (callable(judge) and hasattr(judge, "name"))]
     if odd:
