@@ -11,7 +11,8 @@ BARS = {
     "SaLoRA": 1.06,
     "SaLoRA, inputs, own start": 1.06,
     "Security Vectors, rank 8": 1.15,
-    "Security Vectors, rank 8, folded": 1.02,
+    "Refusal anchor": 1.10,
+    "Refusal anchor and Security Vectors": 1.10,
 }
 """What a step may take at most, in steps of plain `SFTTrainer`."""
 PEAK_BAR = 1.05
@@ -20,7 +21,7 @@ PEAK_BAR = 1.05
 def markdown(whole: dict[str, Any]) -> str:
     """Return the whole report."""
     versions = ", ".join(f"{name} {number}" for name, number in whole["versions"].items())
-    measured = f"{whole['date']}, {whole['device']}, load {whole['load']}; {versions}."
+    measured = f"Last measured {whole['date']}, {whole['device']}, load {whole['load']}; {versions}."
     text = ["# What the methods cost", "", measured, ""]
     for _, entries in groupby(sorted(whole["sizes"], key=_kind), _kind):
         text += [_table(sorted(entries, key=lambda entry: entry["size"]["hidden"])), ""]
@@ -31,27 +32,27 @@ def markdown(whole: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _kind(entry: dict[str, Any]) -> tuple[str, int]:
-    return entry["size"]["targets"], entry["size"]["rank"]
+def _kind(entry: dict[str, Any]) -> tuple[str, int, int]:
+    return entry["size"]["targets"], entry["size"]["rank"], entry["size"]["length"]
 
 
 def _explanation(sizes: list[dict[str, Any]]) -> str:
     size, rounds = sizes[0], sorted({size["rounds"] for size in sizes})
     return (
-        f"Random Llama models with {size['layers']} layer of each width and next to no vocabulary, {size['batch']} x "
-        f"{size['length']} tokens a step, float32. CPU time of a step over that of plain `SFTTrainer` (median of "
-        f"{' or '.join(map(str, rounds))} rounds) / peak memory of the steps over that of plain `SFTTrainer`. Bold "
-        f"is what misses its bar; that of memory is {PEAK_BAR}. `SafeSFTTrainer(safety=None)` does what plain "
-        "`SFTTrainer` does: how far it is from 1 is the noise. Alignment moved the random models as far as the "
-        "embedded one, see `save_pair` in `step_time.py`. By `tests/benchmarks/cost.py`; all figures are in "
-        "`results.json`."
+        f"Random Llama models with {size['layers']} layer of each width and next to no vocabulary, float32. CPU time "
+        f"of a step over that of plain `SFTTrainer` (median of {' or '.join(map(str, rounds))} rounds) / peak memory "
+        f"of the steps over that of plain `SFTTrainer`. Bold is what misses its bar; that of memory is {PEAK_BAR}. "
+        "`SafeSFTTrainer(safety=None)` does what plain `SFTTrainer` does: how far it is from 1 is the noise. "
+        "The refusal anchor has four anchors of 64 tokens a step. Alignment moved the random models as far as the "
+        "embedded one, see `save_pair` in `step_time.py`. By "
+        "`tests/benchmarks/cost.py`; all figures are in `results.json`."
     )
 
 
 def _table(entries: list[dict[str, Any]]) -> str:
     size, widths = entries[0]["size"], [entry["size"]["hidden"] for entry in entries]
     heading = ["variant", "bar", *(f"hidden {width}" for width in widths), f"preparation at {widths[-1]}, s"]
-    lines = [f"### r = {size['rank']}, {size['targets']}", ""]
+    lines = [f"### r = {size['rank']}, {size['targets']}, {size['batch']} x {size['length']} tokens a step", ""]
     lines += ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     for name in entries[0]["variants"]:
         rows = [entry["variants"].get(name) for entry in entries]

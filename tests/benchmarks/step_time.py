@@ -36,7 +36,7 @@ import tiny
 from safe_trainer import (
     AlignmentDirection,
     AsFT,
-    DriftPenalty,
+    RefusalAnchor,
     SafeSFTTrainer,
     SafetyBasis,
     SaLoRA,
@@ -106,8 +106,11 @@ def variants(pair: tuple[str, str], arguments: argparse.Namespace) -> dict[str, 
         "SaLoRA": lambda: {"safety": SaLoRA(directions="random")},
         "SaLoRA, inputs, own start": lambda: {"safety": SaLoRA(directions="random", protect="input", task_rank=0)},
         "SaLoRA, dense (authors' form)": lambda: {"safety": DenseSaLoRA()},
-        "Drift penalty": lambda: {"safety": DriftPenalty(basis=random_inputs(pair[0]))},
         "Security Vectors, rank 8": lambda: {"safety": SecurityVectors(random_vectors(pair[0]))},
+        "Refusal anchor": lambda: {"safety": anchor()},
+        "Refusal anchor and Security Vectors": lambda: {
+            "safety": [SecurityVectors(random_vectors(pair[0])), anchor()]
+        },
     }
 
 
@@ -151,6 +154,11 @@ def random_inputs(path: str, rank: int = 64) -> SafetyBasis:
 def random_vectors(path: str) -> TrainedVectors:
     """Return vectors on every linear layer; what they hold costs no time."""
     return planted.vectors(tiny.Auto.from_pretrained(path), rank=8, scale=0.01)
+
+
+def anchor() -> RefusalAnchor:
+    """Return an anchor with four anchors of 64 tokens a step; which ones they are costs no time."""
+    return RefusalAnchor([f"{number:038}" for number in range(16)], benign_prompts=[])
 
 
 class Stepper:
