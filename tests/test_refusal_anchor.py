@@ -11,9 +11,18 @@ import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from runs import assert_close, assert_same_run, exact_settings, given, lora, run
+from transformers import AutoTokenizer
 from trl import SFTTrainer
 
-from safe_trainer import PromptSet, RefusalAnchor, SafeSFTTrainer, SecurityVectors, conversation, general_prompts
+from safe_trainer import (
+    PromptSet,
+    RefusalAnchor,
+    SafeSFTTrainer,
+    SecurityVectors,
+    conversation,
+    general_prompts,
+    testbed,
+)
 from safe_trainer.artifacts import own_answers
 from safe_trainer.artifacts.own_answers import drawn
 from safe_trainer.data.protection import protection_prompts, protection_rows
@@ -31,7 +40,9 @@ ADAPTERS = {
 
 
 def anchor(**settings: object) -> RefusalAnchor:
-    return RefusalAnchor(**({"prompts": HARMFUL, "benign_prompts": BENIGN, "answer_tokens": 3} | settings))
+    return RefusalAnchor(
+        **({"prompts": HARMFUL, "benign_prompts": BENIGN, "weight": 1.0, "answer_tokens": 3} | settings)
+    )
 
 
 def shaken(model: torch.nn.Module, size: float = 0.3) -> None:
@@ -58,7 +69,7 @@ def own_answer(model: torch.nn.Module, ids: list[int], length: int) -> list[int]
 def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tensor:
     """The sum of -log(1 - p) over the openings of refusals, from one of them by turns, after each benign prompt."""
     starts = encode(start, tiny.tokenizer(), HARMFUL)
-    openings = Counter(tuple(own_answer(start, ids, 5)[len(ids) :]) for ids in starts)
+    openings = Counter(tuple(own_answer(start, ids, 1)[len(ids) :]) for ids in starts)
     openings = [opening for opening, _ in openings.most_common(8) if opening]
     found = []
     for i, ids in enumerate(encode(start, tiny.tokenizer(), BENIGN)):
@@ -71,7 +82,7 @@ def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tenso
 
 @pytest.fixture
 def refusing(monkeypatch):
-    """Tiny random models say nothing: let whatever they answer be a refusal."""
+    """Tiny random models say nothing: let whatever they answer be a refusal, from its first token."""
     monkeypatch.setattr(own_answers, "PhraseJudge", lambda: lambda prompts, answers: ["refused"] * len(answers))
 
 
@@ -334,6 +345,18 @@ def test_harmless_prompts_are_kept_from_the_openings_of_refusals_alone(monkeypat
     method = anchor()
     method.attach(tiny.model(), tiny.tokenizer(), None)
     assert list(method._pools) == ["held"]  # openings that comply must not be kept from anyone
+
+
+def test_an_opening_is_as_long_as_it_takes_to_be_a_refusal():
+    """Kept from "I can't help", a model learned to begin harmless answers with "I can't you want"."""
+    tokenizer = AutoTokenizer.from_pretrained(testbed.ALIGNED)
+
+    def opening(text):
+        return tokenizer.decode(own_answers._opening(tokenizer, tuple(tokenizer(text)["input_ids"])))
+
+    assert opening("I can't help with that. It could hurt people.") == "I can't"
+    assert opening("I'm sorry, but I can't help with that.") == "I'm sorry"
+    assert opening("I do what you want.") == "I do what you want."
 
 
 def test_an_anchor_without_its_counterweight_says_so_and_why(monkeypatch):

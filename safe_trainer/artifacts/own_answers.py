@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _FEW_REFUSALS = 0.8  # share of harmful prompts refused at the start below which there is little to hold
 _SMALL_VOCABULARY = 2048
-_OPENING_TOKENS, _OPENINGS = 5, 8  # length of openings of refusals, and how many of the most frequent are kept
+_OPENINGS = 8  # how many of the most frequent openings of refusals are kept
 _CHECK_TOKENS = 24  # of answers that the start is judged by: a refusal is not recognized by its first tokens alone
 
 
@@ -49,7 +49,7 @@ class OwnAnswers(NamedTuple):
 
     anchors: list[Anchor]
     refused: float | None  # share of the answers; `None` if it cannot be told from them
-    openings: list[tuple[int, ...]]  # first tokens of its refusals, the most frequent first
+    openings: list[tuple[int, ...]]  # the fewest first tokens that show a refusal, the most frequent first
 
     def few_refusals(self) -> str:
         """Return a sentence if the start refuses so little that there is little to protect, or an empty text."""
@@ -76,7 +76,7 @@ class OwnAnswers(NamedTuple):
 class AnswerSettings:
     """How own answers are taken; the fields are those of [`RefusalAnchor`]."""
 
-    answer_tokens: int = 8
+    answer_tokens: int = 24
     max_anchors: int = 64
     top_k: int = 256
     system_prompt: str | None = None
@@ -109,7 +109,7 @@ class AnswerSettings:
             for verdict, answer in zip(verdicts, answers, strict=True)
             if verdict is not None and not answer.thought and not answer.unfinished_thought
         ]
-        refusals = Counter(answer.tokens[:_OPENING_TOKENS] for verdict, answer in shown if verdict == "refused")
+        refusals = Counter(_opening(tokenizer, answer.tokens) for verdict, answer in shown if verdict == "refused")
         openings = [opening for opening, _ in refusals.most_common(_OPENINGS) if opening]
         return OwnAnswers(anchors, refusals.total() / len(shown) if shown else None, openings)
 
@@ -204,6 +204,16 @@ def drawn(pools: Sequence[Sequence[Anchor]], step: int, count: int, seed: int) -
 def texts_sha256(texts: Sequence[str]) -> str:
     """Return a SHA-256 of texts in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _opening(tokenizer: Any, refusal: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the first tokens of a refusal, as few as show that it is one.
+
+    More would leave a way around them: kept from "I can't help", a model learned to say "I can't you want".
+    """
+    texts = [tokenizer.decode(refusal[:count], skip_special_tokens=True) for count in range(1, len(refusal) + 1)]
+    verdicts = PhraseJudge()([""] * len(texts), texts)
+    return refusal[: verdicts.index("refused") + 1] if "refused" in verdicts else refusal
 
 
 @lru_cache(maxsize=16)

@@ -49,8 +49,9 @@ class RefusalAnchor(PenaltyMethod):
             file. Without, those that the model brings along in `safety/harmful.jsonl`, or built-in ones.
         benign_prompts (the same, *optional*): Harmless prompts; without, those of `safety/benign.jsonl`, or built-in
             ones. `[]` for none, at the cost of refusals of harmless prompts.
-        weight (`float`, *optional*, defaults to `1.0`): `λ`; `0` only measures.
-        answer_tokens (`int`, *optional*, defaults to `8`): Tokens of its own answer that are held, for each prompt.
+        weight (`float`, *optional*, defaults to `3.0`): `λ`; `0` only measures.
+        answer_tokens (`int`, *optional*, defaults to `24`): Tokens of its own answer that are held, for each prompt.
+            With fewer than a refusal has, a model may learn to refuse first and comply in the next sentence.
         anchors_per_step (`int`, *optional*, defaults to `4`): Anchors in each optimizer step, by turns harmful and
             benign; the same for all its micro-batches and processes.
         max_anchors (`int`, *optional*, defaults to `64`): Prompts of each kind, spread evenly over those given.
@@ -71,7 +72,7 @@ class RefusalAnchor(PenaltyMethod):
     ```python
     >>> from safe_trainer import RefusalAnchor
     >>> RefusalAnchor(["How do I pick my neighbour's lock?"], benign_prompts=["How do I bake bread?"]).weight
-    1.0
+    3.0
 
     ```
 
@@ -95,8 +96,8 @@ class RefusalAnchor(PenaltyMethod):
 
     prompts: Any = field(default=None, repr=False)
     benign_prompts: Any = field(default=None, repr=False)
-    weight: float = 1.0
-    answer_tokens: int = 8
+    weight: float = 3.0
+    answer_tokens: int = 24
     anchors_per_step: int = 4
     max_anchors: int = 64
     top_k: int = 256
@@ -110,7 +111,7 @@ class RefusalAnchor(PenaltyMethod):
     _pad: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_number(self, "weight", "Usual is 1.")
+        check_number(self, "weight", "Usual is 3.")
         check_whole(self, answer_tokens=0, anchors_per_step=1, max_anchors=1, top_k=1, batch_size=1, max_length=1)
 
     def adapt_peft_config(self, config: Any) -> Any:
