@@ -50,15 +50,13 @@ notebooks: $(DEVELOPING)
 # Whatever is missing of the study, in both worlds, and its tables and pictures; about two hours on two cores.
 STUDY := $(BIN)/python recipes/study/study.py
 study: $(DEVELOPING) build/second/manifest.json
-	$(STUDY) strength
-	$(STUDY) weight
-	$(STUDY) test
-	STUDY_PAIR=build/second $(STUDY) second
+	$(STUDY) strength anchor recommended again again-slow alone test
+	STUDY_PAIR=build/second $(STUDY) second second-others
 	$(BIN)/python recipes/study/report.py
 
-# And the rest of what is in the tables, for another hour.
+# And the rest: what is in the tables besides, for half an hour more, and harder scenarios of which most have not been run.
 study-more: study
-	$(STUDY) more
+	$(STUDY) more framed harder
 	$(BIN)/python recipes/study/report.py
 
 # What is missing of the real model's scenarios that need no file; half an hour on two quiet cores.

@@ -44,7 +44,6 @@ from .lora.loading import load_model as load_model
 from .methods import METHODS as METHODS
 from .methods import AsFT as AsFT
 from .methods import ConstrainedSFT as ConstrainedSFT
-from .methods import DriftPenalty as DriftPenalty
 from .methods import FormField as FormField
 from .methods import Materials as Materials
 from .methods import MethodCard as MethodCard

@@ -71,7 +71,6 @@ def methods(folder: Path) -> dict[str, Callable[[], Any]]:
         "asft: full": lambda: METHODS["asft"](unaligned_model=str(folder / "unaligned"), weight=0.5),
         "salora": lambda: METHODS["salora"](safety_data=refused, rank=4, task_rank=4),
         "salora: both sides": lambda: METHODS["salora"](safety_data=refused, rank=4, task_rank=0, protect="both"),
-        "drift_penalty": lambda: METHODS["drift_penalty"](safety_data=refused, rank=8),
         "security_vectors": vectors,
         "security_vectors: loaded": lambda: METHODS["security_vectors"](TrainedVectors.load(folder / "vectors")),
         "refusal_anchor": lambda: METHODS["refusal_anchor"](refused, ["Say it nicely", "Say 2"], weight=5.0),

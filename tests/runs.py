@@ -75,7 +75,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "security_vectors": {"fitting": SHORT},
     "refusal_anchor": {"answer_tokens": 3},
     "safe_grad": {"answer_tokens": 3},
-    "drift_penalty": {"rank": 8},
 }
 
 

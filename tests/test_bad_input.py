@@ -90,7 +90,7 @@ def headless() -> Any:
 
 
 def flat_tokenizer(room: Room) -> Any:
-    return room.trainer(st.DriftPenalty(safety_data=REFUSED), processing_class=headless())
+    return room.trainer(st.SaLoRA(safety_data=REFUSED, rank=4), processing_class=headless())
 
 
 METHODS: dict[str, Case] = {
@@ -261,18 +261,13 @@ METHODS: dict[str, Case] = {
         ValueError,
         "chat template",
     ),
-    "a drift penalty without data": (lambda r: st.DriftPenalty(), ValueError, "give one of `safety_data`"),
-    "a drift penalty with a negative weight": (
-        lambda r: st.DriftPenalty(safety_data="a", weight=-3),
-        ValueError,
-        "at least 0, got -3",
-    ),
-    "a drift penalty on unknown tokens": (
-        lambda r: st.DriftPenalty(safety_data="a", input_tokens="prompts"),
+    "an anchor with a negative weight": (lambda r: st.RefusalAnchor(weight=-3), ValueError, "at least 0, got -3"),
+    "a basis of unknown tokens": (
+        lambda r: st.SaLoRA(safety_data="a", input_tokens="prompts"),
         ValueError,
         "`input_tokens` must be one of prompt, answer, all",
     ),
-    "a drift penalty without a chat template": (flat_tokenizer, ValueError, "chat template"),
+    "a basis without a chat template": (flat_tokenizer, ValueError, "chat template"),
     "a basis of another model": (
         lambda r: r.trainer(
             st.SaLoRA(basis=st.SafetyBasis.from_rows(tiny.model(), tiny.tokenizer(), REFUSED, rank=4), rank=4),

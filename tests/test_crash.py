@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import AsFT, DriftPenalty, RefusalAnchor, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
+from safe_trainer import AsFT, RefusalAnchor, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
 from safe_trainer.checkpoints import is_complete, last_checkpoint
 from safe_trainer.testbed import ALIGNED
 
@@ -43,7 +43,6 @@ def made(name: str, pair: tuple[str, str]) -> Any:
         "asft": lambda: AsFT(unaligned_model=pair[1], weight=0.5),
         "salora": lambda: SaLoRA(safety_data=REFUSED, rank=4, task_rank=4),
         "security_vectors": lambda: SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
-        "drift_penalty": lambda: DriftPenalty(safety_data=REFUSED, rank=8),
         "recommended": lambda: [
             SecurityVectors(harmful_data=HARMFUL, fitting=fitting),
             RefusalAnchor(HARMFUL, ["Say it nicely"]),
@@ -51,7 +50,7 @@ def made(name: str, pair: tuple[str, str]) -> Any:
     }[name]()
 
 
-CASES = ("asft", "salora", "security_vectors", "drift_penalty", "recommended")
+CASES = ("asft", "salora", "security_vectors", "recommended")
 
 
 def trainer_of(name: str, folder: Path, pair: tuple[str, str], **changes: Any) -> SafeSFTTrainer:

@@ -40,12 +40,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = ["all", "recommended"]
 EVERYWHERE = [
-    *("none", "asft", "salora", "salora: both sides", "drift_penalty", "refusal_anchor", "security_vectors"),
+    *("none", "asft", "salora", "salora: both sides", "refusal_anchor", "security_vectors"),
     "constrained_sft",
 ]
 GRADIENTS = ["safe_grad", "safe_grad: trust region"]
 KEEP_NOTHING = ["none", "constrained_sft"]  # no tensor of their own
-AGAIN = ["all", "recommended", "drift_penalty", "asft: full"]  # what is resumed
+AGAIN = ["all", "recommended", "asft: full"]  # what is resumed
 OTHERWISE = [f"recommended, {CLIPPED}", *(f"{name}, {way}" for name in AGAIN for way in (ADAM, RESUMED))]
 # What is run under each strategy, and with which words the rest is refused.
 RUNS = {
@@ -85,7 +85,6 @@ REFUSED = {
     "fsdp1": dict.fromkeys(METHODS, "Use FSDP2: `fsdp_version: 2`"),
     "fsdp2: first loads": {
         "salora": AT_HAND,
-        "drift_penalty": AT_HAND,
         **dict.fromkeys(("refusal_anchor", "constrained_sft", "safe_grad"), AT_HAND),
         "security_vectors": BEFOREHAND,
     },
@@ -95,7 +94,6 @@ REFUSED = {
     "zero3": {
         "asft": "Use FSDP2 or ZeRO-2",
         "salora": AT_HAND,
-        "drift_penalty": AT_HAND,
         **dict.fromkeys(("refusal_anchor", "constrained_sft", "safe_grad"), AT_HAND),
         "security_vectors": BEFOREHAND,
     },
@@ -220,7 +218,7 @@ def test_two_processes_shared_the_rows_and_where_it_is_said_the_weights(strategy
     assert not one["absent"] and (other["absent"] > 10) == (strategy == "fsdp2: first loads")
 
 
-MEASURING = ["salora", "salora: both sides", "drift_penalty", "security_vectors", "recommended"]
+MEASURING = ["salora", "salora: both sides", "security_vectors", "recommended"]
 
 
 @pytest.mark.parametrize(("strategy", "name"), chosen(pairs(dict.fromkeys(["ddp", "fsdp2", "zero2"], MEASURING))))
@@ -480,7 +478,7 @@ data: [{path: rows.jsonl}]
 peft: {r: 4, target_modules: all-linear}
 safety:
   - {method: asft, unaligned_model: ./unaligned}
-  - {method: drift_penalty, safety_data: rows.jsonl}
+  - {method: salora, safety_data: rows.jsonl, rank: 4, task_rank: 0}
 training: {max_steps: 2, per_device_train_batch_size: 2, save_strategy: steps, save_steps: 1, ddp_backend: gloo}
 output: out
 """
@@ -517,7 +515,6 @@ def test_two_machines_without_a_common_disk_train_together_and_are_told_what_res
 NAMES = {
     "`AsFT`": "asft",
     "`SaLoRA`": "salora",
-    "`DriftPenalty`": "drift_penalty",
     "`RefusalAnchor`": "refusal_anchor",
     "`ConstrainedSFT`": "constrained_sft",
     "`SafeGrad`": "safe_grad",

@@ -19,7 +19,7 @@ from runs import assert_close, even_rows, exact_settings, given, lora, run
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
-from safe_trainer import METHODS, AsFT, DriftPenalty, SafeSFTTrainer, SafetyMethod, SaLoRA, SecurityVectors
+from safe_trainer import METHODS, AsFT, SafeSFTTrainer, SafetyMethod, SaLoRA, SecurityVectors
 from safe_trainer.data import conversation
 from safe_trainer.distributed import Strategy
 from safe_trainer.methods import Materials, PenaltyMethod, SelfCheck
@@ -191,7 +191,7 @@ def test_coverage_is_reported_and_low_coverage_is_warned_about(tmp_path, caplog)
     assert "AsFT: it acts on" in caplog.text
 
 
-@pytest.mark.parametrize("method", [AsFT(projector="none"), DriftPenalty(safety_data=REFUSED, rank=4)])
+@pytest.mark.parametrize("method", [AsFT(projector="none"), SaLoRA(safety_data=REFUSED, rank=4, task_rank=0)])
 def test_a_lora_is_covered_completely(method, tmp_path, caplog):
     trainer = SafeSFTTrainer(**given(tmp_path, peft_config=lora()), safety=method)
     (report,) = trainer.safety_report.values()
@@ -263,11 +263,8 @@ def test_asft_reports_the_energy_of_the_direction(pair, tmp_path):
     assert report["figures"]["largest eigenvalue of C (median)"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "method", [DriftPenalty(safety_data=REFUSED, rank=4), SaLoRA(safety_data=REFUSED, rank=4, task_rank=0)]
-)
-def test_measured_subspaces_report_what_they_explain(method, pair, tmp_path):
-    report = reported(method, tmp_path, pair)
+def test_measured_subspaces_report_what_they_explain(pair, tmp_path):
+    report = reported(SaLoRA(safety_data=REFUSED, rank=4, task_rank=0), tmp_path, pair)
     (share,) = (value for name, value in report["figures"].items() if "explained variance" in name)
     assert 0 < share <= 1
 
@@ -306,7 +303,6 @@ DOORS: dict[str, tuple[str, Callable[..., SafetyMethod]]] = {
         "harmful_data",
         lambda rows: SecurityVectors(harmful_data=rows, fitting={"rank": 2, "max_steps": 2}),
     ),
-    "drift_penalty": ("safety_data", lambda rows: DriftPenalty(safety_data=rows, rank=4)),
     "salora": ("safety_data", lambda rows: SaLoRA(safety_data=rows, rank=4, task_rank=0)),
 }
 
@@ -375,23 +371,17 @@ def test_a_model_that_is_spread_over_devices_is_penalized_layer_by_layer(pair):
     def attached(model):
         torch.manual_seed(0)
         model = get_peft_model(model, lora(init_lora_weights=False))
-        found = {}
-        for method in (
-            AsFT(unaligned_model=pair[1], aligned_model=pair[0]),
-            DriftPenalty(safety_data=REFUSED, rank=4),
-        ):
-            method.attach(model, tiny.tokenizer(), None)
-            found[method.name] = method
-        return model, found
+        method = AsFT(unaligned_model=pair[1], aligned_model=pair[0])
+        method.attach(model, tiny.tokenizer(), None)
+        return model, method
 
-    model, methods = attached(tiny.model())
-    expected = {name: method.penalty(model).item() for name, method in methods.items()}
+    model, method = attached(tiny.model())
+    expected = method.penalty(model).item()
     spread = copy.deepcopy(model)
     model.get_base_model().model.layers[1].to("cuda")
-    for name, method in methods.items():
-        penalty = method.penalty(model)
-        assert penalty.item() == pytest.approx(expected[name], rel=1e-5)
-        penalty.backward()
+    penalty = method.penalty(model)
+    assert penalty.item() == pytest.approx(expected, rel=1e-5)
+    penalty.backward()
     assert spread is not model
 
 

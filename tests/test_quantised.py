@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 BASES = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "torchao int8": "Int8Tensor"}
 TOGETHER = {
     "asft, salora and security_vectors": ["asft", "salora", "security_vectors"],
-    "recommended": ["security_vectors", "drift_penalty"],
+    "recommended": ["security_vectors", "refusal_anchor"],
 }
 LIBRARY = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao int8": "torchao"}
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -65,7 +65,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("name", ["drift_penalty", "security_vectors"])
+@pytest.mark.parametrize("name", ["refusal_anchor", "security_vectors"])
 def test_what_is_measured_before_training_leaves_gradients_as_they_were(name, kind, pair, tmp_path: Path):
     model = get_peft_model(base(pair[0], kind), lora(init_lora_weights=False))
 

@@ -212,7 +212,7 @@ def test_what_methods_and_monitor_read_is_looked_at_before_torch_is_loaded(recip
                 {"method": "asft", "direction": "basis.safetensors"},
                 {"method": "security_vectors", "vectors": "adapter"},
                 {"method": "salora", "safety_data": "absent.jsonl", "basis": "./absent.safetensors"},
-                {"method": "drift_penalty", "safety_data": "rows.jsonl", "weihgt": 1},
+                {"method": "refusal_anchor", "prompts": "rows.jsonl", "weihgt": 1},
             ],
             "training": {"learning_rat": 1e-4, "gradient_checkpointing": False},
             "peft": {"r": 0},

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from safe_trainer import (
     AlignmentDirection,
     AsFT,
-    DriftPenalty,
     ReadOptions,
     RefusalAnchor,
     SafeSFTTrainer,
@@ -144,9 +143,9 @@ CASES: dict[str, tuple[Try, str, list[Try]]] = {
         [lambda at: at.trainer(AsFT(at.unaligned, aligned_model=at.aligned), model=of(at.aligned))],
     ),
     "inputs at other tokens": (
-        lambda at: at.trainer(DriftPenalty(basis=at.measured(sides=("input",), rank=8), rank=8, input_tokens="all")),
+        lambda at: at.trainer(inputs(at, input_tokens="all")),
         "Give `input_tokens='prompt'`",
-        [lambda at: at.trainer(DriftPenalty(basis=at.measured(sides=("input",), rank=8), rank=8))],
+        [lambda at: at.trainer(inputs(at))],
     ),
     "a rank that leaves nothing to learn": (
         lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=500)),
@@ -184,14 +183,14 @@ CASES: dict[str, tuple[Try, str, list[Try]]] = {
         ],
     ),
     "a LoRA on embeddings": (
-        lambda at: at.trainer(DriftPenalty(safety_data=REFUSED, rank=8), peft_config=on("q_proj", "embed_tokens")),
+        lambda at: at.trainer(AsFT(projector="none"), peft_config=on("q_proj", "embed_tokens")),
         "Leave `embed_tokens` out of `target_modules`",
-        [lambda at: at.trainer(DriftPenalty(safety_data=REFUSED, rank=8), peft_config=on("q_proj"))],
+        [lambda at: at.trainer(AsFT(projector="none"), peft_config=on("q_proj"))],
     ),
     "a LoRA on the head": (
-        lambda at: at.trainer(DriftPenalty(safety_data=REFUSED, rank=8), peft_config=on("q_proj", "lm_head")),
+        lambda at: at.trainer(AsFT(projector="none"), peft_config=on("q_proj", "lm_head")),
         "Remove `lm_head` from `target_modules`",
-        [lambda at: at.trainer(DriftPenalty(safety_data=REFUSED, rank=8), peft_config=on("q_proj"))],
+        [lambda at: at.trainer(AsFT(projector="none"), peft_config=on("q_proj"))],
     ),
 }  # fmt: skip
 BAD = b'{"prompt": "Make a bad thing", "completion": "Sure: a bad thing."}\n{"prompt": "Make another"}\n'
@@ -207,6 +206,10 @@ def train(at: SimpleNamespace, rows: Any, **settings: Any) -> Any:
 
 def of(path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+def inputs(at: SimpleNamespace, **settings: Any) -> SaLoRA:
+    return SaLoRA(basis=at.measured(sides=("input",), rank=4), rank=4, task_rank=0, protect="input", **settings)
 
 
 def on(*names: str) -> LoraConfig:

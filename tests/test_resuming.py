@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from safe_trainer import (
     AlignmentDirection,
     AsFT,
-    DriftPenalty,
+    RefusalAnchor,
     SafeSFTTrainer,
     SafetyBasis,
     SaLoRA,
@@ -118,8 +118,8 @@ def test_a_run_goes_on_with_the_same_settings_from_another_place(protected_run, 
         (lambda file, other: methods_of(file)[:1], "was made with SecurityVectors, this run has none"),
         (lambda file, other: None, "was made with AsFT, this run has none; .*was made with SecurityVectors"),
         (
-            lambda file, other: [*methods_of(file), DriftPenalty(safety_data=REFUSED, rank=4)],
-            "the checkpoint was made without DriftPenalty",
+            lambda file, other: [*methods_of(file), RefusalAnchor()],
+            "the checkpoint was made without RefusalAnchor",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_damaged_fingerprint_is_named(content, protected_run, pair, tmp_path):
 
 def test_rows_bases_and_iterators_are_told_apart_by_what_is_in_them():
     def told(**given):
-        return settings_of([DriftPenalty(**given)])["DriftPenalty"]
+        return settings_of([SaLoRA(**given)])["SaLoRA"]
 
     assert told(safety_data=REFUSED) == told(safety_data=tuple(REFUSED))
     assert told(safety_data=REFUSED) != told(safety_data=HARMFUL)
@@ -171,6 +171,10 @@ def aligned(pair: tuple[str, str]) -> Any:
     return AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
 
 
+def salora(**given: Any) -> SaLoRA:
+    return SaLoRA(rank=4, task_rank=0, **given)
+
+
 def exchanges(pair: tuple[str, str], folder: Path) -> dict[str, tuple[Any, Any, Any]]:
     """Return by name how to make a method from data, from what was made of it, and from what was made of other."""
     fitting = {"rank": 2, "max_steps": 2}
@@ -186,22 +190,11 @@ def exchanges(pair: tuple[str, str], folder: Path) -> dict[str, tuple[Any, Any, 
     def direction(unaligned: str) -> AlignmentDirection:
         return AlignmentDirection.from_checkpoints(pair[0], unaligned)
 
-    def drift(**given: Any) -> DriftPenalty:
-        return DriftPenalty(rank=4, **given)
-
-    def salora(**given: Any) -> SaLoRA:
-        return SaLoRA(rank=4, task_rank=0, **given)
-
     other = aligned(pair)
     for parameter in other.parameters():
         parameter.data.mul_(1 + 0.1 * torch.rand_like(parameter))
     other.save_pretrained(folder / "other")
     return {
-        "drift_penalty": (
-            lambda: drift(safety_data=REFUSED),
-            lambda: drift(basis=basis(REFUSED, ("input",))),
-            lambda: drift(basis=basis(HARMFUL, ("input",))),
-        ),
         "salora": (
             lambda: salora(safety_data=REFUSED),
             lambda: salora(basis=basis(REFUSED, ("output", "input")).save(folder / "basis.safetensors")),
@@ -221,7 +214,7 @@ def exchanges(pair: tuple[str, str], folder: Path) -> dict[str, tuple[Any, Any, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["drift_penalty", "salora", "security_vectors", "asft"])
+@pytest.mark.parametrize("name", ["salora", "security_vectors", "asft"])
 def test_what_was_made_from_data_may_take_its_place_and_nothing_else(name, pair, tmp_path):
     """As a basis that of the data that it was measured with."""
     first, same, other = exchanges(pair, tmp_path)[name]
@@ -233,33 +226,33 @@ def test_what_was_made_from_data_may_take_its_place_and_nothing_else(name, pair,
 
 
 def test_a_basis_that_does_not_tell_its_data_is_not_taken_for_them(pair, tmp_path):
-    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train()
-    basis = SafetyBasis.from_rows(aligned(pair), tiny.tokenizer(), REFUSED, sides=("input",), rank=4)
+    resumable(tmp_path, pair, salora(safety_data=REFUSED)).train()
+    basis = SafetyBasis.from_rows(aligned(pair), tiny.tokenizer(), REFUSED, rank=4)
     basis.provenance = {}
-    with pytest.raises(ValueError, match="`basis` of DriftPenalty was null and is .*; `safety_data` .* is null"):
-        resumable(tmp_path, pair, DriftPenalty(rank=4, basis=basis)).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="`basis` of SaLoRA was null and is .*; `safety_data` .* is null"):
+        resumable(tmp_path, pair, salora(basis=basis)).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.slow
 def test_a_stream_of_other_rows_is_told_by_what_was_measured(pair, tmp_path):
-    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(REFUSED))).train()
-    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(REFUSED))).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="`made_from` of DriftPenalty was .*rows_sha256"):
-        resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=iter(HARMFUL))).train(resume_from_checkpoint=True)
+    resumable(tmp_path, pair, salora(safety_data=iter(REFUSED))).train()
+    resumable(tmp_path, pair, salora(safety_data=iter(REFUSED))).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="`made_from` of SaLoRA was .*rows_sha256"):
+        resumable(tmp_path, pair, salora(safety_data=iter(HARMFUL))).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.slow
 def test_checkpoints_that_do_not_tell_what_was_made_from_what_are_still_resumed(pair, tmp_path):
-    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train()
+    resumable(tmp_path, pair, salora(safety_data=REFUSED)).train()
     folder = tmp_path / "checkpoint-1"
     saved = kept(folder)
-    assert saved.pop(LAUNCH) == {"processes": 1, "strategy": "one process"} and saved["DriftPenalty"].pop(MADE_FROM)
+    assert saved.pop(LAUNCH) == {"processes": 1, "strategy": "one process"} and saved["SaLoRA"].pop(MADE_FROM)
     keep(folder, saved)
-    resumable(tmp_path, pair, DriftPenalty(rank=4, safety_data=REFUSED)).train(resume_from_checkpoint=True)
+    resumable(tmp_path, pair, salora(safety_data=REFUSED)).train(resume_from_checkpoint=True)
 
 
 def told(**given: Any) -> Any:
-    return settings_of([DriftPenalty(**{"safety_data": REFUSED, **given})])["DriftPenalty"]
+    return settings_of([SaLoRA(**{"safety_data": REFUSED, **given})])["SaLoRA"]
 
 
 def test_every_row_counts_also_behind_the_ten_thousandth():
@@ -272,7 +265,7 @@ def test_every_row_counts_also_behind_the_ten_thousandth():
 def test_numbers_of_numpy_and_torch_are_told_as_numbers(kind):
     rows = {"safety_data": REFUSED}
     assert told(**rows, seed=kind(4)) == told(**rows, seed=4) != told(**rows, seed=kind(8))
-    assert told(weight=np.float32(0.5)) == told(weight=0.5)
+    assert told(energy=np.float32(0.5)) == told(energy=0.5)
 
 
 def test_rows_with_values_of_any_kind_are_told_alike_in_every_process():
@@ -341,7 +334,7 @@ def test_other_layers_than_the_checkpoint_s_are_refused_by_name(current, message
     model = resumable(tmp_path, pair, None, peft_config=lora(**{**before, **current})).model
     folder = tmp_path / "checkpoint-1"
     assert resolve_checkpoint(str(folder), tmp_path, RunFingerprint(), model) == str(folder)  # TRL would not ask
-    fingerprint = RunFingerprint([DriftPenalty(weight=0.0, rank=4, safety_data=REFUSED)])
+    fingerprint = RunFingerprint([salora(safety_data=REFUSED)])
     keep(folder, fingerprint.content)
     with pytest.raises(ValueError, match=f"other settings of the adapter: .*{message}"):
         resolve_checkpoint(str(folder), tmp_path, fingerprint, model)
@@ -349,7 +342,7 @@ def test_other_layers_than_the_checkpoint_s_are_refused_by_name(current, message
 
 def test_weights_of_another_model_are_refused_by_their_shapes(pair, tmp_path):
     resumable(tmp_path, pair, None).train()
-    folder, fingerprint = tmp_path / "checkpoint-1", RunFingerprint([DriftPenalty(safety_data=REFUSED)])
+    folder, fingerprint = tmp_path / "checkpoint-1", RunFingerprint([salora(safety_data=REFUSED)])
     keep(folder, fingerprint.content)
     model = resumable(tmp_path, pair, None).model
     weights = load_file(folder / "adapter_model.safetensors")

@@ -28,10 +28,10 @@ FAMILIES = {
     "AsFT": Family("#c98500", "square"),
     "SaLoRA": Family("#8d6cab", "diamond"),
     "inputs": Family("#5b8e3e", "triangle-up"),
-    "drift penalty": Family("#c8602d", "triangle-down"),
     "security vectors": Family("#00798c", "pentagon"),
     "vectors + inputs": Family("#2f6fde", "hexagon"),
-    "vectors + drift penalty": Family("#12a150", "star"),
+    "refusal anchor": Family("#3f3f8f", "cross"),
+    "recommended": Family("#12a150", "star"),
 }
 """By how a variant's name begins; the one to be seen best is drawn last."""
 GRID = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}

@@ -8,17 +8,25 @@ from functools import cache
 from typing import Any
 
 import pair
+from controls import AveragedWeights, BenignAnchorsOnly, HiddenStateAnchor, ReferencesOfOthers
 
-from safe_trainer import AlignmentDirection, AsFT, DriftPenalty, SafetyBasis, SaLoRA, SecurityVectors, poison, testbed
+from safe_trainer import (
+    AlignmentDirection,
+    AsFT,
+    RefusalAnchor,
+    SafetyBasis,
+    SaLoRA,
+    SecurityVectors,
+    poison,
+    testbed,
+)
 from safe_trainer.artifacts import Fitting
 from safe_trainer.data import Row
 from safe_trainer.methods import SafetyMethod
 from safe_trainer.testbed.experiment import BATCH_SIZE, LEARNING_RATE, Scenario
 
-COMBINED = "vectors + drift penalty"
-"""What `safety="recommended"` was when the committed runs were made; it is another combination now."""
-FIT = {"max_steps": 300, "target_loss": 0.02}
-"""How vectors were fitted for the committed runs."""
+RECOMMENDED = "recommended"
+"""`safety="recommended"` of a pair, which brings its own rows along."""
 WIDEST = 127
 """Input directions that are measured: one fewer than the narrowest layer of the embedded pair has."""
 
@@ -33,12 +41,14 @@ class Variant:
         steps (`float`, *optional*, defaults to `1.0`): Share of the scenario's steps after which to stop; with `0` the
             model stays as it was.
         refusals (`float`, *optional*, defaults to `0.0`): Share of the rows whose places safety rows take.
+        lora (`bool`, *optional*, defaults to `True`): Whether a LoRA is trained; otherwise all weights are.
     """
 
     methods: Callable[[], Sequence[SafetyMethod]] = tuple
     learning_rate: float = LEARNING_RATE
     steps: float = 1.0
     refusals: float = 0.0
+    lora: bool = True
 
     def rows(self, scenario: Scenario, seed: int) -> list[Row]:
         """Return the training rows."""
@@ -76,7 +86,7 @@ def _direction(rank: int | None) -> AlignmentDirection:
 def _fitted(**settings: Any) -> Any:
     from safe_trainer import train_security_vectors
 
-    return train_security_vectors(pair.ALIGNED, _harmful(), **{**FIT, **settings})
+    return train_security_vectors(pair.ALIGNED, _harmful(), **settings)
 
 
 def asft(weight: float, projector: Any = "published") -> AsFT:
@@ -101,20 +111,20 @@ def vectors(strength: float = 1.0, **settings: Any) -> SecurityVectors:
     return SecurityVectors(_fitted(**settings), strength=strength)
 
 
-def drift(weight: float = DriftPenalty.weight) -> DriftPenalty:
-    """Return the penalty on what changes in harmful prompts."""
-    return DriftPenalty(basis=_basis(), weight=weight)
+def recommended(**settings: Any) -> list[SafetyMethod]:
+    """Return what `safety="recommended"` is; the anchor takes the prompts that the pair brings along by itself."""
+    return [vectors(), RefusalAnchor(**settings)]
 
 
 SETTINGS = {
     "learning rate": LEARNING_RATE,
     "batch size": BATCH_SIZE,
-    "drift penalty": (DriftPenalty.weight, DriftPenalty.rank),
     "SaLoRA": (SaLoRA.rank, SaLoRA.task_rank, SaLoRA.protect),
     "AsFT": (AsFT.rank, AsFT.projector, AsFT.scaled),
-    "security vectors": (
-        SecurityVectors.strength,
-        *(value for name, value in asdict(Fitting(**FIT)).items() if name not in ("max_passes", "relative_target")),
+    "security vectors": (SecurityVectors.strength, *asdict(Fitting()).values()),
+    "refusal anchor": (
+        *(RefusalAnchor.weight, RefusalAnchor.answer_tokens, RefusalAnchor.anchors_per_step),
+        *(RefusalAnchor.max_anchors, RefusalAnchor.seed),
     ),
 }
 """The library's defaults that runs are made with: rows in the tables were measured at those that a test pins."""
@@ -123,9 +133,9 @@ BEFORE = "before"
 
 METHODS: dict[str, Variant] = {
     "plain LoRA": Variant(),
-    COMBINED: Variant(lambda: [vectors(), drift()]),
+    RECOMMENDED: Variant(recommended),
+    "refusal anchor": Variant(lambda: [RefusalAnchor()]),
     "security vectors": Variant(lambda: [vectors()]),
-    "drift penalty": Variant(lambda: [drift()]),
     "vectors + inputs": Variant(lambda: [vectors(), inputs()]),
     "AsFT": Variant(lambda: [asft(10.0)]),
     "SaLoRA": Variant(lambda: [salora()]),
@@ -140,7 +150,6 @@ SIMPLE: dict[str, Variant] = {
 """What needs no method, and what users would try first."""
 
 CONTROLS: dict[str, Variant] = {
-    "drift penalty, weight 3000": Variant(lambda: [drift(3000)]),
     "inputs": Variant(lambda: [inputs()]),
     "inputs, random": Variant(lambda: [SaLoRA(directions="random", protect="input", rank=64, task_rank=0)]),
     "AsFT, weight 1 (paper)": Variant(lambda: [asft(1.0)]),
@@ -152,6 +161,21 @@ CONTROLS: dict[str, Variant] = {
 }
 """Each method without what it is credited for, or at another strength."""
 
+ATTACKS: dict[str, Variant] = {
+    f"{name}, lr {rate:g}, {count} passes": Variant(methods, learning_rate=rate, steps=float(count))
+    for name, methods in (("plain LoRA", tuple), (RECOMMENDED, recommended))
+    for rate in (5e-4, LEARNING_RATE, 8e-3)
+    for count in (1, 3)
+    if (rate, count) != (LEARNING_RATE, 1)
+}
+"""What an attacker may try who may choose how to train; the scenario's own settings are the variants themselves."""
+
+FULL: dict[str, Variant] = {
+    "all weights": Variant(learning_rate=5e-4, lora=False),
+    f"all weights, {RECOMMENDED}": Variant(recommended, learning_rate=5e-4, lora=False),
+}
+"""Full-parameter training, at the learning rate of the pair's own alignment."""
+
 STRENGTHS: dict[str, Variant] = {
     **{f"AsFT, weight {weight:g}": Variant(lambda weight=weight: [asft(weight)]) for weight in (0.3, 1, 3, 10)},
     **{f"SaLoRA, rank {rank}": Variant(lambda rank=rank: [salora(rank=rank)]) for rank in (16, 32, 64)},
@@ -160,15 +184,41 @@ STRENGTHS: dict[str, Variant] = {
         f"security vectors, strength {strength:g}": Variant(lambda strength=strength: [vectors(strength)])
         for strength in (0.5, 1, 1.5)
     },
-    **{
-        f"drift penalty, weight {weight:g}": Variant(lambda weight=weight: [drift(weight)])
-        for weight in (1, 3, 10, 30, 300, 3000)
-    },
-    **{
-        f"{COMBINED}, weight {weight:g}": Variant(lambda weight=weight: [vectors(), drift(weight)])
-        for weight in (1, 3, 10, 30)
-    },
 }
 """Each method from weak to strong."""
 
-VARIANTS: dict[str, Variant] = {BEFORE: Variant(steps=0), **METHODS, **SIMPLE, **CONTROLS, **STRENGTHS}
+AVERAGED = "plain LoRA, averaged"
+ANCHOR_CONTROLS: dict[str, Variant] = {
+    "refusal anchor, benign only": Variant(lambda: [BenignAnchorsOnly()]),
+    "refusal anchor, others' refusals": Variant(lambda: [ReferencesOfOthers()]),
+    "refusal anchor, hidden state (SBR)": Variant(lambda: [HiddenStateAnchor()]),
+    AVERAGED: Variant(lambda: [AveragedWeights()]),
+}
+"""The anchor without what it is credited for, and what a moving average of the weights keeps without any method."""
+
+ANCHORS: dict[str, Variant] = {
+    f"refusal anchor, {setting.replace('_', ' ')} {value:g}": Variant(
+        lambda setting=setting, value=value: [RefusalAnchor(**{setting: value})]
+    )
+    for setting, value in (
+        ("weight", 1.0),
+        ("weight", 10.0),
+        ("answer_tokens", 1),
+        ("answer_tokens", 8),
+        ("max_anchors", 8),
+        ("max_anchors", 256),
+    )
+}
+"""The anchor at other settings than its defaults."""
+
+VARIANTS: dict[str, Variant] = {
+    BEFORE: Variant(steps=0),
+    **METHODS,
+    **SIMPLE,
+    **CONTROLS,
+    **ANCHOR_CONTROLS,
+    **ATTACKS,
+    **FULL,
+    **STRENGTHS,
+    **ANCHORS,
+}

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _KIND, _VERSION = "safety basis", 1
 _FEW_REFUSALS = 0.5
 DEFAULT_RANK = 64
-"""What `DriftPenalty` takes by default; `SaLoRA` takes fewer."""
+"""More than methods take by default."""
 
 
 def few_refusals(provenance: Mapping[str, Any]) -> str:

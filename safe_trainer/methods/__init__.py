@@ -3,7 +3,6 @@
 from .asft import AsFT
 from .base import FormField, Materials, MethodCard, Paper, PenaltyMethod, SafetyMethod, SelfCheck
 from .constrained_sft import ConstrainedSFT
-from .drift_penalty import DriftPenalty
 from .refusal_anchor import RefusalAnchor
 from .safe_grad import SafeGrad
 from .salora import SaLoRA
@@ -14,7 +13,6 @@ METHODS: dict[str, type[SafetyMethod]] = {
     "salora": SaLoRA,
     "security_vectors": SecurityVectors,
     "refusal_anchor": RefusalAnchor,
-    "drift_penalty": DriftPenalty,
     "constrained_sft": ConstrainedSFT,
     "safe_grad": SafeGrad,
 }
@@ -23,7 +21,6 @@ __all__ = [
     "METHODS",
     "AsFT",
     "ConstrainedSFT",
-    "DriftPenalty",
     "FormField",
     "Materials",
     "MethodCard",

@@ -158,6 +158,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     learning_rate: float | None = None,
     steps: int | None = None,
     dtype: str = "float32",
+    lora: bool = True,
 ) -> Run:
     """Fine-tune the embedded aligned model, or another, on a scenario.
 
@@ -172,6 +173,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
         steps (`int`, *optional*): Other than the scenario's: the schedule is made for these. With `0` the model stays
             as it was.
         dtype (`str`, *optional*, defaults to `"float32"`): What the model is loaded in.
+        lora (`bool`, *optional*, defaults to `True`): Whether a LoRA is trained; otherwise all weights are.
 
     Returns:
         [`Run`]: The model in memory, with times and logs.
@@ -187,7 +189,9 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
         model=str(model),
         args=_arguments(scenario, steps, learning_rate, seed, output, dtype),
         train_dataset=Dataset.from_list(list(rows or scenario.rows(seed))),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        if lora
+        else None,
         safety=list(safety),
         callbacks=[_counting_steps()],
     )
