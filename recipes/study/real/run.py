@@ -48,6 +48,8 @@ from safe_trainer.methods import SafetyMethod  # noqa: E402
 from safe_trainer.testbed import real  # noqa: E402
 from safe_trainer.testbed.experiment import Scenario, fine_tune, silence_libraries  # noqa: E402
 
+FORMER = "recommended, former anchor"
+"""What the committed rows call `"recommended"` when its anchor held 8 tokens with weight 1; it cannot be run again."""
 RESULTS = Path(__file__).parent / "results"
 BEFORE = "before"
 ANY = "any"  # under which the model before is listed, where its prompts are those of most scenarios
