@@ -236,7 +236,14 @@ class SafeSFTTrainer(SFTTrainer):
         if methods and self.accelerator.sync_gradients:
             # float16 gradients are scaled, by a power of two, and are unscaled only when they are clipped.
             scale = scaler.get_scale() if (scaler := self.accelerator.scaler) is not None else 1.0
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None] if scale != 1.0 else []
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not gradients:  # so with layer-wise GaLore or LOMO
+                raise ValueError(
+                    f"{methods[0].name} found no gradient after the backward pass, so it would protect nothing. Use "
+                    f"an `optim` that does not step within that pass (it is {self.args.optim!r})."
+                )
+            if scale == 1.0:
+                gradients = []
             for gradient in gradients:
                 gradient.div_(scale)
             for method in methods:

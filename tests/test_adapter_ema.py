@@ -18,7 +18,7 @@ from peft import PeftModel
 from runs import assert_close, assert_same_weights, exact_settings, given, history, lora, method_of, run, weights
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from safe_trainer import AdapterEMA, SafeSFTTrainer
@@ -60,6 +60,24 @@ def test_what_is_left_is_the_average_and_training_itself_goes_as_without_it(buil
     assert repr(history(ours.trainer)) == repr(history(plain.trainer))
     assert ours.moved == plain.moved != set()
     assert any(not torch.equal(ours.end[name], plain.end[name]) for name in ours.moved)
+
+
+def test_a_step_that_float16_skips_is_none(tmp_path):
+    """A scaler skips the first steps, when Adam has no state yet and would take any for its own."""
+    layer, ema = torch.nn.Linear(2, 2), AdapterEMA(DECAY)
+    optimizer: Any = torch.optim.AdamW(layer.parameters())
+    start, args, state = layer.weight.detach().clone(), exact_settings(tmp_path), TrainerState()
+    ema.on_train_begin(args, state, None, optimizer=optimizer)
+    for skipped in (True, False):
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step_was_skipped = skipped  # as accelerate's wrapper says
+        if not skipped:
+            optimizer.step()
+        ema.on_optimizer_step(args, state, None, optimizer=optimizer)
+    end = layer.weight.detach().clone()
+    ema.on_train_end(args, state, None)
+    torch.testing.assert_close(layer.weight.detach(), DECAY * start + (1 - DECAY) * end)
+    assert not torch.equal(start, end)
 
 
 def test_accumulation_of_small_batches_is_one_large_batch(tmp_path):

@@ -206,10 +206,11 @@ def test_rows_whose_prompts_the_loss_covers_are_warned_of(tmp_path):
         ({"peft_config": None}, "needs `peft_config`"),
         ({"peft_config": None, "model": "adapted"}, "needs `peft_config`"),
         ({"peft_config": LoraConfig(init_lora_weights="pissa")}, "init_lora_weights='pissa'"),
+        ({"peft_config": LoraConfig(bias="all")}, "`bias='all'`"),
         ({"loss_type": "dft"}, 'loss_type="nll"'),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
-    ids=["full", "adapted", "pissa", "dft", "smoothing"],
+    ids=["full", "adapted", "pissa", "biases", "dft", "smoothing"],
 )
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 def test_what_has_no_start_model_or_no_token_losses_is_refused(changes, words, tmp_path):

@@ -150,6 +150,17 @@ def test_scaled_gradients_of_float16_are_seen_unscaled_and_step_as_others(accumu
     assert_close(ours.end, theirs.end, theirs.start)
 
 
+def test_an_optimizer_that_steps_within_the_backward_pass_is_refused_where_a_method_needs_gradients(tmp_path):
+    def layerwise(**arguments):
+        trainer = SafeSFTTrainer(**arguments, safety=Halve())
+        for parameter in trainer.model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        return trainer
+
+    with pytest.raises(ValueError, match="Halve.*`optim`"):
+        run(layerwise, exact(tmp_path, max_steps=1))
+
+
 # ---- strategies
 
 

@@ -65,6 +65,18 @@ def safety_loss(model: torch.nn.Module, rule: str) -> torch.Tensor:
     return torch.cat(terms).mean()
 
 
+def test_a_step_that_float16_skips_leaves_the_figures_finite(tmp_path):
+    method = guard()
+    trainer = SafeSFTTrainer(**arguments(tmp_path), safety=method)
+    with method.training(trainer.model):
+        for scale in (float("inf"), 1.0):
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.full_like(parameter, scale)
+            method.after_backward(trainer.model)
+    assert -1 <= method.diagnostics(trainer.model)["safe_grad/cosine"] <= 1
+
+
 def gradients(model: torch.nn.Module, loss) -> dict[str, torch.Tensor]:
     named = {name: p for name, p in model.double().eval().named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(loss(model), list(named.values())), strict=True))
@@ -318,6 +330,7 @@ def test_deepspeed_and_prompt_learning_are_refused():
         {"rho": -1.0},
         {"tau": float("nan")},
         {"max_step_size": 0.0},
+        {"max_step_size": None},
         {"prompts_per_step": 0},
         {"answer_tokens": 0},
         {"max_prompts": 0},
@@ -325,5 +338,5 @@ def test_deepspeed_and_prompt_learning_are_refused():
     ids=lambda settings: next(iter(settings)),
 )
 def test_wrong_settings_are_refused_at_once(settings):
-    with pytest.raises(ValueError, match=f"`{next(iter(settings))}`"):
+    with pytest.raises((TypeError, ValueError), match=f"`{next(iter(settings))}`"):
         guard(**settings)

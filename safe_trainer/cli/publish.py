@@ -14,7 +14,7 @@ from .options import check_folder, check_model, check_new
 
 def export(
     adapter: Annotated[str, typer.Argument(help="The adapter: folder or Hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")],
     compact: Annotated[
         bool, typer.Option("--compact", help="Write an adapter again, with the smallest rank that is exact.")
     ] = False,
@@ -55,7 +55,7 @@ def export(
 def apply_safe_lora(  # noqa: PLR0913, each is an option with a name
     adapter: Annotated[str, typer.Argument(help="The adapter to repair: folder or Hub id.")],
     unaligned: Annotated[str, typer.Option(help="The model before alignment: folder or Hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")],
     aligned: Annotated[
         str | None, typer.Option(help="The aligned model; left out, the one that the adapter belongs to.")
     ] = None,

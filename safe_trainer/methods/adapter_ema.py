@@ -78,7 +78,9 @@ class AdapterEMA(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Let the average follow."""
+        """Let the average follow, unless float16 overflowed and the step was skipped."""
+        if getattr(optimizer, "step_was_skipped", False):
+            return
         for weight, average in self._averages.items():
             average.lerp_(weight.detach().float(), 1 - self.decay)
             # An optimizer makes the state of a weight with its first gradient, and only where there is none yet.

@@ -63,7 +63,8 @@ class ConstrainedSFT(SafetyMethod):
 
     Raises:
         ValueError: If a setting is out of its range, the model is trained in full or came with an adapter, the PEFT
-            configuration changes the base weights or is prompt learning, or the trainer's loss is not TRL's own.
+            configuration changes the base weights, trains biases or is prompt learning, or the trainer's loss is not
+            TRL's own.
 
     Example:
 
@@ -137,6 +138,11 @@ class ConstrainedSFT(SafetyMethod):
             raise ValueError(
                 f"{self.name} does not work with `init_lora_weights={config.init_lora_weights!r}`, which changes the "
                 "base weights: with the adapter switched off they are not the start model. Leave it out."
+            )
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise ValueError(
+                f"{self.name} does not work with `bias={bias!r}`, which trains biases of the base model: with the "
+                'adapter switched off they are no longer those of the start model. Use `bias="none"`.'
             )
         return config
 

@@ -70,7 +70,7 @@ class SafeGrad(SafetyMethod):
         rho (`float`, *optional*, defaults to `1.0`): `ρ` of the projection. With 0 steps without a conflict are plain.
         tau (`float`, *optional*, defaults to `0.2`): `τ` of the trust region, in nats per token.
         max_step_size (`float`, *optional*, defaults to `0.1`): Largest `α` of the trust region. The paper bounds it by
-            the learning rate, with which it did nothing on the embedded pair; unbounded, it can diverge.
+            the learning rate, with which it did nothing on the embedded pair; with a large one it can diverge.
         prompts_per_step (`int`, *optional*, defaults to `8`): Prompts in each safety loss, the same on all processes.
         answer_tokens (`int`, *optional*, defaults to `8`): Tokens of its own answer that count, for each prompt.
         max_prompts (`int`, *optional*, defaults to `64`): Prompts to use, spread evenly over those given.
@@ -146,10 +146,7 @@ class SafeGrad(SafetyMethod):
         check_choices(self, rule=Rule)
         check_number(self, "rho", "The paper uses 1.")
         check_number(self, "tau", "The paper uses 0.2.")
-        if self.max_step_size is not None:
-            check_number(
-                self, "max_step_size", "The paper uses the learning rate; without, there is no bound.", above=0
-            )
+        check_number(self, "max_step_size", "The paper uses the learning rate.", above=0)
         check_whole(self, prompts_per_step=1, answer_tokens=1, max_prompts=1)
 
     def adapt_peft_config(self, config: Any) -> Any:
@@ -202,6 +199,8 @@ class SafeGrad(SafetyMethod):
         product, squared = inner_product(task, safety), inner_product(safety, safety)
         if loss < _ROUNDING or squared == 0:
             self._cosines.append(0.0)
+            return
+        if not math.isfinite(product):  # float16 overflowed, and the step will be skipped
             return
         self._cosines.append(product / math.sqrt(max(squared * inner_product(task, task), 1e-30)))
         for gradient, towards in zip(task, safety, strict=True):
