@@ -73,6 +73,7 @@ class SafeGrad(SafetyMethod):
             the learning rate, with which it did nothing on the embedded pair; with a large one it can diverge.
         prompts_per_step (`int`, *optional*, defaults to `8`): Prompts in each safety loss, the same on all processes.
         answer_tokens (`int`, *optional*, defaults to `8`): Tokens of its own answer that count, for each prompt.
+            With fewer than a refusal has, a model may learn to refuse first and comply in the next sentence.
         max_prompts (`int`, *optional*, defaults to `64`): Prompts to use, spread evenly over those given.
         system_prompt (`str`, *optional*): System turn before each prompt: the one that the model will be used with.
         seed (`int`, *optional*, defaults to `0`): Seed of the order in which prompts take their turns.
