@@ -235,8 +235,9 @@ class SafeGrad(SafetyMethod):
         self._is_due = False
         loss, safety = self._safety(model, trained)
         self._corrected.append(loss > self.tau)
-        if loss > self.tau:
-            size = min((loss - self.tau) / inner_product(safety, safety), self.max_step_size)
+        squared = inner_product(safety, safety)
+        if loss > self.tau and squared:
+            size = min((loss - self.tau) / squared, self.max_step_size)
             with torch.no_grad():
                 for parameter, gradient in zip(trained, safety, strict=True):
                     parameter.add_(gradient, alpha=-size)
