@@ -19,7 +19,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from trl import SFTTrainer
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
 from .distributed import strategy_of
@@ -35,7 +36,8 @@ class SafeSFTTrainer(SFTTrainer):
     """Fine-tune with TRL while the model's refusals are protected by one or several safety methods.
 
     A drop-in for [`~trl.SFTTrainer`]: every argument of TRL's trainer works as it does there, and with `safety=None`
-    it is TRL's trainer.
+    it is TRL's trainer. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a
+    trainer without `args` others: it then trains in float32, on the CPU if there is no accelerator, and says so.
 
     Args:
         *args, **kwargs: Everything that [`~trl.SFTTrainer`] takes, unchanged.
@@ -80,6 +82,8 @@ class SafeSFTTrainer(SFTTrainer):
         """Build TRL's trainer, with each method's settings applied before and the method attached after."""
         # Bound by name, because `peft_config` may have come by position and is adapted before TRL sees it.
         arguments = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
+        if arguments.get("args") is None and (changed := machine_defaults()):
+            arguments["args"] = _default_arguments(arguments["model"], changed)
         is_recommended = isinstance(safety, str) and safety == RECOMMENDED
         self.safety_methods = _as_methods(recommended_for(arguments["model"]) if is_recommended else safety)
         self.safety_report: dict[str, dict[str, Any]] = {}
@@ -87,7 +91,7 @@ class SafeSFTTrainer(SFTTrainer):
         self._fingerprint = RunFingerprint()
         _refuse_vectors(arguments["model"])
         if not self.safety_methods:
-            super().__init__(*args, **kwargs)
+            super().__init__(**arguments)
             self._check_rows(arguments.get("train_dataset"))
             return
         peft_config = copy.deepcopy(arguments.get("peft_config"))
@@ -273,6 +277,22 @@ class SafeSFTTrainer(SFTTrainer):
                 "Start a new run, from the base model or from a checkpoint's weights, with a lower `learning_rate`."
             )
         self._metrics["train"]["safety_penalty"].append(value)
+
+
+def machine_defaults() -> dict[str, bool]:
+    """Return what TRL's default arguments need on this machine: without an accelerator they are refused."""
+    if is_torch_bf16_gpu_available():
+        return {}
+    return {"bf16": False, "use_cpu": not torch.accelerator.is_available()}
+
+
+def _default_arguments(model: Any, changed: dict[str, bool]) -> SFTConfig:
+    folder = str(model if isinstance(model, str) else model.config._name_or_path).rpartition("/")[2]
+    logger.warning(
+        "No GPU with bfloat16, which TRL's default arguments need, was found: training on the %s in float32.",
+        "CPU" if changed["use_cpu"] else "accelerator",
+    )
+    return SFTConfig(f"{folder}-SFT", **changed)
 
 
 def _refuse_vectors(model: Any) -> None:

@@ -3,7 +3,10 @@
 The settings are made before anything imports torch or the hub client, which read them once, at import.
 """
 
+import logging
 import os
+import signal
+import sys
 
 import pytest
 
@@ -14,6 +17,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 # Where DeepSpeed is installed, accelerate imports it, and it says on standard output which accelerator it has found.
 os.environ["DS_ACCELERATOR"] = "cpu"
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "test_testbed_pair.py",
@@ -37,3 +44,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def levels_of_logging():
+    """Give back what runs take from loggers, such as a study's in its worker process."""
+    names = ("safe_trainer", "trl", "accelerate", "bitsandbytes", "torchao", "torch.utils._pytree")
+    levels = {name: logging.getLogger(name).level for name in names}
+    theirs = sys.modules.get("transformers.utils.logging")
+    verbosity = theirs and theirs.get_verbosity()
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    if theirs:
+        theirs.set_verbosity(verbosity)

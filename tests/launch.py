@@ -53,6 +53,16 @@ def on_two_processes(*command: str, check: bool = True, **environment: str) -> s
     return result
 
 
+def leave() -> None:
+    """End one of the processes when all have come so far, at once: torch's threads may abort an orderly exit."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def methods(folder: Path) -> dict[str, Callable[[], Any]]:
     """Return how to make what protects each run, from the models in the folder."""
     from safe_trainer import METHODS, conversation
@@ -314,16 +324,13 @@ def refusal(name: str, strategy: str, folder: Path) -> str | None:
 
 def main(folder: Path, plan: dict[str, dict[str, list[str]]]) -> None:
     """Carry out the runs of each strategy, then ask for those that should be refused."""
-    import torch.distributed as dist
-
     for strategy, wanted in plan.items():
         for name in wanted["runs"]:
             carry_out(name, strategy, folder)
         said = {name: refusal(name, strategy, folder) for name in wanted["refused"]}
         (folder / strategy).mkdir(exist_ok=True)
         (folder / strategy / f"refused-{os.environ['RANK']}.json").write_text(json.dumps(said))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def test_a_step_that_float16_skips_is_none(tmp_path):
     assert not torch.equal(start, end)
 
 
+@pytest.mark.slow
 def test_accumulation_of_small_batches_is_one_large_batch(tmp_path):
     def trained(batch: int, accumulation: int) -> Any:
         size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
@@ -89,6 +90,7 @@ def test_accumulation_of_small_batches_is_one_large_batch(tmp_path):
     assert_close(small.end, large.end, large.start, tolerance=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "salora", "refusal_anchor"])
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(name, tmp_path):
     pair = tiny.save_pair(tmp_path / "pair")
@@ -118,6 +120,7 @@ def test_the_saved_adapter_is_ordinary_and_checkpoints_hold_the_weights_themselv
         assert factors and all(torch.allclose(loaded[name], expected[name], atol=1e-7) for name in factors)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_another_decay_or_without_an_average(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     SFTTrainer(**arguments(tmp_path / "with", AdapterEMA(DECAY), **saving)).train()
@@ -177,14 +180,11 @@ def test_two_processes_end_as_one_and_resume_and_deepspeed_is_refused(tmp_path):
 
 
 def main(folder: Path) -> None:
-    import torch.distributed as dist
-
     for strategy in ("ddp", "fsdp2"):
         for which in ("complete", "resumed"):
             carry_out(strategy, folder, which)
     carry_out("zero2", folder, "complete")
-    dist.barrier()
-    dist.destroy_process_group()
+    launch.leave()
 
 
 if __name__ == "__main__":

@@ -273,6 +273,7 @@ def test_advice_that_the_page_has_no_place_for_is_not_given(tmp_path):
     assert "on_bad_row" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_small_file_that_becomes_large_is_refused_and_a_slow_one_is_ended(tmp_path):
     text = pa.array(["x" * 49_000] * 500).dictionary_encode()
     path = tmp_path / "bomb.parquet"

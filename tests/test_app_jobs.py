@@ -77,6 +77,7 @@ def worker(tmp_path, monkeypatch, source):
     return Job(folder, EMBEDDED, "train", [Variant("plain", "Plain LoRA")])
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_listen_is_killed_within_two_seconds(tmp_path, monkeypatch, queue):
     job = worker(tmp_path, monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)")
     queue.submit(job)

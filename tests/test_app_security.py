@@ -76,6 +76,7 @@ def test_requests_from_other_sites_and_under_other_names_are_refused(url):
         assert httpx.post(url + path, headers={"origin": "http://attacker.example"}).status_code == 403
 
 
+@pytest.mark.slow
 def test_a_password_stands_before_everything(tmp_path):
     app = create_app(Setup(), folder=tmp_path, password="open sesame", hosts=None)
     url, stop = serve_in_background(app)

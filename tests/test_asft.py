@@ -228,6 +228,7 @@ def test_training_with_a_large_weight_keeps_the_update_small_and_logs_the_penalt
     assert norms[100.0] < 0.2 * norms[0.0]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_large_batch_whatever_the_accumulation(
     pairs: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ def test_vectors_are_never_published(tmp_path, hub):
     assert not hasattr(TrainedVectors, "push_to_hub")
 
 
+@pytest.mark.slow
 def test_a_token_is_never_printed_logged_or_saved(tmp_path, monkeypatch, caplog):
     token = "hf_" + "Secret" * 5
     monkeypatch.setenv("HF_TOKEN", token)

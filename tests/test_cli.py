@@ -275,6 +275,7 @@ def test_compare_tells_rates_before_and_after_as_json(adapter, asked):
     assert "prompts: 4 rows" in result.stderr
 
 
+@pytest.mark.slow
 def test_compare_shows_a_table_and_writes_the_report(adapter, asked, tmp_path):
     output = tmp_path / "report"
     result = invoke("compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked, "-o", str(output))

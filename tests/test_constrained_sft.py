@@ -66,6 +66,7 @@ def paper_loss(model: torch.nn.Module, start: torch.nn.Module, rows: list[dict])
     return torch.stack(terms).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_is_that_of_the_papers_loss(way, tmp_path):
     torch.manual_seed(0)
@@ -104,6 +105,7 @@ def test_no_token_weighs_less_than_a_thousandth_and_none_more_than_two():
     assert weights.tolist() == [pytest.approx([1e-3, 2.0] * 4)]
 
 
+@pytest.mark.slow
 def test_betas_of_nearly_zero_are_plain_training_to_the_last_bit(tmp_path):
     """So the pass of the start model leaves modes, dropout's random numbers and gradients alone."""
     config = {"peft_config": lora(lora_dropout=0.5), "bf16": False}
@@ -116,6 +118,7 @@ def test_betas_of_nearly_zero_are_plain_training_to_the_last_bit(tmp_path):
     assert_same_run(ours, theirs)
 
 
+@pytest.mark.slow
 def test_security_vectors_act_in_both_models(tmp_path):
     rows = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
     for vectors in (SecurityVectors(harmful_data=rows, fitting=VECTORS, strength=strength) for strength in (1.0, 4.0)):
@@ -128,6 +131,7 @@ def test_security_vectors_act_in_both_models(tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_openings_are_learned_less_than_by_plain_training_and_the_rest_as_well(tmp_path):
     rows = Dataset.from_list([conversation(f"Say {i}", "Aye! It is so, and it will be so.") for i in range(16)])
     method, losses = ConstrainedSFT(), {}

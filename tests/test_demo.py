@@ -128,7 +128,7 @@ def test_workers_end_with_a_parent_that_is_interrupted_or_killed(tmp_path: Path,
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_runs_on_a_real_model_with_what_it_brings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.real, "prepare", lambda: (testbed.UNALIGNED, testbed.ALIGNED))
     monkeypatch.setattr(demo.real, "SCENARIO", replace(demo.real.SCENARIO, steps=2))

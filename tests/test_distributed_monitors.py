@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from launch import on_two_processes, spread
+from launch import leave, on_two_processes, spread
 from runs import exact_settings, lora
 from transformers import AutoModelForCausalLM
 
@@ -204,16 +204,13 @@ def test_monitors_that_would_fail_are_refused_when_they_are_built(strategy, toge
 
 def main(folder: Path, plan: dict[str, list[str]]) -> None:
     """Carry out the runs of each strategy, and ask for those that should be refused."""
-    import torch.distributed as dist
-
     for strategy, names in plan.items():
         for name in names:
             carry_out(name, strategy, folder)
         if strategy in REFUSED:
             (folder / strategy).mkdir(exist_ok=True)
             (folder / strategy / f"refused-{os.environ['RANK']}.json").write_text(json.dumps(said(strategy, folder)))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

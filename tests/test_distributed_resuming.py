@@ -19,7 +19,7 @@ import launch
 import pytest
 import tiny
 import torch
-from launch import on_two_processes
+from launch import leave, on_two_processes
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -89,12 +89,9 @@ def carry_out(name: str, strategy: str, folder: Path, run: str, kill: Any, resum
 
 
 def main(folder: Path, plan: list[list[Any]]) -> None:
-    import torch.distributed as dist
-
     for name, strategy, run, kill, resume in plan:
         carry_out(name, strategy, folder, run, kill, resume)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 # ---- both

@@ -470,15 +470,34 @@ def test_a_run_resumed_from_a_checkpoint_of_trl_ends_like_one_that_trl_resumed(p
         run(OURS["a method that does nothing"], arguments(4), resume_from_checkpoint=half)
 
 
+@pytest.mark.slow
 def test_without_settings_the_folder_and_the_settings_are_those_of_trl(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # TRL's defaults ask for bf16, which transformers grants to a CPU only where `use_cpu` says so.
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    for module in ("transformers.training_args", "safe_trainer.trainer"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
     theirs = run(SFTTrainer, {"model": path, "train_dataset": tiny.rows(8)})
     for build in OURS.values():
         ours = run(build, {"model": path, "train_dataset": tiny.rows(8)})
         assert_same_run(ours, theirs)
         assert ours.trainer.args.output_dir == theirs.trainer.args.output_dir == "aligned-SFT"
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_where_the_machine_refuses_the_default_settings_of_trl_others_are_taken_and_reported(
+    loaded, path, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    for module in ("transformers.training_args", "safe_trainer.trainer"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: False)
+    model = AutoModelForCausalLM.from_pretrained(path) if loaded else path
+    with pytest.raises(ValueError, match="doesn't support bf16"):
+        SFTTrainer(model, train_dataset=tiny.rows(8))
+    for build in OURS.values():
+        args = build(model, train_dataset=tiny.rows(8)).args
+        assert (args.output_dir, args.bf16, args.fp16) == ("aligned-SFT", False, False)
+        assert "TRL's default arguments need" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.slow

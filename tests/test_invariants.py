@@ -186,6 +186,7 @@ def test_traces_show_whatever_a_method_could_leave(leftover):
     assert traces(tiny.model()) == traces(tiny.model())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_of_the_method_is_left_on_the_model(name, how, ended):

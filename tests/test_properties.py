@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as some
@@ -98,6 +99,7 @@ def test_bytes_of_any_kind_are_rows_or_are_refused_in_words(content, suffix):
         refused_or(lambda path=path: load_rows(path), str(path))
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=100)
 @given(some.lists(values, max_size=4))
 def test_values_of_any_kind_are_rows_or_are_refused_in_words(records):
@@ -207,6 +209,7 @@ def test_the_recipe_that_is_changed_is_valid():
     read_recipe(written("recipe.yaml", yaml.safe_dump(VALID).encode()))
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=200)
 @given(some.sampled_from(places(VALID)), anything)
 def test_a_recipe_with_one_value_of_any_kind_is_read_or_is_refused_in_words(place, value):

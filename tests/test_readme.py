@@ -120,8 +120,6 @@ def run_command(words: list[str], home: Path) -> None:
 @pytest.mark.parametrize("name", exhaustive_but(DOCUMENTS.keys() - {"docs/recipes.md"}, DOCUMENTS))
 def test_every_block_of_code_runs(name, home, monkeypatch):
     monkeypatch.chdir(home)
-    # TRL's default, bfloat16, is refused where there is no GPU, though PyTorch has it on CPUs too.
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     for language, block in blocks_of(DOCUMENTS[name]):
         if language == "python":
             run_python(block, name)

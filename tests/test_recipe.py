@@ -263,6 +263,7 @@ def test_aliases_that_multiply_are_refused_in_a_change_too(recipe):
     assert "--set peft.target_modules=" in found and len(found) < 500
 
 
+@pytest.mark.slow
 def test_a_long_value_is_not_shown_whole(recipe):
     (found,) = problems(recipe({"training": {"seed": [1] * 20_000}}))
     assert "expected a whole number, got [1, 1, " in found and len(found) < 400
@@ -975,6 +976,7 @@ def test_a_training_prompt_that_is_deployed_too_is_warned_of(place, recipe, tmp_
 # ---- repaired after training
 
 
+@pytest.mark.slow
 def test_a_repair_is_saved_compared_and_has_its_own_card(recipe, tmp_path):
     changes = {
         "safe_lora": {"unaligned": str(testbed.UNALIGNED), "threshold": 1.0},

@@ -201,6 +201,7 @@ def assert_plain(method, folder):
     assert_same_run(kept(mine), kept(run(SFTTrainer, given(folder, **settings))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["projection", "trust_region"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_accumulation_changes_nothing(rule, checkpointing, tmp_path):
@@ -276,6 +277,7 @@ def test_steps_of_other_optimizers_and_steps_without_a_backward_pass_are_not_fol
     assert method._corrected == [True]
 
 
+@pytest.mark.slow
 def test_answers_are_kept_that_plain_training_changes(tmp_path):
     settings = {"max_steps": 20, "learning_rate": 3e-2, "bf16": False}
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import planted
 import pytest
 import tiny
 import torch
+from launch import on_two_processes
 from peft import LoraConfig, PeftModel
 from runs import StopAt, assert_same_weights, exact_settings, given, history, lora, run, same_bits
 from safetensors.torch import load_file
@@ -390,20 +388,17 @@ def test_hooks_work_beside_a_dora(tmp_path):
 # ---- two processes
 
 
-def launch(source, folder, *arguments):
+def on_two(source, folder, *arguments):
     """Run a script on two processes."""
     script = folder / "script.py"
     script.write_text(source)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(folder), *arguments], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+    on_two_processes(str(script), str(folder), *arguments)
 
 
 TWO = """
 import copy, sys
-sys.path.insert(0, {tests!r})
-import planted, tiny, torch, torch.distributed as dist
+import planted, tiny, torch
+from launch import leave
 from runs import exact_settings, given, lora
 from safe_trainer import SafeSFTTrainer, SecurityVectors
 from safetensors.torch import save_file
@@ -417,21 +412,20 @@ for name, model, safety in (("ours", copy.deepcopy(base), method), ("theirs", pl
     torch.manual_seed(7)
     arguments = given(folder, model=model, args=args, peft_config=lora() if peft else None)
     trainer = SafeSFTTrainer(**arguments, safety=safety)
-    start = {{n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}}
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
-    end = {{n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}}
-    moved = {{n: (tensor - start[n]).contiguous() for n, tensor in end.items()}}
+    end = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    moved = {n: (tensor - start[n]).contiguous() for n, tensor in end.items()}
     if trainer.args.process_index == 0:
-        save_file(moved, f"{{folder}}/{{name}}.safetensors")
-dist.barrier()
-dist.destroy_process_group()
+        save_file(moved, f"{folder}/{name}.safetensors")
+leave()
 """
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_training_on_two_processes_is_that_of_the_merged_model(kind, tmp_path):  # sharded: tests/test_distributed.py
-    launch(TWO.format(tests=str(TESTS)), tmp_path, kind)
+    on_two(TWO, tmp_path, kind)
     ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors")
     assert ours.keys() == theirs.keys() and any(tensor.abs().max() > 1e-4 for tensor in ours.values())
     for name, tensor in ours.items():
@@ -440,8 +434,8 @@ def test_training_on_two_processes_is_that_of_the_merged_model(kind, tmp_path): 
 
 FITTED = """
 import sys
-sys.path.insert(0, {tests!r})
-import tiny, torch, torch.distributed as dist
+import tiny, torch
+from launch import leave
 from runs import exact_settings, given, lora
 from safe_trainer import SafeSFTTrainer, SecurityVectors, conversation
 from safetensors.torch import save_file
@@ -453,16 +447,15 @@ fitting = dict(rank=2, max_steps=2, seed=rank)  # two processes whose sums diffe
 method = SecurityVectors(harmful_data=[conversation("Do harm", "Sure.")], fitting=fitting)
 trainer = SafeSFTTrainer(**arguments, safety=method)
 trainer.train()
-held = {{f"{{n}}.{{i}}": t.contiguous() for n, f in method.fitted.modules.items() for i, t in enumerate(f)}}
-save_file(held, f"{{folder}}/vectors-{{rank}}.safetensors")
-dist.barrier()
-dist.destroy_process_group()
+held = {f"{n}.{i}": t.contiguous() for n, f in method.fitted.modules.items() for i, t in enumerate(f)}
+save_file(held, f"{folder}/vectors-{rank}.safetensors")
+leave()
 """
 
 
 @pytest.mark.exhaustive
 def test_vectors_fitted_on_two_processes_are_those_of_the_first(tmp_path):
-    launch(FITTED.format(tests=str(TESTS)), tmp_path)
+    on_two(FITTED, tmp_path)
     one, other = (load_file(tmp_path / f"vectors-{rank}.safetensors") for rank in range(2))
     assert_same_weights(one, other)
 

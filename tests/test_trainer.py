@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from launch import on_two_processes
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import (
     StopAt,
@@ -342,6 +340,7 @@ def test_the_log_holds_the_mean_penalty_of_the_batches_since_the_last_one(tmp_pa
     assert logged == [2.5, 6.5, 9.5]  # of 1..4, 5..8 and the rest, 9 and 10
 
 
+@pytest.mark.slow
 def test_the_loss_that_is_logged_includes_the_penalty_once(tmp_path):
     def losses(build, accumulation):
         size = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
@@ -359,6 +358,7 @@ def run_still(build, arguments):
     return trainer
 
 
+@pytest.mark.slow
 def test_evaluation_knows_no_penalty(tmp_path):
     def evaluated(build, method=None):
         changes = {"eval_dataset": even_rows(6), "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
@@ -388,6 +388,7 @@ def test_nothing_is_logged_at_the_end_where_methods_have_nothing_to_say(tmp_path
     assert "train_loss" in history(trainer)[-1]
 
 
+@pytest.mark.slow
 def test_training_output_is_that_of_trl(tmp_path):
     plain = SFTTrainer(**given(tmp_path)).train()
     ours = SafeSFTTrainer(**given(tmp_path), safety=Diary()).train()
@@ -580,6 +581,7 @@ def test_compute_loss_returns_outputs_and_adds_the_penalty_only_while_training(c
 TWO = """
 import json, sys
 import torch, torch.distributed as dist
+from launch import leave
 from runs import even_rows, exact_settings, given, weights
 from test_trainer import Pull
 from safe_trainer import SafeSFTTrainer
@@ -598,19 +600,14 @@ for batch, accumulation, counted in ((4, 1, "together"), (2, 2, "together"), (2,
     logged = [entry["safety_penalty"] for entry in trainer.state.log_history if "safety_penalty" in entry]
     facts = {"world": dist.get_world_size(), "backend": dist.get_backend(), "rows": seen, "penalties": logged}
     json.dump(facts, open(f"{name}.json", "w"))
-dist.barrier()
-dist.destroy_process_group()
+leave()
 """
 
 
 @pytest.mark.slow
 def test_penalty_counts_once_on_two_processes(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
-    command += [str(tmp_path / "two.py"), str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert result.returncode == 0, result.stderr
+    on_two_processes(str(tmp_path / "two.py"), str(tmp_path))
 
     alone = exact_settings(tmp_path, per_device_train_batch_size=8, max_steps=2)
     single = run(safe(Pull()), given(tmp_path, train_dataset=even_rows(16), args=alone))

@@ -95,13 +95,11 @@ def _layer_names(model: Any) -> str:
 
 def arguments(recipe: Recipe) -> Any:
     """Return TRL's arguments for a recipe; refused if they contradict each other or do not fit this machine."""
-    import torch
     from trl import SFTConfig
 
-    settings = {"report_to": "none", **recipe.training}
-    if not torch.accelerator.is_available():
-        # TRL's own default, bfloat16 on a GPU, is refused on a machine without one.
-        settings = {"use_cpu": True, "bf16": False, **settings}
+    from ..trainer import machine_defaults
+
+    settings = {"report_to": "none", **machine_defaults(), **recipe.training}
     try:
         return SFTConfig(output_dir=recipe.parts.output, **settings)
     except ValueError as error:
