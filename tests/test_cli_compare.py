@@ -12,8 +12,9 @@ from commands import invoke
 from evaluation_models import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 
-from safe_trainer.cli.options import check_judges, prompt_sets
+from safe_trainer.cli.options import prompt_sets
 from safe_trainer.evaluation import from_json
+from safe_trainer.evaluation.judges import check_judges
 from safe_trainer.testbed import ALIGNED
 
 
@@ -142,7 +143,6 @@ def test_a_guard_is_told_by_the_name_of_its_model():
     assert check_judges(["guard:meta-llama/Llama-Guard-3-1B"]) == [("llama-guard", "meta-llama/Llama-Guard-3-1B")]
     assert check_judges(["guard:cais/HarmBench-Llama-2-13b-cls"])[0][0] == "harmbench"
     assert check_judges(["guard:google/shieldgemma-2b"])[0][0] == "shieldgemma"
-    assert check_judges(None) == [("phrases", ""), ("likelihood", "")]
 
 
 def test_prompts_that_nobody_named_suit_the_model():

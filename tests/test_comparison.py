@@ -161,6 +161,22 @@ def test_judges_need_names_of_their_own():
         evaluate(tiny_llama(), byte_tokenizer(), [ASKED], judges=[PhraseJudge(), PhraseJudge()])
 
 
+def test_two_judges_are_the_default_and_may_be_given_by_name():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    both = evaluate(model, tokenizer, [ASKED], max_new_tokens=2)
+    assert (
+        [judge["name"] for judge in both.manifest["judges"]]
+        == list(both["asked"].verdicts)
+        == ["phrases", "likelihood"]
+    )
+    comparison = compare(model, tokenizer, [ASKED], {}, judges=["likelihood", ByParity()], max_new_tokens=2)
+    assert list(comparison.before["asked"].verdicts) == ["likelihood", "parity"]
+    with pytest.raises(ValueError, match="`judges`: got 'oracle', expected phrases, likelihood, guard:MODEL"):
+        evaluate(model, tokenizer, [ASKED], judges=["oracle"])
+    with pytest.raises(TypeError, match="`judges` takes judges such as .*, or their names, got 3"):
+        evaluate(model, tokenizer, [ASKED], judges=[3])
+
+
 def test_every_judge_is_kept_and_the_first_one_rates():
     result = judged(HARMFUL, [Answer(HELP)] * 4, [ByParity(), PhraseJudge()])
     assert len(HELP) % 2 == 0

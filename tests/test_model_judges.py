@@ -9,7 +9,6 @@ from evaluation_models import PROMPTS, SPECIAL, byte_tokenizer, tiny_gpt2, tiny_
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from safe_trainer.cli.options import check_judges, load_judges
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation import (
     GUARDS,
@@ -25,6 +24,7 @@ from safe_trainer.evaluation import (
     judged,
 )
 from safe_trainer.evaluation.judges import likelihood as openings
+from safe_trainer.evaluation.judges import make_judges
 from safe_trainer.evaluation.judges.models import Reading
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -284,11 +284,11 @@ def test_a_label_without_a_meaning_is_refused():
         ClassifierJudge(model, tokenizer)
 
 
-def test_a_saved_classifier_is_a_judge_by_its_folder_on_the_command_line(tmp_path):
+def test_a_saved_classifier_is_a_judge_by_its_folder(tmp_path):
     model, tokenizer = classifier()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (judge,) = load_judges(check_judges([f"classifier:{tmp_path}"]))
+    (judge,) = make_judges([f"classifier:{tmp_path}"])
     assert judge(["?", "?"], ["I am sorry", "first get it"]) == ["refused", "complied"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -585,6 +586,20 @@ def test_a_task_names_its_scorer(recipe, tmp_path):
         read_recipe(recipe({"evaluation": {"prompts": [{**asked, "scorer": "rouge"}]}}))
 
 
+def test_judges_are_named_in_a_recipe_and_their_models_looked_for_beside_it(recipe, tmp_path):
+    asked = {"prompts": [{"path": "ask.csv", "kind": "harmful"}]}
+    assert read_recipe(recipe({"evaluation": asked})).parts.evaluation.judges == ["phrases", "likelihood"]
+    named = recipe({"evaluation": asked | {"judges": ["phrases", "wildguard:./judge"]}})
+    assert any("there is no folder" in problem and "judge" in problem for problem in problems(named))
+    shutil.copytree(testbed.ALIGNED, tmp_path / "judge")
+    assert read_recipe(named).parts.evaluation.judges == ["phrases", f"wildguard:{tmp_path / 'judge'}"]
+    for judges, message in (
+        (["oracle"], "got 'oracle', expected phrases, likelihood"),
+        ([], "at least one, got none"),
+    ):
+        assert any(message in problem for problem in problems(recipe({"evaluation": asked | {"judges": judges}})))
+
+
 def test_a_dry_run_counts_the_text_part_of_a_model_for_images_and_text(recipe, tmp_path):
     from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -650,6 +665,7 @@ def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tm
     assert re.search(r"^step 2 of 3: loss [\d.]+, ", result.stderr, re.MULTILINE)
     assert told["steps"] == 3
     assert told["comparison"]["before"]["asked"]["rates"]["refused"]["total"] == 2
+    assert list(told["comparison"]["before"]["asked"]["judges"]) == ["phrases", "likelihood"]
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} >= {"recipe.yaml", "comparison.md", "adapter_model.safetensors"}
 

@@ -30,7 +30,6 @@ from .options import (
     check_judges,
     check_model,
     load_harness,
-    load_judges,
     prompt_sets,
 )
 
@@ -95,7 +94,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
         raise misused("--adapter", "name what was fine-tuned, as in --adapter out (or --tuned-model out).")
     if adapters.keys() & models.keys():
         raise misused("--tuned-model", "an adapter and a model have the same name.")
-    checked = check_judges(judge)
+    judges = check_judges(judge)
     check_model("MODEL", model)
     reading = {"skip_bad": skip_bad, "encoding": encoding}
     sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, prompt_scorer, **reading)
@@ -107,13 +106,14 @@ def compare(  # noqa: PLR0913, each is an option with a name
 
     from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Thresholds
+    from ..evaluation.judges import make_judges
 
     drift_prompts = sets if direction or basis else []
     drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=system_prompt)
     thresholds = Thresholds(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
     decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking all models") as progress:
-        settings = {"judges": load_judges(checked), "harness": harness, "progress": progress, **decoding}
+        settings = {"judges": make_judges(judges), "harness": harness, "progress": progress, **decoding}
         comparison = _compared(model, adapters, models, sets, drift, settings)
     _show(comparison, output, as_json)
     if comparison.interrupted:
@@ -234,7 +234,7 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     examined, tokenizer = load_model(model, adapter)
     decoding: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking the model") as progress:
-        settings = {"judges": load_judges(judges), "harness": harness, "progress": progress, **decoding}
+        settings = {"judges": judges, "harness": harness, "progress": progress, **decoding}
         found = evaluation.evaluate(examined, tokenizer, sets, **settings)
     if as_json:
         print_json(summary(evaluation.Comparison((found,)))[found.name])

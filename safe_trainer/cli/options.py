@@ -13,11 +13,10 @@ from .console import misused, note, pairs
 
 if TYPE_CHECKING:
     from ..data import PromptSet
-    from ..evaluation import Harness, Judge
+    from ..evaluation import Harness
 
 KINDS = ("harmful", "benign", "borderline", "task")
 BUILT_IN = ("general", "testbed")
-GUARD = "guard"
 
 Aligned = Annotated[str, typer.Argument(help="The aligned model: folder or Hub id.")]
 NewOutput = Annotated[Path, typer.Option("--output", "-o", help="Where to write; it must not exist yet.")]
@@ -157,40 +156,15 @@ def _is_embedded(model: str) -> bool:
     return Path(model).resolve() in (ALIGNED.resolve(), UNALIGNED.resolve())
 
 
-def check_judges(listed: list[str] | None) -> list[tuple[str, str]]:
-    """Return name and model of each judge that `--judge` names, before anything is loaded."""
-    from ..evaluation.judges import CLASSIFIER, GUARDS
+def check_judges(listed: list[str] | None) -> list[str]:
+    """Return the judges that `--judge` names, or the usual ones, before anything is loaded."""
+    from ..evaluation.judges import DEFAULT, check_judges
 
-    found = []
-    for written in listed or ["phrases", "likelihood"]:  # a second opinion that needs no further model
-        name, _, model = written.partition(":")
-        if name in ("phrases", "likelihood"):
-            if model:
-                raise misused("--judge", f"{name} takes no model, got {written!r}.")
-        elif name not in (asked := (GUARD, CLASSIFIER, *GUARDS)):
-            known = ", ".join(("phrases", "likelihood", *(f"{kind}:MODEL" for kind in asked)))
-            raise misused("--judge", f"got {written!r}, expected {known}.")
-        elif not model:
-            raise misused("--judge", f"{name} needs a model: {name}:MODEL, a folder or a Hub id.")
-        elif name == GUARD:
-            name = _guard_by_name(model)
-        found.append((name, model))
-    names = [name for name, _ in found]
-    if len(set(names)) < len(names):
-        raise misused("--judge", f"each may be given once, got {', '.join(names)}.")
-    return found
-
-
-def _guard_by_name(model: str) -> str:
-    """Tell from a model's name how it is asked."""
-    from ..evaluation.judges import GUARDS
-
-    plain = model.lower().replace("-", "").replace("_", "")
-    for name in GUARDS:
-        if name.replace("-", "") in plain:
-            return name
-    known = ", ".join(f"{name}:{model}" for name in GUARDS)
-    raise misused("--judge", f"how {model} is asked cannot be told from its name; write one of {known}.")
+    try:
+        check_judges(asked := listed or list(DEFAULT))
+    except ValueError as error:
+        raise misused("--judge", str(error)) from error
+    return asked
 
 
 def load_harness(tasks: list[str] | None, limit: int | None, batch_size: int) -> Harness | None:
@@ -204,26 +178,6 @@ def load_harness(tasks: list[str] | None, limit: int | None, batch_size: int) ->
     if limit and not tasks:
         raise misused("--limit", "is about --task, and none is given.")
     return Harness([task.removeprefix(PREFIX) for task in tasks], limit, batch_size) if tasks else None
-
-
-def load_judges(checked: list[tuple[str, str]]) -> list[Judge]:
-    """Return the judges, with their models."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from ..evaluation import GUARDS, ClassifierJudge, GuardJudge, LikelihoodJudge, PhraseJudge
-    from ..lora.loading import load_model
-
-    plain: dict[str, Any] = {"phrases": PhraseJudge, "likelihood": LikelihoodJudge}
-    judges: list[Judge] = []
-    for name, model in checked:
-        if name in plain:
-            judges.append(plain[name]())
-        elif name in GUARDS:
-            judges.append(GuardJudge(*load_model(model), GUARDS[name]))
-        else:
-            classifier = AutoModelForSequenceClassification.from_pretrained(model)
-            judges.append(ClassifierJudge(classifier, AutoTokenizer.from_pretrained(model)))
-    return judges
 
 
 def check_new(output: Path) -> None:

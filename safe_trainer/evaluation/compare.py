@@ -15,7 +15,7 @@ from .comparison import Comparison
 from .evaluate import evaluate, offset
 from .generate import INTERRUPTED, Progress
 from .harness import Harness
-from .judges import Judge
+from .judges import Judge, make_judges
 from .manifest import adapter_provenance
 from .results import Evaluation
 
@@ -32,7 +32,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
     prompt_sets: Sequence[PromptSet],
     adapters: Mapping[str, str | Path | Sequence[str | Path]],
     *,
-    judges: Sequence[Judge] | None = None,
+    judges: Sequence[Judge | str] | None = None,
     drift: DriftMeasure | None = None,
     harness: Harness | None = None,
     progress: Progress | None = None,
@@ -49,7 +49,8 @@ def compare(  # noqa: PLR0913, each is a setting with a name
         prompt_sets (`Sequence[PromptSet]`): What to ask.
         adapters (`Mapping[str, str | Path]`): By the name to show, where each adapter is: a directory or a hub id; or
             a list of them, of training runs that differ in nothing but their seed.
-        judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
+        judges (`Sequence[Judge | str]`, *optional*, defaults to `["phrases", "likelihood"]`): Who judges; rates follow
+            the first. See [`evaluate`].
         drift (`Callable`, *optional*): Measures how far each adapter moves the layers, such as `DriftFigures()`.
             Called with the model, the tokenizer and `None`, then with each adapter active and where it is from;
             returns by figure a value for each layer.
@@ -74,7 +75,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
     """
     if BEFORE in adapters:
         raise ValueError(f"`{BEFORE}` is the name of the model without an adapter. Give this adapter another name.")
-    prompts = sum(map(len, prompt_sets))
+    made, prompts = make_judges(judges), sum(map(len, prompt_sets))
     evaluations: list[Evaluation] = []
     named, runs = _named(adapters)
     evaluated: list[tuple[str, str | Path | None]] = [(BEFORE, None), *named]
@@ -86,7 +87,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
                 tokenizer,
                 prompt_sets,
                 name=name,
-                judges=judges,
+                judges=made,
                 harness=harness,
                 progress=offset(progress, index * prompts, len(evaluated) * prompts),
                 **decoding,

@@ -12,7 +12,7 @@ from ..data import PromptSet
 from . import thinking
 from .generate import INTERRUPTED, Answer, Decoding, Progress, generate
 from .harness import Harness
-from .judges import VERDICTS, Judge, LikelihoodJudge, PhraseJudge
+from .judges import VERDICTS, Judge, LikelihoodJudge, make_judges
 from .manifest import describe
 from .results import Evaluation, SetResult
 from .tasks import SCORERS
@@ -26,7 +26,7 @@ def evaluate(  # noqa: PLR0913, each is a setting with a name
     prompt_sets: Sequence[PromptSet],
     *,
     name: str = "model",
-    judges: Sequence[Judge] | None = None,
+    judges: Sequence[Judge | str] | None = None,
     harness: Harness | None = None,
     progress: Progress | None = None,
     **decoding: Any,
@@ -42,7 +42,8 @@ def evaluate(  # noqa: PLR0913, each is a setting with a name
         prompt_sets (`Sequence[PromptSet]`): What to ask. Refusals mean little without a benign or borderline set and a
             task beside the harmful one.
         name (`str`, *optional*, defaults to `"model"`): What to call the model in tables.
-        judges (`Sequence[Judge]`, *optional*, defaults to `[PhraseJudge()]`): Who judges; rates follow the first.
+        judges (`Sequence[Judge | str]`, *optional*, defaults to `["phrases", "likelihood"]`): Who judges, also by the
+            names of `--judge`, such as `"wildguard:allenai/wildguard"`; rates follow the first.
         harness ([`Harness`], *optional*): Tasks of the lm-evaluation-harness to ask after the sets.
         progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) prompts of all sets.
         **decoding: Any field of [`Decoding`], for example `max_new_tokens=128`.
@@ -53,8 +54,8 @@ def evaluate(  # noqa: PLR0913, each is a setting with a name
 
     Raises:
         TypeError: If something among the judges is none.
-        ValueError: If there is no judge, a judge gives something other than a verdict, or [`generate`] finds fault
-            with the tokenizer.
+        ValueError: If there is no judge, one is called what none is, a judge gives something other than a verdict, or
+            [`generate`] finds fault with the tokenizer.
         FloatingPointError: If the model computes NaN.
 
     Example:
@@ -69,15 +70,8 @@ def evaluate(  # noqa: PLR0913, each is a setting with a name
     """
     from ..lora.io import has_active_vectors  # which loads torch
 
-    judges = (PhraseJudge(),) if judges is None else tuple(judges)
-    odd = [judge for judge in judges if not (callable(judge) and hasattr(judge, "name"))]
-    if odd:
-        raise TypeError(f"`judges` takes judges such as `PhraseJudge()`, got {odd[0]!r}.")
-    names = [judge.name for judge in judges]
-    if not judges or len(set(names)) < len(names):
-        raise ValueError(f"`judges` must be at least one judge, each with a name of its own, got {names}.")
-    settings = Decoding(**decoding)
-    asking = tuple(judge.bound(model, tokenizer, settings) if hasattr(judge, "bound") else judge for judge in judges)
+    made, settings = make_judges(judges), Decoding(**decoding)
+    asking = tuple(judge.bound(model, tokenizer, settings) if hasattr(judge, "bound") else judge for judge in made)
     total, results = sum(map(len, prompt_sets)), list[SetResult]()
     interrupted = False
     for prompt_set in prompt_sets:
@@ -96,12 +90,12 @@ def evaluate(  # noqa: PLR0913, each is a setting with a name
         notes.insert(
             0, "security vectors, harmful by construction, are active: they make the model comply on purpose."
         )
-    for judge in (judge for judge in judges if isinstance(judge, LikelihoodJudge)):
+    for judge in (judge for judge in made if isinstance(judge, LikelihoodJudge)):
         remarks = [judge.remark(result) for result in results if judge.name in result.verdicts]
         notes += filter(None, remarks)
     for note in notes:
         logger.warning("%s: %s", name, note)
-    manifest = describe(model, tokenizer, [result.prompt_set for result in results], judges, settings)
+    manifest = describe(model, tokenizer, [result.prompt_set for result in results], made, settings)
     return Evaluation(name, tuple(results), manifest, tuple(notes))
 
 

@@ -20,15 +20,18 @@ _FILES = (["data", "path"], ["evaluation", "prompts", "path"], ["monitor", "dire
 def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
     """Return a value of a recipe with the paths in it made absolute, or relative to another folder.
 
-    Paths are the files of data, prompts and monitor; elsewhere texts that begin with `./` or `../`; and in settings
-    the names of files (`harmful.jsonl`, `direction.safetensors`) and of what is in the recipe's folder. They are
-    relative to `folder`, and become relative to `seat`, if there is one. The output is relative to the working
-    directory, and absolute paths stay.
+    Paths are the files of data, prompts and monitor, and the models of judges; elsewhere texts that begin with `./` or
+    `../`; and in settings the names of files (`harmful.jsonl`, `direction.safetensors`) and of what is in the recipe's
+    folder. They are relative to `folder`, and become relative to `seat`, if there is one. The output is relative to
+    the working directory, and absolute paths stay.
     """
     if isinstance(value, dict):
         return {key: moved(inner, (*place, key), folder, seat) for key, inner in value.items()}
     if isinstance(value, list):
         return [moved(inner, (*place, n), folder, seat) for n, inner in enumerate(value)]
+    if isinstance(value, str) and place[:2] == ("evaluation", "judges"):  # `phrases`, or `guard:MODEL`
+        kind, colon, model = value.partition(":")
+        return kind + colon + moved(model, ("model", "path"), folder, seat)
     if not isinstance(value, str) or not _is_path(value, place, folder) or os.path.isabs(value):
         return value
     target = os.path.abspath(folder / os.path.expanduser(value))  # a user that there is not is left as it is

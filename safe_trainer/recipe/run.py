@@ -341,6 +341,8 @@ def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
     options = ["--adapter", f"{TUNED}={recipe.parts.output}"] if recipe.peft is not None else []
     sources = (f"{prompts.kind}={prompts.source}" for prompts in loaded.prompt_sets if prompts.source)
     options += [part for source in dict.fromkeys(sources) for part in ("--prompts", source)]
+    judges = recipe.parts.evaluation.judges if recipe.parts.evaluation is not None else ()
+    options += [part for judge in judges for part in ("--judge", judge)]
     return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options, "--output", recipe.parts.output])
 
 
@@ -354,23 +356,22 @@ def examine(
     """Ask the model before and the model after the same prompts; adapters are read back from where they were saved."""
     from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Comparison, compare, evaluate
+    from ..evaluation.judges import make_judges
     from ..lora.loading import load_weights
 
     asked = recipe.parts.evaluation
     assert asked is not None  # otherwise there are no prompt sets either
-    decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
+    settings: dict[str, Any] = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
+    settings |= {"judges": make_judges(asked.judges), "progress": progress}
     tokenizer = trainer.processing_class
     if recipe.peft is not None:
-        drift = DriftFigures()
-        return compare(
-            trainer.model, tokenizer, prompt_sets, dict(adapters), drift=drift, progress=progress, **decoding
-        )
-    after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, progress=progress, **decoding)
+        return compare(trainer.model, tokenizer, prompt_sets, dict(adapters), drift=DriftFigures(), **settings)
+    after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, **settings)
     where = {"device_map": trainer.model.device, "dtype": trainer.model.dtype}
     trainer.model.cpu()
     gc.collect()  # the model before takes the place of the model after
     base = load_weights(recipe.parts.model.path, revision=recipe.parts.model.revision, **where)
-    before = evaluate(base, tokenizer, prompt_sets, name="before", progress=progress, **decoding)
+    before = evaluate(base, tokenizer, prompt_sets, name="before", **settings)
     return Comparison((before, after))
 
 

@@ -140,10 +140,23 @@ class EvaluationPart(Part):
     max_new_tokens: int = Field(64, ge=1, description="Length at which an answer is cut off.")
     batch_size: int = Field(32, ge=1, description="Prompts that are answered at once.")
     system_prompt: str | None = Field(None, description="System turn before each prompt.")
+    judges: list[str] = Field(
+        ["phrases", "likelihood"],
+        description="Who judges the answers, as `--judge` of `safe-trainer compare`; rates follow the first.",
+    )
     with_training_prompt: bool = Field(
         True,
         description="Whether prompts are also asked with the `system_prompt` of the data, which may be a trigger.",
     )
+
+    @field_validator("judges")
+    @classmethod
+    def _check_judges(cls, value: list[str]) -> list[str]:
+        from ..evaluation.judges import check_judges
+
+        for _, model in check_judges(value):
+            check_model(model)
+        return value
 
 
 class MonitorPart(Part):

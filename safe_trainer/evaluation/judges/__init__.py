@@ -3,11 +3,13 @@
 from .base import VERDICTS, Judge, Verdict
 from .likelihood import LikelihoodJudge
 from .models import CLASSIFIER, GUARDS, ClassifierJudge, FunctionJudge, GuardFormat, GuardJudge
+from .named import DEFAULT, check_judges, make_judges
 from .phrases import PhraseJudge
 from .quality import quality
 
 __all__ = [
     "CLASSIFIER",
+    "DEFAULT",
     "GUARDS",
     "VERDICTS",
     "ClassifierJudge",
@@ -18,5 +20,7 @@ __all__ = [
     "LikelihoodJudge",
     "PhraseJudge",
     "Verdict",
+    "check_judges",
+    "make_judges",
     "quality",
 ]
