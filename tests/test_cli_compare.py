@@ -112,14 +112,8 @@ def test_no_rate_in_json_stands_without_its_count_and_interval(home, tmp_path):
     from safe_trainer.evaluation import Rate
 
     asked = (
-        "--prompts",
-        "harmful=harm.txt",
-        "--prompts",
-        "borderline=hf:./asked",
-        "--prompts",
-        "task=sums.csv",
-        *SHORT,
-    )
+        "--prompts", "harmful=harm.txt", "--prompts", "borderline=hf:./asked", "--prompts", "task=sums.csv", *SHORT,
+    )  # fmt: skip
     told = [
         invoke("evaluate", "base", "--adapter", "adapter-1", *asked, "--json"),
         invoke("compare", "base", "--adapter", "a=adapter-1", *asked, "--json", "-o", tmp_path),
@@ -128,6 +122,7 @@ def test_no_rate_in_json_stands_without_its_count_and_interval(home, tmp_path):
     outputs = [json.loads(result.stdout) for result in told]
     outputs.append(json.loads((tmp_path / "comparison.json").read_text())["summary"])
     scan = ScanResult(DataReport("rows", "CSV"), 4, above=Rate(2, 4), precision=Rate(1, 2), recall=Rate(1, 1))
+    scan.curve = [(Rate(1, 1), Rate(1, 2), 0.9), (Rate(2, 3), Rate(2, 2), 0.1)]
     outputs.append(_as_json(scan))
     for output in outputs:
         found = dict(rates_of(output))

@@ -91,7 +91,7 @@ def said(html):
 def test_the_verdict_comes_first_with_refusals_over_refusals_and_tasks():
     text = said(to_html(comparison()))
     assert "tuned ▼ safety eroded" in text
-    assert "compliance rate (harm) rose from 0.0 % (0/20) to 55.0 % (11/20)" in text
+    assert "compliance rate (harm, by phrases) rose from 0.0 % (0/20) to 55.0 % (11/20)" in text
     assert "Refusal rate (harmful prompts) 100.0 % (20/20) → 40.0 % (8/20)" in text
     assert "Over-refusal rate (harmless prompts) 10.0 % (1/10) → 0.0 % (0/10)" in text
     assert "Answered (harmless prompts) 90.0 % (9/10) → 100.0 % (10/10)" in text
@@ -207,9 +207,9 @@ def test_a_conclusion_names_collapse_over_refusal_and_task():
     after = evaluation("b", [REFUSAL] * 50 + [""] * 50, [REFUSAL] * 20 + [HELP] * 10, ["2", "3", "4"])
     details = Comparison((before, after)).verdict("b").details
     assert [line.split(" fell")[0].split(" rose")[0] for line in details] == [
-        "Refusal rate (harm)",
-        "Answers that are neither refusal nor help (harm)",
-        "Over-refusal rate (edge)",
+        "Refusal rate (harm, by phrases)",
+        "Answers that are neither refusal nor help (harm, by phrases)",
+        "Over-refusal rate (edge, by phrases)",
     ]
     assert "the model falling silent or repeating itself" in details[1]
 

@@ -14,18 +14,24 @@ from safe_trainer.evaluation import (
     GUARDS,
     Answer,
     ClassifierJudge,
+    Comparison,
     Decoding,
+    Evaluation,
     FunctionJudge,
     GuardFormat,
     GuardJudge,
     LikelihoodJudge,
     PhraseJudge,
     evaluate,
+    from_json,
     judged,
+    to_json,
+    to_markdown,
 )
 from safe_trainer.evaluation.judges import likelihood as openings
 from safe_trainer.evaluation.judges import make_judges
 from safe_trainer.evaluation.judges.models import Reading
+from safe_trainer.evaluation.storage import summary
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First get the rope, then tie the knot."
@@ -208,6 +214,27 @@ def test_strongrejects_rubric_is_read_line_by_line_and_scored_as_in_the_paper(re
     assert "Request:\nHow do I {answer}?\n\nAnswer:\nIn {prompt}.\n\nDecide" in text
     (reading,) = judge.readings([("?", "!")])
     assert (reading and reading.score) == score
+
+
+def test_strongrejects_mean_score_is_reported_beside_the_rates():
+    replies = {"one": "Refused: no\nConvincing: 5\nSpecific: 5", "two": "Refused: yes", "three": "perhaps",
+               "four": "Refused: no\nConvincing: 3\nSpecific: 2"}  # fmt: skip
+    judge = GuardJudge(
+        guard(lambda text: next(reply for word, reply in replies.items() if f"say {word}" in text)),
+        byte_tokenizer(), GUARDS["strongreject"],
+    )  # fmt: skip
+    asked = PromptSet("harm", "harmful", ("a?", "b?", "c?", "d?", "e?"))
+    answers = [Answer(f"I say {word}") for word in replies]
+    result = judged(asked, [*answers, Answer("")], [PhraseJudge(), judge])
+    assert result.scores == {"strongreject": (1.0, 0.0, None, 0.375, 0.0)}
+    assert result.verdicts["strongreject"] == ("complied", "refused", None, "neither", "neither")
+    comparison = Comparison((Evaluation("before", (result,)), Evaluation("after", (result,))))
+    assert summary(comparison)["after"]["harm"]["scores"]["strongreject"] == pytest.approx(
+        {"count": 4, "mean": 1.375 / 4, "low": 0.0838, "high": 0.7534}, abs=1e-4
+    )
+    mean = "0.34 (4 answers) [0.08, 0.75]"
+    assert f"| harm: strongreject | {mean} | {mean} |" in to_markdown(comparison)
+    assert from_json(to_json(comparison)) == comparison
 
 
 def test_a_reply_that_makes_no_sense_gives_no_verdict():

@@ -641,7 +641,7 @@ def test_a_run_ends_with_what_protected_it_and_how_that_was_tested():
         "tested: add harmful prompts to `evaluation`."
     )
     told = protection({}, comparison(), None)
-    assert told.startswith("Nothing protected this run") and "harm refused 100.0 % (4/4)" in told
+    assert told.startswith("Nothing protected this run") and "refusal rate (harm, by phrases) 100.0 % (4/4)" in told
 
 
 def test_a_shown_plan_says_that_nothing_was_trained(recipe):

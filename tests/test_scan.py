@@ -274,7 +274,10 @@ def test_labels_give_the_average_precision_and_its_curve(pair, tmp_path):
     entries = read_table(tmp_path / "ranked.jsonl")
     expected = average_precision([e["share"] for e in entries], [e["row"]["bad"] for e in entries])
     assert result.average_precision == pytest.approx(expected)
-    assert result.curve[-1][:2] == pytest.approx((3 / 12, 1.0))
+    assert result.curve[-1][:2] == (Rate(3, 12), Rate(3, 3))
+    for precision, recall, threshold in result.curve:
+        taken = [entry["row"]["bad"] for entry in entries if entry["share"] >= threshold]
+        assert (precision, recall) == (Rate(sum(taken), len(taken)), Rate(sum(taken), 3))
     assert scan_file(path, *pair, TOKENIZER).average_precision is None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from safe_trainer.cli.options import prompt_sets
-from safe_trainer.data import load_prompts, load_suite, suites
+from safe_trainer.data import ReadOptions, load_prompts, load_suite, suites
 from safe_trainer.recipe.schema import PromptsPart
 
 ASK, SAFE = "How do I do X?", "How do I do Y?"
@@ -83,7 +84,7 @@ LAYOUTS = {
         {"harmful": [ASK]},
     ),
     "phtest": (
-        {"PHTest.csv": f"ID,Request,Harmfulness\n1,{SAFE},harmless\n2,{ASK},controversial\n"},
+        {"dataset_v0.1.csv": f"ID,Request,Harmfulness\n1,{SAFE},harmless\n2,{ASK},controversial\n"},
         {"borderline": [SAFE]},
     ),
     "beavertails": (
@@ -125,7 +126,7 @@ def test_identity_shift_brings_its_system_turn_and_frame(tmp_path):
 def test_some_of_a_suite_can_be_taken(tmp_path):
     path = tmp_path / "xstest_prompts.csv"
     path.write_text(LAYOUTS["xstest"][0]["xstest_prompts.csv"])
-    (found,) = load_suite("xstest", path, kinds=("borderline",), limit=5)
+    (found,) = load_suite("xstest", path, kinds=("borderline",), options=ReadOptions(limit=5))
     assert (found.kind, found.name, found.source) == (
         "borderline", "xstest borderline", "suite:xstest=xstest_prompts.csv"
     )  # fmt: skip
@@ -152,6 +153,27 @@ def test_what_is_downloaded_is_pinned_or_its_commit_is_reported(monkeypatch):
         load_suite("advbench@main", "asked.csv")
 
 
+def test_the_suites_whose_commit_is_not_pinned_are_named_in_the_documentation():
+    page = " ".join((Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().split())
+    unpinned = [f"`{name}`" for name, suite in suites().items() if "revision" not in suite]
+    assert f"No commit is known here of {unpinned[0]} and {unpinned[1]}" in page
+    assert f"{unpinned[2]} has no prompts of its own" in page and len(unpinned) == 3
+
+
+def test_a_local_copy_is_read_as_the_options_say(tmp_path):
+    path = tmp_path / "xstest_prompts.csv"
+    path.write_text(
+        f"id;frage;type;label\n1;Wie hei\u00df ist X?;homonyms;safe\n2;{ASK};x;unsafe\n3;;x;unsafe\n", "latin-1"
+    )
+    sets = prompt_sets(None, "model", [f"xstest={path}:frage"], skip_bad=True, encoding="latin-1")
+    assert [asked.prompts for asked in sets] == [(ASK,), ("Wie hei\u00df ist X?",)]
+    with pytest.raises(ValueError, match="1 of .* rows cannot be used"):
+        prompt_sets(None, "model", [f"xstest={path}:frage"], encoding="latin-1")
+    options = ReadOptions(columns={"prompt": "frage"}, encoding="latin-1", where={"type": "homonyms"})
+    (found,) = load_suite("xstest", path, kinds=("borderline",), options=options)
+    assert found.prompts == ("Wie hei\u00df ist X?",)
+
+
 def test_a_file_behind_a_url_is_always_pinned():
     for name, suite in suites().items():
         pinned = len(suite.get("revision", "")) == 40
@@ -164,7 +186,7 @@ def test_what_is_not_there_says_where_to_get_it():
         load_suite("xtest")
     with pytest.raises(ValueError, match=r"`hex-phi` could not be read.*huggingface.co/datasets/LLM-Tuning.*`path`"):
         load_suite("hex-phi")
-    with pytest.raises(ValueError, match="Get it from https://github.com/paul-rottger/xstest .licence: CC-BY-4.0"):
+    with pytest.raises(ValueError, match="Get it from https://github.com/paul-rottger/xstest .commit f600.*CC-BY-4.0"):
         load_suite("xstest")
     with pytest.raises(ValueError, match="could not be downloaded.*Get it from https://github.com/llm-attacks"):
         load_suite("advbench")

@@ -205,7 +205,7 @@ class ScanResult:
             `prompt`, `answer` and `row`.
         interrupted (`bool`): Whether Ctrl-C ended it; what was done until then is here and in the table.
         average_precision (`float` or `None`): Of the ranking, where there are labels.
-        curve (`list[tuple[float, float, float]]`): Precision, recall and threshold, from the highest threshold down.
+        curve (`list[tuple[Rate, Rate, float]]`): Precision, recall and threshold, from the highest threshold down.
     """
 
     report: DataReport
@@ -218,7 +218,7 @@ class ScanResult:
     top: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     average_precision: float | None = None
-    curve: list[tuple[float, float, float]] = field(default_factory=list)
+    curve: list[tuple[Rate, Rate, float]] = field(default_factory=list)
 
     def __str__(self) -> str:
         how = {"given": "as given", "labels": "best F1 on the labels", "default": "the default"}
@@ -354,7 +354,12 @@ def _conclude(found: NDArray[Any], report: DataReport, drop_above: float | None)
     if harmful.any():
         precision, recall, thresholds = precision_recall(shares[known], harmful)
         result.average_precision = average_precision(shares[known], harmful)
-        result.curve = list(zip(precision.tolist(), recall.tolist(), thresholds.tolist(), strict=True))
+        taken = len(harmful) - np.searchsorted(np.sort(shares[known]), thresholds)
+        hits = np.rint(recall * harmful.sum()).astype(int)
+        result.curve = [
+            (Rate(hit, count), Rate(hit, int(harmful.sum())), threshold)
+            for hit, count, threshold in zip(hits.tolist(), taken.tolist(), thresholds.tolist(), strict=True)
+        ]
     if drop_above is not None:
         result.threshold, result.threshold_source = drop_above, "given"
     elif harmful.any():

@@ -28,7 +28,8 @@ DEFAULT_RANK = 64
 
 def few_refusals(provenance: Mapping[str, Any]) -> str:
     """Return a warning if few of the answers that a basis was measured at refuse, as far as that can be told."""
-    share = provenance.get("refusing_answers")
+    found = provenance.get("refusing_answers")
+    share = found["rate"] if isinstance(found, Mapping) else found  # files of earlier versions have the share only
     if share is None or share >= _FEW_REFUSALS:
         return ""
     return (
@@ -37,16 +38,16 @@ def few_refusals(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _refusing(examples: Sequence[Example], tokenizer: Any) -> float | None:
-    """Return the share of answers that refuse, of those that the judge knows the language of."""
-    from ..evaluation.judges import PhraseJudge
+def _refusing(examples: Sequence[Example], tokenizer: Any) -> dict[str, Any]:
+    """Return how many of the answers refuse, of those that the judge knows the language of."""
+    from ..evaluation import PhraseJudge, Rate
 
     answers = [
         tokenizer.decode([i for i, answered in zip(*example, strict=True) if answered], skip_special_tokens=True)
         for example in examples
     ]
     verdicts = [verdict for verdict in PhraseJudge()([""] * len(answers), answers) if verdict is not None]
-    return verdicts.count("refused") / len(verdicts) if verdicts else None
+    return Rate(verdicts.count("refused"), len(verdicts)).to_dict()
 
 
 @dataclass

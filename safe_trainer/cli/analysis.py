@@ -94,7 +94,10 @@ def _as_json(result: ScanResult) -> dict[str, Any]:
         "threshold_source": result.threshold_source,
         **{name: rate and rate.to_dict() for name, rate in rates.items()},
         "average_precision": result.average_precision,
-        "curve": [dict(zip(("precision", "recall", "threshold"), point, strict=True)) for point in result.curve],
+        "curve": [
+            {"precision": precision.to_dict(), "recall": recall.to_dict(), "threshold": threshold}
+            for precision, recall, threshold in result.curve
+        ],
         "interrupted": result.interrupted,
         "top": result.top,
     }

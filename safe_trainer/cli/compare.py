@@ -245,6 +245,8 @@ def evaluate(  # noqa: PLR0913, each is an option with a name
     for result in found.results:
         for name, outcome in product(result.verdicts, result.rates()):
             table.add_row(result.prompt_set.name, name, outcome, str(result.rate(outcome, judge=name)))
+        for name, mean in result.mean_scores().items():
+            table.add_row(result.prompt_set.name, name, "mean score, 0 to 1", str(mean))
     console.print(table)
     for line in [*evaluation.agreements(found.results), *found.notes]:
         show(line)

@@ -35,7 +35,8 @@ Suites = Annotated[
     typer.Option(
         "--suite",
         help="NAME of a published suite, such as xstest or strongreject, with all its kinds of prompts, NAME@REVISION "
-        "for another revision than the pinned one, or NAME=PATH of a local copy; may be given several times.",
+        "for another revision than the pinned one, or NAME=PATH of a local copy (also FILE:COLUMN); may be given "
+        "several times.",
     ),
 ]
 Judges = Annotated[
@@ -101,7 +102,7 @@ def prompt_sets(
         fitting = "testbed" if _is_embedded(model) else "general"
         sources = [(kind, fitting) for kind in KINDS[:3]]
     sets = [_prompt_set(kind, source, reading) for kind, source in sources]
-    sets += [prompts for written in suites or () for prompts in _suite(written)]
+    sets += [prompts for written in suites or () for prompts in _suite(written, reading)]
     settings = [
         ("--prompt-system", "system_prompt", systems),
         ("--prompt-template", "template", templates),
@@ -118,12 +119,13 @@ def prompt_sets(
     return sets
 
 
-def _suite(written: str, kinds: Any = None) -> list[PromptSet]:
-    """Return the sets of a suite that is written as NAME, NAME@REVISION or NAME=PATH."""
+def _suite(written: str, reading: dict[str, Any], kinds: Any = None) -> list[PromptSet]:
+    """Return the sets of a suite that is written as NAME, NAME@REVISION, NAME=PATH or NAME=FILE:COLUMN."""
     from ..data import load_suite
 
     name, _, path = written.partition("=")
-    sets = load_suite(name, path or None, kinds=kinds)
+    path, options = _with_column(path, reading)
+    sets = load_suite(name, path or None, kinds=kinds, options=options)
     for prompts in sets:
         note(f"{prompts.source}: {len(prompts):,} {prompts.kind} prompts")
     return sets
@@ -133,7 +135,7 @@ def _prompt_set(kind: Any, source: str, reading: dict[str, Any]) -> PromptSet:
     from ..data import general_prompts, load_prompts
 
     if source.startswith("suite:"):
-        return _suite(source.removeprefix("suite:"), (kind,))[0]
+        return _suite(source.removeprefix("suite:"), reading, (kind,))[0]
     if source in BUILT_IN and kind == "task":
         raise misused("--prompts", f"there is no {source} task; give a file of questions with answers.")
     if source == "general":
@@ -142,12 +144,18 @@ def _prompt_set(kind: Any, source: str, reading: dict[str, Any]) -> PromptSet:
         from ..testbed import prompt_set
 
         return dataclasses.replace(prompt_set(kind), source=source)
+    source, options = _with_column(source, reading)
+    prompts, report = load_prompts(source, kind, options=options)
+    note(report)
+    return prompts
+
+
+def _with_column(source: str, reading: dict[str, Any]) -> tuple[str, Any]:
+    """Return the file and the options for FILE:COLUMN; any other source as it is."""
     file, _, column = source.rpartition(":")
     has_column = os.path.isfile(file)
     options = read_options([f"prompt={column}"] if has_column else None, **reading)
-    prompts, report = load_prompts(file if has_column else source, kind, options=options)
-    note(report)
-    return prompts
+    return file if has_column else source, options
 
 
 def _is_embedded(model: str) -> bool:

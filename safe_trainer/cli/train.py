@@ -93,13 +93,16 @@ def _show(stack: ExitStack) -> Any:
 
 def _log_line(entry: Mapping[str, float]) -> str:
     """Return one line for an entry that has a loss or what a monitor measured; an empty text for others."""
+    from ..evaluation import Rate
+
     named = _SHOWN if "loss" in entry else ()
     shown = [f"{name.replace('_', ' ')} {entry[name]:.4g}" for name in named if name in entry]
     for name, value in entry.items():
         if name == "drift/relative":
             shown.append(f"weights moved by {value:.1%}")
         elif name.endswith("_refused"):
-            shown.append(f"{name.removeprefix('safety/').replace('_', ' ')} {value:.1%}")
+            judged = int(entry[f"{name.removesuffix('_refused')}_judged"])
+            shown.append(f"{name.removeprefix('safety/').replace('_', ' ')} {Rate(round(value * judged), judged)}")
     return f"step {entry['step']} of {entry['max_steps']}: {', '.join(shown)}" if shown else ""
 
 

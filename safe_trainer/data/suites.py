@@ -25,7 +25,11 @@ def suites() -> dict[str, dict[str, Any]]:
 
 
 def load_suite(
-    name: str, path: str | Path | None = None, *, kinds: tuple[Kind, ...] | None = None, limit: int | None = None
+    name: str,
+    path: str | Path | None = None,
+    *,
+    kinds: tuple[Kind, ...] | None = None,
+    options: ReadOptions | None = None,
 ) -> list[PromptSet]:
     """Load a published suite by name: a set for each kind of prompts in it.
 
@@ -35,7 +39,8 @@ def load_suite(
         path (`str` or `Path`, *optional*): A local copy: its file, or the folder of its files. Left out, the suite is
             loaded from the Hub, or from where its authors publish it.
         kinds (`tuple[str, ...]`, *optional*): Takes the sets of these kinds only.
-        limit (`int`, *optional*): Prompts of each set, from the first.
+        options ([`ReadOptions`], *optional*): How its files are read, such as the `encoding` of a local copy, or the
+            `limit` of prompts of each set; `where` is asked in addition to what tells the suite's kinds apart.
 
     Returns:
         `list[PromptSet]`: Their `source` is the suite with the revision that was read, such as `"suite:xstest@f600…"`,
@@ -70,16 +75,18 @@ def load_suite(
         wanted = [part for part in wanted if part.get("file") == local.name] or wanted
     if not wanted:
         raise ValueError(f"The suite `{name}` has no prompts of kind {', '.join(kinds or ())}.")
-    found = []
+    found, options = [], options or ReadOptions()
     for part in wanted:
         title = name if len(suite["sets"]) == 1 else f"{name} {part['kind']}"
-        options = ReadOptions(where=part.get("where"), limit=limit)
+        where = {**part.get("where", {}), **(options.where or {})}
+        reading = replace(options, where=where or None)
         try:
-            prompts, _ = load_prompts(_source(part, local, revision), part["kind"], title, options)
+            prompts, _ = load_prompts(_source(part, local, revision), part["kind"], title, reading)
         except ValueError as error:
+            at = f" (commit {revision})" if revision else ""
             raise ValueError(
-                f"The suite `{name}` could not be read: {error} Get it from {suite['page']} (licence: "
-                f"{suite['licence']}), and give the file or folder as `path`."
+                f"The suite `{name}` could not be read: {error} Get it from {suite['page']}{at}, licence: "
+                f"{suite['licence']}, and give the file or folder as `path`."
             ) from error
         said = {key: part.get(key) for key in ("system_prompt", "template")}
         read = hub_dataset(prompts.source or "")

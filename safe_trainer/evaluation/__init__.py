@@ -24,7 +24,7 @@ from .judges import (
 from .report import to_html, to_markdown, write_report
 from .results import Evaluation, SetResult, agreements
 from .review import Question, Review
-from .statistics import Agreement, Change, Rate, Spread, paired_change
+from .statistics import Agreement, Change, MeanScore, Rate, Spread, paired_change
 from .storage import from_json, to_json
 from .tasks import choice_match, exact_match, number_match
 
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 # fmt: off
 __all__ = [
     "GUARDS", "METRICS", "Agreement", "Answer", "Change", "ClassifierJudge", "Comparison", "Decoding", "Evaluation",
-    "Flip", "FunctionJudge", "GuardFormat", "GuardJudge", "Harness", "Judge", "LikelihoodJudge", "PhraseJudge",
-    "Question", "Rate", "RefusalMonitor", "Review", "SafetyVerdict", "SetResult", "Spread", "Thresholds", "Verdict",
-    "agreements", "choice_match", "compare", "evaluate", "exact_match", "from_json", "gate", "generate", "judged",
-    "number_match", "paired_change", "quality", "to_html", "to_json", "to_markdown", "write_report",
+    "Flip", "FunctionJudge", "GuardFormat", "GuardJudge", "Harness", "Judge", "LikelihoodJudge", "MeanScore",
+    "PhraseJudge", "Question", "Rate", "RefusalMonitor", "Review", "SafetyVerdict", "SetResult", "Spread",
+    "Thresholds", "Verdict", "agreements", "choice_match", "compare", "evaluate", "exact_match", "from_json", "gate",
+    "generate", "judged", "number_match", "paired_change", "quality", "to_html", "to_json", "to_markdown",
+    "write_report",
 ]
 # fmt: on
 

@@ -157,10 +157,10 @@ class Comparison:
     def sentences(self, after: str) -> list[str]:
         """Return one sentence for each rate of each prompt set, harmful sets first; what is missing is named, too."""
         lines = [
-            self.change(after, result.prompt_set.name, outcome).sentence(f"{name} ({result.prompt_set.name})")
+            self.change(after, result.prompt_set.name, outcome).sentence(result.subject(outcome))
             for kind, names in RATES.items()
             for result in self.before.of_kind(kind)
-            for outcome, name in names.items()
+            for outcome in names
             if outcome != "neither"
         ]
         return lines + [f"{kind} prompts: not measured" for kind in RATES if not self.before.of_kind(kind)]
@@ -181,7 +181,7 @@ def _level(comparison: Comparison, after: str) -> tuple[Level, str]:
             f"Nothing can be said about safety: {reasons[0] if names else 'no harmful prompt was asked'}.",
         )
     changes = {name: comparison.change(after, name, "complied") for name in names}
-    said = {name: change.sentence(f"compliance rate ({name})") for name, change in changes.items()}
+    said = {name: change.sentence(comparison.before[name].subject("complied")) for name, change in changes.items()}
     worst, best = (pick(changes, key=lambda name: changes[name].difference) for pick in (max, min))
     refused = comparison.before.pooled("refused", "harmful")
     baseline = ""
@@ -216,11 +216,11 @@ def _details(comparison: Comparison, after: str) -> list[str]:
             name = result.prompt_set.name
             change = comparison.change(after, name, headline)
             if _beyond_chance(change):
-                lines.append(_capital(change.sentence(f"{names[headline]} ({name})")) + ".")
+                lines.append(_capital(change.sentence(result.subject(headline))) + ".")
             neither = comparison.change(after, name, "neither")
             if kind != "task" and _beyond_chance(neither) and neither.difference > 0:
                 lines.append(
-                    _capital(neither.sentence(f"answers that are neither refusal nor help ({name})"))
+                    _capital(neither.sentence(result.subject("neither", "answers that are neither refusal nor help")))
                     + ": part of what changed is the model falling silent or repeating itself."
                 )
     return lines

@@ -19,6 +19,9 @@ from .tasks import SCORERS
 
 logger = logging.getLogger(__name__)
 
+Scored = tuple[str | None, float | None]
+"""A judge's verdict on an answer, and its score if it gives any."""
+
 
 def evaluate(  # noqa: PLR0913, each is a setting with a name
     model: Any,
@@ -115,6 +118,7 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
     answered = [index for index, answer in enumerate(answers) if answer.error is None]
     texts = [answers[index].text for index in answered]
     verdicts: dict[str, Sequence[str | None]] = {}
+    scores: dict[str, Sequence[float | None]] = {}
     if prompt_set.kind == "task" and prompt_set.references is not None:
         right = SCORERS[prompt_set.scorer]
         pairs = [(text, prompt_set.references[index]) for text, index in zip(texts, answered, strict=True)]
@@ -131,7 +135,10 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
             # A judge that asks the model asks it the whole conversation; the others read the prompt.
             shown: Sequence[Any] = turns if hasattr(judge, "asks_model") else prompt_set.prompts
             try:
-                verdicts[judge.name] = _verdicts(judge, [shown[index] for index in answered], texts)
+                given = _verdicts(judge, [shown[index] for index in answered], texts)
+                verdicts[judge.name], marks = [verdict for verdict, _ in given], [score for _, score in given]
+                if any(score is not None for score in marks):
+                    scores[judge.name] = marks
             except Exception as error:
                 if judge is competent[0]:
                     raise
@@ -140,9 +147,11 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
                     "The judge `%s` failed on `%s`, without verdicts: %s", judge.name, prompt_set.name, error
                 )
                 verdicts[judge.name] = [None] * len(answered)
-    placed = {name: dict(zip(answered, given, strict=True)) for name, given in verdicts.items()}
-    everywhere = {name: tuple(map(given.get, range(len(answers)))) for name, given in placed.items()}
-    return SetResult(prompt_set, tuple(answers), everywhere)
+    everywhere: list[dict[str, Any]] = [
+        {name: tuple(map(dict(zip(answered, of, strict=True)).get, range(len(answers)))) for name, of in table.items()}
+        for table in (verdicts, scores)
+    ]
+    return SetResult(prompt_set, tuple(answers), *everywhere)
 
 
 def _without_thought(answer: Answer) -> Answer:
@@ -162,7 +171,7 @@ def offset(progress: Progress | None, done: int, total: int) -> Progress | None:
     return lambda answered, _: progress(done + answered, total)
 
 
-def _verdicts(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
+def _verdicts(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[Scored]:
     """Ask the judge for all at once; if that fails, one by one, so that one bad answer costs one verdict."""
     try:
         return _checked(judge, prompts, texts)
@@ -170,24 +179,27 @@ def _verdicts(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> lis
         if len(texts) <= 1:
             raise
         logger.warning("The judge `%s` failed on a batch (%s); asking it for one answer at a time.", judge.name, error)
-    verdicts: list[str | None] = []
+    verdicts: list[Scored] = []
     failure: Exception | None = None
     for prompt, text in zip(prompts, texts, strict=True):
         try:
             verdicts += _checked(judge, [prompt], [text])
         except Exception as error:
             failure = error
-            verdicts.append(None)
-    if failure is not None and not any(verdicts):
+            verdicts.append((None, None))
+    if failure is not None and not any(verdict for verdict, _ in verdicts):
         raise failure
     return verdicts
 
 
-def _checked(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
-    verdicts = list(judge(prompts, texts))
-    if len(verdicts) != len(texts):
-        raise ValueError(f"The judge `{judge.name}` gave {len(verdicts)} verdicts for {len(texts)} answers.")
-    odd = next((verdict for verdict in verdicts if verdict is not None and verdict not in VERDICTS), None)
+def _checked(judge: Judge, prompts: Sequence[Any], texts: Sequence[str]) -> list[Scored]:
+    if hasattr(judge, "scored"):
+        given: list[Scored] = list(judge.scored(prompts, texts))
+    else:
+        given = [(verdict, None) for verdict in judge(prompts, texts)]
+    if len(given) != len(texts):
+        raise ValueError(f"The judge `{judge.name}` gave {len(given)} verdicts for {len(texts)} answers.")
+    odd = next((verdict for verdict, _ in given if verdict is not None and verdict not in VERDICTS), None)
     if odd is not None:
         raise ValueError(f"The judge `{judge.name}` gave {odd!r}. A verdict is one of {VERDICTS}, or None.")
-    return list(verdicts)
+    return given

@@ -62,12 +62,12 @@ def gate(comparison: Comparison, thresholds: Thresholds) -> list[str]:
     for threshold, direction, kinds, outcome, subject in asked:
         if threshold is None:
             continue
-        sets = [result.prompt_set.name for result in comparison.before.of_kind(*kinds)]
+        sets = comparison.before.of_kind(*kinds)
         after = [evaluation.name for evaluation in comparison.evaluations[1:]]
         if not sets or not after:
             failures.append(f"{subject}: not measured before and after (no {' or '.join(kinds)} prompts)")
-        for name, prompt_set in product(after, sets):
-            title = f"{name}: {subject} ({prompt_set})"
+        for name, result in product(after, sets):
+            prompt_set, title = result.prompt_set.name, f"{name}: {result.subject(outcome)}"
             if reason := unmeasured(comparison, name, prompt_set):
                 failures.append(f"{title}: not measured, {reason}")
                 continue

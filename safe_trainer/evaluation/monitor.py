@@ -98,6 +98,7 @@ class RefusalMonitor(TrainerCallback):
         """Measure the model as it comes in."""
         self.seconds, self._started = 0.0, time.perf_counter()
         low = self._check(state.global_step)
+        logger.info("Refusals are judged by `%s`.", self.judge.name)
         for result in self._results:
             if isinstance(self.judge, LikelihoodJudge) and (remark := self.judge.remark(result)):
                 logger.warning(remark)

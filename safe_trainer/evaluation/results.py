@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data import PromptSet
 from .generate import Answer
-from .statistics import Agreement, Rate, cohens_kappa
+from .statistics import Agreement, MeanScore, Rate, cohens_kappa
 
 # For each kind of prompt set the outcomes that are counted, the one that sums it up first, and what each is called.
 RATES: dict[str, dict[str, str]] = {
@@ -33,11 +33,14 @@ class SetResult:
             the first judge. `"refused"`, `"complied"` or `"neither"`, for tasks `"correct"` or `"wrong"`; `None` where
             there is no answer, the judge failed, or the answer is in a language that it does not know: such a prompt
             counts in no rate.
+        scores (`Mapping[str, tuple[float | None, ...]]`, *optional*): By judge that gives any, such as StrongREJECT's
+            rubric, the score of each answer from 0 to 1.
     """
 
     prompt_set: PromptSet
     answers: tuple[Answer, ...]
     verdicts: Mapping[str, tuple[str | None, ...]]
+    scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
     def outcomes(self) -> tuple[str | None, ...]:
@@ -72,6 +75,15 @@ class SetResult:
     def rates(self) -> dict[str, Rate]:
         """Return the rate of each outcome that is counted for this kind of set."""
         return {outcome: self.rate(outcome) for outcome in RATES[self.prompt_set.kind]}
+
+    def subject(self, outcome: str, name: str | None = None) -> str:
+        """Return what a rate is called, with the set and who judged: `"refusal rate (harmful, by phrases)"`."""
+        name = name or RATES[self.prompt_set.kind][outcome]
+        return f"{name} ({self.prompt_set.name}, by {next(iter(self.verdicts))})"
+
+    def mean_scores(self) -> dict[str, MeanScore]:
+        """Return by judge that gives scores their mean."""
+        return {judge: MeanScore.of(scores) for judge, scores in self.scores.items()}
 
     @property
     def not_judged(self) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 CONFIDENCE = 0.95
@@ -54,12 +55,7 @@ class Rate:
     @cached_property
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson score interval, from 0 to 1."""
-        if not self.total:
-            return 0.0, 1.0
-        from scipy.stats import binomtest
-
-        found = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="wilson")
-        return float(found.low), float(found.high)
+        return wilson(self.value, self.total)
 
     @property
     def low(self) -> float:
@@ -88,6 +84,46 @@ class Rate:
         """Return count, total, rate (`None` if nothing was measured) and the interval's ends as JSON values."""
         rate = self.value if self.total else None
         return {"count": self.count, "total": self.total, "rate": rate, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class MeanScore:
+    """The mean of a judge's scores, from 0 to 1, such as StrongREJECT's.
+
+    Its interval is Wilson's with the mean in place of a share. It is never too narrow: no scores from 0 to 1 with the
+    same mean vary more than those that are all 0 or 1.
+
+    Args:
+        value (`float`): The mean; NaN without any scores.
+        count (`int`): How many answers have a score.
+
+    Example:
+
+    ```python
+    >>> str(MeanScore.of([0.0, None, 0.5, 1.0, 0.5]))
+    '0.50 (4 answers) [0.15, 0.85]'
+
+    ```
+    """
+
+    value: float
+    count: int
+
+    @classmethod
+    def of(cls, scores: Iterable[float | None]) -> MeanScore:
+        """Return the mean of the scores that are not `None`."""
+        given = [score for score in scores if score is not None]
+        return cls(sum(given) / len(given) if given else math.nan, len(given))
+
+    def __str__(self) -> str:
+        low, high = wilson(self.value, self.count)
+        text = f"{self.value:.2f} ({self.count} answers) [{low:.2f}, {high:.2f}]"
+        return text if self.count else "not measured"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return count, mean (`None` if nothing was measured) and the interval's ends as JSON values."""
+        low, high = wilson(self.value, self.count)
+        return {"count": self.count, "mean": self.value if self.count else None, "low": low, "high": high}
 
 
 @dataclass(frozen=True)
@@ -217,6 +253,17 @@ class Agreement:
         """Return the judges, how often they agree, and kappa (`None` if it is undefined) as JSON values."""
         kappa = None if math.isnan(self.kappa) else self.kappa
         return {"judges": [self.first, self.second], "agreed": self.agreed.to_dict(), "kappa": kappa}
+
+
+def wilson(share: float, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share of `total`; from 0 to 1 if that is 0."""
+    if not total:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    center = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    low, high = ((center + sign * half) / (1 + z * z / total) for sign in (-1, 1))
+    return max(0.0, low) if share else 0.0, min(1.0, high) if share < 1 else 1.0  # exactly, whatever rounding does
 
 
 def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> Change:

@@ -103,6 +103,8 @@ def _summary(result: SetResult) -> dict[str, Any]:
         "rates": {outcome: result.rate(outcome).to_dict() for outcome in RATES[kind]},
         "not_judged": result.not_judged,
     }
+    if result.scores:
+        entry["scores"] = {judge: mean.to_dict() for judge, mean in result.mean_scores().items()}
     if len(result.verdicts) > 1:
         entry["judges"] = {
             judge: {outcome: result.rate(outcome, judge=judge).to_dict() for outcome in RATES[kind]}

@@ -308,7 +308,7 @@ def protection(report: Mapping[str, Any], comparison: Comparison | None, compare
     asked = []
     for before in results:
         rate = comparison.evaluations[1][before.prompt_set.name].rate("refused")
-        asked.append(f"{before.prompt_set.name} refused {before.rate('refused')} before, {rate} after")
+        asked.append(f"{before.subject('refused')} {before.rate('refused')} before, {rate} after")
     return f"{protected} Tested on harmful prompts: {'; '.join(asked)}."
 
 

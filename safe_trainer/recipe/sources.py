@@ -72,7 +72,7 @@ def load_data(recipe: Recipe) -> LoadedData:
         if part.built_in is not None:
             found = general_prompts(part.kind)
         elif part.suite is not None:
-            found = load_suite(part.suite, part.path, kinds=(part.kind,), limit=part.limit)[0]
+            found = load_suite(part.suite, part.path, kinds=(part.kind,), options=part.options())[0]
         else:
             found, report = load_prompts(part.source(), part.kind, part.name, part.options())
             reports.append(report)

@@ -61,7 +61,7 @@ def names(comparisons: Sequence[Comparison]) -> list[str]:
 
 def table(scenario: Scenario, comparisons: Sequence[Comparison], seconds: Mapping[str, Sequence[float]]) -> Table:
     """Return a scenario's table for a terminal of 80 columns: in each cell count, share and 95 % interval."""
-    title = f"\nFine-tuned on {scenario.title} ({scenario.steps} steps)"
+    title = f"\nFine-tuned on {scenario.title} ({scenario.steps} steps), judged by {_judge(comparisons)}"
     shown = Table(
         title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 1, 0), pad_edge=False
     )
@@ -140,7 +140,7 @@ def markdown(results: Iterable[Result], introduction: str = INTRODUCTION) -> str
     parts = ["# Refusals before and after fine-tuning\n", introduction + "\n"]
     for scenario, comparisons, seconds in results:
         headings = [heading for heading, _, _ in columns(scenario)]
-        parts.append(f"## Fine-tuned on {scenario.title}\n")
+        parts.append(f"## Fine-tuned on {scenario.title}, judged by {_judge(comparisons)}\n")
         parts.append(f"| model | {' | '.join(headings)} | training |\n|---|{'---|' * (len(headings) + 1)}")
         for name in names(comparisons):
             evaluations = [comparison[name] for comparison in comparisons]
@@ -158,6 +158,10 @@ def markdown(results: Iterable[Result], introduction: str = INTRODUCTION) -> str
         "validation prompts; these are test prompts, none of which is in the training data.\n"
     )
     return "\n".join(parts)
+
+
+def _judge(comparisons: Sequence[Comparison]) -> str:
+    return next(iter(comparisons[0].before["harmful"].verdicts))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,8 +19,9 @@ class Judge(Protocol):
     `name` and `version` go into every report: results of different judges, or versions of one, are not compared. A
     verdict may be `None` where the judge came to none; that answer then counts in no rate.
 
-    Two more things a judge may have. `kinds`, a tuple of prompt set kinds, if it judges only those. And
-    `bound(model, tokenizer, decoding)`, which returns the judge to use, if it has to look at the examined model.
+    Three more things a judge may have. `kinds`, a tuple of prompt set kinds, if it judges only those.
+    `bound(model, tokenizer, decoding)`, which returns the judge to use, if it has to look at the examined model. And
+    `scored(prompts, answers)`, which returns each verdict with a score from 0 to 1, if it gives scores.
     """
 
     @property

@@ -16,6 +16,7 @@ from ..statistics import Rate
 from . import figures
 
 SHOWN_FLIPS = 50  # of each set and model; the JSON beside the report has all
+_SCORES = "Mean score of the answers, from 0 (refused or useless) to 1 (convincing and specific) [95 % interval]"
 
 
 class Cell(NamedTuple):
@@ -69,7 +70,7 @@ def content(comparison: Comparison) -> dict[str, Any]:
 
 
 def _facts(comparison: Comparison, evaluation: Evaluation) -> dict[str, str]:
-    """Return what stands next to a verdict: never refusals without over-refusals, help and tasks."""
+    """Return what stands next to a verdict: never refusals without over-refusals, help and tasks, and who judged."""
     asked = {
         "Refusal rate (harmful prompts)": ("refused", "harmful"),
         "Compliance rate (harmful prompts)": ("complied", "harmful"),
@@ -81,7 +82,7 @@ def _facts(comparison: Comparison, evaluation: Evaluation) -> dict[str, str]:
     for name, outcome in asked.items():
         old, new = comparison.before.pooled(*outcome), evaluation.pooled(*outcome)
         facts[name] = f"{old.share} → {new.share}" if old.total and new.total else "not measured"
-    return facts
+    return facts | {"Judged by": ", ".join(_first_judges(comparison))}
 
 
 def tables_of(comparison: Comparison) -> list[Table]:
@@ -92,8 +93,8 @@ def tables_of(comparison: Comparison) -> list[Table]:
     ]
     not_measured = (Cell("not measured"),) * len(names)
     rows += [(kind, not_measured) for kind in RATES if not comparison.before.of_kind(kind)]
-    judges = dict.fromkeys(next(iter(result.verdicts)) for result in comparison.before.results)
-    tables = [Table(f"Rate (count/total) [95 % interval], judged by {', '.join(judges)}", names, rows)]
+    caption = f"Rate (count/total) [95 % interval], judged by {', '.join(_first_judges(comparison))}"
+    tables = [Table(caption, names, rows)]
     for result in comparison.before.of_kind("harmful"):
         name = result.prompt_set.name
         rows = [
@@ -107,7 +108,23 @@ def tables_of(comparison: Comparison) -> list[Table]:
         for judge in comparison.before[name].verdicts
         if outcome != "neither" and len(comparison.before[name].verdicts) > 1
     ]
-    return [table for table in (*tables, _runs(comparison), Table("Each judge by itself", names, rows)) if table.rows]
+    scores = [
+        (f"{result.prompt_set.name}: {judge}", tuple(_scored(e[result.prompt_set.name], judge) for e in evaluations))
+        for result in comparison.before.results
+        for judge in result.scores
+    ]
+    more = (_runs(comparison), Table("Each judge by itself", names, rows), Table(_SCORES, names, scores))
+    return [table for table in (*tables, *more) if table.rows]
+
+
+def _scored(result: SetResult, judge: str) -> Cell:
+    share, _, interval = str(result.mean_scores().get(judge, "not measured")).partition(" [")
+    return Cell(share, interval and f"[{interval}")
+
+
+def _first_judges(comparison: Comparison) -> list[str]:
+    """Return the judges that the rates follow, each once: one for most sets, the scorers of tasks."""
+    return list(dict.fromkeys(next(iter(result.verdicts)) for result in comparison.before.results))
 
 
 def _runs(comparison: Comparison) -> Table:
