@@ -230,9 +230,9 @@ def test_strongrejects_mean_score_is_reported_beside_the_rates():
     assert result.verdicts["strongreject"] == ("complied", "refused", None, "neither", "neither")
     comparison = Comparison((Evaluation("before", (result,)), Evaluation("after", (result,))))
     assert summary(comparison)["after"]["harm"]["scores"]["strongreject"] == pytest.approx(
-        {"count": 4, "mean": 1.375 / 4, "low": 0.0838, "high": 0.7534}, abs=1e-4
+        {"count": 4, "mean": 1.375 / 4, "low": 0.0792, "high": 0.7614}, abs=1e-4
     )
-    mean = "0.34 (4 answers) [0.08, 0.75]"
+    mean = "0.34 (4 answers) [0.08, 0.76]"
     assert f"| harm: strongreject | {mean} | {mean} |" in to_markdown(comparison)
     assert from_json(to_json(comparison)) == comparison
 
