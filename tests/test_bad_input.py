@@ -476,9 +476,9 @@ EVALUATION: dict[str, Case] = {
         "before",
     ),
     "a judge that is none": (
-        lambda r: st.evaluate(tiny.model(), tiny.tokenizer(), [asked()], name="x", judges=["phrases"]),
-        TypeError,
-        "judge",
+        lambda r: st.evaluate(tiny.model(), tiny.tokenizer(), [asked()], name="x", judges=["oracle"]),
+        ValueError,
+        "phrases",
     ),
     "a judge of no sentences": (lambda r: st.PhraseJudge(sentences=0), ValueError, "at least 1, got 0"),
     "answers without prompts": (lambda r: st.PhraseJudge()(["a"], []), ValueError, "Give one for each"),

@@ -910,7 +910,7 @@ def test_a_monitor_logs_refusals_and_drift_and_changes_nothing(recipe, tmp_path)
     result = invoke("train", watched(recipe, tmp_path, prompts=1))
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
-    refused = [line for line in lines if "ask refused 100.0%" in line or "ask refused 0.0%" in line]
+    refused = [line for line in lines if "ask refused 100.0 % (1/1) [" in line or "ask refused 0.0 % (0/1) [" in line]
     assert [line[:6] for line in refused] == ["step 0", "step 1", "step 2"]
     assert sum("weights moved by" in line for line in lines) == 2  # behind both steps
     found = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "out")]

@@ -154,7 +154,7 @@ class EvaluationPart(Part):
     def _check_judges(cls, value: list[str]) -> list[str]:
         from ..evaluation.judges import check_judges
 
-        for _, model in check_judges(value):
+        for model in filter(None, (model for _, model in check_judges(value))):
             check_model(model)
         return value
 
