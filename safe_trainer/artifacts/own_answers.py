@@ -51,6 +51,11 @@ class OwnAnswers(NamedTuple):
     refused: float | None  # share of the answers; `None` if it cannot be told from them
     openings: list[tuple[int, ...]]  # the fewest first tokens that show a refusal, the most frequent first
 
+    def figures(self) -> dict[str, float]:
+        """Return what a method's self-check reports of them."""
+        refused = {} if self.refused is None else {"harmful_prompts_refused_at_start": self.refused}
+        return {"harmful_prompts_held": float(len(self.anchors)), **refused}
+
     def few_refusals(self) -> str:
         """Return a sentence if the start refuses so little that there is little to protect, or an empty text."""
         if self.refused is None or self.refused >= _FEW_REFUSALS:
@@ -100,8 +105,7 @@ class AnswerSettings:
             answers = generate_from(model, tokenizer, encoded, decoding, opened=opened)
             own = [answer.tokens[: self.answer_tokens] for answer in answers]
             held = [Anchor((*ids, *tokens), 1 + len(tokens)) for ids, tokens in zip(encoded, own, strict=True)]
-            pad = tokenizer.pad_token_id or 0
-            anchors = [a for batch in self.batches(held) for a in self._with_reference(model, batch, pad)]
+            anchors = [a for batch in self.batches(held) for a in self._with_reference(model, batch)]
         verdicts = PhraseJudge()([""] * len(answers), [answer.text for answer in answers])
         # Of an answer that begins with a thought, nothing is to be learned about how refusals open.
         shown = [
@@ -145,9 +149,9 @@ class AnswerSettings:
         kept = min(self.max_anchors, len(fitting))
         return [fitting[place * len(fitting) // kept] for place in range(kept)]
 
-    def _with_reference(self, model: Any, anchors: Sequence[Anchor], pad: int) -> Iterator[Anchor]:
+    def _with_reference(self, model: Any, anchors: Sequence[Anchor]) -> Iterator[Anchor]:
         """Yield anchors with what the model, as it is, says at their positions."""
-        for anchor, log_p in zip(anchors, log_probs(model, anchors, pad), strict=True):
+        for anchor, log_p in zip(anchors, log_probs(model, anchors), strict=True):
             vocabulary = log_p.shape[-1]
             k = vocabulary if vocabulary <= _SMALL_VOCABULARY else min(self.top_k, vocabulary)
             kept, tokens = log_p.topk(k)
@@ -162,13 +166,13 @@ def prompts_of(source: Any, kind: Kind, argument: str, model: Any) -> PromptSet:
     return as_prompts(source, kind, argument=argument)
 
 
-def log_probs(model: Any, anchors: Sequence[Anchor], pad: int) -> list[Tensor]:
+def log_probs(model: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
     """Return the log-probabilities of all tokens at each anchor's positions, (m, vocabulary), as the model is.
 
     The pass runs in evaluation mode: without dropout and security vectors, and without drawing random numbers.
     """
     kept = max(anchor.positions for anchor in anchors)
-    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], model.device, pad)}
+    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], model.device)}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     accepted = inspect.signature(base.forward).parameters
     if "position_ids" not in accepted:

@@ -82,17 +82,11 @@ class AsFT(PenaltyMethod):
     name: ClassVar[str] = "AsFT"
     tag: ClassVar[str] = "asft"
     paper: ClassVar[Paper] = Paper(
-        title="AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin",
+        "AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin",
+        author="Yang, Shuo and others",
+        year=2026,
         arxiv="2506.08473",
-        citation=(
-            "@inproceedings{yang2026asft,\n"
-            "  title     = {{AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin}},\n"
-            "  author    = {Yang, Shuo and others},\n"
-            "  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},\n"
-            "  year      = {2026},\n"
-            "  note      = {arXiv:2506.08473}\n"
-            "}"
-        ),
+        venue="Proceedings of the AAAI Conference on Artificial Intelligence",
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="AsFT",

@@ -18,16 +18,7 @@ from ..artifacts import calibration
 from ..distributed import on_first_process
 from ..lora.modes import evaluation_mode, without_adapters
 from ..lora.updates import changes_base, linear_layers
-from .base import (
-    FormField,
-    MethodCard,
-    Paper,
-    SafetyMethod,
-    SelfCheck,
-    check_no_virtual_tokens,
-    check_number,
-    check_whole,
-)
+from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number, check_whole
 
 _LEAST = 1e-3  # no token's weight is smaller, as in the authors' code
 _FEW_MORE = 3  # an answer that has no more than so many tokens after its opening is a label
@@ -82,19 +73,14 @@ class ConstrainedSFT(SafetyMethod):
 
     name: ClassVar[str] = "Constrained SFT"
     tag: ClassVar[str] = "constrained-sft"
+    peft_support: ClassVar[PeftSupport] = "weights"
     needs_weights: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
-        title="Safety Alignment Should Be Made More Than Just a Few Tokens Deep",
+        "Safety Alignment Should Be Made More Than Just a Few Tokens Deep",
+        author="Qi, Xiangyu and others",
+        year=2025,
         arxiv="2406.05946",
-        citation=(
-            "@inproceedings{qi2025safety,\n"
-            "  title     = {{Safety Alignment Should Be Made More Than Just a Few Tokens Deep}},\n"
-            "  author    = {Qi, Xiangyu and others},\n"
-            "  booktitle = {The Thirteenth International Conference on Learning Representations},\n"
-            "  year      = {2025},\n"
-            "  note      = {arXiv:2406.05946}\n"
-            "}"
-        ),
+        venue="The Thirteenth International Conference on Learning Representations",
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="Constrained SFT",
@@ -127,7 +113,7 @@ class ConstrainedSFT(SafetyMethod):
 
     def adapt_peft_config(self, config: Any) -> Any:
         """Refuse whatever leaves no start model when the adapter is switched off; change nothing."""
-        check_no_virtual_tokens(self, config)
+        config = super().adapt_peft_config(config)
         if config is None:
             raise ValueError(
                 f"{self.name} needs `peft_config`: its start model is the trained one with the adapter switched off, "

@@ -23,7 +23,7 @@ from ..artifacts.own_answers import (
 )
 from ..data import Kind, PromptSet
 from ..distributed import on_first_process
-from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_no_virtual_tokens, check_number, check_whole
+from .base import FormField, MethodCard, PeftSupport, PenaltyMethod, SelfCheck, check_number, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class RefusalAnchor(PenaltyMethod):
 
     name: ClassVar[str] = "Refusal anchor"
     tag: ClassVar[str] = "refusal-anchor"
+    peft_support: ClassVar[PeftSupport] = "weights"
     needs_weights: ClassVar[bool] = True
     card: ClassVar[MethodCard] = MethodCard(
         title="Refusal anchor",
@@ -107,22 +108,13 @@ class RefusalAnchor(PenaltyMethod):
     seed: int = 0
     _answers: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
     _pools: dict[str, list[Anchor]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _config: Any = field(default=None, init=False, repr=False, compare=False)
-    _pad: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number(self, "weight", "Usual is 3.")
         check_whole(self, answer_tokens=0, anchors_per_step=1, max_anchors=1, top_k=1, batch_size=1, max_length=1)
 
-    def adapt_peft_config(self, config: Any) -> Any:
-        """Refuse prompt learning; change nothing."""
-        check_no_virtual_tokens(self, config)
-        self._config = config
-        return config
-
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Let the start model answer the prompts, and keep what it would have said at each token."""
-        self._pad = tokenizer.pad_token_id or 0
         sets = self._prompt_sets(model)
         self._answers, avoided = on_first_process(lambda: self._measured(model, tokenizer, sets))
         self._pools = {"held": self._answers.anchors, **({"avoided": avoided} if avoided else {})}
@@ -140,12 +132,8 @@ class RefusalAnchor(PenaltyMethod):
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Report how much the start refuses: there is nothing to hold where it does not."""
-        figures = {
-            "harmful_prompts_held": float(len(self._pools["held"])),
-            "harmless_prompts_kept_from_refusals": float(len(self._pools.get("avoided", ()))),
-        }
-        if self._answers.refused is not None:
-            figures["harmful_prompts_refused_at_start"] = self._answers.refused
+        figures = self._answers.figures()
+        figures["harmless_prompts_kept_from_refusals"] = float(len(self._pools.get("avoided", ())))
         warnings = self._answers.warnings()
         if "avoided" not in self._pools:
             warnings.append(
@@ -173,7 +161,7 @@ class RefusalAnchor(PenaltyMethod):
     def _costs(self, model: nn.Module, anchors: Sequence[Anchor]) -> dict[str, list[Tensor]]:
         """Return what each anchor costs: a held one at each position (m,), one to be avoided as a whole (1,)."""
         costs: dict[str, list[Tensor]] = {"held": [], "avoided": []}
-        for anchor, log_q in zip(anchors, log_probs(model, anchors, self._pad), strict=True):
+        for anchor, log_q in zip(anchors, log_probs(model, anchors), strict=True):
             if anchor.log_probs is None:
                 refusal = log_q.gather(-1, anchor.tokens.to(log_q.device)).sum().exp()
                 # Below 1, so that the cost of a refusal that has become certain is finite.
@@ -202,7 +190,7 @@ class RefusalAnchor(PenaltyMethod):
         harmless, _ = (
             settings.encode(model, tokenizer, sets["benign"], "benign_prompts") if "benign" in sets else ([], [])
         )
-        answers = settings.measure(model, tokenizer, sets["harmful"], self._config)
+        answers = settings.measure(model, tokenizer, sets["harmful"], self.peft_config)
         openings = answers.openings
         avoided = [
             Anchor((*ids, *end[:-1]), len(end), torch.tensor(end).unsqueeze(-1), openings=len(openings))

@@ -24,18 +24,11 @@ logger = logging.getLogger(__name__)
 
 NAME = "Safe LoRA"
 PAPER = Paper(
-    title="Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models",
+    "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models",
+    author="Hsu, Chia-Yi and others",
+    year=2024,
     arxiv="2405.16833",
-    citation=(
-        "@inproceedings{hsu2024safe,\n"
-        "  title     = {{Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language "
-        "Models}},\n"
-        "  author    = {Hsu, Chia-Yi and others},\n"
-        "  booktitle = {Advances in Neural Information Processing Systems},\n"
-        "  year      = {2024},\n"
-        "  note      = {arXiv:2405.16833}\n"
-        "}"
-    ),
+    venue="Advances in Neural Information Processing Systems",
 )
 
 

@@ -20,7 +20,7 @@ from ..artifacts.safety_basis import SafetyBasis, check_rank, few_refusals, load
 from ..distributed import from_first_process
 from ..lora import reparametrize as factors
 from ..lora import updates as adapters
-from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_choices, check_whole
+from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_choices, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +87,14 @@ class SaLoRA(SafetyMethod):
 
     name: ClassVar[str] = "SaLoRA"
     tag: ClassVar[str] = "salora"
+    peft_support: ClassVar[PeftSupport] = "lora"
     needs_weights: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
-        title="SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation",
+        "SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation",
+        author="Li, Mingjie and others",
+        year=2025,
         arxiv="2501.01765",
-        citation=(
-            "@inproceedings{li2025salora,\n"
-            "  title={{SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation}},\n"
-            "  author={Li, Mingjie and others}, booktitle={International Conference on Learning Representations},\n"
-            "  year={2025}, note= {arXiv:2501.01765}\n"
-            "}"
-        ),
+        venue="International Conference on Learning Representations",
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="SaLoRA",
@@ -145,10 +142,10 @@ class SaLoRA(SafetyMethod):
 
     def adapt_peft_config(self, config: Any) -> Any:
         """Refuse what would write past the projector; double the rank, and alpha with it, for the increment form."""
+        config = super().adapt_peft_config(config)
         self._continues = config is None
         if config is None:
             return None
-        adapters.check_peft_config(config, self.name)
         if config.lora_bias:
             raise ValueError(
                 "SaLoRA does not work with `lora_bias=True`: no projector stands between a bias and the protected "
