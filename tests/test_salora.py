@@ -240,7 +240,7 @@ def test_training_goes_the_way_of_the_direct_form(tmp_path):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = torch.optim.Adam(trained, lr=0.01)
             for step in range(6):
-                ids = torch.tensor([rows[step].input_ids])
+                ids = torch.tensor([rows[step].ids])
                 loss = model(ids, labels=ids).loss
                 loss.backward()
                 optimizer.step()

@@ -228,7 +228,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
             if progress is not None:
                 progress(done, len(start.linears))
 
-    layers = subspaces.measure(shown(), lambda name: _weight_of(start, name).norm().item())
+    layers = subspaces.measure(shown(), lambda name: start.weight(name).norm().item())
     if prompts is not None:
         for name, change in _refusal_changes_on_disk(base, tuned, *prompts).items():
             layers[name] = replace(layers.get(name, LayerDrift()), refusal=change)
@@ -295,13 +295,6 @@ def _is_plain(source: str | Path) -> bool:
     return True
 
 
-def _weight_of(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return one linear layer's weight from disk, (d_out, d_in) in float32."""
-    linear = checkpoint.linears[name]
-    rows = checkpoint.rows(name, 0, linear.shape[1] if linear.is_transposed else linear.shape[0])
-    return rows.mT.contiguous() if linear.is_transposed else rows
-
-
 def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
     folder = Path(tuned)
     if folder.is_absolute() and not folder.exists() or folder.is_dir() and not (folder / "config.json").is_file():
@@ -311,7 +304,7 @@ def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, 
     checkpoint = Checkpoint("tuned", tuned)
     _check(tuned, checkpoint.shapes(checkpoint.linears), start)
     for name in checkpoint.linears:
-        change = _weight_of(checkpoint, name).sub_(_weight_of(start, name))
+        change = checkpoint.weight(name) - start.weight(name)
         if change.any():
             yield name, (change, None)
 
@@ -321,7 +314,7 @@ def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) ->
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"The adapter `{adapter}` changes no weights, so there is no drift to measure.")
     for name, layer in linear_layers(model.merge_and_unload()).items():
-        change = weight(layer.outer).float() - _weight_of(start, name)
+        change = weight(layer.outer).float() - start.weight(name)
         if change.any():
             yield name, (change, None)
 

@@ -1,4 +1,4 @@
-"""A checkpoint's linear layers, read from disk a few rows at a time.
+"""A checkpoint's linear layers, read from disk one at a time.
 
 The configuration builds the model without memory, on the meta device, and so shows which modules are linear layers and
 which way round their weight is stored. The weights themselves are never loaded all at once.
@@ -82,18 +82,18 @@ class Checkpoint:
             )
         return {name: self.linears[name].shape for name in names}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of the weight as stored, in float32."""
+    def weight(self, name: str) -> Tensor:
+        """Return one layer's weight from disk, (d_out, d_in) in float32."""
         key = self._key(name)
         stored = self._stored[key]
-        # Opened anew for each block: the pages of a mapped file count as memory until it is closed.
+        # Opened anew for each: the pages of a mapped file count as memory until it is closed.
         if stored.file.suffix == ".bin":
-            rows = _load_pickle(stored.file)[key].detach()[start:stop]
+            found = _load_pickle(stored.file)[key].detach()
         else:
             with safe_open(stored.file, framework="pt") as file:
-                rows = file.get_slice(key)[start:stop]
-        self._digest.update(rows.contiguous().view(torch.uint8).numpy().data)
-        return rows.float()
+                found = file.get_tensor(key)
+        self._digest.update(found.contiguous().view(torch.uint8).numpy().data)
+        return found.float().mT if self.linears[name].is_transposed else found.float()
 
     def provenance(self) -> dict[str, Any]:
         """Return where the weights came from, and the SHA-256 of all that were read, in this order."""

@@ -196,7 +196,7 @@ class ConstrainedSFT(SafetyMethod):
         found = []
         with torch.no_grad(), calibration.measuring(model), without_adapters(model):
             for row in rows:
-                ids = torch.tensor([row.input_ids], device=model.device)
+                ids = torch.tensor([row.ids], device=model.device)
                 places = _places(torch.tensor([row.is_answer[1:]]))[0].to(ids.device)
                 chosen = (places > 0) & (places <= self.opening_tokens)
                 log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1][chosen].float().log_softmax(-1)
