@@ -251,8 +251,6 @@ def recipe_schema() -> dict[str, Any]:
     Editors complete keys and mark mistakes by it. Write it with `safe-trainer train --schema > recipe.schema.json`,
     and name that file in the first line of a recipe: `# yaml-language-server: $schema=recipe.schema.json`.
     """
-    import torch  # noqa: F401, so that fields come from the classes
-
     from ..methods import METHODS
 
     methods = []
