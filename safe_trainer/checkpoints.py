@@ -116,7 +116,7 @@ def saving(checkpoint: str | Path, is_first_process: bool) -> Iterator[None]:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Tell failures to write from others: torch and safetensors report them in exceptions of their own."""
+    """Return whether writing failed, which torch and safetensors report by their own exceptions."""
     words = ("No space left", "File too large", "I/O error", "IoError", "iostream error", "inline_container")
     return isinstance(error, OSError) or any(word in str(error) for word in words)
 

@@ -145,7 +145,7 @@ def test_directions_of_another_model_and_missing_folders_are_refused(tmp_path):
         with pytest.raises(ValueError, match="no layer in common"):
             measure_drift(base, adapter, basis=basis)
     for missing in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no adapter and no whole model"):
+        with pytest.raises(FileNotFoundError, match="no adapter and no complete model"):
             measure_drift(base, missing)
 
 

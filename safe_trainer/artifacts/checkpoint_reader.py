@@ -86,7 +86,7 @@ class Checkpoint:
         """Return one layer's weight from disk, (d_out, d_in) in float32."""
         key = self._key(name)
         stored = self._stored[key]
-        # Opened anew for each: the pages of a mapped file count as memory until it is closed.
+        # Opened for each: the pages of a mapped file count as memory until it is closed.
         if stored.file.suffix == ".bin":
             found = _load_pickle(stored.file)[key].detach()
         else:

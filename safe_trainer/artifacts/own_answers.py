@@ -48,7 +48,7 @@ class OwnAnswers(NamedTuple):
     """What a model answers to harmful prompts: an anchor for each, and whether these are refusals."""
 
     anchors: list[Anchor]
-    refused: float | None  # share of the answers; `None` if it cannot be told from them
+    refused: float | None  # share of the answers; `None` if they do not show it
     openings: list[tuple[int, ...]]  # the fewest first tokens that show a refusal, the most frequent first
 
     def figures(self) -> dict[str, float]:
@@ -69,7 +69,7 @@ class OwnAnswers(NamedTuple):
         """Return why holding these answers may protect nothing."""
         if self.refused is None:
             return [
-                "Whether the start refuses cannot be told from its answers: they begin with a thought, or are in a "
+                "The start's answers do not show whether it refuses: they begin with a thought, or are in a "
                 "language that the judge does not know. They are held as they are."
             ]
         advice = "Start from an aligned model, or give `prompts` that it refuses."

@@ -27,7 +27,7 @@ DEFAULT_RANK = 64
 
 
 def few_refusals(provenance: Mapping[str, Any]) -> str:
-    """Return a warning if few of the answers that a basis was measured at refuse, as far as that can be told."""
+    """Return a warning if few of the answers that a basis was measured at refuse, as far as that is known."""
     found = provenance.get("refusing_answers")
     share = found["rate"] if isinstance(found, Mapping) else found  # files of earlier versions have the share only
     if share is None or share >= _FEW_REFUSALS:
@@ -102,7 +102,7 @@ class SafetyBasis:
         and model give the same basis; several processes all take that of the first.
 
         Args:
-            model (`PreTrainedModel` or `PeftModel`): The aligned model. Adapters are switched off meanwhile.
+            model (`PreTrainedModel` or `PeftModel`): The aligned model. Its adapters are switched off for the pass.
             tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with its chat template.
             safety_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`): Harmful prompts with safe answers, in any
                 form that `load_rows` reads or that TRL takes.

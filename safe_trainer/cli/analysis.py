@@ -115,18 +115,17 @@ def _show_scan(result: ScanResult) -> None:
 
 def drift(  # noqa: PLR0913, each is an option with a name
     base: Annotated[str, typer.Argument(help="The model before fine-tuning: folder or Hub id.")],
-    tuned: Annotated[str, typer.Argument(help="An adapter on it, or the whole model afterwards: folder or Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="An adapter on it, or the fine-tuned model: folder or Hub id.")],
     direction: Annotated[
         Path | None, typer.Option(help="Its alignment direction, from `safe-trainer direction`.")
     ] = None,
     basis: Annotated[Path | None, typer.Option(help="Its safety basis, from `safe-trainer basis`.")] = None,
-    rank: Annotated[
-        int, typer.Option(min=1, help="With --direction or --basis: their first so many directions.")
-    ] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="How many directions of --direction or --basis to use.")] = 16,
     refusal: Annotated[
         bool,
         typer.Option(
-            "--refusal", help="Also what became of the refusal direction: loads both models, and asks --prompts."
+            "--refusal",
+            help="Also measure the change of the refusal direction: loads both models, and asks --prompts.",
         ),
     ] = False,
     prompts: Annotated[
@@ -140,9 +139,9 @@ def drift(  # noqa: PLR0913, each is an option with a name
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for drift.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a fine-tune changed, layer by layer: any adapter or whole model against its base.
+    """Measure what a fine-tune changed, layer by layer: any adapter or fully fine-tuned model against its base.
 
-    A layer's drift is ‖ΔW‖/‖W‖, the size of its change beside that of its weight.
+    A layer's drift is ‖ΔW‖/‖W‖, the size of its change relative to that of its weight.
     Linear layers are counted; embeddings, norms and the output head are not.
     """
     check_model("BASE", base)

@@ -19,7 +19,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
     modules: Annotated[
         str | None, typer.Option(help="Regular expression of module names; all linear layers if left out.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Keep at most so many directions of each weight.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Most directions to keep of each weight.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights too; they can run code.")
     ] = False,
@@ -41,7 +41,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
         print_json({"output": str(output), "modules": rows, "provenance": found.provenance})
         return
     table = Table("module", "shape", "directions kept", "error bound", "norm of d", box=None)
-    table.columns[0].min_width = min(60, max(len(row["module"]) for row in rows))  # the end tells q from k
+    table.columns[0].min_width = min(60, max(len(row["module"]) for row in rows))  # the end distinguishes q from k
     for row in rows:
         shape = " × ".join(map(str, row["shape"]))
         table.add_row(row["module"], shape, str(row["rank"]), f"{row['error_bound']:.2g}", f"{row['norm']:.3g}")

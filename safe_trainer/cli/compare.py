@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..data import PromptSet
     from ..evaluation import Comparison, Thresholds
 
-_LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
+_LIMIT = "A gate: exit with 3 if {} by more than this many percentage points."
 
 
 def compare(  # noqa: PLR0913, each is an option with a name
@@ -102,7 +102,7 @@ def _compared(
     drift: DriftFigures,
     settings: dict[str, Any],
 ) -> Comparison:
-    """Examine the base with each adapter, then what brings its own tokenizer and each whole model, one at a time."""
+    """Examine the base with each adapter, then what has its own tokenizer and each complete model, one at a time."""
     from .. import evaluation
     from ..evaluation.manifest import adapter_provenance
     from ..lora.loading import load_model

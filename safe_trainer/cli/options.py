@@ -87,7 +87,7 @@ class Rows(Columns):
     where: Annotated[list[str] | None, typer.Option(help="Take only rows with this value, such as is_safe=false.")] = (
         None
     )
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many rows.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="How many rows to take, from the first.")] = None
 
     def read(self, source: str, argument: str) -> Any:
         """Return the rows of a source, and show what was found in it."""

@@ -91,7 +91,7 @@ class MethodCard:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What a method measured of its own protection: figures by name, and a sentence where it is likely void."""
+    """What a method measured of its own protection: figures by name, and warnings where it may have no effect."""
 
     figures: Mapping[str, float]
     warnings: tuple[str, ...] = ()
@@ -183,7 +183,7 @@ class SafetyMethod:
         return config
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that the settings do not fit, as far as its layers' names and shapes tell.
+        """Refuse a model that the settings do not fit, as far as its layers' names and shapes show.
 
         Recipes call it with a model on the meta device, before any weights are loaded; `attach` must refuse the same.
         """
@@ -332,8 +332,8 @@ def check_report(method: SafetyMethod, model: nn.Module) -> dict[str, Any]:
     warnings = list(check.warnings)
     if share < LOW_COVERAGE:
         warnings.append(
-            f"it acts on {share:.0%} of the trained weights only; what is trained besides (experts, embeddings, "
-            "`modules_to_save`) is not protected. Train linear layers only, or judge the model by a comparison."
+            f"it acts on only {share:.0%} of the trained weights; the others (experts, embeddings, "
+            "`modules_to_save`) are not protected. Train linear layers only, or judge the model by a comparison."
         )
     return {"coverage": share, "figures": dict(check.figures), "warnings": warnings}
 

@@ -21,7 +21,7 @@ from ..lora.updates import changes_base, linear_layers
 from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number, check_whole
 
 _LEAST = 1e-3  # no token's weight is smaller, as in the authors' code
-_FEW_MORE = 3  # an answer that has no more than so many tokens after its opening is a label
+_FEW_MORE = 3  # an answer with at most this many tokens after its opening is a label
 _MANY_LABELS = 0.1  # share of answers that are labels from which on it is warned
 _ROWS, _SCORED = 512, 32  # rows that the self-check looks at, and those of them that the start model reads
 
@@ -48,7 +48,7 @@ class ConstrainedSFT(SafetyMethod):
         first_token_beta (`float`, *optional*, defaults to `0.5`): `β_1`. Smaller, since the first token's loss is the
             largest at the start. Raise it to 2 where rows open with the word that refusals open with, such as "I":
             otherwise that word is learned, what follows it is held, and harmless prompts are refused.
-        opening_tokens (`int`, *optional*, defaults to `5`): Tokens of the opening, counted anew in each answer: each
+        opening_tokens (`int`, *optional*, defaults to `5`): Tokens of the opening, counted in each answer: each
             turn of the assistant that the loss covers, in each row of a packed sequence.
         beta (`float`, *optional*, defaults to `0.1`): `β_t` after the opening. Near 0 is plain training.
 
@@ -166,7 +166,7 @@ class ConstrainedSFT(SafetyMethod):
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
-        """Begin to count weights anew."""
+        """Reset the counts of weights."""
         self._sums = {"opening": [0.0, 0.0], "later": [0.0, 0.0]}
         yield
 

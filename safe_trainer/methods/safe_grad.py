@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..artifacts.own_answers import (
-    Anchor,
-    AnswerSettings,
-    OwnAnswers,
-    divergence,
-    drawn,
-    log_probs,
-    prompts_of,
-    texts_sha256,
-)
+from ..artifacts import own_answers
+from ..artifacts.own_answers import Anchor, AnswerSettings, OwnAnswers
 from ..distributed import average, inner_product, on_first_process
 from .base import (
     FormField,
@@ -92,9 +84,9 @@ class SafeGrad(SafetyMethod):
 
     ```
 
-    Source: SafeGrad, arXiv 2508.07172: the projection, `ρ = 1`, and the divergence, there on whole safe answers that
-    are given. The trust region is the safety step of SPAG, "SPARD", arXiv 2605.28030, there on given refusals, with
-    `τ = 0.2`; as in the paper and not in its code, where Adam rescales the step. Ours is that the answers are the
+    Source: SafeGrad, arXiv 2508.07172: the projection, `ρ = 1`, and the divergence, there on complete safe answers
+    that are given. The trust region is the safety step of SPAG, "SPARD", arXiv 2605.28030, there on given refusals,
+    with `τ = 0.2`; as in the paper and not in its code, where Adam rescales the step. Ours is that the answers are the
     model's own, and only begun.
     """
 
@@ -145,11 +137,11 @@ class SafeGrad(SafetyMethod):
 
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Let the start model answer the prompts, and keep what it would have said at each token."""
-        prompts = prompts_of(self.prompts, "harmful", "prompts", model)
+        prompts = own_answers.prompts_of(self.prompts, "harmful", "prompts", model)
         settings = AnswerSettings(self.answer_tokens, self.max_prompts, system_prompt=self.system_prompt)
         self._answers = on_first_process(lambda: settings.measure(model, tokenizer, prompts, self.peft_config))
         self.provenance = {
-            "prompts_sha256": texts_sha256(prompts.prompts),
+            "prompts_sha256": own_answers.texts_sha256(prompts.prompts),
             "answer_tokens": self.answer_tokens,
             "system_prompt": self.system_prompt,
         }
@@ -233,7 +225,8 @@ class SafeGrad(SafetyMethod):
             for parameter in parameters:
                 parameter.grad = None
             with torch.enable_grad():
-                loss = self._loss(model, drawn([self._answers.anchors], self.step, self.prompts_per_step, self.seed))
+                pools = [self._answers.anchors]
+                loss = self._loss(model, own_answers.drawn(pools, self.step, self.prompts_per_step, self.seed))
                 loss.backward()  # and not `torch.autograd.grad`, which FSDP2's hooks do not see
             found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         finally:
@@ -250,9 +243,9 @@ class SafeGrad(SafetyMethod):
     def _loss(self, model: nn.Module, anchors: Sequence[Anchor]) -> Tensor:
         """Return the rule's safety loss, a mean over tokens."""
         costs = []
-        for anchor, log_q in zip(anchors, log_probs(model, anchors), strict=True):
+        for anchor, log_q in zip(anchors, own_answers.log_probs(model, anchors), strict=True):
             if self.rule == "projection":
-                costs.append(divergence(anchor, log_q))
+                costs.append(own_answers.divergence(anchor, log_q))
             else:
                 answer = torch.tensor(anchor.ids[len(anchor.ids) - anchor.positions + 1 :], device=log_q.device)
                 costs.append(-log_q[:-1].gather(-1, answer.unsqueeze(-1))[:, 0])

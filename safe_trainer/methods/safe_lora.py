@@ -132,7 +132,7 @@ def summary(report: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _on_disk(adapter: PeftModel | str | Path) -> Iterator[tuple[Path, str]]:
-    """Give an adapter's folder, and what it is called; of a model in memory a folder that is there meanwhile."""
+    """Give an adapter's folder and its name for messages; for a model in memory a temporary folder."""
     if not isinstance(adapter, PeftModel):
         yield io.local_folder(adapter), str(adapter)
         return
@@ -196,7 +196,7 @@ def _projected(V: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, dict[str
 
 
 def _choose(layers: Mapping[str, dict[str, Any]], threshold: float | None, count: int | None) -> list[str]:
-    """Return the layers to project: those below the threshold, or so many of the least similar."""
+    """Return the layers to project: those below the threshold, or the `count` least similar."""
     similar = {name: layer["similarity"] for name, layer in layers.items() if layer["similarity"] is not None}
     if not similar:
         raise ValueError(
@@ -215,8 +215,8 @@ def _choose(layers: Mapping[str, dict[str, Any]], threshold: float | None, count
 def _log(report: Mapping[str, Any]) -> None:
     logger.info("%s: %s.", NAME, summary(report))
     if unknown := [f"`{name}`" for name, layer in report["layers"].items() if layer["similarity"] is None]:
-        message = "%s kept these as they are, for want of an update or of a difference between the two models: %s"
+        message = "%s kept these as they are, because they have no update or do not differ between the two models: %s"
         logger.warning(message, NAME, listing(unknown))
     if report["kept"]:
         kept = listing([f"`{name}`" for name in report["kept"]])
-        logger.warning("%s projects factors only. Trained besides, and kept as they are: %s", NAME, kept)
+        logger.warning("%s projects factors only. Also trained, and kept as they are: %s", NAME, kept)

@@ -214,9 +214,9 @@ class SaLoRA(SafetyMethod):
         with torch.no_grad():
             for name, (U_s, V_s) in self._bases.items():
                 B, A = self._updates[name].factors()
-                whole = linalg.product_norm_squared(B, A).clamp(min=1e-30)
+                total = linalg.product_norm_squared(B, A).clamp(min=1e-30)
                 for inside in ((U_s.to(B.device).mT @ B, A), (B, A @ V_s.to(A.device))):
-                    shares.append((linalg.product_norm_squared(*inside) / whole).sqrt().item())
+                    shares.append((linalg.product_norm_squared(*inside) / total).sqrt().item())
         return {"salora/leak": max(shares)}
 
     def _rules(self, name: str) -> tuple[nn.Module, nn.Module]:
@@ -271,4 +271,4 @@ class SaLoRA(SafetyMethod):
                     "Pass the base model and `peft_config`, so that SaLoRA can set rank and start."
                 )
         with factors.trained_through(self._updates, self._rules):
-            pass  # the rules refuse factors that lie in protected directions
+            pass  # the rules refuse factors in protected directions

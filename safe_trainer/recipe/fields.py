@@ -1,4 +1,4 @@
-"""The settings that the classes behind a recipe take: TRL's arguments, PEFT's LoRA, our methods.
+"""The settings that a recipe hands to classes: TRL's arguments, PEFT's LoRA, our methods.
 
 Names and annotations come from the classes themselves, so every option of the installed versions can be written in a
 recipe.

@@ -155,17 +155,17 @@ class TokenCount:
 
     def messages(self) -> list[str]:
         """Return what a user should read about the tokens before training."""
-        told = []
+        found = []
         if self.lost:
             shown = ", ".join(str(row + 1) for row in self.lost[:5]) + (", …" if len(self.lost) > 5 else "")
             of = f"{len(self.lost):,} of {len(self.lengths):,} rows" + (" looked at" * (self.rows > len(self.lengths)))
-            told.append(
+            found.append(
                 f"{of} teach nothing: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
                 "Shorten them, or raise `training.max_length`."
             )
         if self.learned < 0.995 * self.answers:
-            told.append(f"{self.learned / self.answers:.1%} of the answers' tokens are learned.")
-        return told
+            found.append(f"{self.learned / self.answers:.1%} of the answers' tokens are learned.")
+        return found
 
 
 def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:

@@ -81,7 +81,7 @@ def table(scenario: Scenario, comparisons: Sequence[Comparison], seconds: Mappin
 
 
 def conclusions(scenario: Scenario, comparisons: Sequence[Comparison]) -> list[str]:
-    """State for each variant what became of the refusals, and at what cost."""
+    """State for each variant how many refusals were kept, and at what cost."""
     before = [comparison.before for comparison in comparisons]
     variants = {name: [c[name] for c in comparisons] for name in names(comparisons)[1:]}
     lines = []
@@ -124,8 +124,8 @@ def _costs(
     parts = []
     if scenario.task:
         accuracy, reference = (pooled(runs, scenario.task, "correct") for runs in (after, plain))
-        beside = "" if after is plain else f" (plain LoRA {reference.share})"
-        parts.append(f"task accuracy {accuracy.share}{beside}")
+        reference_share = "" if after is plain else f" (plain LoRA {reference.share})"
+        parts.append(f"task accuracy {accuracy.share}{reference_share}")
     falls = []
     for kind in ("benign", "borderline"):
         old, new = pooled(before, kind, "complied"), pooled(after, kind, "complied")
