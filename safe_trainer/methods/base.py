@@ -159,8 +159,12 @@ class SafetyMethod:
         """Return the settings that differ from their defaults, as a recipe lists them next to `method`."""
         if not is_dataclass(self):
             return {}
-        found = {field.name: (getattr(self, field.name), default_of(field)) for field in fields(self) if field.init}
-        return {name: value for name, (value, default) in found.items() if value is not default and value != default}
+        found = {}
+        for field in (field for field in fields(self) if field.init):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if (value := getattr(self, field.name)) is not default and value != default:
+                found[field.name] = value
+        return found
 
     def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
         """Return the PEFT configuration to wrap the model with; one that `peft_support` leaves out is refused.
@@ -359,13 +363,6 @@ def moved(tensors: dict[str, tuple[Tensor, ...]], name: str, device: Any) -> tup
     if any(tensor.device != device for tensor in tensors[name]):
         tensors[name] = tuple(tensor.to(device) for tensor in tensors[name])
     return tensors[name]
-
-
-def default_of(field: Any) -> Any:
-    """Return the default of a dataclass field; a field without one has itself, which nothing equals."""
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field if field.default is MISSING else field.default
 
 
 def check_whole(method: Any, **least: int) -> None:

@@ -258,17 +258,14 @@ def _make_methods(
 
 
 def _made(name: str, settings: dict[str, Any], values: dict[str, Any]) -> list[SafetyMethod]:
-    """Return the method of an entry, or those that are recommended, with the harmful rows that the model brings."""
-    from ..data.protection import own_file
+    """Return the method of an entry, or those that are recommended for the model."""
     from ..methods import METHODS
-    from ..methods.recommended import recommended
+    from ..methods.recommended import recommended_for
 
     if name != "recommended":
         return [METHODS[name](**settings)]
     model = values.get("model")
-    if settings.get("harmful_data") is None and isinstance(model, dict) and model.get("path"):
-        settings["harmful_data"] = own_file(str(model["path"]), "harmful")
-    return recommended(**settings)
+    return recommended_for(str(model.get("path") or "") if isinstance(model, dict) else "", **settings)
 
 
 def _rows_of(value: Any, name: str) -> Any:
