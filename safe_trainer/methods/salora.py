@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import linalg
 from ..artifacts import calibration
 from ..artifacts.calibration import InputTokens, Side
-from ..artifacts.safety_basis import SafetyBasis, check_rank, few_refusals, load_or_measure_basis
+from ..artifacts.safety_basis import SafetyBasis, check_rank, few_refusals
 from ..distributed import from_first_process
 from ..lora import reparametrize as factors
 from ..lora import updates as adapters
@@ -227,10 +227,14 @@ class SaLoRA(SafetyMethod):
         """Return `U_s` (d_out x k) and `V_s` (d_in x k) by layer; a side that is not protected has `k = 0`."""
         bases = {name: [torch.zeros(size, 0) for size in layer.shape] for name, layer in layers.items()}
         if self.rank and self.directions == "safety":
-            wanted = {"sides": self._sides, "rank": self.rank, "input_tokens": self.input_tokens, **self._sampling}
-            source = self.basis, self.safety_data, model, tokenizer
-            self.safety_basis = load_or_measure_basis(*source, layers=layers, **wanted)
-            self.provenance = self.safety_basis.provenance
+            wanted: dict[str, Any] = {"modules": list(layers), "sides": self._sides, "rank": self.rank}
+            wanted["input_tokens"] = self.input_tokens
+            if self.basis is None:
+                basis = SafetyBasis.from_rows(model, tokenizer, self.safety_data, **wanted, **self._sampling)
+            else:
+                basis = self.basis if isinstance(self.basis, SafetyBasis) else SafetyBasis.load(self.basis)
+                basis.check_fits(model, **wanted)
+            self.safety_basis, self.provenance = basis, basis.provenance
         for name, layer in layers.items() if self.rank else ():
             for side in self._sides:
                 if self.safety_basis is not None:
