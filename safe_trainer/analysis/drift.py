@@ -245,7 +245,7 @@ def updates_of(base: str | Path, tuned: str | Path, start: Checkpoint) -> Iterat
         yield from _whole_updates(tuned, start)
     elif _is_plain(tuned):
         found = adapter_factors(tuned)
-        _check(tuned, {name: (len(left), right.shape[1]) for name, (left, right) in found.items()}, start)
+        start.check_fits(tuned, {name: (len(left), right.shape[1]) for name, (left, right) in found.items()})
         yield from found.items()
     else:
         yield from _merged_updates(base, tuned, start)
@@ -302,7 +302,7 @@ def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, 
         hint = f"the folder of one adapter: {listing(named)}" if named else "the folder of one, or a Hub id"
         raise FileNotFoundError(f"`{tuned}` holds no adapter and no complete model. Give {hint}.")
     checkpoint = Checkpoint("tuned", tuned)
-    _check(tuned, checkpoint.shapes(checkpoint.linears), start)
+    start.check_fits(tuned, checkpoint.shapes(checkpoint.linears))
     for name in checkpoint.linears:
         change = checkpoint.weight(name) - start.weight(name)
         if change.any():
@@ -332,13 +332,3 @@ def _refusal_changes_on_disk(
         has_own = not Path(tuned).is_dir() or (Path(tuned) / "tokenizer_config.json").is_file()
         model, tokenizer = model_and_tokenizer(tuned, None if has_own else tokenizer)
     return refusal_changes(before, refusal_directions(model, tokenizer, harmful, harmless))
-
-
-def _check(tuned: str | Path, found: dict[str, tuple[int, int]], start: Checkpoint) -> None:
-    shapes = {name: linear.shape for name, linear in start.linears.items()}
-    strange = [name for name, shape in found.items() if tuple(shapes.get(name, ())) != tuple(shape)]
-    if strange:
-        raise ValueError(
-            f"`{tuned}` does not fit the base model: {len(strange)} of its {len(found)} layers are missing there, or "
-            f"have another shape: {listing(strange, 3)}. Give the model that it was trained from."
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -81,6 +81,20 @@ class Checkpoint:
                 "quantized; give the full-precision checkpoint."
             )
         return {name: self.linears[name].shape for name in names}
+
+    def check_fits(self, source: str | Path, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse what has layers, given as (d_out, d_in) by name, that are missing or have another shape here."""
+        held = {name: self.linears[name].shape for name in shapes if name in self.linears}
+        odd = [
+            f"{name} ({by(shape)}, not {by(held[name])})" if name in held else f"{name} (missing)"
+            for name, shape in shapes.items()
+            if shape != held.get(name)
+        ]
+        if odd:
+            raise ValueError(
+                f"`{source}` does not fit {self.name}: {len(odd)} of its {len(shapes)} layers are missing there or "
+                f"have another shape: {listing(odd, 3)}. Give the model that it was trained from."
+            )
 
     def weight(self, name: str) -> Tensor:
         """Return one layer's weight from disk, (d_out, d_in) in float32."""

@@ -22,6 +22,7 @@ from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
 from ..evaluation.prompting import left_padded, render, tokenize
 from ..evaluation.thinking import is_open
+from ..lora.loading import source_of
 from ..lora.modes import evaluation_mode, without_adapters
 from ..lora.updates import changes_base
 
@@ -162,7 +163,7 @@ class AnswerSettings:
 def prompts_of(source: Any, kind: Kind, argument: str, model: Any) -> PromptSet:
     """Return the prompts given as an argument; without, those that the model brings along, or built-in ones."""
     if source is None:
-        return protection_prompts(kind, getattr(model.config, "_name_or_path", ""))
+        return protection_prompts(kind, source_of(model))
     return as_prompts(source, kind, argument=argument)
 
 

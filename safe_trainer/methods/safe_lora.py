@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from ..artifacts.alignment_direction import matching_modules, weight_differences
-from ..artifacts.checkpoint_reader import Checkpoint, by, listing
+from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..artifacts.provenance import stamp
 from ..linalg import product_norm_squared
 from ..lora import io
@@ -93,10 +93,9 @@ def apply_safe_lora(  # noqa: PLR0913, each is a setting with a name
         factors = io.factor_names(config, tensors, NAME)
         pair = _checkpoints(config, source, aligned, unaligned)
         shapes = {name: (tensors[left].shape[0], tensors[right].shape[1]) for name, (right, left) in factors.items()}
-        weights = matching_modules(*pair, list(shapes))
-        _check_shapes(shapes, weights)
+        pair[0].check_fits(source, shapes)
         layers, lefts = {}, {}
-        for name, V in weight_differences(*pair, weights):
+        for name, V in weight_differences(*pair, matching_modules(*pair, list(shapes))):
             right, left = (tensors[factor] for factor in factors[name])
             lefts[name], layers[name] = _projected(V, left, right)
             if progress is not None:
@@ -168,19 +167,6 @@ def _checkpoints(
         raise ValueError(f"The adapter `{source}` does not say which model it belongs to. Give `aligned`.")
     revision = config.revision if aligned is None else None
     return Checkpoint("aligned", found, revision), Checkpoint("unaligned", unaligned)
-
-
-def _check_shapes(adapted: Mapping[str, tuple[int, int]], weights: Mapping[str, tuple[int, int]]) -> None:
-    unequal = [
-        f"`{name}` is {by(adapted[name])} in the adapter and {by(shape)} in the model"
-        for name, shape in weights.items()
-        if shape != adapted[name]
-    ]
-    if unequal:
-        raise ValueError(
-            f"The adapter does not fit `aligned`: {listing(unequal, 3)}. Give the adapter's own base model, and the "
-            "model before its alignment."
-        )
 
 
 def _projected(V: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 from rich.table import Table
 
@@ -76,7 +77,7 @@ def table(scenario: Scenario, comparisons: Sequence[Comparison], seconds: Mappin
             interval = f"[{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
             cells.append(f"{rate.count}/{rate.total} {100 * rate.value:.0f} %\n{interval}")
         spent = seconds.get(name)
-        shown.add_row(f"{name}\n{_mean(spent):.0f} s" if spent else name, *cells)
+        shown.add_row(f"{name}\n{fmean(spent):.0f} s" if spent else name, *cells)
     return shown
 
 
@@ -145,7 +146,7 @@ def markdown(results: Iterable[Result], introduction: str = INTRODUCTION) -> str
         for name in names(comparisons):
             evaluations = [comparison[name] for comparison in comparisons]
             cells = [str(pooled(evaluations, prompt_set, outcome)) for _, prompt_set, outcome in columns(scenario)]
-            spent = f"{_mean(seconds[name]):.0f} s" if name in seconds else ""
+            spent = f"{fmean(seconds[name]):.0f} s" if name in seconds else ""
             parts.append(f"| {name} | {' | '.join(cells)} | {spent} |")
         parts.append("\n" + "\n".join(f"- {line}" for line in conclusions(scenario, comparisons)))
         notes = sorted({note for comparison in comparisons for note in comparison.all_notes()})
@@ -162,7 +163,3 @@ def markdown(results: Iterable[Result], introduction: str = INTRODUCTION) -> str
 
 def _judge(comparisons: Sequence[Comparison]) -> str:
     return next(iter(comparisons[0].before["harmful"].verdicts))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
