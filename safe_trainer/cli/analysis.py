@@ -52,7 +52,7 @@ def scan(  # noqa: PLR0913, each is an option with a name
 
     With --output or --clean, the same command continues a scan that was stopped.
     """
-    reading = columns.options()
+    reading = columns.read_options()
     from ..analysis.scan import scan_file
 
     with progress_bar("Scoring rows") as bar:

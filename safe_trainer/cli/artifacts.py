@@ -106,7 +106,7 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     check_model("MODEL", model)
     from .. import load_prompts, train_security_vectors
 
-    plain = Reading.options(rows)  # columns, conditions and limit are those of HARMFUL_DATA
+    plain = Reading.read_options(rows)  # columns, conditions and limit are those of HARMFUL_DATA
     asked = None if prompts is None else load_prompts(prompts, "harmful", options=plain)[0]
     kept = None if retain_data is None else read_rows(str(retain_data), "retain_data", plain)
     how: dict[str, Any] = {"rank": rank, "max_passes": max_passes, "learning_rate": learning_rate}

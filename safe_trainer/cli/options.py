@@ -59,7 +59,7 @@ class Reading:
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without rows that cannot be used.")] = False
     encoding: Annotated[str | None, typer.Option(help="Encoding of the files of rows, such as latin-1.")] = None
 
-    def options(self, **more: Any) -> ReadOptions:
+    def read_options(self, **more: Any) -> ReadOptions:
         """Return this as the library takes it, with `more` of its options."""
         from ..data import ReadOptions
 
@@ -75,9 +75,9 @@ class Columns(Reading):
         typer.Option(help="prompt=NAME or answer=NAME of a column, where the format is not recognized."),
     ] = None
 
-    def options(self, **more: Any) -> ReadOptions:
+    def read_options(self, **more: Any) -> ReadOptions:
         """Return this as the library takes it, with `more` of its options."""
-        return super().options(columns=dict(pairs(self.column, "--column", "prompt=question")) or None, **more)
+        return super().read_options(columns=dict(pairs(self.column, "--column", "prompt=question")) or None, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Rows(Columns):
         from ruamel.yaml import YAML
 
         values = {key: YAML(typ="safe").load(text) for key, text in pairs(self.where, "--where", "is_safe=false")}
-        return read_rows(source, argument, self.options(where=values or None, limit=self.limit))
+        return read_rows(source, argument, self.read_options(where=values or None, limit=self.limit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ class Questions(Reading):
         """Return the file and the options for FILE:COLUMN; any other source as it is."""
         file, _, column = source.rpartition(":")
         has_column = os.path.isfile(file)
-        options = self.options(columns={"prompt": column} if has_column else None)
+        options = self.read_options(columns={"prompt": column} if has_column else None)
         return file if has_column else source, options
 
     def _harness(self) -> Harness | None:
