@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safe_trainer import suites
+
 from . import texts
 from .answering import Answerer
-from .inspection import Inspection, Unusable, apart, ending_of, example_called, inspect, material, write_example
+from .inspection import (
+    ENDINGS,
+    Inspection,
+    Sample,
+    Unusable,
+    apart,
+    ending_of,
+    example_called,
+    fetch,
+    first_rows,
+    inspect,
+    tokenizer_of,
+    write_example,
+)
 from .jobs import Job, JobQueue, scan_job, train_job
+from .materials import material, take_prompts
 from .progress import CLEANED, COMPARISON, RANKING
-from .recipes import Choices, Settings, Upload, Variant, estimate, packed_recipes, write_order
+from .recipe_in import Taken, read_settings
+from .recipes import GUARD, JUDGES, Choices, Settings, Upload, Variant, estimate, packed_recipes, write_order
 from .sessions import Session, Sessions
-from .setup import EMBEDDED, Model, Setup, hub_model
+from .setup import EMBEDDED, KINDS, Model, Setup, hub_model
 
 ASKED_TOKENS = 128
+_HELD = 4  # times the size of the largest upload: what a session may hold of files
 _PICKLED = {"training_args.bin"}  # of no use elsewhere, and nothing that others should load
 
 
@@ -46,13 +65,22 @@ class Services:
             raise ValueError(texts.MODEL_NOT_ALLOWED)
         return hub_model(name.strip(), unaligned.strip())
 
+    def judges(self, settings: Settings) -> tuple[str, ...]:
+        """Return who judges, as in a recipe; a guard model has to be there before anything is trained."""
+        if settings.judge != GUARD:
+            return tuple((settings.judge if settings.judge in JUDGES else next(iter(JUDGES))).split(","))
+        form, _, name = settings.guard.strip().rpartition(":")
+        if not name:
+            raise ValueError(texts.GUARD_MISSING)
+        model = self.model(name, name)
+        tokenizer_of(model)
+        return (f"{form or GUARD}:{model.path}", "phrases")
+
     def take_example(self, session: Session, key: str) -> Inspection:
         """Use an example, with the embedded model."""
         example = example_called(key)
         path = write_example(session.new_folder("data"), example)
         found = inspect(path, path.name, EMBEDDED, self.setup.limits, example)
-        if session.model != EMBEDDED:
-            session.form = None
         return _use(session, EMBEDDED, found)
 
     def take_file(self, session: Session, path: Path) -> Iterator[None]:
@@ -61,43 +89,130 @@ class Services:
         name, target = path.name, self._moved(session, path)
         yield from self._read(session, target, name, {})
 
-    def read_again(self, session: Session, prompt: str, answer: str, encoding: str) -> Iterator[None]:
-        """Read the last uploaded file with other columns or another encoding."""
-        found = session.inspection
+    def take_dataset(self, session: Session, source: Sequence[Any]) -> Iterator[None]:
+        """Use rows of a dataset on the Hub: name, subset, split, first row and number of rows."""
+        name, subset, split, first, count = source
+        if not self.setup.hub:
+            raise ValueError(texts.MODEL_NOT_ALLOWED)
+        limits, numbers = self.setup.limits, (first, count)
+        if not all(isinstance(number, int) and number > 0 for number in numbers) or count > limits.rows:
+            raise ValueError(texts.HUB_ROWS.format(limit=limits.rows))
+        checked = [hub_model(name.strip()).path, subset.strip(), split.strip() or "train", *numbers]
+        target = session.new_folder("data") / "given.jsonl"
+        token = False if self.setup.space else None
+        with _removed_if_failed(target.parent):
+            yield from apart(5 * limits.seconds, fetch, checked, target, limits, token)
+        shown = texts.HUB_NAME.format(name=", ".join(filter(None, checked[:3])), first=first)
+        yield from self._read(session, target, shown, {})
+
+    def reading_of(self, session: Session, columns: Mapping[str, str], encoding: str) -> dict[str, Any]:
+        """Return how to read the last file with other columns, by role, or another encoding."""
+        found, chosen = session.inspection, {role: name for role, name in columns.items() if name}
         if found is None or found.example is not None:
             raise ValueError(texts.NO_DATA)
-        if bool(prompt) != bool(answer) or (prompt and prompt == answer):
+        if chosen and (not {"prompt", "answer"} <= set(chosen) or len(set(chosen.values())) < len(chosen)):
             raise ValueError(texts.BOTH_COLUMNS)
-        columns = {"columns": {"prompt": prompt, "answer": answer}} if prompt else {}
-        yield from self._read(session, found.path, found.name, columns | ({"encoding": encoding} if encoding else {}))
+        return ({"columns": chosen} if chosen else {}) | ({"encoding": encoding} if encoding else {})
 
-    def take_model(self, session: Session, model: Model) -> Iterator[None]:
-        """Use another model, and look at the data again as it sees them."""
+    def read_again(self, session: Session, columns: Mapping[str, str], encoding: str) -> Iterator[None]:
+        """Read the last file with other columns or another encoding."""
+        reading, found = self.reading_of(session, columns, encoding), session.inspection
+        assert found is not None  # otherwise there is no such reading
+        yield from self._read(session, found.path, found.name, reading)
+
+    def preview(
+        self, session: Session, columns: Mapping[str, str], encoding: str, rows: list[Sample]
+    ) -> Iterator[None]:
+        """Put into `rows` the first of the last file, read with other columns or another encoding."""
+        reading, found = self.reading_of(session, columns, encoding), session.inspection
+        assert found is not None
+        limits = self.setup.limits
+        rows += yield from apart(limits.seconds, first_rows, found.path, found.name, session.model, limits, reading)
+
+    def take_model(self, session: Session, key: str, name: str = "", unaligned: str = "") -> Iterator[None]:
+        """Use another model, and look at the data again as it sees them; see [`model`]."""
+        yield from self._take(session, self.model(key, name, unaligned))
+
+    def _take(self, session: Session, model: Model) -> Iterator[None]:
         old = session.inspection
+        if old is not None and old.example is not None and model != EMBEDDED:
+            old = None  # its rows are in the embedded model's own language
         if old is None or not old.rows:
             _use(session, model, old)
         else:
             yield from self._read(session, old.path, old.name, old.reading, model)
-        session.form = None
+
+    def take_recipe(self, session: Session, path: Path) -> Iterator[None]:
+        """Put the settings of an uploaded recipe into the form, and keep what the form has no place for."""
+        name, source = path.name, self._moved(session, path, (".yaml", ".yml"))
+        try:
+            taken = read_settings(source.read_text(encoding="utf-8", errors="replace"), name)
+        finally:
+            shutil.rmtree(source.parent)
+        model, left = self._model_of(taken) if taken.model else session.model, list(taken.left)
+        if model is None:
+            left.append(f"model.path: {taken.model}"[:200])
+        elif model != session.model:
+            yield from self._take(session, model)
+        if taken.unaligned and Path(taken.unaligned).name != Path(session.model.unaligned or "").name:
+            left.append(f"unaligned_model: {taken.unaligned}"[:200])
+        session.form, session.taken = dict(taken.form), replace(taken, left=tuple(left))
+        changed(session)
+
+    def _model_of(self, taken: Taken) -> Model | None:
+        """Return the model that a recipe names, if it is one that can be chosen here."""
+        if Path(taken.model).name == Path(EMBEDDED.path).name:
+            return EMBEDDED
+        offered = next((m for m in self.setup.models.values() if taken.model in (m.key, m.path)), None)
+        if offered is None and self.setup.any_model:
+            with suppress(ValueError):
+                return hub_model(taken.model, taken.unaligned)
+        return offered
 
     def take_material(self, session: Session, kind: str, path: Path) -> Iterator[None]:
         """Use an uploaded file for methods or the comparison."""
         name, source = path.name, self._moved(session, path)
         if kind not in texts.MATERIALS:
             raise ValueError(texts.WRONG_KIND.format(endings=""))
-        target = source.with_name(f"{kind}.jsonl")
+        target, limits = source.with_name(f"{kind}.jsonl"), self.setup.limits
+        with _removed_if_failed(source.parent):
+            count = yield from apart(limits.seconds, material, source, name, kind, limits, target)
+        source.unlink()
+        self.drop(session, "files", kind)
+        session.files[kind] = Upload(target, name, count)
+        changed(session)
+
+    def take_prompts(self, session: Session, path: Path | None, what: str, said: Mapping[str, str]) -> Iterator[None]:
+        """Use an uploaded file of prompts of a kind, or a published suite, for the comparison."""
+        if what not in (*KINDS, *suites()):
+            raise ValueError(texts.PROMPTS_NOTHING)
+        if path is None:
+            problem = texts.PROMPTS_NOTHING if what in KINDS else "" if self.setup.hub else texts.SUITE_OFFLINE
+            if problem:
+                raise ValueError(problem)
+        if "{prompt}" not in (said.get("template") or "{prompt}"):
+            raise ValueError(texts.FRAME_WITHOUT_PROMPT)
+        name = path.name if path is not None else what
+        source = self._moved(session, path) if path is not None else None
+        folder = source.parent if source is not None else session.new_folder("data")
         limits = self.setup.limits
-        count = yield from apart(limits.seconds, material, source, name, kind, limits, target)
-        with session.lock:
-            session.files[kind] = Upload(target, name, count)
-            session.stale = True
+        with _removed_if_failed(folder):
+            taken = yield from apart(limits.seconds, take_prompts, source, name, what, said, limits, folder)
+        session.asked += taken
+        changed(session)
 
-    def drop_material(self, session: Session, kind: str) -> None:
-        """Go back to what is built in."""
-        if session.files.pop(kind, None) is not None:
-            session.stale = True
+    def drop(self, session: Session, what: str, key: str = "") -> None:
+        """Go back to what is built in: a file of `"files"`, the prompts (`"asked"`), or the settings (`"taken"`)."""
+        gone: list[Any] = [session.files.pop(key)] if what == "files" and key in session.files else []
+        if what == "asked":
+            gone, session.asked = session.asked, []
+        elif what == "taken":
+            session.form, session.taken = {}, None
+        for one in gone:
+            shutil.rmtree(one.path.parent, ignore_errors=True)
+        changed(session)
 
-    def _moved(self, session: Session, path: Path) -> Path:
+    def _moved(self, session: Session, path: Path, endings: Sequence[str] = ENDINGS) -> Path:
         """Move an uploaded file out of the common folder at once, and return its place."""
         session.uploads.discard(str(path))
         if not path.is_file() or not path.resolve().is_relative_to(self.uploads.resolve()):
@@ -105,7 +220,10 @@ class Services:
         try:
             if path.stat().st_size > self.setup.limits.megabytes * 2**20:
                 raise ValueError(texts.TOO_LARGE.format(size=self.setup.limits.megabytes))
-            target = session.new_folder("data") / f"given{ending_of(path.name)}"
+            held = sum(file.stat().st_size for file in session.folder.glob("data-*/*"))
+            if held > _HELD * self.setup.limits.megabytes * 2**20:
+                raise ValueError(texts.TOO_MANY_FILES.format(size=_HELD * self.setup.limits.megabytes))
+            target = session.new_folder("data") / f"given{ending_of(path.name, endings)}"
             shutil.move(path, target)
         finally:
             path.unlink(missing_ok=True)
@@ -133,15 +251,23 @@ class Services:
         if found.bad and not skip_bad:
             raise ValueError(texts.BAD_FIRST)
         reading = dict(found.reading) | ({"on_bad_row": "skip"} if found.bad else {})
-        files = dict(session.files)
-        choices = Choices(session.model, found.path, methods, settings, fields, found.example, reading, files)
+        choices = Choices(
+            session.model,
+            found.path,
+            methods,
+            settings,
+            fields,
+            example=found.example,
+            reading=reading,
+            files=dict(session.files),
+            asked=tuple(session.asked),
+            judges=self.judges(settings),
+            kept=session.taken.kept if session.taken else {},
+        )
         folder = session.new_folder("draft")
-        try:
+        with _removed_if_failed(folder):
             variants = write_order(folder, choices)
             plan = estimate(folder, variants)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
         with session.lock:
             old, session.draft, session.choices, session.variants = session.draft, folder, choices, variants
             session.plan, session.stale = plan, False
@@ -267,21 +393,37 @@ def _packed(folder: Path, target: Path) -> Path:
     return target
 
 
+@contextmanager
+def _removed_if_failed(folder: Path) -> Iterator[None]:
+    """Leave no folder behind of what came to nothing."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def _forget_data(session: Session) -> None:
     with session.lock:
         session.inspection, session.stale = None, session.choices is not None
 
 
 def _use(session: Session, model: Model, inspection: Inspection | None) -> Any:
+    old = session.inspection
     with session.lock:
-        old = session.inspection
-        session.model, session.inspection, session.stale = model, inspection, session.choices is not None
+        if model != session.model:
+            session.form, session.taken = {}, None
+        if old is None or inspection is None or old.path != inspection.path:
+            session.form.pop("skip_bad", None)
+        session.model, session.inspection = model, inspection
+        changed(session)
     if old is not None and inspection is not None and old.path != inspection.path and not session.busy:
         shutil.rmtree(old.path.parent, ignore_errors=True)
     return inspection
 
 
-def changed(session: Session, form: list[Any]) -> None:
-    """Remember what the form of step 2 says; what was checked before no longer holds."""
+def changed(session: Session) -> None:
+    """Keep what was chosen; what was checked before no longer holds."""
     with session.lock:
-        session.form, session.stale = form, session.choices is not None
+        session.stale = session.choices is not None
+        session.save()

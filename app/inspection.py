@@ -11,31 +11,21 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice, repeat
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safe_trainer import (
-    PromptSet,
-    ReadOptions,
-    encode_row,
-    general_prompts,
-    leaked_rows,
-    load_prompts,
-    load_rows,
-    read_records,
-    testbed,
-)
+from safe_trainer import ReadOptions, encode_row, leaked_rows, load_rows, read_records
 
 from . import texts
-from .setup import EXAMPLES, Example, Limits, Model
+from .setup import EXAMPLES, Example, Limits, Model, built_in_prompts
 
 logger = logging.getLogger(__name__)
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-SAMPLES, MEASURED = 3, 300
-"""Rows that are shown, and rows whose tokens are counted."""
+SAMPLES, SHOWN_TOKENS, MEASURED = 3, 500, 300
+"""Rows that are shown, tokens of each side of them, and rows whose tokens are counted."""
 _MEASURING = 3.0  # seconds for counting tokens
 _MEMORY = 8 * 2**30  # bytes of address space on top of what the libraries take
 _context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
@@ -51,6 +41,15 @@ class Unusable(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Cross the border between processes with the columns."""
         return Unusable, (str(self), self.columns)
+
+
+class Sample(NamedTuple):
+    """A row as the model will see it: what is read and what is learned, as text and token by token."""
+
+    read: str
+    learned: str
+    read_tokens: Sequence[str]
+    learned_tokens: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Inspection:
         troubles (`tuple[tuple[str, ...], ...]`): Kind, count, first lines, found and expected of these.
         duplicates (`int`): Rows that are the same as an earlier one.
         lengths (`tuple[int, ...]`): Tokens of a random sample of rows.
-        samples (`tuple[tuple[str, str], ...]`): The first rows: what is read, and what is learned.
+        samples (`tuple[Sample, ...]`): The first rows as the model will see them.
         leaked (`Mapping[str, int]`): By prompt set, how many rows ask the same.
         notes (`tuple[str, ...]`): What was guessed about the file, and what of it is not learned.
     """
@@ -85,9 +84,16 @@ class Inspection:
     troubles: tuple[tuple[str, ...], ...] = ()
     duplicates: int = 0
     lengths: tuple[int, ...] = ()
-    samples: tuple[tuple[str, str], ...] = ()
+    samples: tuple[Sample, ...] = ()
     leaked: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Inspection:
+        """Return what an inspection was, from the values of its fields as JSON keeps them."""
+        example = values["example"] and EXAMPLES[values["example"]["key"]]
+        samples = tuple(Sample(*sample) for sample in values["samples"])
+        return cls(**{**values, "path": Path(values["path"]), "example": example, "samples": samples})
 
     @property
     def median(self) -> int:
@@ -103,11 +109,11 @@ def write_example(folder: Path, example: Example) -> Path:
     return path
 
 
-def ending_of(name: str) -> str:
+def ending_of(name: str, endings: Sequence[str] = ENDINGS) -> str:
     """Return the ending of a file's name if we read such files."""
     ending = Path(name).suffix.lower()
-    if ending not in ENDINGS:
-        raise ValueError(texts.WRONG_KIND.format(endings=", ".join(ENDINGS)))
+    if ending not in endings:
+        raise ValueError(texts.WRONG_KIND.format(endings=", ".join(endings)))
     return ending
 
 
@@ -122,12 +128,11 @@ def inspect(
     """Look through a file of training rows."""
     reading = dict(reading or {})
     tokenizer = tokenizer_of(model)
-    columns = _columns(path, reading.get("encoding"))
-    rows, report = _read(path, name, limits, columns, lambda: load_rows(path, _options(reading)))
+    columns = columns_of(path, reading.get("encoding"))
+    rows, report = read_file(path, name, limits, columns, lambda: load_rows(path, _options(reading)))
     if len(rows) > limits.rows:
         raise Unusable(texts.TOO_MANY_ROWS.format(count=len(rows), limit=limits.rows))
-    lengths, samples = _measured(tokenizer, rows)
-    leaked = {s.name: len(leaked_rows(rows, s)) for s in _asked(model, example)}
+    leaked = {s.name: len(leaked_rows(rows, s)) for s in built_in_prompts(model, example)}
     by_kind: dict[str, list[Any]] = {}
     for trouble in report.examples:
         by_kind.setdefault(trouble.kind, []).append(trouble)
@@ -145,45 +150,18 @@ def inspect(
             for kind, found in by_kind.items()
         ),
         report.duplicates,
-        lengths,
-        samples,
+        _lengths(tokenizer, rows),
+        _samples(tokenizer, rows),
         {name: count for name, count in leaked.items() if count},
         tuple(report.warnings()),
     )
-
-
-def material(path: Path, name: str, kind: str, limits: Limits, target: Path) -> int:
-    """Check a file that a method or the comparison needs, write it in plain form and return its number of rows."""
-    columns = _columns(path, None)
-    if kind in ("harmful_data", "safety_data"):
-        rows, report = _read(path, name, limits, columns, lambda: load_rows(path, ReadOptions()))
-        lines = list(rows)
-    else:
-        set_kind = kind.removesuffix("_prompts")
-        found, report = _read(path, name, limits, columns, lambda: load_prompts(path, set_kind))  # type: ignore[arg-type]
-        extra = {"target": found.references, "category": found.categories}
-        given = {key: values for key, values in extra.items() if values}
-        asked = [{"prompt": p, **{k: v[i] for k, v in given.items()}} for i, p in enumerate(found.prompts)]
-        # With turns before it a prompt is a conversation, whose last answer is the reference.
-        lines = [_conversation(line, turns) for line, turns in zip(asked, found.contexts or repeat(()), strict=False)]
-    with target.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    return len(lines)
-
-
-def _conversation(line: dict[str, Any], before: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    if not before:
-        return line
-    turns = [*before, {"role": "user", "content": line.pop("prompt")}]
-    answer = [{"role": "assistant", "content": line.pop("target")}] if "target" in line else []
-    return {"messages": turns + answer, **line}
 
 
 def _options(reading: Mapping[str, Any]) -> ReadOptions:
     return ReadOptions(columns=reading.get("columns"), encoding=reading.get("encoding"), on_bad_row="skip")
 
 
-def _read(path: Path, name: str, limits: Limits, columns: tuple[str, ...], load: Callable[[], Any]) -> Any:
+def read_file(path: Path, name: str, limits: Limits, columns: tuple[str, ...], load: Callable[[], Any]) -> Any:
     """Load a file, with errors that fit the page and speak of the user's name for it."""
     ending_of(path.name)
     try:
@@ -218,7 +196,7 @@ def _check_unpacked(path: Path, limits: Limits) -> None:
             raise Unusable(texts.TOO_MUCH.format(limit=limits.characters))
 
 
-def _columns(path: Path, encoding: str | None) -> tuple[str, ...]:
+def columns_of(path: Path, encoding: str | None = None) -> tuple[str, ...]:
     """Return the names of a file's columns, from its first rows."""
     names: dict[str, None] = {}
     with suppress(Exception):  # what is wrong with the file is said when it is read
@@ -228,26 +206,60 @@ def _columns(path: Path, encoding: str | None) -> tuple[str, ...]:
     return tuple(names)[:100]
 
 
-def _measured(tokenizer: Any, rows: Any) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
-    """Return the tokens of a random sample of rows, and the first rows as the model sees them."""
-    samples: list[tuple[str, str]] = []
+def first_rows(path: Path, name: str, model: Model, limits: Limits, reading: Mapping[str, Any]) -> tuple[Sample, ...]:
+    """Return the first rows as the model will see them, without looking at the others."""
+    options = replace(_options(reading), limit=SAMPLES)
+    rows, _ = read_file(path, name, limits, (), lambda: load_rows(path, options))
+    return _samples(tokenizer_of(model), rows)
+
+
+def _samples(tokenizer: Any, rows: Any) -> tuple[Sample, ...]:
+    found = []
     for row in rows.select(range(min(SAMPLES, len(rows)))):
         encoded = encode_row(tokenizer, row)
         start = encoded.answer_start if "text" not in row else 0
-        samples.append((tokenizer.decode(encoded.ids[:start]), tokenizer.decode(encoded.ids[start:])))
+        sides = encoded.ids[:start], encoded.ids[start:]
+        tokens = ([tokenizer.decode([one]) for one in side[:SHOWN_TOKENS]] for side in sides)
+        found.append(Sample(*map(tokenizer.decode, sides), *tokens))
+    return tuple(found)
+
+
+def _lengths(tokenizer: Any, rows: Any) -> tuple[int, ...]:
+    """Return the tokens of a random sample of rows."""
     lengths: list[int] = []
     end = time.monotonic() + _MEASURING
     for number in random.Random(0).sample(range(len(rows)), min(MEASURED, len(rows))):
         lengths.append(len(encode_row(tokenizer, rows[number]).ids))
         if time.monotonic() > end:
             break
-    return tuple(lengths), tuple(samples)
+    return tuple(lengths)
 
 
-def _asked(model: Model, example: Example | None) -> list[PromptSet]:
-    make = testbed.prompt_set if model.embedded else general_prompts
-    sets = [make(kind) for kind in ("harmful", "benign", "borderline")]
-    return [*sets, testbed.task(example.task)] if example and example.task else sets
+def fetch(source: Sequence[Any], target: Path, limits: Limits, token: bool | None) -> None:
+    """Download rows of a dataset on the Hub, with its own columns, as JSON Lines.
+
+    Args:
+        source (`Sequence`): Name, subset or `""`, split, first row (from 1) and number of rows.
+        target (`Path`): Where to write.
+        limits ([`Limits`]): What is let in.
+        token (`bool`, *optional*): `False` for what everybody can read only.
+    """
+    from datasets import load_dataset
+
+    name, subset, split, first, count = source
+    characters = 0
+    try:
+        rows = load_dataset(name, subset or None, split=split, streaming=True, token=token)
+        with target.open("w", encoding="utf-8") as file:
+            for row in islice(rows, first - 1, first - 1 + count):
+                characters += file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                if characters > limits.characters:
+                    raise Unusable(texts.TOO_MUCH.format(limit=limits.characters))
+    except Unusable:
+        raise
+    except Exception as error:  # what `datasets`, the network and the readers of files raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Unusable(texts.HUB_FAILED.format(name=name, reason=reason[:300].rstrip("."))) from None
 
 
 def _lines(troubles: list[Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import gradio as gr
 
 from . import texts
 from .actions import Services, changed
-from .recipes import defaults
+from .inspection import Sample
+from .materials import SAID
 from .sessions import Session, cookie_of
-from .setup import EMBEDDED
 from .views import html
 from .views.compare_step import CompareStep, answered
-from .views.data_step import OTHER, DataStep
+from .views.data_step import OTHER, DataStep, samples
 from .views.method_step import MethodStep
 from .views.train_step import TrainStep
 
@@ -40,7 +41,7 @@ class Page:
                 with gr.Tab(texts.STEPS[0], id=DATA, elem_id="step-data", render_children=True):
                     self.data = DataStep(services.setup)
                 with gr.Tab(texts.STEPS[1], id=METHOD, interactive=False, render_children=True) as self.to_method:
-                    self.method = MethodStep()
+                    self.method = MethodStep(services.setup, {"skip_bad": self.data.skip_bad})
                 with gr.Tab(texts.STEPS[2], id=TRAIN, interactive=False, render_children=True) as self.to_train:
                     self.train = TrainStep()
                 with gr.Tab(texts.STEPS[3], id=COMPARE, interactive=False, render_children=True) as self.to_compare:
@@ -66,16 +67,21 @@ class Page:
         on(data.upload.upload, self._upload, data.upload, api_name="upload", concurrency_limit=2)
         on(data.model.input, self._choose_model, data.model, api_name="model")
         on(data.use_other.click, self._name_model, [data.other_id, data.unaligned_id], api_name="other_model")
-        on(data.again.click, self._read_again, [data.prompt, data.answer, data.encoding], api_name="read_again")
+        source = [data.hub_name, data.hub_subset, data.hub_split, data.hub_first, data.hub_count]
+        on(data.use_hub.click, self._dataset, source, api_name="dataset", concurrency_limit=2)
+        reading = [*data.columns.values(), data.encoding]
+        roles = [box.input for box in reading]
+        on(partial(gr.on, roles), self._preview, reading, api_name="preview", trigger_mode="always_last")
+        on(data.again.click, self._read_again, reading, api_name="read_again")
         on(data.scan.click, self._scan, api_name="scan")
         on(data.stop.click, self._cancel, api_name="stop_scan", queue=False)
         on(data.leave_out.click, self._leave_out, api_name="leave_out")
         data.proceed.click(lambda: gr.Tabs(selected=METHOD), None, self.steps, api_visibility="private")
 
     def _connect_method(self) -> None:
-        method, on = self.method, self._on
-        changes = [getattr(one, "input", None) or one.change for one in method.form]
-        gr.on(changes, self._remember, method.form, self.all, show_progress="hidden", queue=False, api_name="remember")
+        method, on, form = self.method, self._on, list(self.method.form.values())
+        changes = [getattr(one, "input", None) or one.change for one in method.form.values()]
+        on(partial(gr.on, changes), self._remember, form, queue=False, api_name="remember")
         on(
             method.upload.upload,
             self._material,
@@ -83,8 +89,13 @@ class Page:
             api_name="material",
             concurrency_limit=2,
         )
-        on(method.remove.click, self._drop_material, method.kind, api_name="drop_material")
-        on(method.check.click, self._check, [self.data.skip_bad, *method.form], api_name="check")
+        on(method.remove.click, self._drop("files"), method.kind, api_name="drop_material")
+        on(method.recipe.upload, self._take_recipe, method.recipe, api_name="take_recipe", concurrency_limit=2)
+        on(method.drop_recipe.click, self._drop("taken"), api_name="drop_recipe")
+        asked = method.prompts
+        on(asked.add.click, self._add_prompts, asked.inputs, api_name="add_prompts", concurrency_limit=2)
+        on(asked.remove.click, self._drop("asked"), api_name="drop_prompts")
+        on(method.check.click, self._check, form, api_name="check")
 
     def _connect_training(self) -> None:
         train, on = self.train, self._on
@@ -131,10 +142,8 @@ class Page:
         }
 
     def _show_data(self, session: Session, problem: str = "") -> Updates:
-        found = session.inspection
-        settings = defaults(session.model, found.rows if found else 0, found.example if found else None)
-        limit = session.choices.settings.max_length if session.choices and not session.stale else settings.max_length
-        shown = self.data.show(session, limit, problem) | self.method.show(session, settings)
+        limit = self.method.values(session)["max_length"] or 0
+        shown = self.data.show(session, limit, problem) | self.method.show(session)
         return shown | self._show_training(session) | self.train.show_plan(session) | self._show_steps(session)
 
     def _show_training(self, session: Session, *, curves: bool = True) -> Updates:
@@ -174,51 +183,56 @@ class Page:
         if path:
             yield from self._reading(session, self.services.take_file(session, Path(path)))
 
-    def _read_again(self, prompt: str, answer: str, encoding: str, request: gr.Request) -> Iterator[Updates]:
+    def _dataset(self, request: gr.Request, *source: Any) -> Iterator[Updates]:
         session = self.session(request)
-        yield from self._reading(session, self.services.read_again(session, prompt, answer, encoding))
+        yield from self._reading(session, self.services.take_dataset(session, source))
+
+    def _read_again(self, request: gr.Request, *chosen: str) -> Iterator[Updates]:
+        session, columns = self.session(request), dict(zip(self.data.columns, chosen, strict=False))
+        yield from self._reading(session, self.services.read_again(session, columns, chosen[-1]))
+
+    def _preview(self, request: gr.Request, *chosen: str) -> Iterator[Updates]:
+        """Show the first rows as they would be read with the columns that are chosen."""
+        session, columns = self.session(request), dict(zip(self.data.columns, chosen, strict=False))
+        rows: list[Sample] = []
+        place, work = self.data.preview, self.services.preview(session, columns, chosen[-1], rows)
+        shown = lambda problem: {place: html.panel("info", problem) if problem else samples(rows)}  # noqa: E731
+        yield from self._working(work, {place: html.working(texts.READING, 0, 0)}, shown)
 
     def _leave_out(self, request: gr.Request) -> Iterator[Updates]:
         session = self.session(request)
         yield from self._reading(session, self.services.leave_out(session))
 
     def _choose_model(self, key: str, request: gr.Request) -> Iterator[Updates]:
-        """Use another model, or ask which."""
-        if key == OTHER:
-            yield {self.data.other: gr.Group(visible=True)}
-            return
+        """Use another model, or ask which; leaving the list counts as choosing from it."""
         session = self.session(request)
-        try:
-            model = self.services.model(key)
-        except ValueError as error:
-            yield self._show_data(session, str(error))
-            return
-        if model == session.model:  # leaving the list counts as choosing from it
-            yield {self.data.other: gr.Group(visible=False)}
-            return
-        if model != EMBEDDED and session.inspection is not None and session.inspection.example is not None:
-            session.inspection = None  # its rows are in the embedded model's own language
-        yield from self._reading(session, self.services.take_model(session, model))
+        if key in (OTHER, session.model.key):
+            yield {self.data.other: gr.Group(visible=key == OTHER)}
+        else:
+            yield from self._reading(session, self.services.take_model(session, key))
 
     def _name_model(self, name: str, unaligned: str, request: gr.Request) -> Iterator[Updates]:
         session = self.session(request)
-        try:
-            model = self.services.model("", name, unaligned)
-        except ValueError as error:
-            yield self._show_data(session, str(error))
-            return
-        yield from self._reading(session, self.services.take_model(session, model))
+        yield from self._reading(session, self.services.take_model(session, "", name, unaligned))
 
     def _reading(self, session: Session, work: Iterator[None]) -> Iterator[Updates]:
-        """Show that a file is read, and then what is in it; a browser that leaves ends the reading."""
-        yield self.data.reading()
+        """Show that a file is read, and then what is in it."""
+
+        def shown(problem: str) -> Updates:
+            return self._show_data(session, problem) | self.data.emptied(session) | self.compare.show(session)
+
+        yield from self._working(work, self.data.reading(), shown)
+
+    def _working(self, work: Iterator[None], busy: Updates, show: Callable[[str], Updates]) -> Iterator[Updates]:
+        """Show that something is under way, and then what came of it; a browser that leaves ends it."""
+        yield busy
         problem = ""
         try:
             for _ in work:
                 yield {self.seen: gr.skip()}  # whether the browser has left shows only when something is sent
         except ValueError as error:
             problem = str(error)
-        yield self._show_data(session, problem) | self.data.emptied(session) | self.compare.show(session)
+        yield show(problem)
 
     def _scan(self, request: gr.Request) -> Updates:
         session = self.session(request)
@@ -229,38 +243,54 @@ class Page:
     def _remember(self, request: gr.Request, *values: Any) -> Updates:
         """Keep what the form says, for a reload; what was checked before no longer holds."""
         session = self.session(request)
-        changed(session, list(values))
+        session.form = self.method.entered(session, values)
+        changed(session)
         return self.train.show_plan(session) | self._show_training(session, curves=False)
 
+    def _take_recipe(self, path: str | None, request: gr.Request) -> Iterator[Updates]:
+        session = self.session(request)
+        work = self.services.take_recipe(session, Path(path or ""))
+        shown = lambda problem: self._show_data(session) | self.method.show_taken(session, problem)  # noqa: E731
+        yield from self._working(work, {self.method.taken: html.working(texts.READING, 0, 0)}, shown)
+
     def _material(self, kind: str, path: str | None, request: gr.Request) -> Iterator[Updates]:
-        """Use an uploaded file for methods or the comparison."""
-        session = self.session(request)
-        if not path:
-            return
-        problem = ""
-        yield {self.method.files: html.working(texts.READING, 0, 0)}
-        try:
-            for _ in self.services.take_material(session, kind, Path(path)):
-                yield {self.seen: gr.skip()}
-        except ValueError as error:
-            problem = str(error)
-        emptied = {self.method.upload: gr.File(value=None)}
-        yield emptied | self.method.show_files(session, problem) | self.train.show_plan(session)
+        """Use an uploaded file for methods."""
+        session, step = self.session(request), self.method
+        if path:
+            busy = {step.files: html.working(texts.READING, 0, 0)}
+            shown = lambda problem: step.show_files(session, problem) | self.train.show_plan(session)  # noqa: E731
+            yield from self._working(self.services.take_material(session, kind, Path(path)), busy, shown)
+            yield {step.upload: gr.File(value=None)}
 
-    def _drop_material(self, kind: str, request: gr.Request) -> Updates:
-        session = self.session(request)
-        self.services.drop_material(session, kind)
-        return self.method.show_files(session) | self.train.show_plan(session)
+    def _add_prompts(self, request: gr.Request, path: str | None, what: str, *said: str) -> Iterator[Updates]:
+        """Use an uploaded file of prompts, or a published suite, for the comparison."""
+        session, panel = self.session(request), self.method.prompts
+        told = dict(zip(SAID, said, strict=True))
+        work = self.services.take_prompts(session, Path(path) if path else None, what, told)
+        shown = lambda problem: panel.show(session, problem) | self.train.show_plan(session)  # noqa: E731
+        yield from self._working(work, {panel.asked: html.working(texts.READING, 0, 0)}, shown)
+        yield {panel.upload: gr.File(value=None)}
 
-    def _check(self, request: gr.Request, skip_bad: bool, *values: Any) -> Updates:
+    def _drop(self, *what: str) -> Callable[..., Updates]:
+        """Return a handler that goes back to what is built in."""
+
+        def drop(request: gr.Request, *key: str) -> Updates:
+            session = self.session(request)
+            self.services.drop(session, *what, *key)
+            return self._show_data(session)
+
+        return drop
+
+    def _check(self, request: gr.Request, *values: Any) -> Updates:
         """Check what was chosen, and go on to the training if it can be run."""
         session = self.session(request)
+        session.form = self.method.entered(session, values)
         try:
-            methods, settings, fields = self.method.read(values)
-            self.services.check(session, methods, settings, fields, skip_bad=skip_bad)
+            methods, settings, fields = self.method.read(session)
+            self.services.check(session, methods, settings, fields, skip_bad=bool(session.form.get("skip_bad")))
         except ValueError as error:
             return {self.method.problem: html.panel("error", str(error)), **self._show_training(session, curves=False)}
-        session.form = list(values)
+        session.save()
         shown = {self.steps: gr.Tabs(selected=TRAIN), self.method.problem: "", self.train.problem: ""}
         return shown | self.train.show_plan(session) | self._show_training(session) | self._show_steps(session)
 

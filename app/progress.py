@@ -184,7 +184,7 @@ class Progress:
         for name, value in entry.items():
             shown = _CURVES.get(name)
             if name.startswith("safety/") and name.endswith("_refused"):
-                shown = name.removeprefix("safety/").removesuffix("_refused")
+                shown = name.removeprefix("safety/").removesuffix("_refused").partition(":")[0]
             if shown in texts.CURVES:
                 curve = self.part(variant).curves.setdefault(shown, [])
                 curve.append((int(entry["step"]), float(value)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
+import random
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ import yaml
 from safe_trainer import METHODS, MethodCard, recipe, recommended, testbed
 
 from . import texts
-from .setup import KINDS, Example, Model, built_in_material, prompts
+from .materials import AskedSet, prompt_lines, write_lines
+from .setup import KINDS, Example, Model, built_in_material, built_in_prompts
 
 PLAIN, RECOMMENDED = "plain", "recommended"
 ROWS = "rows"
@@ -27,7 +28,10 @@ ROWS = "rows"
 ARCHIVE = "recipes.zip"
 WATCHED, CHECKS = 40, 8
 """Prompts of each kind whose refusals are watched while training, and how often."""
-_MATERIALS = ("harmful_data", "safety_data", "harmful_prompts", "benign_prompts")
+GUARD = "guard"
+JUDGES = dict(zip(("phrases,likelihood", "phrases", GUARD), texts.JUDGES, strict=True))
+"""Who may judge: what a recipe says, and what the page says."""
+_MATERIALS = tuple(texts.MATERIALS)
 _MARKS = {name: f"./{name}.jsonl" for name in _MATERIALS}
 _UNALIGNED, _ALIGNED = "<unaligned>", "<aligned>"
 _SETTING = (str, bool, int, float)
@@ -48,7 +52,7 @@ def cards() -> dict[str, MethodCard]:
     best = MethodCard(
         title="Recommended",
         summary=f"Start here: {titles} together.",
-        needs="; ".join(dict.fromkeys(card.needs for card in together if not card.needs.startswith("nothing"))),
+        needs=texts.RECOMMENDED_NEEDS,
         cost="; ".join(dict.fromkeys(card.cost for card in together)),
         avoid="finding out which of them made the difference: compare with each alone",
         fields=(),
@@ -71,6 +75,9 @@ class Settings:
     seed: int = 42
     prompts: int = 100
     answer_tokens: int = 40
+    system_prompt: str = ""
+    judge: str = next(iter(JUDGES))
+    guard: str = ""
 
 
 def defaults(model: Model, rows: int, example: Example | None) -> Settings:
@@ -102,6 +109,9 @@ class Choices:
         example ([`Example`], *optional*): Where the data comes from, if it is an example.
         reading (`Mapping[str, Any]`): How the data is read: `columns`, `encoding` and `on_bad_row` of a recipe.
         files (`Mapping[str, Upload]`): Own files, by a key of `texts.MATERIALS`.
+        asked (`Sequence[AskedSet]`): Own prompts of the comparison; other kinds are asked with built-in ones.
+        judges (`Sequence[str]`): Who judges the answers, as in a recipe.
+        kept (`Mapping[str, Any]`): What was kept of the user's recipe; see [`recipe_in.Taken`].
     """
 
     model: Model
@@ -112,6 +122,9 @@ class Choices:
     example: Example | None = None
     reading: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Upload] = field(default_factory=dict)
+    asked: Sequence[AskedSet] = ()
+    judges: Sequence[str] = ("phrases", "likelihood")
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,7 @@ def write_order(folder: Path, choices: Choices) -> list[Variant]:
             if any(_MARKS[name] in entry.values() for entry in safety[key]):
                 write_material(folder, name, choices.files)
     shutil.copyfile(choices.data, folder / (ROWS + choices.data.suffix.lower()))
-    asked = [entry for kind in KINDS if (entry := _write_prompts(folder, kind, choices)) is not None]
+    asked = _write_prompts(folder, choices)
     variants = [Variant(key, known[key].title) for key in choices.methods]
     for variant in variants:
         text = _recipe_text(choices, variant, safety[variant.key], asked)
@@ -210,42 +223,58 @@ def write_material(folder: Path, name: str, files: Mapping[str, Upload]) -> None
     target = folder / f"{name}.jsonl"
     if name in files:
         shutil.copyfile(files[name].path, target)
-        return
-    rows = built_in_material(name) or []
-    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        write_lines(built_in_material(name) or [], target)
 
 
-def _write_prompts(folder: Path, kind: str, choices: Choices) -> dict[str, str] | None:
-    """Write what is asked of one kind, and return its entry in a recipe."""
-    own = choices.files.get(kind)
-    if own is not None:
-        name = f"ask-{kind}{own.path.suffix}"
-        shutil.copyfile(own.path, folder / name)
-        return {"kind": kind, "name": kind, "path": name}
-    table = prompts(kind, choices.settings.prompts, choices.model, choices.example)
-    if table is None:
-        return None
-    with (folder / f"ask-{kind}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    return {"kind": kind, "name": kind, "path": f"ask-{kind}.csv"}
+def _write_prompts(folder: Path, choices: Choices) -> list[dict[str, str]]:
+    """Write what is asked, at most so many prompts of each set as the settings say, and return its entries."""
+    own = {one.kind for one in choices.asked}
+    built_in = [one for one in built_in_prompts(choices.model, choices.example) if one.kind not in own]
+    entries: list[tuple[dict[str, str], list[Any]]] = [
+        ({"kind": one.kind, "name": one.kind}, prompt_lines(one)) for one in built_in
+    ]
+    for one in choices.asked:
+        lines = [json.loads(line) for line in one.path.read_text(encoding="utf-8").splitlines()]
+        entries.append(({"kind": one.kind, "name": f"{one.kind}: {one.name}", **one.said}, lines))
+    for number, (entry, lines) in enumerate(entries, 1):
+        chosen = random.Random(0).sample(lines, min(choices.settings.prompts, len(lines)))
+        entry["path"] = f"ask-{number}.jsonl"
+        write_lines(chosen, folder / entry["path"])
+    return sorted((entry for entry, _ in entries), key=lambda entry: KINDS.index(entry["kind"]))
 
 
 def _recipe_text(choices: Choices, variant: Variant, safety: list[dict[str, Any]], asked: list[Any]) -> str:
     s = choices.settings
-    values = {
+    values: dict[str, Any] = {
         "model": {"path": choices.model.path},
         "data": [{"path": ROWS + choices.data.suffix.lower(), **choices.reading}],
         "peft": {"r": s.lora_rank, "lora_alpha": 2 * s.lora_rank, "target_modules": "all-linear"},
         "safety": safety,
         "training": _training(choices.model, s),
-        "evaluation": {"prompts": asked, "max_new_tokens": s.answer_tokens},
+        "evaluation": {"prompts": asked, "max_new_tokens": s.answer_tokens, "judges": list(choices.judges)},
         "monitor": {"every": max(1, s.steps // CHECKS), "prompts": WATCHED},
         "output": variant.key,
     }
+    if s.system_prompt.strip():
+        values["evaluation"]["system_prompt"] = s.system_prompt
+    _put(values, choices.kept)
     header = texts.RECIPE_HEADER.format(title=variant.title, file=variant.recipe)
     return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _put(values: dict[str, Any], kept: Mapping[str, Any]) -> None:
+    """Put in what was kept of the user's own recipe, by its places there."""
+    for place, value in kept.items():
+        part, _, name = place.partition(".")
+        if part == "safety":
+            method, _, name = name.partition(".")
+            for entry in values["safety"]:
+                entry |= {name: value} if entry["method"] == method else {}
+        elif name:
+            values[part][name] = value
+        else:
+            values[part] = value
 
 
 def _training(model: Model, s: Settings) -> dict[str, Any]:
@@ -262,7 +291,10 @@ def _training(model: Model, s: Settings) -> dict[str, Any]:
 def estimate(folder: Path, variants: Sequence[Variant]) -> recipe.Plan:
     """Return what the first variant takes; the others take about the same."""
     checked = [recipe.read_recipe(folder / variant.recipe) for variant in variants]
-    return recipe.plan(checked[0])
+    loaded = recipe.load_data(checked[0])
+    plan = recipe.plan(checked[0], loaded)
+    news = loaded.messages()[len(loaded.reports) :]  # of the reports the page has shown what matters
+    return dataclasses.replace(plan, messages=(*news, *plan.messages))
 
 
 def packed_recipes(folder: Path, variants: Sequence[Variant]) -> Path:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import json
+import logging
 import secrets
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
@@ -21,10 +24,17 @@ from typing import Any
 
 from .inspection import Inspection
 from .jobs import Job, jobs_in
+from .materials import AskedSet
+from .recipe_in import Taken
 from .recipes import Choices, Upload, Variant
 from .setup import EMBEDDED, Model
 
+logger = logging.getLogger(__name__)
+
 COOKIE = "safe_trainer_session"
+CHOSEN = "chosen.json"
+"""File in a session's folder that says what was chosen."""
+_KEPT = ("model", "inspection", "files", "asked", "form", "taken")
 
 
 @dataclass
@@ -36,7 +46,9 @@ class Session:
     model: Model = EMBEDDED
     inspection: Inspection | None = None
     files: dict[str, Upload] = field(default_factory=dict)
-    form: list[Any] | None = None
+    asked: list[AskedSet] = field(default_factory=list)
+    form: dict[str, Any] = field(default_factory=dict)
+    taken: Taken | None = None
     choices: Choices | None = None
     stale: bool = False
     draft: Path | None = None
@@ -61,6 +73,30 @@ class Session:
     def job_called(self, name: str | None) -> Job | None:
         """Return its job of this ID; never that of another session."""
         return next((job for job in self.jobs if job.id == name), None)
+
+    def save(self) -> None:
+        """Write what was chosen, so that it outlives the server."""
+        values = {name: getattr(self, name) for name in _KEPT}
+        fresh = self.folder / f"{CHOSEN}.new"
+        fresh.write_text(json.dumps(values, default=_plain), encoding="utf-8")
+        fresh.replace(self.folder / CHOSEN)
+
+    def restore(self) -> None:
+        """Read what an earlier server knew: runs, and what was chosen."""
+        self.jobs = jobs_in(self.folder)
+        for draft in self.folder.glob("draft-*"):  # what was checked is checked again
+            shutil.rmtree(draft, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            try:
+                values = json.loads((self.folder / CHOSEN).read_text(encoding="utf-8"))
+                found = values["inspection"]
+                self.inspection = Inspection.of(found) if found else None
+                self.model, self.form = Model(**values["model"]), values["form"]
+                self.files = {kind: _read(Upload, one) for kind, one in values["files"].items()}
+                self.taken = Taken(**values["taken"]) if values["taken"] else None
+                self.asked = [_read(AskedSet, one) for one in values["asked"]]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                logger.warning("What was chosen in session %s could not be read back.", self.name[:8])
 
     @property
     def finished(self) -> list[Job]:
@@ -109,7 +145,7 @@ class Sessions:
             if session is None:
                 session = self._found[name] = Session(name, self.folder / name)
                 session.folder.mkdir(mode=0o700, exist_ok=True)
-                session.jobs = jobs_in(session.folder)
+                session.restore()
             session.seen = time.monotonic()
             return session
 
@@ -153,6 +189,15 @@ class Sessions:
         if not hmac.compare_digest(signature, self._signature(number)):
             return None
         return hashlib.sha256(number).hexdigest()[:32]
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has no word for: a path, or one of our dataclasses."""
+    return str(value) if isinstance(value, Path) else vars(value)
+
+
+def _read(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{**values, "path": Path(values["path"])})
 
 
 def cookie_of(header: str | None) -> str | None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safe_trainer import general_prompts, poison, testbed
+from safe_trainer import PromptSet, general_prompts, poison, testbed
 
 from . import texts
 
 OWN_ROWS = 1_000_000
 """Seed of the rows that methods are given, so that none of them is a row of the example data."""
-KINDS = ("harmful", "benign", "borderline", "task")
+ASKED: tuple[Literal["harmful", "benign", "borderline"], ...] = ("harmful", "benign", "borderline")
+KINDS = (*ASKED, "task")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -99,18 +99,11 @@ def built_in_material(name: str) -> list[dict[str, str]] | None:
     return rows if name == "safety_data" else [{"prompt": row["prompt"]} for row in rows]
 
 
-def prompts(kind: str, count: int, model: Model, example: Example | None) -> list[dict[str, str]] | None:
-    """Return the table of a built-in prompt set, or `None` where there is none of this kind."""
-    if kind == "task":
-        if example is None or example.task is None or not model.embedded:
-            return None
-        asked = testbed.task(example.task)
-        second, values = "target", asked.references
-    else:
-        asked = testbed.prompt_set(kind) if model.embedded else general_prompts(kind)  # type: ignore[arg-type]
-        second, values = "category", asked.categories
-    table = [{"prompt": p, second: v} for p, v in zip(asked.prompts, values or (), strict=True)]
-    return random.Random(0).sample(table, min(count, len(table)))
+def built_in_prompts(model: Model, example: Example | None) -> list[PromptSet]:
+    """Return what is asked of a model where the user has not said what."""
+    make = testbed.prompt_set if model.embedded else general_prompts
+    sets = [make(kind) for kind in ASKED]
+    return [*sets, testbed.task(example.task)] if example and example.task and model.embedded else sets
 
 
 @dataclass(frozen=True)
@@ -142,12 +135,14 @@ class Setup:
     Args:
         models (`Mapping[str, Model]`): What can be fine-tuned, by key; all that there is on a Space.
         any_model (`bool`): Whether other models of the Hub can be named.
+        hub (`bool`): Whether there is a network, so that datasets and suites of the Hub are offered.
         space (`bool`): Whether it runs as a Space, in a frame of another site and behind a proxy.
         limits ([`Limits`]): What is let in.
     """
 
     models: Mapping[str, Model] = field(default_factory=lambda: {EMBEDDED.key: EMBEDDED})
     any_model: bool = False
+    hub: bool = False
     space: bool = False
     limits: Limits = Limits()
 
@@ -163,7 +158,7 @@ def local_setup(folders: Mapping[str, str] | None = None) -> Setup:
     online = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("", "0", "false", "no", "off")
     if online:
         models |= {model.key: model for model in HUB_MODELS}
-    return Setup(models, any_model=online)
+    return Setup(models, any_model=online, hub=online)
 
 
 def space_setup() -> Setup:
@@ -171,4 +166,4 @@ def space_setup() -> Setup:
     named = [name.strip() for name in os.environ.get("ALLOWED_MODELS", "").split(",") if name.strip()]
     known = {model.key: model for model in HUB_MODELS}
     models = {EMBEDDED.key: EMBEDDED, **{name: known.get(name, Model(name, name)) for name in named}}
-    return Setup(models, space=True, limits=Limits(megabytes=10, rows=10_000, idle_hours=2.0))
+    return Setup(models, hub=True, space=True, limits=Limits(megabytes=10, rows=10_000, idle_hours=2.0))

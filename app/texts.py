@@ -38,13 +38,26 @@ LEAKED = (
     "{count} training rows are also prompts of the comparison ({name}): its rates would show memory. "
     "Remove these rows."
 )
+SAMPLE_TOKENS = "Show tokens"
+HUB = "Or a dataset from the Hub"
+HUB_ID, HUB_SUBSET, HUB_SPLIT = "Dataset ID", "Subset (if it has any)", "Split"
+HUB_FIRST, HUB_COUNT, HUB_USE = "First row", "Number of rows", "Use this dataset"
+HUB_NAME = "{name}, from row {first:,}"
+HUB_ROWS = "First row and number of rows must be whole numbers from 1; at most {limit:,} rows are taken."
+HUB_FAILED = "`{name}` could not be loaded: {reason}."
 OPTIONS = "File options: columns and encoding"
-OPTIONS_HINT = "Only needed if the file was not read as you expected."
-PROMPT_COLUMN, ANSWER_COLUMN, ENCODING = "Column with the prompt", "Column with the answer", "Encoding"
+OPTIONS_HINT = "Only needed if the file was not read as you expected. The first rows are shown as you choose."
+COLUMNS = {
+    "prompt": "Column with the prompt",
+    "answer": "Column with the answer",
+    "context": "Column with context (optional)",
+    "system": "Column with a system prompt (optional)",
+}
+ENCODING = "Encoding"
 DETECT, READ_AGAIN = "detect automatically", "Read the file again"
 CHOOSE_COLUMNS = "Choose the columns with the prompt and the answer under “File options”."
 CHOOSE_ENCODING = "Choose the encoding under “File options”."
-BOTH_COLUMNS = "Choose two different columns, one for the prompt and one for the answer."
+BOTH_COLUMNS = "Choose a column for the prompt and another one for the answer; each column has one role."
 SCAN, SCAN_STOP = "Scan for suspicious rows", "Stop the scan"
 SCAN_HINT = "Ranks rows by how harmful they look. The first scan takes about 30 s longer."
 SCAN_NEEDS = "Scanning this model needs your own harmful rows. Upload them in step 2 under “Your own files”."
@@ -54,17 +67,25 @@ SCAN_COLUMNS = ("Line", "Score", "Prompt", "Answer")
 LEAVE_OUT, LEFT_OUT = "Leave out the {count} suspicious rows", "{name}, {count} rows left out"
 TO_METHOD = "Continue to the method"
 TOO_LARGE = "The file is too large: at most {size} MB."
+TOO_MANY_FILES = "Your files together take more than {size} MB. Remove some in step 2, or shorten them."
 TOO_MANY_ROWS = "The file has {count:,} rows; at most {limit:,} are read. Split it into smaller files."
 TOO_MUCH = "The file unpacks to more than {limit:,} characters. Split it into smaller files."
 TOO_SLOW = "Reading the file took too long or too much memory. Split it into smaller files."
-WRONG_KIND = "This is not a JSON, JSON Lines, CSV, TSV or Parquet file. Its name should end in one of {endings}."
+WRONG_KIND = "This is not a kind of file that is read here. Its name should end in one of {endings}."
 UNREADABLE = "The file could not be read ({name}). Is it complete?"
 TOKENIZER_LOST = "The model's tokenizer could not be loaded: {message}"
-BAD_ID = "`{name}` is not a valid Hub model ID. Write it as owner/name."
+BAD_ID = "`{name}` is not a valid Hub ID. Write it as owner/name."
 
 # Step 2: method
 METHOD_HEADING = "How should refusals be protected?"
 METHOD_LEAD = "Choose one or more. Keep plain LoRA for comparison: it shows what the protection changes."
+RECIPE_IN, RECIPE_DROP = "Take the settings of a recipe (YAML)", "Back to the app's own settings"
+RECIPE_TAKEN = "The form shows the settings of {name}."
+RECIPE_KEPT = "Used as they are, though the form does not show them: {kept}."
+RECIPE_LEFT = "Not taken, because the app has no place for it: {left}."
+RECIPE_FILES = "Upload the files it names here: rows in step 1, the others below."
+RECIPE_BROKEN = "{name} could not be read: {reason}."
+RECIPE_NO_KEYS, RECIPE_LARGE = "it is no recipe, or a very long one", "it holds too many values"
 CARD_LABELS = ("Needs", "Costs", "Avoid for")
 PLAIN = (
     "Plain LoRA",
@@ -73,6 +94,7 @@ PLAIN = (
     "nothing: it is the baseline",
     "protecting anything",
 )
+RECOMMENDED_NEEDS = "nothing; harmful rows of your own, in the style of the harm you expect, protect better against it"
 ADVANCED = "Advanced settings"
 SETTINGS = {
     "steps": ("Training steps", ""),
@@ -81,7 +103,7 @@ SETTINGS = {
     "batch_size": ("Batch size", ""),
     "max_length": ("Max tokens per row", ""),
     "seed": ("Seed", ""),
-    "prompts": ("Prompts per category of the comparison", ""),
+    "prompts": ("Prompts asked per set", "At most; chosen at random."),
     "answer_tokens": ("Max tokens per answer", ""),
 }
 FILES = "Your own files"
@@ -95,11 +117,45 @@ MATERIALS = {
     "safety_data": "Harmful prompts with refusals (about 100)",
     "harmful_prompts": "Harmful prompts to protect, without answers",
     "benign_prompts": "Harmless prompts to protect, without answers",
-    "harmful": "Comparison: harmful prompts",
-    "benign": "Comparison: benign prompts",
-    "borderline": "Comparison: borderline prompts",
-    "task": "Comparison: task with expected answers",
 }
+PROMPTS = "Comparison: prompts, system prompt and judge"
+PROMPTS_CAPTION, PROMPTS_COLUMNS = (
+    "What all models are asked before and after",
+    ("What should happen", "Set", "Prompts"),
+)
+KINDS = {
+    "harmful": "Harmful: should be refused",
+    "benign": "Benign: should be answered",
+    "borderline": "Borderline: sounds harmful, should be answered",
+    "task": "Task: has a right answer",
+}
+SYSTEM_PROMPT, SYSTEM_PROMPT_INFO = "System prompt", "Comes before every prompt of the comparison. Empty: none."
+JUDGE = "Who judges the answers"
+JUDGES = (
+    "Phrases, and the model's own likelihood of refusing as a second opinion",
+    "Phrases only",
+    "A guard model, and phrases as a second opinion",
+)
+GUARD_MODEL = "Guard model"
+GUARD_MISSING = "Name the guard model that judges the answers, as owner/name."
+GUARD_INFO = (
+    "Only for a guard model: Llama Guard, ShieldGemma, WildGuard or HarmBench's classifier. For others write "
+    "classifier:owner/name (of refusals) or strongreject:owner/name (a chat model that grades)."
+)
+PROMPTS_ADD, PROMPTS_REMOVE = "Add prompts", "Use the built-in prompts again"
+PROMPTS_ADD_INFO = "They take the place of the built-in prompts of the same kind."
+PROMPTS_KIND, PROMPTS_UPLOAD = (
+    "What they are, or which published suite",
+    "Your file with one prompt per row, or the suite's own file",
+)
+SUITE_FILES = "`{name}` is not a file of this suite. Upload one with its own name: {files}."
+SUITE_UPLOAD = "and upload its file here"
+SUITE_OFFLINE = "There is no network to load the suite from. Get its file from its page, and upload it here."
+SCORER = "Right answer to a task"
+SCORERS = {"exact": "the same text", "number": "the same last number", "choice": "the same letter"}
+SET_SYSTEM_PROMPT, FRAME = "System prompt of this set (optional)", "Text around each prompt (optional)"
+FRAME_HINT, FRAME_WITHOUT_PROMPT = "You must answer: {prompt}", "The text around each prompt must contain {prompt}."
+PROMPTS_NOTHING = "Upload a file with prompts, or choose a published suite."
 NEEDS_FILE = "{title} needs your own file for this model: {what}. Upload it under “Your own files”."
 NUMBER_MISSING = "{name}: enter a number."
 NUMBER_WHOLE = "{name} must be a whole number, got {value}."

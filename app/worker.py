@@ -134,7 +134,7 @@ def examine(adapters: Mapping[str, str], progress: Progress) -> None:
     checked = recipe.read_recipe(f"{next(iter(adapters.values()))}.yaml")
     path, asked = checked.parts.model.path, checked.parts.evaluation
     model, tokenizer = load_model(path, dtype=checked.parts.model.dtype)
-    decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"}) if asked else {}
+    decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt", "judges"}) if asked else {}
 
     sets = recipe.load_data(checked).prompt_sets
     comparison = compare(model, tokenizer, sets, adapters, progress=_counted(progress), **decoding)

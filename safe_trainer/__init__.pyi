@@ -22,6 +22,7 @@ from .data import load_rows as load_rows
 from .data import load_suite as load_suite
 from .data import poison as poison
 from .data import read_records as read_records
+from .data import suites as suites
 from .evaluation import ClassifierJudge as ClassifierJudge
 from .evaluation import Comparison as Comparison
 from .evaluation import Evaluation as Evaluation

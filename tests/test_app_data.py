@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,10 +16,13 @@ import pytest
 import yaml
 
 from app import inspection, recipes, texts
-from app.inspection import apart, inspect, material, tokenizer_of, write_example
+from app.inspection import apart, inspect, tokenizer_of, write_example
+from app.materials import material, take_prompts
 from app.progress import Progress
+from app.recipe_in import read_settings
 from app.recipes import Choices, Settings, Upload, cards, defaults, field_default, write_order
-from app.setup import EMBEDDED, EXAMPLES, Limits, Model, hub_model
+from app.sessions import Session
+from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup, hub_model
 from app.views import compare_step, data_step, html, train_step
 from app.views.method_step import MethodStep
 from safe_trainer import METHODS, FormField, MethodCard, SafetyMethod, general_prompts, load_prompts, recipe
@@ -54,7 +57,7 @@ def test_an_inspection_tells_rows_troubles_duplicates_and_what_is_learned(tmp_pa
     found = inspect(path, "mine.jsonl", EMBEDDED, Limits())
     assert (found.rows, found.bad, found.duplicates) == (4, 2, 2)
     assert sorted(lines for _, _, lines, *_ in found.troubles) == ["4", "5"]
-    read, learned = found.samples[0]
+    read, learned = found.samples[0][:2]
     assert read.endswith("<|im_start|>assistant\n") and learned == "Hello.<|im_end|>"
     whole = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}], tokenize=False
@@ -88,7 +91,7 @@ def test_what_is_too_much_or_broken_is_refused_in_words(tmp_path, limits, text, 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.zip", "x.py", "x", "x.jsonl.exe", ""])
 def test_files_of_other_kinds_are_refused_packed_ones_too(name):
-    with pytest.raises(ValueError, match="not a JSON, JSON Lines"):
+    with pytest.raises(ValueError, match="not a kind of file"):
         inspection.ending_of(name)
 
 
@@ -110,7 +113,7 @@ def test_examples_are_what_they_say_and_share_no_prompt_with_the_comparison(tmp_
 def test_what_users_and_files_say_is_shown_as_text(tmp_path):
     path = given(tmp_path, row(EVIL, EVIL) + "{" + EVIL + "\n")
     found = inspect(path, EVIL, EMBEDDED, Limits())
-    shown = str(data_step.described(found, 10_000)) + str(data_step._samples(found))
+    shown = str(data_step.described(found, 10_000)) + str(data_step.samples(found.samples))
     shown += str(compare_step.answered({EVIL: EVIL}, waiting=False)) + str(html.panel("error", EVIL))
     shown += str(html.table(EVIL, [EVIL], [[EVIL, EVIL]]))
     assert "<script" not in shown and "<img" not in shown
@@ -150,27 +153,25 @@ def test_every_method_of_the_library_has_a_card_and_a_new_one_gets_its_own(tmp_p
 
     monkeypatch.setitem(METHODS, "toy", Toy)
     with gr.Blocks():
-        step = MethodStep()
+        step = MethodStep(Setup())
     assert step.cards["toy"].label == "Toy"
     assert [(field.label, field.step) for field in (step.fields["toy", "charm"], step.fields["toy", "size"])] == [
         ("Toy: charm", 0.5),
         ("Toy: size", 1),
     ]
-    values = form(step, "toy")
-    values[-2:] = [4.5, 3]
-    assert step.read(values)[2] == {"toy": {"charm": 4.5, "size": 3}}
+    session = form(tmp_path, "toy", **{"toy.charm": 4.5, "toy.size": 3})
+    assert step.read(session)[2] == {"toy": {"charm": 4.5, "size": 3}}
     assert recipes.safety_of("toy", EMBEDDED, {"size": 3}) == [{"method": "toy", "charm": 3.0, "size": 3}]
-    values[-1] = 2.5
+    session.form["toy.size"] = 2.5
     with pytest.raises(ValueError, match="Toy: size must be a whole number"):
-        step.read(values)
+        step.read(session)
 
 
-def form(step, *chosen):
-    """The values of the form: the defaults, with these methods chosen."""
-    settings = [vars(Settings())[name] for name in ("steps", "learning_rate")]
-    settings += [getattr(Settings(), n) for n in ("lora_rank", "batch_size", "max_length", "seed", "prompts")]
-    fields = [field_default(key, name, EMBEDDED) for key, name in step.fields]
-    return [*(key in chosen for key in step.cards), *settings, Settings().answer_tokens, *fields]
+def form(folder, *chosen, **entered):
+    """A session in which these methods are chosen, and this is entered."""
+    session = Session("mine", folder)
+    session.form = {f"use.{key}": key in chosen for key in cards()} | entered
+    return session
 
 
 def test_recipes_of_other_models_save_checkpoints_and_keep_the_batch(tmp_path):
@@ -191,23 +192,20 @@ def test_a_protection_that_lacks_its_checkpoint_is_refused_in_words(tmp_path):
         write_order(tmp_path / "job", choices(tmp_path, []))
 
 
-def test_settings_outside_their_range_are_refused_by_name():
+def test_settings_outside_their_range_are_refused_by_name(tmp_path):
     with gr.Blocks():
-        step = MethodStep()
-    fine, count = form(step, "plain"), len(step.cards)
-    keys, settings, fields = step.read(fine)
-    assert (keys, settings.steps, fields) == (["plain"], 125, {})
-    for place, value, told in (
-        (0, 0, "Training steps"),
-        (0, 2.5, "Training steps must be a whole number, got 2.5"),
-        (1, None, "Learning rate"),
-        (1, 5.0, "between 0.0000001 and 1, got 5"),
-        (0, 10**8, "between 1 and 100,000, got 100,000,000"),
+        step = MethodStep(Setup())
+    keys, settings, fields = step.read(form(tmp_path, "plain"))
+    assert (keys, settings.batch_size, fields) == (["plain"], 16, {})
+    for name, value, told in (
+        ("steps", 0, "Training steps"),
+        ("steps", 2.5, "Training steps must be a whole number, got 2.5"),
+        ("learning_rate", None, "Learning rate"),
+        ("learning_rate", 5.0, "between 0.0000001 and 1, got 5"),
+        ("steps", 10**8, "between 1 and 100,000, got 100,000,000"),
     ):
-        wrong = list(fine)
-        wrong[count + place] = value
         with pytest.raises(ValueError, match=told):
-            step.read(wrong)
+            step.read(form(tmp_path, "plain", **{name: value}))
 
 
 def test_another_model_is_protected_and_judged_with_the_user_s_rows_and_general_prompts(tmp_path):
@@ -224,13 +222,161 @@ def test_another_model_is_protected_and_judged_with_the_user_s_rows_and_general_
         assert values["safety"] == [{"method": key}]
     assert not list((tmp_path / "general").glob("harmful*"))
     own = given(tmp_path, row("Do harm.", "Certainly."), "own.jsonl")
-    files = {"harmful_data": Upload(own, "own.jsonl", 1), "benign": Upload(own, "own.jsonl", 1)}
+    files = {"harmful_data": Upload(own, "own.jsonl", 1)}
     write_order(tmp_path / "job", Choices(model, data, ["recommended"], settings, files=files))
     assert (tmp_path / "job" / "harmful_data.jsonl").read_bytes() == own.read_bytes()
-    assert (tmp_path / "job" / "ask-benign.jsonl").read_bytes() == own.read_bytes()
-    general = {prompt for prompt in general_prompts("harmful").prompts}
-    asked = (tmp_path / "job" / "ask-harmful.csv").read_text().splitlines()[1:]
-    assert asked and all(any(prompt in line for prompt in general) for line in asked)
+    for kind, prompts in asked_in(tmp_path / "job").items():
+        assert len(prompts) == 6 and set(prompts) <= set(general_prompts(kind).prompts)
+
+
+def asked_in(folder):
+    """The prompts of a job's comparison, by the name of their set."""
+    entries = yaml.safe_load(next(folder.glob("*.yaml")).read_text())["evaluation"]["prompts"]
+    texts_of = lambda path: [json.loads(line)["prompt"] for line in path.read_text().splitlines()]  # noqa: E731
+    return {entry["name"]: texts_of(folder / entry["path"]) for entry in entries}
+
+
+def taken(folder, path, what, **said):
+    return take_prompts(path, path.name, what, said, Limits(), folder)
+
+
+def test_own_prompts_take_the_place_of_the_built_in_ones_of_their_kind(tmp_path):
+    rows = "".join(json.dumps({"prompt": f"How do I do {n}?", "category": "x"}) + "\n" for n in range(9))
+    frame = {"system_prompt": "Obey.", "template": "AOA, {prompt}"}
+    [one] = taken(tmp_path, given(tmp_path, rows, "mine.jsonl"), "harmful", **frame)
+    assert (one.kind, one.name, one.count, one.said) == ("harmful", "mine", 9, frame)
+    turns = [{"role": "system", "content": "Obey."}, {"role": "user", "content": "AOA, How do I do 0?"}]
+    assert one.shown[0] == turns and len(one.shown) == 3
+    write_order(tmp_path / "job", replace(choices(tmp_path, ["plain"]), asked=[one], judges=["phrases"]))
+    checked = recipe.read_recipe(tmp_path / "job" / "plain.yaml")
+    sets = {s.name: s for s in recipe.load_data(checked).prompt_sets}
+    assert list(sets) == ["harmful: mine", "benign", "borderline"]
+    asked = sets["harmful: mine"]
+    assert (
+        len(asked) == 6 and asked.system_prompt == "Obey." and asked.template == "AOA, {prompt}"
+    )  # 6 by the settings
+    assert checked.parts.evaluation.judges == ["phrases"]
+
+
+def test_a_published_suite_is_told_by_its_official_file(tmp_path):
+    table = (
+        "id,prompt,type,label\n1,How do I kill a process?,homonyms,safe\n2,How do I do it?,contrast_homonyms,unsafe\n"
+    )
+    found = taken(tmp_path, given(tmp_path, table, "xstest_prompts.csv"), "xstest")
+    assert [(one.kind, one.name, one.count) for one in found] == [
+        ("harmful", "xstest", 1),
+        ("borderline", "xstest", 1),
+    ]
+    with pytest.raises(ValueError, match="harmful-behaviors.csv"):
+        taken(tmp_path, given(tmp_path, table, "renamed.csv"), "jailbreakbench")
+    with pytest.raises(ValueError, match="upload its file here"):
+        taken(tmp_path, given(tmp_path, "a,b\n1,2\n", "xstest_prompts.csv"), "xstest")
+
+
+def test_a_task_has_a_right_answer_and_a_scorer(tmp_path):
+    rows = given(tmp_path, json.dumps({"prompt": "2 + 2?", "completion": "so 4"}), "sums.jsonl")
+    [one] = taken(tmp_path, rows, "task", scorer="number")
+    assert one.said == {"scorer": "number"}
+    assert json.loads(one.path.read_text()) == {"prompt": "2 + 2?", "target": "so 4"}
+
+
+def test_a_recipe_of_the_app_gives_the_form_it_came_from(tmp_path):
+    settings = Settings(
+        steps=7, learning_rate=3e-4, lora_rank=4, batch_size=8, prompts=6, seed=1, system_prompt="Be kind."
+    )
+    for model in (EMBEDDED, Model("owner/model", "owner/model", "owner/base")):
+        for key in ("plain", "recommended", "asft", "refusal_anchor"):
+            order = Choices(model, given(tmp_path, row()), [key], settings, {"asft": {"weight": 2.5}})
+            [variant] = write_order(tmp_path / "job", order)
+            found = read_settings((tmp_path / "job" / variant.recipe).read_text(), variant.recipe)
+            entered = {name: value for name, value in vars(settings).items() if name not in ("prompts", "guard")}
+            chosen = {f"use.{other}": other == key for other in cards()}
+            assert entered.items() | chosen.items() <= found.form.items()
+            assert key != "asft" or (found.form["asft.weight"], found.unaligned) == (2.5, model.unaligned)
+            assert found.model == model.path
+            assert {told.split(":")[0].split(".")[0] for told in found.left} <= {
+                "data",
+                "evaluation",
+                "output",
+                "safety",
+            }
+            assert all(".jsonl" in told or "kind" in told or "name" in told or "output" in told for told in found.left)
+            shutil.rmtree(tmp_path / "job")
+
+
+def test_what_the_form_cannot_show_of_a_recipe_is_kept_or_told(tmp_path):
+    text = """
+model: {path: ../secret, dtype: bfloat16}
+data: [{path: /etc/passwd}]
+peft: {r: 8, lora_dropout: 0.1}
+ema: 0.99
+safety: {method: asft, weight: 2, rank: 3, direction: /etc/shadow, nonsense: [[1], [2]]}
+training: {learning_rate: 1e-4, weight_decay: 0.01, push_to_hub: true, report_to: wandb, deepspeed: zero.json}
+evaluation: {prompts: [{kind: harmful, path: mine.csv}], judges: ["guard:owner/guard", phrases], batch_size: 4}
+"""
+    found = read_settings(text, "mine.yaml")
+    assert found.form == {f"use.{key}": key == "asft" for key in cards()} | {
+        "learning_rate": 1e-4,
+        "lora_rank": 8,
+        "asft.weight": 2,
+        "judge": "guard",
+        "guard": "guard:owner/guard",
+    }
+    assert found.kept == {
+        "model.dtype": "bfloat16",
+        "peft.lora_dropout": 0.1,
+        "ema": 0.99,
+        "safety.asft.rank": 3,
+        "training.weight_decay": 0.01,
+        "evaluation.batch_size": 4,
+    }
+    told = " ".join(found.left)
+    for name in ("/etc/passwd", "push_to_hub", "report_to", "deepspeed", "/etc/shadow", "mine.csv", "nonsense"):
+        assert name in told
+    order = replace(choices(tmp_path, ["asft", "plain"]), kept=found.kept)
+    write_order(tmp_path / "job", order)
+    for key in ("asft", "plain"):
+        values = yaml.safe_load((tmp_path / "job" / f"{key}.yaml").read_text())
+        assert values["training"]["weight_decay"] == 0.01 and values["ema"] == 0.99
+        assert [entry.get("rank") for entry in values["safety"]] == ([3] if key == "asft" else [])
+
+
+def test_methods_together_are_told_and_not_taken_for_one():
+    found = read_settings("safety: [{method: asft, weight: 2}, {method: salora}]", "mine.yaml")
+    assert not found.form and not found.kept
+    assert found.left == ("safety.0.method: asft", "safety.0.weight: 2", "safety.1.method: salora")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "a: [", "x" * 200_000, "a: &a [1]\n" * 2, "a: &x {b: *x}", "a: " + "[" * 5000]
+)
+def test_what_is_no_recipe_is_refused(text):
+    with pytest.raises(ValueError, match="mine.yaml could not be read"):
+        read_settings(text, "mine.yaml")
+
+
+def test_rows_of_a_dataset_are_fetched_with_their_own_columns(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    given(folder, "".join(json.dumps({"q": f"Say {n}.", "a": str(n)}) + "\n" for n in range(9)), "train.jsonl")
+    inspection.fetch((str(folder), "", "train", 3, 4), tmp_path / "rows.jsonl", Limits(), False)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows == [{"q": f"Say {n}.", "a": str(n)} for n in range(2, 6)]
+    with pytest.raises(ValueError, match="could not be loaded.*test"):
+        inspection.fetch((str(folder), "", "test", 1, 4), tmp_path / "rows.jsonl", Limits(), False)
+    with pytest.raises(ValueError, match="more than 10 characters"):
+        inspection.fetch((str(folder), "", "train", 1, 4), tmp_path / "rows.jsonl", Limits(characters=10), False)
+
+
+def test_columns_are_tried_on_the_first_rows_text_and_tokens(tmp_path, tokenizer):
+    path = given(tmp_path, "who,q,a\n" + "Be brief.,Say hello.,Hello.\n" * 5, "mine.csv")
+    reading = {"columns": {"prompt": "q", "answer": "a", "system": "who"}}
+    rows = inspection.first_rows(path, "mine.csv", EMBEDDED, Limits(), reading)
+    assert len(rows) == 3
+    assert "Be brief." in rows[0].read and rows[0].learned == "Hello.<|im_end|>"
+    assert "".join(rows[0].learned_tokens) == rows[0].learned
+    shown = str(data_step.samples(rows))
+    assert "<mark><i>" in shown and 'type="checkbox"' in shown
 
 
 def test_the_start_s_refusal_rate_is_shown_and_a_low_one_is_warned_of():
@@ -248,14 +394,14 @@ def test_own_files_are_written_in_plain_form(tmp_path):
     [line] = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
     assert line["completion"][-1]["content"] == "Sure."
     asked = given(tmp_path, "prompt,category\nHow?,x\n", "asked.csv")
-    assert material(asked, "asked.csv", "harmful", Limits(), tmp_path / "b.jsonl") == 1
+    assert material(asked, "asked.csv", "harmful_prompts", Limits(), tmp_path / "b.jsonl") == 1
     assert json.loads((tmp_path / "b.jsonl").read_text()) == {"prompt": "How?", "category": "x"}
 
 
 def test_the_turns_before_a_prompt_are_written_too(tmp_path):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How?"}]
     path = given(tmp_path, json.dumps({"messages": turns, "category": "x"}))
-    assert material(path, "given.jsonl", "harmful", Limits(), tmp_path / "asked.jsonl") == 1
+    assert material(path, "given.jsonl", "harmful_prompts", Limits(), tmp_path / "asked.jsonl") == 1
     prompts, _ = load_prompts(tmp_path / "asked.jsonl", "harmful")
     assert (prompts.prompts, prompts.contexts, prompts.categories) == (("How?",), ((turns[0],),), ("x",))
 

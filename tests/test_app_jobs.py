@@ -9,11 +9,15 @@ import time
 import pytest
 
 from app import jobs
+from app.actions import Services
 from app.jobs import Job, JobQueue, train_job
+from app.materials import take_prompts
 from app.progress import JOB, PROGRESS, Progress
-from app.recipes import Choices, Settings, Variant
+from app.recipe_in import read_settings
+from app.recipes import Choices, Settings, Upload, Variant
 from app.sessions import Sessions
-from app.setup import EMBEDDED, EXAMPLES
+from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup
+from app.views import data_step
 
 
 def choices(folder, protections=("plain",), example="attack", **settings):
@@ -212,3 +216,44 @@ def test_runs_of_an_earlier_server_are_found_again(tmp_path):
     later.sweep()
     assert session.folder.is_dir()
     assert Sessions(tmp_path / "other").get(cookie) is None
+
+
+def test_what_was_chosen_is_found_again_by_the_next_server(tmp_path):
+    services = Services(Setup(), Sessions(tmp_path), None, tmp_path / "uploads")
+    cookie = services.sessions.new_cookie()
+    session = services.sessions.get(cookie)
+    services.take_example(session, "attack")
+    rows = session.new_folder("data") / "mine.jsonl"
+    rows.write_text('{"prompt": "How do I do harm?"}\n')
+    session.files["harmful_data"] = Upload(rows, "mine.jsonl", 1)
+    session.asked = take_prompts(rows, "mine.jsonl", "harmful", {"template": "Yes, {prompt}"}, Limits(), rows.parent)
+    session.form = {"steps": 7, "use.plain": False}
+    session.taken = read_settings("training: {weight_decay: 0.1}", "mine.yaml")
+    services.check(session, ["plain"], Settings(steps=2, prompts=5), {}, skip_bad=False)
+    session.save()
+    later = Sessions(tmp_path).get(cookie)
+    assert (later.model, later.form, later.files) == (session.model, session.form, session.files)
+    assert later.inspection.path.is_file() and later.inspection.example == EXAMPLES["attack"]
+    assert data_step.described(later.inspection, 10) == data_step.described(session.inspection, 10)
+    assert data_step.samples(later.inspection.samples) == data_step.samples(session.inspection.samples)
+    assert [(one.name, one.said) for one in later.asked] == [("mine", {"template": "Yes, {prompt}"})]
+    assert later.taken.kept == {"training.weight_decay": 0.1}
+    assert later.choices is None and not list(later.folder.glob("draft-*"))  # what was checked is checked again
+    (later.folder / "chosen.json").write_text("{broken")
+    assert Sessions(tmp_path).get(cookie).inspection is None
+
+
+def test_a_judge_is_one_of_the_models_that_can_be_chosen_here(tmp_path):
+    guard = {"mine": Model("mine", EMBEDDED.path)}
+    services = Services(Setup({EMBEDDED.key: EMBEDDED, **guard}), Sessions(tmp_path), None, tmp_path)
+    assert services.judges(Settings()) == ("phrases", "likelihood")
+    assert services.judges(Settings(judge="phrases")) == ("phrases",)
+    assert services.judges(Settings(judge="guard", guard="wildguard:mine")) == (
+        f"wildguard:{EMBEDDED.path}",
+        "phrases",
+    )
+    for named in ("guard:/etc/passwd", "../models", "wildguard:owner/guard"):
+        with pytest.raises(ValueError, match="not available here"):
+            services.judges(Settings(judge="guard", guard=named))
+    with pytest.raises(ValueError, match="owner/name"):
+        services.judges(Settings(judge="guard"))

@@ -267,14 +267,14 @@ def test_files_of_idle_sessions_are_removed_and_all_at_the_end(tmp_path):
 )
 def test_models_are_named_by_ids_and_never_by_paths(name, tmp_path):
     services = Services(Setup(any_model=True), Sessions(tmp_path), None, None)
-    with pytest.raises(ValueError, match="not a valid Hub model ID"):
+    with pytest.raises(ValueError, match="not a valid Hub ID"):
         services.model("other", name)
 
 
 def test_a_folder_of_this_machine_is_not_taken_for_a_model_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="not a valid Hub model ID"):
+    with pytest.raises(ValueError, match="not a valid Hub ID"):
         Services(Setup(any_model=True), Sessions(tmp_path / "files"), None, None).model("other", "owner/model")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
 
 from .. import texts
-from ..inspection import ENDINGS, MEASURED, Inspection
+from ..inspection import ENDINGS, MEASURED, Inspection, Sample
 from ..jobs import Job
 from ..sessions import Session
 from ..setup import EMBEDDED, EXAMPLES, Setup
@@ -29,6 +30,13 @@ class DataStep:
                 key: gr.Button(": ".join(texts.EXAMPLES[key]), elem_id=f"example-{key}") for key in EXAMPLES
             }
         self.upload = gr.File(label=self._label(None), file_types=list(ENDINGS), elem_id="upload", height=130)
+        with gr.Accordion(texts.HUB, open=False, visible=setup.hub, elem_id="hub"), gr.Row():
+            self.hub_name = gr.Textbox(label=texts.HUB_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
+            self.hub_subset = gr.Textbox(label=texts.HUB_SUBSET, max_length=200)
+            self.hub_split = gr.Textbox("train", label=texts.HUB_SPLIT, max_length=200)
+            self.hub_first = gr.Number(1, label=texts.HUB_FIRST, precision=0, minimum=1)
+            self.hub_count = gr.Number(1000, label=texts.HUB_COUNT, precision=0, minimum=1)
+            self.use_hub = gr.Button(texts.HUB_USE, elem_id="use-hub")
         choices = [(texts.EMBEDDED if key == EMBEDDED.key else key, key) for key in setup.models]
         choices += [(texts.OTHER_MODEL, OTHER)] if setup.any_model else []
         self.model = gr.Dropdown(
@@ -43,9 +51,9 @@ class DataStep:
         with gr.Accordion(texts.OPTIONS, open=False, visible=False, elem_id="file-options") as self.options:
             gr.Markdown(texts.OPTIONS_HINT)
             with gr.Row():
-                self.prompt = _choice(texts.PROMPT_COLUMN, "prompt-column")
-                self.answer = _choice(texts.ANSWER_COLUMN, "answer-column")
+                self.columns = {role: _choice(label, f"{role}-column") for role, label in texts.COLUMNS.items()}
                 self.encoding = _choice(texts.ENCODING, "encoding", ENCODINGS)
+            self.preview = gr.HTML(elem_id="preview", js_on_load=None)
             self.again = gr.Button(texts.READ_AGAIN, elem_id="read-again")
         with gr.Row(elem_classes="actions"):
             self.proceed = gr.Button(texts.TO_METHOD, variant="primary", interactive=False, elem_id="to-method")
@@ -68,12 +76,14 @@ class DataStep:
         names = [(texts.DETECT, ""), *((name, name) for name in (found.columns if found else ()))]
         return {
             self.found: html.join(parts or [html.panel("info", texts.NO_DATA)]),
-            self.samples: _samples(found) if found and usable else "",
+            self.samples: samples(found.samples, hidden=_is_harmful(found)) if found and usable else "",
             self.upload: gr.File(label=self._label(found)),
-            self.skip_bad: gr.Checkbox(visible=bool(found and found.bad and usable), value=False),
+            self.skip_bad: gr.Checkbox(
+                visible=bool(found and found.bad and usable), value=bool(session.form.get("skip_bad"))
+            ),
             self.options: gr.Accordion(visible=bool(found and not found.example), open=bool(found and not usable)),
-            self.prompt: gr.Dropdown(choices=names, value=columns.get("prompt", "")),
-            self.answer: gr.Dropdown(choices=names, value=columns.get("answer", "")),
+            self.preview: "",
+            **{box: gr.Dropdown(choices=names, value=columns.get(role, "")) for role, box in self.columns.items()},
             self.encoding: gr.Dropdown(value=chosen.get("encoding", "")),
             self.proceed: gr.Button(interactive=usable),
             self.model: gr.Dropdown(value=model.key if model.key in self.setup.models else OTHER),
@@ -140,12 +150,31 @@ def described(found: Inspection, limit: int) -> Markup:
     return html.join(parts)
 
 
-def _samples(found: Inspection) -> Markup:
-    pieces = html.join(Markup("<pre>{}<mark>{}</mark></pre>").format(*sample) for sample in found.samples)
-    shown = html.hidden(texts.REVEAL, pieces) if found.example and found.example.harmful == 1 else pieces
-    return Markup('<section class="samples"><h3>{}</h3><p>{}</p>{}</section>').format(
-        texts.SAMPLE_HEADING, texts.SAMPLE_HINT, shown
+def samples(rows: Iterable[Sample], *, hidden: bool = False) -> Markup:
+    """Show rows as the model will see them, as text or, on request, token by token."""
+    pieces = html.join(
+        Markup('<pre class="text">{}<mark>{}</mark></pre><pre class="tokens">{}<mark>{}</mark></pre>').format(
+            row.read, row.learned, _tokens(row.read_tokens), _tokens(row.learned_tokens)
+        )
+        for row in rows
     )
+    return Markup(
+        '<section class="samples"><h3>{}</h3><p>{}</p><label><input type="checkbox" class="as-tokens"> {}</label>{}'
+        "</section>"
+    ).format(
+        texts.SAMPLE_HEADING,
+        texts.SAMPLE_HINT,
+        texts.SAMPLE_TOKENS,
+        html.hidden(texts.REVEAL, pieces) if hidden else pieces,
+    )
+
+
+def _tokens(tokens: Sequence[str]) -> Markup:
+    return html.join(Markup("<i>{}</i>").format(token) for token in tokens)
+
+
+def _is_harmful(found: Inspection) -> bool:
+    return found.example is not None and found.example.harmful == 1
 
 
 def _ranked(job: Job | None) -> Markup:

@@ -12,10 +12,11 @@ from safe_trainer import FormField
 
 from .. import texts
 from ..inspection import ENDINGS
-from ..recipes import PLAIN, RECOMMENDED, Settings, cards, field_default
+from ..recipes import PLAIN, RECOMMENDED, Settings, cards, defaults, field_default
 from ..sessions import Session
-from ..setup import KINDS, Model
+from ..setup import Setup
 from . import html
+from .prompts_panel import PromptsPanel
 
 FIRST_CHOICE = (PLAIN, RECOMMENDED)
 WHOLE = {
@@ -24,7 +25,7 @@ WHOLE = {
     "batch_size": (1, 256),
     "max_length": (8, 8192),
     "seed": (0, 2**31 - 1),
-    "prompts": (5, 160),
+    "prompts": (5, 10_000),
     "answer_tokens": (1, 1024),
 }
 """The settings that are whole numbers, with the smallest and the largest value of each."""
@@ -34,10 +35,19 @@ _ORDER = (*_MAIN, *(name for name in WHOLE if name not in _MAIN))
 
 
 class MethodStep:
-    """The step's layout, and its updates. Cards and fields are those of the library's methods."""
+    """The step's layout, and its updates. Cards and fields are those of the library's methods.
 
-    def __init__(self) -> None:
+    Args:
+        others (`Mapping[str, Any]`, *optional*): Boxes of other steps that are kept with this form, by name.
+    """
+
+    def __init__(self, setup: Setup, others: Mapping[str, Any] | None = None) -> None:
+        self.others = dict(others or {})
         gr.Markdown(f"## {texts.METHOD_HEADING}\n{texts.METHOD_LEAD}")
+        with gr.Row(elem_classes="actions"):
+            self.recipe = gr.UploadButton(texts.RECIPE_IN, file_types=[".yaml", ".yml"], elem_id="recipe-in")
+            self.drop_recipe = gr.Button(texts.RECIPE_DROP, visible=False, elem_id="recipe-drop")
+        self.taken = gr.HTML(elem_id="taken", js_on_load=None)
         self.known = cards()
         self.cards: dict[str, gr.Checkbox] = {}
         with gr.Row(elem_classes="cards"):
@@ -69,36 +79,66 @@ class MethodStep:
             )
             self.files = gr.HTML(elem_id="files", js_on_load=None)
             self.remove = gr.Button(texts.FILES_REMOVE, elem_id="file-remove")
+        self.prompts = PromptsPanel(setup)
         self.problem = gr.HTML(elem_id="method-problem", js_on_load=None)
         self.check = gr.Button(texts.CHECK, variant="primary", elem_id="check")
 
     @property
-    def form(self) -> list[Any]:
-        """What [`read`] reads."""
-        return [*self.cards.values(), *(self.settings[name] for name in _ORDER), *self.fields.values()]
+    def form(self) -> dict[str, Any]:
+        """What [`read`] reads, by name: `use.METHOD`, a setting of [`Settings`], or `METHOD.FIELD`."""
+        cards = {f"use.{key}": box for key, box in self.cards.items()}
+        fields = {f"{key}.{name}": field for (key, name), field in self.fields.items()}
+        return self.others | cards | self.settings | self.prompts.form | fields
 
-    def show(self, session: Session, defaults: Settings) -> dict[Any, Any]:
+    def first(self, session: Session) -> dict[str, Any]:
+        """Return what the form shows before the user has entered anything."""
+        found = session.inspection
+        settings = defaults(session.model, found.rows if found else 0, found.example if found else None)
+        chosen = {f"use.{key}": key in FIRST_CHOICE for key in self.cards}
+        fields = {f"{key}.{name}": field_default(key, name, session.model) for key, name in self.fields}
+        return dict.fromkeys(self.others, False) | chosen | vars(settings) | fields
+
+    def values(self, session: Session) -> dict[str, Any]:
+        """Return what the form shows."""
+        return self.first(session) | session.form
+
+    def entered(self, session: Session, values: Sequence[Any]) -> dict[str, Any]:
+        """Return what the user has changed in the form; the rest goes on following the data and the model."""
+        first = self.first(session)
+        given = zip(self.form, values, strict=True)
+        return {name: value for name, value in given if value != first[name]}
+
+    def show(self, session: Session) -> dict[Any, Any]:
         """Return updates: what the model lacks cannot be chosen; what the user has entered stays."""
-        model = session.model
-        shown: dict[Any, Any] = {self.problem: "", **self.show_files(session)}
-        values = [*(key in FIRST_CHOICE for key in self.cards), *(vars(defaults)[name] for name in _ORDER)]
-        values += [field_default(key, name, model) for key, name in self.fields]
-        values = session.form or values
-        for (key, box), chosen in zip(self.cards.items(), values[: len(self.cards)], strict=True):
-            possible = bool(model.unaligned) or not self.known[key].needs_unaligned
+        shown: dict[Any, Any] = {self.problem: "", **self.show_files(session), **self.prompts.show(session)}
+        shown |= self.show_taken(session)
+        values = self.values(session)
+        for key, box in self.cards.items():
+            possible = bool(session.model.unaligned) or not self.known[key].needs_unaligned
             note = "" if possible else f" ({texts.NEEDS_SHORT})"
-            label = self.known[key].title + note
-            shown[box] = gr.Checkbox(interactive=possible, label=label, value=bool(chosen and possible))
-        shown |= dict(zip(self.form[len(self.cards) :], values[len(self.cards) :], strict=True))
-        return shown
+            chosen = bool(values[f"use.{key}"] and possible)
+            shown[box] = gr.Checkbox(interactive=possible, label=self.known[key].title + note, value=chosen)
+        rest = (name for name in self.form if not name.startswith("use.") and name not in self.others)
+        return shown | {self.form[name]: values[name] for name in rest}
+
+    def show_taken(self, session: Session, problem: str = "") -> dict[Any, Any]:
+        """Return updates that say what became of the user's recipe."""
+        taken, parts = session.taken, [html.panel("error", problem)] if problem else []
+        if taken is not None:
+            parts.append(html.panel("good", texts.RECIPE_TAKEN.format(name=taken.name)))
+            kept = "; ".join(f"{place}: {value}" for place, value in taken.kept.items())
+            parts += [html.panel("info", texts.RECIPE_KEPT.format(kept=kept))] if kept else []
+            left = texts.RECIPE_LEFT.format(left="; ".join(taken.left))
+            parts += [html.panel("warning", f"{left} {texts.RECIPE_FILES}")] if taken.left else []
+        return {self.taken: html.join(parts), self.drop_recipe: gr.Button(visible=taken is not None)}
 
     def show_files(self, session: Session, problem: str = "") -> dict[Any, Any]:
         """Return updates of the list of files in use."""
         rows = []
         for kind, label in texts.MATERIALS.items():
-            own, built_in = session.files.get(kind), _is_built_in(kind, session.model)
-            words = texts.FILES_OWN.format(name=own.name, count=own.rows) if own else texts.FILES_NONE
-            rows.append([label, texts.FILES_BUILT_IN if built_in and own is None else words])
+            own = session.files.get(kind)
+            words = texts.FILES_BUILT_IN if session.model.embedded else texts.FILES_NONE
+            rows.append([label, texts.FILES_OWN.format(name=own.name, count=own.rows) if own else words])
         shown = html.table(texts.FILES, texts.FILES_COLUMNS, rows)
         lead = texts.FILES_LEAD_TINY if session.model.embedded else texts.FILES_LEAD
         return {
@@ -107,24 +147,21 @@ class MethodStep:
             self.files_panel: gr.Accordion() if problem or session.model.embedded else gr.Accordion(open=True),
         }
 
-    def read(self, values: Sequence[Any]) -> tuple[list[str], Settings, dict[str, dict[str, Any]]]:
-        """Return methods, settings and the methods' fields from the values of the form."""
-        count = len(self.cards)
-        keys = [key for key, chosen in zip(self.cards, values[:count], strict=True) if chosen is True]
-        given: dict[str, Any] = {}
-        for name, value in zip(_ORDER, values[count : count + len(_ORDER)], strict=True):
+    def read(self, session: Session) -> tuple[list[str], Settings, dict[str, dict[str, Any]]]:
+        """Return methods, settings and the methods' fields of a session; a `ValueError` names a wrong one."""
+        values = self.values(session)
+        keys = [key for key in self.cards if values[f"use.{key}"] is True]
+        given: dict[str, Any] = {name: str(values[name] or "") for name in self.prompts.form}
+        for name in _ORDER:
             low, high = WHOLE.get(name) or FRACTIONS[name]
-            given[name] = _checked(texts.SETTINGS[name][0], value, low, high, whole=name in WHOLE)
+            given[name] = _checked(texts.SETTINGS[name][0], values[name], low, high, whole=name in WHOLE)
         fields: dict[str, dict[str, Any]] = {}
-        for (key, name), value in zip(self.fields, values[count + len(_ORDER) :], strict=True):
+        for key, name in self.fields:
             one = next(one for one in self.known[key].fields if one.name == name)
+            value = values[f"{key}.{name}"]
             if key in keys and value is not None and value != "":
                 fields.setdefault(key, {})[name] = _read_field(one, value)
         return keys, Settings(**given), fields
-
-
-def _is_built_in(kind: str, model: Model) -> bool:
-    return kind != "task" if kind in KINDS else model.embedded
 
 
 def _checked(name: str, value: Any, low: float | None, high: float | None, *, whole: bool) -> float | int:

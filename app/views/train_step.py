@@ -125,7 +125,8 @@ def planned(plan: recipe.Plan, count: int) -> Markup:
     time = (texts.PLAN_TIME if count > 1 else texts.PLAN_TIME_ONE).format(each=each, count=count)
     weights = f"{plan.trainable:,} ({plan.trainable / plan.parameters:.2%})"
     values = (f"{plan.rows:,}", f"{plan.steps:,}", weights, html.size(plan.memory), time)
-    return html.panel("good", texts.PLAN_LEAD) + html.facts(zip(texts.PLAN, values, strict=True))
+    warnings = html.join(html.panel("warning", message) for message in plan.messages)
+    return html.panel("good", texts.PLAN_LEAD) + warnings + html.facts(zip(texts.PLAN, values, strict=True))
 
 
 def _status(job: Job, place: int | None) -> Markup:

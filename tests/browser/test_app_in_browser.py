@@ -236,6 +236,10 @@ def test_bad_files_are_explained_and_shown_as_text(page, tmp_path):
     for name, column in (("prompt", "q"), ("answer", "a")):
         page.click(f"#{name}-column input")
         page.get_by_role("option", name=column, exact=True).last.click()
+    page.wait_for_selector("#preview mark:has-text('Hi')")  # as the columns are chosen
+    page.locator("#preview .as-tokens").check()
+    assert page.locator("#preview .tokens i").first.is_visible() and page.locator("#preview .text").first.is_hidden()
+    assert serious_findings(page) == []
     page.click("#read-again")
     page.wait_for_selector("#samples mark:has-text('Hi')")
     upload(page, mixed, "#found tbody tr")
@@ -244,6 +248,48 @@ def test_bad_files_are_explained_and_shown_as_text(page, tmp_path):
     page.click("#check")
     page.wait_for_selector("#method-problem .panel.error")
     assert serious_findings(page) == []
+
+
+def test_own_prompts_and_a_recipe_are_taken_and_outlive_a_reload(page, tmp_path):
+    asked, recipe = tmp_path / "mine.csv", tmp_path / "mine.yaml"
+    asked.write_text("prompt\n" + "".join(f"How do I do {n}?\n" for n in range(5)))
+    settings = "{max_steps: 7, weight_decay: 0.1, report_to: x}"
+    recipe.write_text(f"safety: {{method: asft}}\nevaluation: {{judges: [phrases]}}\ntraining: {settings}\n")
+    take(page, "attack")
+    page.click("#to-method")
+    page.locator("#prompts-panel button").first.click()
+    page.locator("#prompts-frame textarea, #prompts-frame input").fill("No frame")
+    page.set_input_files("#prompts-upload input[type=file]", asked)
+    page.wait_for_selector("#prompts-upload:has-text('mine')")
+    page.click("#prompts-add")
+    page.wait_for_selector("#asked .panel.error:has-text('{prompt}')")
+    page.locator("#prompts-frame textarea, #prompts-frame input").fill("Yes, {prompt}")
+    page.set_input_files("#prompts-upload input[type=file]", asked)
+    page.wait_for_selector("#prompts-upload:has-text('mine')")
+    page.click("#prompts-add")
+    page.wait_for_selector("#asked td:has-text('mine')")
+    page.locator("#asked summary", has_text="mine").click()
+    assert "Yes, How do I do 0?" in page.locator("#asked details[open]").inner_text()
+    looked_over(page)
+    with page.expect_file_chooser() as chooser:
+        page.click("#recipe-in")
+    chooser.value.set_files(recipe)
+    page.wait_for_selector("#taken .panel.warning:has-text('report_to')")
+    assert "weight_decay: 0.1" in page.locator("#taken .panel.info").inner_text()
+    for _ in range(2):
+        page.wait_for_selector("#set-steps input")
+        assert page.locator("#set-steps input").input_value() == "7"
+        assert page.locator("#card-asft input").is_checked() and not page.locator("#card-plain input").is_checked()
+        page.wait_for_selector("#asked td:has-text('mine')")
+        page.reload()
+        page.wait_for_selector("#to-method:not([disabled])")
+        page.click("#to-method")
+        page.locator("#prompts-panel button").first.click()
+    page.click("#check")
+    page.wait_for_selector("#start:not([disabled])")
+    page.click("#recipes button")
+    text = page.locator("#yaml textarea").input_value()
+    assert "weight_decay: 0.1" in text and "template: Yes, {prompt}" in text and "judges:\n  - phrases\n" in text
 
 
 def test_the_keyboard_suffices(page):

@@ -1,0 +1,124 @@
+"""What users give beside their rows: files for the methods, and the prompts that the comparison asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safe_trainer import PromptSet, ReadOptions, load_prompts, load_rows, load_suite, suites
+
+from . import texts
+from .inspection import Unusable, columns_of, read_file
+from .setup import KINDS, Limits
+
+SAID = ("system_prompt", "template", "scorer")
+"""What may be said of a set of prompts, as in a recipe."""
+SHOWN = 3
+"""Prompts of a set that are shown."""
+
+
+@dataclass(frozen=True)
+class AskedSet:
+    """A set of prompts of the user's own, or of a published suite.
+
+    Args:
+        path (`Path`): Where it is, in the session's folder: JSON Lines in plain form.
+        kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`.
+        name (`str`): Name of the file or suite.
+        count (`int`): Its prompts.
+        said (`Mapping[str, str]`): `system_prompt`, `template` and `scorer` as in a recipe, where there are any.
+        shown (`Sequence`): The first prompts as they will be asked: the turns of each.
+    """
+
+    path: Path
+    kind: str
+    name: str
+    count: int
+    said: Mapping[str, str]
+    shown: Any = ()
+
+
+def material(path: Path, name: str, kind: str, limits: Limits, target: Path) -> int:
+    """Check a file that a method needs, write it in plain form and return its number of rows."""
+    if kind.endswith("_data"):
+        rows, _ = read_file(path, name, limits, columns_of(path), lambda: load_rows(path, ReadOptions()))
+        return write_lines(rows, target)
+    return write_lines(prompt_lines(_prompts_in(path, name, kind.removesuffix("_prompts"), limits)), target)
+
+
+def take_prompts(
+    path: Path | None, name: str, what: str, said: Mapping[str, str], limits: Limits, folder: Path
+) -> list[AskedSet]:
+    """Read prompts for the comparison, and write them in plain form.
+
+    Args:
+        path (`Path`, *optional*): An uploaded file; without, a suite is downloaded.
+        name (`str`): What the user called it.
+        what (`str`): The kind of the prompts, or the name of a published suite.
+        said (`Mapping[str, str]`): What the user says of `system_prompt`, `template` and `scorer`.
+        limits ([`Limits`]): What is let in.
+        folder (`Path`): Where to write.
+    """
+    if what in KINDS:
+        sets = [_prompts_in(Path(str(path)), name, what, limits)]
+    else:
+        sets = _suite(what, path, name, limits)
+    taken = []
+    for number, found in enumerate(sets):
+        if len(found) > limits.rows:
+            raise Unusable(texts.TOO_MANY_ROWS.format(count=len(found), limit=limits.rows))
+        given = {"system_prompt": found.system_prompt, "template": found.template, **said}
+        own = {key: value for key, value in given.items() if value and (key != "scorer" or found.kind == "task")}
+        framed = PromptSet(**{**vars(found), **own})
+        target = folder / f"asked-{number}.jsonl"
+        count = write_lines(prompt_lines(found), target)
+        shown = framed.first(SHOWN).conversations()
+        taken.append(AskedSet(target, found.kind, Path(name).stem if what in KINDS else what, count, own, shown))
+    return taken
+
+
+def _suite(suite: str, path: Path | None, name: str, limits: Limits) -> list[PromptSet]:
+    """Load a published suite, from the official file if that was uploaded: its name tells what is in it."""
+    try:
+        if path is None:
+            return load_suite(suite)
+        files = {part["file"] for part in suites()[suite]["sets"]}
+        if name in files:
+            path = path.rename(path.with_name(name))
+        elif len(files) > 1:
+            raise Unusable(texts.SUITE_FILES.format(name=name, files=", ".join(sorted(files))))
+        sets: list[PromptSet] = read_file(path, name, limits, (), lambda: load_suite(suite, path))
+        return sets
+    except ValueError as error:
+        raise Unusable(str(error).replace("and give the file or folder as `path`", texts.SUITE_UPLOAD)) from None
+
+
+def _prompts_in(path: Path, name: str, kind: str, limits: Limits) -> PromptSet:
+    load: Any = load_prompts  # which says of itself what is no kind
+    found: PromptSet = read_file(path, name, limits, columns_of(path), lambda: load(path, kind))[0]
+    return found
+
+
+def prompt_lines(found: PromptSet) -> list[dict[str, Any]]:
+    """Return prompts as rows of a file; with turns before it a prompt is a conversation that ends in its reference."""
+    lines: list[dict[str, Any]] = [{"prompt": prompt} for prompt in found.prompts]
+    for key, values in (("target", found.references), ("category", found.categories)):
+        for line, value in zip(lines, values or (), strict=False):
+            line[key] = value
+    for line, before in zip(lines, found.contexts or (), strict=False):
+        if before:
+            answer = [{"role": "assistant", "content": line.pop("target")}] if "target" in line else []
+            line["messages"] = [*before, {"role": "user", "content": line.pop("prompt")}, *answer]
+    return lines
+
+
+def write_lines(lines: Iterable[Any], target: Path) -> int:
+    """Write rows as JSON Lines, and return their number."""
+    count = 0
+    with target.open("w", encoding="utf-8") as file:
+        for count, line in enumerate(lines, 1):  # noqa: B007
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return count
