@@ -45,9 +45,6 @@ checkpoint, is_trainable=True)` as `model`, or the checkpoint itself where all w
 _INSTEAD = f"Resume with those of the checkpoint. {_NEW_RUN}"
 
 
-# ---- which checkpoint is complete
-
-
 def checkpoints_of(output: str | Path) -> list[Path]:
     """Return the checkpoints in a run's `output_dir`, from the first to the last."""
     if not Path(output).is_dir():
@@ -116,12 +113,9 @@ def saving(checkpoint: str | Path, is_first_process: bool) -> Iterator[None]:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Tell failures to write from others: torch and safetensors report them in exceptions of their own."""
+    """Return whether writing failed, which torch and safetensors report by their own exceptions."""
     words = ("No space left", "File too large", "I/O error", "IoError", "iostream error", "inline_container")
     return isinstance(error, OSError) or any(word in str(error) for word in words)
-
-
-# ---- what a resumed run must share
 
 
 class RunFingerprint(TrainerCallback, ExportableState):
@@ -268,9 +262,6 @@ def _check_kind(checkpoint: Path, model: nn.Module) -> None:
 def damaged(checkpoint: str | Path, error: Exception | str) -> str:
     """Return the message for a checkpoint whose files cannot be read."""
     return f"`{checkpoint}` is damaged ({error}). Copy the checkpoint again, or resume from an earlier one."
-
-
-# ---- graceful stop
 
 
 class GracefulStop(TrainerCallback):

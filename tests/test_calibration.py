@@ -98,10 +98,10 @@ def test_answer_tokens_are_those_that_trl_trains_on(tmp_path):
     trainer = SFTTrainer(**given(tmp_path, train_dataset=tiny.rows(9)))
     ours = examples_from(tiny.rows(9), tiny.tokenizer(), samples=9)
     theirs = examples_from(trainer.train_dataset, None, samples=9)
-    assert [e.input_ids for e in ours] == [e.input_ids for e in theirs]
+    assert [e.ids for e in ours] == [e.ids for e in theirs]
     assert [e.is_answer for e in ours] == [e.is_answer for e in theirs]
     prepared = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in trainer.train_dataset]
-    assert sorted(prepared) == sorted((e.input_ids, e.is_answer) for e in theirs)
+    assert sorted(prepared) == sorted((e.ids, e.is_answer) for e in theirs)
 
 
 def test_packed_rows_are_read_as_the_conversations_that_they_hold(tmp_path):
@@ -109,7 +109,7 @@ def test_packed_rows_are_read_as_the_conversations_that_they_hold(tmp_path):
     packed = SFTTrainer(**given(tmp_path, packing=True, **rows)).train_dataset
     assert len(packed) < 9
     ours, plain = examples_from(packed, None), examples_from(tiny.rows(9), tiny.tokenizer())
-    count = [Counter((tuple(e.input_ids), tuple(e.is_answer)) for e in found) for found in (ours, plain)]
+    count = [Counter((tuple(e.ids), tuple(e.is_answer)) for e in found) for found in (ours, plain)]
     assert count[0] == count[1]
 
 

@@ -247,9 +247,10 @@ def test_the_app_is_the_one_of_this_package_whatever_is_called_app(tmp_path, mon
 
 
 def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(asked):
-    from safe_trainer.cli.options import prompt_sets
+    from safe_trainer.cli.options import Questions
 
-    (found,) = prompt_sets([asked], ALIGNED, None, ["asked=Be brief."], ["asked=AOA: {prompt}"])
+    said = {"prompt_system": ["asked=Be brief."], "prompt_template": ["asked=AOA: {prompt}"]}
+    (found,) = Questions(prompts=[asked], **said).prompt_sets(ALIGNED)
     assert (found.system_prompt, found.template) == ("Be brief.", "AOA: {prompt}")
     for option in ("--prompt-system", "--prompt-template"):
         result = invoke("evaluate", ALIGNED, "--prompts", asked, option, "other=Text")

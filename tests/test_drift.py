@@ -97,7 +97,7 @@ def test_layers_that_did_not_change_are_left_out_and_strangers_refused(tmp_path)
     assert measure_drift(base, base).layers == {} and measure_drift(base, base).relative == 0.0
     tiny.model(hidden=64).save_pretrained(tmp_path / "wide")
     for tuned in (adapter, whole):
-        with pytest.raises(ValueError, match="does not fit the base model"):
+        with pytest.raises(ValueError, match="does not fit `base`"):
             measure_drift(tmp_path / "wide", tuned)
     narrow = SafetyBasis({"model.layers.0.self_attn.q_proj": TopDirections(random_basis(8, 4, 1), torch.ones(4), 4.0)})
     with pytest.raises(ValueError, match="belong to another model"):
@@ -145,7 +145,7 @@ def test_directions_of_another_model_and_missing_folders_are_refused(tmp_path):
         with pytest.raises(ValueError, match="no layer in common"):
             measure_drift(base, adapter, basis=basis)
     for missing in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no adapter and no whole model"):
+        with pytest.raises(FileNotFoundError, match="no adapter and no complete model"):
             measure_drift(base, missing)
 
 

@@ -198,7 +198,7 @@ def test_coverage_is_reported_and_low_coverage_is_warned_about(tmp_path, caplog)
     expected = sum(size for name, size in sizes.items() if "lora_" in name) / sum(sizes.values())
     report = trainer.safety_report["AsFT"]
     assert report["coverage"] == pytest.approx(expected) and 0 < expected < 0.9
-    assert any("of the trained weights only" in warning for warning in report["warnings"])
+    assert any("are not protected" in warning for warning in report["warnings"])
     assert "AsFT: it acts on" in caplog.text
 
 

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 
 from safe_trainer import testbed
 from safe_trainer.methods import METHODS
-from safe_trainer.recipe import RecipeError, fields, read_recipe
+from safe_trainer.recipe import RecipeError, read_recipe
 from safe_trainer.recipe.document import Document
 from safe_trainer.recipe.paths import moved
 from safe_trainer.recipe.run import barely_learned, protection, run_recipe
@@ -213,17 +213,15 @@ def test_what_methods_and_monitor_read_is_looked_at_before_torch_is_loaded(recip
                 {"method": "asft", "direction": "basis.safetensors"},
                 {"method": "security_vectors", "vectors": "adapter"},
                 {"method": "salora", "safety_data": "absent.jsonl", "basis": "./absent.safetensors"},
-                {"method": "refusal_anchor", "prompts": "rows.jsonl", "weihgt": 1},
+                {"method": "refusal_anchor", "prompts": "rows.jsonl"},
             ],
-            "training": {"learning_rat": 1e-4, "gradient_checkpointing": False},
-            "peft": {"r": 0},
             "monitor": {"direction": "cut.safetensors"},
         }
     )
     code = (
         "import sys\n"
         "from safe_trainer.recipe import RecipeError, read_recipe\n"
-        "try:\n    read_recipe(sys.argv[1], ['training.sead=1'])\n"
+        "try:\n    read_recipe(sys.argv[1], ['monitor.evry=1'])\n"
         "except RecipeError as error:\n    print(error, *({'torch', 'trl', 'transformers'} & set(sys.modules)))\n"
     )
     found = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout
@@ -233,28 +231,13 @@ def test_what_methods_and_monitor_read_is_looked_at_before_torch_is_loaded(recip
         "safety.1.vectors": "an adapter or other weights, not security vectors; `safe-trainer vectors`",
         "safety.2.safety_data": "there is no file or folder",
         "safety.2.basis": "`safe-trainer basis` makes one",
-        "safety.3.weihgt": "did you mean `weight`?",
-        "training.learning_rat": "did you mean `learning_rate`?",
-        "training.sead": "did you mean `seed`?",
-        "peft.r": "must be at least 1, got 0",
+        "monitor.evry": "did you mean `every`?",
         "monitor.direction": "cut.safetensors` are incomplete or damaged",
     }
     assert set(lines) == set(expected), found
     for place, message in expected.items():
         assert message in lines[place]
-    assert found.splitlines()[-1].startswith("  --set, training.sead"), "and nothing heavy was loaded"
-
-
-def test_fields_read_from_the_source_are_those_of_the_classes():
-    from peft import LoraConfig
-    from trl import SFTConfig
-
-    methods = fields.declared_methods()
-    assert set(methods) == set(METHODS)
-    sources = [(fields.declared(*fields.SFT_CONFIG), SFTConfig), (fields.declared(*fields.LORA_CONFIG), LoraConfig)]
-    sources += [(methods[name], method) for name, method in METHODS.items()]
-    for found, cls in sources:
-        assert set(found) >= set(fields.fields_of(cls))
+    assert found.splitlines()[-1].startswith("  --set, monitor.evry"), "and nothing heavy was loaded"
 
 
 def test_aliases_that_multiply_are_refused_in_a_change_too(recipe):

@@ -215,7 +215,9 @@ def test_checkpoints_that_do_not_fit_are_refused_with_the_difference(pairs, tmp_
     # the adapter is of another model than the two checkpoints, which fit each other
     second = str(tmp_path / "second")
     tiny.model(hidden=64, seed=1).save_pretrained(second)
-    with pytest.raises(ValueError, match=r"`model.layers.0.self_attn.q_proj` is 32 x 32.*64 x 64.*base model"):
+    with pytest.raises(
+        ValueError, match=r"does not fit `aligned`.*model.layers.0.mlp.down_proj \(32 x 64, not 64 x 128\)"
+    ):
         apply_safe_lora(tmp_path / "a", tmp_path / "b", aligned=wider, unaligned=second)
     assert not (tmp_path / "b").exists()
 

@@ -240,7 +240,7 @@ def test_training_goes_the_way_of_the_direct_form(tmp_path):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = torch.optim.Adam(trained, lr=0.01)
             for step in range(6):
-                ids = torch.tensor([rows[step].input_ids])
+                ids = torch.tensor([rows[step].ids])
                 loss = model(ids, labels=ids).loss
                 loss.backward()
                 optimizer.step()
@@ -456,7 +456,7 @@ def test_a_saved_adapter_can_be_trained_on_with_the_same_directions_only(tmp_pat
     assert torch.allclose(logits(more.model), logits(first.model), atol=1e-6)
     more.train()
     assert leak(more.model, more.safety_methods[0]) <= 1e-6 < (logits(more.model) - logits(first.model)).abs().max()
-    with pytest.raises(ValueError, match="one factor lies in directions that are protected now"):
+    with pytest.raises(ValueError, match="one factor is in directions that are protected now"):
         build(tmp_path, salora(directions="random"), model=loaded(), peft_config=None)
     with pytest.raises(ValueError, match="a LoRA that SaLoRA did not make: .* is untrained"):
         build(tmp_path, model=get_peft_model(tiny.model(), lora()), peft_config=None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from safe_trainer.cli.options import prompt_sets
+from safe_trainer.cli.options import Questions
 from safe_trainer.data import ReadOptions, load_prompts, load_suite, suites
 from safe_trainer.recipe.schema import PromptsPart
 
@@ -165,10 +165,11 @@ def test_a_local_copy_is_read_as_the_options_say(tmp_path):
     path.write_text(
         f"id;frage;type;label\n1;Wie hei\u00df ist X?;homonyms;safe\n2;{ASK};x;unsafe\n3;;x;unsafe\n", "latin-1"
     )
-    sets = prompt_sets(None, "model", [f"xstest={path}:frage"], skip_bad=True, encoding="latin-1")
+    suite = {"suite": [f"xstest={path}:frage"], "encoding": "latin-1"}
+    sets = Questions(**suite, skip_bad=True).prompt_sets("model")
     assert [asked.prompts for asked in sets] == [(ASK,), ("Wie hei\u00df ist X?",)]
     with pytest.raises(ValueError, match="1 of .* rows cannot be used"):
-        prompt_sets(None, "model", [f"xstest={path}:frage"], encoding="latin-1")
+        Questions(**suite).prompt_sets("model")
     options = ReadOptions(columns={"prompt": "frage"}, encoding="latin-1", where={"type": "homonyms"})
     (found,) = load_suite("xstest", path, kinds=("borderline",), options=options)
     assert found.prompts == ("Wie hei\u00df ist X?",)
@@ -197,7 +198,8 @@ def test_what_is_not_there_says_where_to_get_it():
 def test_suites_and_folders_are_prompts_for_the_command_line_and_recipes(tmp_path):
     path = tmp_path / "xstest_prompts.csv"
     path.write_text(LAYOUTS["xstest"][0]["xstest_prompts.csv"])
-    assert [found.kind for found in prompt_sets(None, "model", [f"xstest={path}"])] == ["harmful", "borderline"]
+    sets = Questions(suite=[f"xstest={path}"]).prompt_sets("model")
+    assert [found.kind for found in sets] == ["harmful", "borderline"]
     part = PromptsPart(suite="xstest", path=str(path), kind="borderline", template="AOA: {prompt}")
     assert (part.suite, part.template, part.answers) == ("xstest", "AOA: {prompt}", "last")
     with pytest.raises(ValueError, match="`suite`"):

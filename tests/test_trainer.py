@@ -90,7 +90,7 @@ class Pull(SafetyMethod):
 
     name: ClassVar[str] = "Pull"
     tag: ClassVar[str] = "pull"
-    paper: ClassVar[Paper] = Paper("On Pulling", "2401.00001", "@article{pull2024, title={On Pulling}}")
+    paper: ClassVar[Paper] = Paper("On Pulling", "Pull, P.", 2024, "2401.00001")
 
     weight: float = 0.3
 
@@ -535,7 +535,7 @@ def test_card_and_tags_name_the_methods_beside_what_trl_writes(tmp_path):
     theirs, ours = card(SFTTrainer, tmp_path / "run"), card(safe(Pull(), Diary()), tmp_path / "run")
     assert "trained with SFT with Pull and Diary, a method introduced in [On Pulling]" in ours
     assert "(https://huggingface.co/papers/2401.00001)" in ours
-    assert "Cite SFT with Pull and Diary as:\n\n```bibtex\n@article{pull2024, title={On Pulling}}\n```" in ours
+    assert "Cite SFT with Pull and Diary as:\n\n```bibtex\n@misc{pull2024on,\n" in ours
     for tag in ("trl", "sft", "safe-trainer", "pull", "diary"):
         assert f"\n- {tag}\n" in ours
     missing = [line for line in theirs.splitlines() if line not in ours.splitlines()]
@@ -553,10 +553,10 @@ def test_methods_without_a_paper_leave_the_citations_to_trl(tmp_path):
 
 def test_the_citations_of_all_methods_are_on_the_card(tmp_path):
     class Push(Other):
-        paper: ClassVar[Paper] = Paper("On Pushing", "2401.00002", "@article{push2024, title={On Pushing}}")
+        paper: ClassVar[Paper] = Paper("On Pushing", "Push, P.", 2024, "2401.00002", venue="Pushing")
 
     text = card(safe(Pull(), Push()), tmp_path / "run")
-    assert "@article{pull2024" in text and "@article{push2024" in text
+    assert "@misc{pull2024on,\n  title = {{On Pulling}}" in text and "@inproceedings{push2024on" in text
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs:FutureWarning")

@@ -27,7 +27,7 @@ SHARES = ("alignment", "outputs", "inputs")
 """Each share of an update's squared norm that can be measured."""
 
 Factors = tuple[Tensor, Tensor | None]
-"""`M` (d_out x n) and `A` (n x d_in), whose product is an update, in float32; or the whole update and `None`."""
+"""`M` (d_out x n) and `A` (n x d_in), whose product is an update, in float32; or the update itself and `None`."""
 
 _FACTOR, _WRAPPED, _HEAD = ".lora_A.weight", "base_model.model.", "lm_head"
 
@@ -149,16 +149,16 @@ class Drift:
         return math.hypot(*(x.size for x in changed)) / math.hypot(*(x.weight for x in changed)) if changed else 0.0
 
     def share(self, name: str) -> tuple[float, float] | None:
-        """Return the share of the whole update in a subspace (as in `LayerDrift.shares`), and that of a random one.
+        """Return the share of the update in a subspace (as in `LayerDrift.shares`), and that of a random one.
 
         Over the layers whose subspace is known; `None` if there is none.
         """
         known = [layer for layer in self.layers.values() if name in layer.shares]
-        whole = sum(layer.size**2 for layer in known)
-        if not whole:
+        total = sum(layer.size**2 for layer in known)
+        if not total:
             return None
         found = sum(layer.size**2 * layer.shares[name] for layer in known)
-        return found / whole, sum(layer.size**2 * layer.expected[name] for layer in known) / whole
+        return found / total, sum(layer.size**2 * layer.expected[name] for layer in known) / total
 
     def figure(self, name: str) -> dict[str, float]:
         """Return one figure by layer: `"relative"`, a subspace, or `"refusal"`, the share of its direction kept."""
@@ -189,7 +189,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     prompts: tuple[Sequence[str], Sequence[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drift:
-    """Measure what any fine-tune changed: an adapter or a whole model against its base, wherever it was trained.
+    """Measure what any fine-tune changed: an adapter or a full fine-tune against its base, wherever it was trained.
 
     Both are read from disk layer by layer. Only `prompts` load the two models, one after the other; and an adapter of
     another kind than LoRA, such as DoRA, is merged into its base. Linear layers are measured: no embeddings, norms and
@@ -197,7 +197,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
 
     Args:
         base (`str` or `Path`): The model before fine-tuning: a folder or a Hub id.
-        tuned (`str` or `Path`): An adapter on it, or the whole model after fine-tuning.
+        tuned (`str` or `Path`): An adapter on it, or the model after fine-tuning.
         direction ([`AlignmentDirection`], `str` or `Path`, *optional*): For the share along the alignment direction:
             that in the span of its leading left singular vectors.
         basis ([`SafetyBasis`], `str` or `Path`, *optional*): For the shares in the safety features' subspaces, of the
@@ -228,7 +228,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
             if progress is not None:
                 progress(done, len(start.linears))
 
-    layers = subspaces.measure(shown(), lambda name: _weight_of(start, name).norm().item())
+    layers = subspaces.measure(shown(), lambda name: start.weight(name).norm().item())
     if prompts is not None:
         for name, change in _refusal_changes_on_disk(base, tuned, *prompts).items():
             layers[name] = replace(layers.get(name, LayerDrift()), refusal=change)
@@ -245,7 +245,7 @@ def updates_of(base: str | Path, tuned: str | Path, start: Checkpoint) -> Iterat
         yield from _whole_updates(tuned, start)
     elif _is_plain(tuned):
         found = adapter_factors(tuned)
-        _check(tuned, {name: (len(left), right.shape[1]) for name, (left, right) in found.items()}, start)
+        start.check_fits(tuned, {name: (len(left), right.shape[1]) for name, (left, right) in found.items()})
         yield from found.items()
     else:
         yield from _merged_updates(base, tuned, start)
@@ -259,7 +259,7 @@ def adapter_factors(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
         prefix = key.removesuffix(_FACTOR)
         name = prefix.removeprefix(_WRAPPED)
         if name.split(".")[-1] == _HEAD:
-            continue  # the head of whole models is not counted either
+            continue  # nor is the head of complete models counted
         right, left = tensors.pop(key).float(), tensors.pop(f"{prefix}.lora_B.weight").float()
         found[name] = scaling(config, name, right.shape[0]) * left, right
     if not found:
@@ -270,7 +270,7 @@ def adapter_factors(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _is_adapter(source: str | Path) -> bool:
-    """Tell whether a folder or Hub id holds a PEFT adapter and no whole model."""
+    """Return whether a folder or Hub id holds a PEFT adapter and no complete model."""
     from peft import PeftConfig
 
     if Path(source).is_dir():
@@ -285,7 +285,7 @@ def _is_adapter(source: str | Path) -> bool:
 
 
 def _is_plain(source: str | Path) -> bool:
-    """Tell whether an adapter is a LoRA whose update is `scaling · B A`."""
+    """Return whether an adapter is a LoRA whose update is `scaling · B A`."""
     config = read_config(source)
     config.target_modules = None  # a LoRA on the head, which methods refuse, can be left out here
     try:
@@ -295,23 +295,16 @@ def _is_plain(source: str | Path) -> bool:
     return True
 
 
-def _weight_of(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return one linear layer's weight from disk, (d_out, d_in) in float32."""
-    linear = checkpoint.linears[name]
-    rows = checkpoint.rows(name, 0, linear.shape[1] if linear.is_transposed else linear.shape[0])
-    return rows.mT.contiguous() if linear.is_transposed else rows
-
-
 def _whole_updates(tuned: str | Path, start: Checkpoint) -> Iterator[tuple[str, Factors]]:
     folder = Path(tuned)
     if folder.is_absolute() and not folder.exists() or folder.is_dir() and not (folder / "config.json").is_file():
         named = [str(file.parent) for file in sorted(folder.glob("*/adapter_config.json"))]
         hint = f"the folder of one adapter: {listing(named)}" if named else "the folder of one, or a Hub id"
-        raise FileNotFoundError(f"`{tuned}` holds no adapter and no whole model. Give {hint}.")
+        raise FileNotFoundError(f"`{tuned}` holds no adapter and no complete model. Give {hint}.")
     checkpoint = Checkpoint("tuned", tuned)
-    _check(tuned, checkpoint.shapes(checkpoint.linears), start)
+    start.check_fits(tuned, checkpoint.shapes(checkpoint.linears))
     for name in checkpoint.linears:
-        change = _weight_of(checkpoint, name).sub_(_weight_of(start, name))
+        change = checkpoint.weight(name) - start.weight(name)
         if change.any():
             yield name, (change, None)
 
@@ -321,7 +314,7 @@ def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) ->
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"The adapter `{adapter}` changes no weights, so there is no drift to measure.")
     for name, layer in linear_layers(model.merge_and_unload()).items():
-        change = weight(layer.outer).float() - _weight_of(start, name)
+        change = weight(layer.outer).float() - start.weight(name)
         if change.any():
             yield name, (change, None)
 
@@ -339,13 +332,3 @@ def _refusal_changes_on_disk(
         has_own = not Path(tuned).is_dir() or (Path(tuned) / "tokenizer_config.json").is_file()
         model, tokenizer = model_and_tokenizer(tuned, None if has_own else tokenizer)
     return refusal_changes(before, refusal_directions(model, tokenizer, harmful, harmless))
-
-
-def _check(tuned: str | Path, found: dict[str, tuple[int, int]], start: Checkpoint) -> None:
-    shapes = {name: linear.shape for name, linear in start.linears.items()}
-    strange = [name for name, shape in found.items() if tuple(shapes.get(name, ())) != tuple(shape)]
-    if strange:
-        raise ValueError(
-            f"`{tuned}` does not fit the base model: {len(strange)} of its {len(found)} layers are missing there, or "
-            f"have another shape: {listing(strange, 3)}. Give the model that it was trained from."
-        )

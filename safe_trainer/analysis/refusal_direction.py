@@ -23,7 +23,7 @@ class RefusalChange(NamedTuple):
     """What a fine-tune did to the refusal direction at one place."""
 
     before: float
-    """Its length in the model before: how far harmful prompts lie from harmless ones."""
+    """Its length in the model before: how far harmful prompts are from harmless ones."""
     after: float
     """The new difference, projected on the old direction."""
     cosine: float

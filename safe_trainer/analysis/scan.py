@@ -49,7 +49,7 @@ THRESHOLD = 0.5
 """The share of its loss above which a row looks harmful, where neither a threshold nor labels are given."""
 
 _KNOWN = 0.05  # nats per token
-_BATCHES = 4  # rows of so many batches are sorted by length, so that a batch holds little padding
+_BATCHES = 4  # rows of this many batches are sorted by length, so that a batch holds little padding
 _YES = {"1", "true", "yes", "harmful", "unsafe"}
 
 
@@ -249,7 +249,7 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     """Rank rows by the share of their loss that security vectors take away: most of it for harm.
 
     Rows are read twice: to find those that cannot be used, before any model is loaded, and to score them. With
-    `output` or `clean`, scores are kept on disk meanwhile: the same call continues a scan that was stopped or killed.
+    `output` or `clean`, scores are kept on disk while it runs: the same call continues a scan that was stopped.
 
     Args:
         rows (`str`, `Path`, `Iterable[dict]`, `Dataset`, …): Training rows: any source that [`~data.as_rows`] takes.
@@ -291,8 +291,8 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     report = source.check()
     base, tokenizer = model_and_tokenizer(model, tokenizer)
     scorer = _Scorer(base, vectors, tokenizer, batch_size, max_length)
-    beside = table or kept
-    partial = beside and beside.with_name(f".{beside.name}.partial")
+    written = table or kept
+    partial = written and written.with_name(f".{written.name}.partial")
     with closing(Scores(partial, scorer.fingerprint(source.sha256) if partial else "")) as scores:
         is_done = _fill(scores, source, scorer, report, progress)
         for line in scores.lines("share IS NULL"):

@@ -23,7 +23,7 @@ _TABLES = (".csv", ".jsonl", ".parquet")
 class Scores:
     """Scored rows in an SQLite file that outlives the process, so that a scan can continue; without a path, in none.
 
-    `fingerprint` is what decides on the scores: a file with another one starts anew.
+    `fingerprint` is what the scores depend on: a file with another one is started again.
     """
 
     def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:

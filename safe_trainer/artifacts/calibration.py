@@ -16,7 +16,7 @@ from accelerate.state import PartialState, is_initialized
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data import ReadOptions, TemplateError, as_rows, encode_row
+from ..data import ReadOptions, as_rows, collate, encode_rows
 from ..distributed import on_first_process
 from ..linalg import Sketch, TopDirections
 from ..lora.modes import evaluation_mode, without_adapters
@@ -33,7 +33,7 @@ _EXACT_UP_TO = 128  # size of a layer up to which nothing is gained by a sketch 
 class Example(NamedTuple):
     """One conversation as the model reads it."""
 
-    input_ids: Sequence[int]
+    ids: Sequence[int]
     is_answer: Sequence[bool]
     """For each token, whether it belongs to the answer: the text of the assistant's last turn and what ends it."""
 
@@ -91,8 +91,15 @@ def examples_from(  # noqa: PLR0913, each is a setting with a name
         is_stream = not isinstance(rows, str) and hasattr(rows, "__iter__") and not hasattr(rows, "__len__")
         options = ReadOptions(limit=samples) if is_stream else None
         chosen = _draw(as_rows(rows, argument=argument, options=options)[0], samples, seed)
-        examples = [_example(row, number, tokenizer, argument) for number, row in chosen]
-    cut = (Example(input_ids[:max_length], is_answer[:max_length]) for input_ids, is_answer in examples)
+        if any("text" in row for _, row in chosen):
+            raise ValueError(
+                f"`{argument}` holds plain texts, of which no part is an answer. Give rows with `prompt` and "
+                "`completion`."
+            )
+        numbers = [number + 1 for number, _ in chosen]
+        encoded = encode_rows(tokenizer, [dict(row) for _, row in chosen], name=argument, numbers=numbers)
+        examples = [Example(row.ids, row.is_answer) for row in encoded]
+    cut = (Example(ids[:max_length], is_answer[:max_length]) for ids, is_answer in examples)
     left = [example for example in cut if any(example.is_answer)]
     if not left:
         raise ValueError(
@@ -125,19 +132,6 @@ def _draw(rows: Any, samples: int, seed: int) -> list[tuple[int, Mapping[str, An
     if not hasattr(rows, "__len__"):
         return list(enumerate(islice(rows, samples)))
     return [(i, rows[i]) for i in random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))]
-
-
-def _example(row: Mapping[str, Any], number: int, tokenizer: Any, argument: str) -> Example:
-    if "text" in row:
-        raise ValueError(
-            f"`{argument}` holds plain texts, of which no part is an answer. Give rows with `prompt` and `completion`."
-        )
-    try:
-        ids, start = encode_row(tokenizer, dict(row))
-    except ValueError as error:
-        advice = "" if isinstance(error, TemplateError) else ". Fix the row, or leave it out."
-        raise type(error)(f"Row {number + 1} of `{argument}` cannot be used: {error}{advice}") from error
-    return Example(ids, [i >= start for i in range(len(ids))])
 
 
 def _prepared_examples(row: Mapping[str, Any]) -> Iterator[Example]:
@@ -214,18 +208,11 @@ class _Pass:
 
     def fill(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         """Take the next examples and return what the model reads, padded on the right, where no token sees it."""
-        shape = len(examples), max(len(example.input_ids) for example in examples)
-        input_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        is_answer = torch.zeros(shape, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            input_ids[row, :length] = torch.as_tensor(example.input_ids)
-            attention_mask[row, :length] = 1
-            is_answer[row, :length] = torch.as_tensor(example.is_answer)
+        input_ids, attention_mask, is_answer = collate(examples, 0, device)
         is_token = attention_mask.bool()
-        is_read = {"prompt": is_token & ~is_answer, "answer": is_answer, "all": is_token}[self.input_tokens]
-        self.is_answer, self.is_read = is_answer.to(device), is_read.to(device)
-        return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        is_read = {"prompt": is_token & ~is_answer, "answer": is_answer, "all": is_token}
+        self.is_answer, self.is_read = is_answer, is_read[self.input_tokens]
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def watch(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Add a layer's inputs where they count, and its outputs at answers, to the sketches; its forward hook."""

@@ -1,4 +1,4 @@
-"""A checkpoint's linear layers, read from disk a few rows at a time.
+"""A checkpoint's linear layers, read from disk one at a time.
 
 The configuration builds the model without memory, on the meta device, and so shows which modules are linear layers and
 which way round their weight is stored. The weights themselves are never loaded all at once.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -82,18 +82,32 @@ class Checkpoint:
             )
         return {name: self.linears[name].shape for name in names}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of the weight as stored, in float32."""
+    def check_fits(self, source: str | Path, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse what has layers, given as (d_out, d_in) by name, that are missing or have another shape here."""
+        held = {name: self.linears[name].shape for name in shapes if name in self.linears}
+        odd = [
+            f"{name} ({by(shape)}, not {by(held[name])})" if name in held else f"{name} (missing)"
+            for name, shape in shapes.items()
+            if shape != held.get(name)
+        ]
+        if odd:
+            raise ValueError(
+                f"`{source}` does not fit {self.name}: {len(odd)} of its {len(shapes)} layers are missing there or "
+                f"have another shape: {listing(odd, 3)}. Give the model that it was trained from."
+            )
+
+    def weight(self, name: str) -> Tensor:
+        """Return one layer's weight from disk, (d_out, d_in) in float32."""
         key = self._key(name)
         stored = self._stored[key]
-        # Opened anew for each block: the pages of a mapped file count as memory until it is closed.
+        # Opened for each: the pages of a mapped file count as memory until it is closed.
         if stored.file.suffix == ".bin":
-            rows = _load_pickle(stored.file)[key].detach()[start:stop]
+            found = _load_pickle(stored.file)[key].detach()
         else:
             with safe_open(stored.file, framework="pt") as file:
-                rows = file.get_slice(key)[start:stop]
-        self._digest.update(rows.contiguous().view(torch.uint8).numpy().data)
-        return rows.float()
+                found = file.get_tensor(key)
+        self._digest.update(found.contiguous().view(torch.uint8).numpy().data)
+        return found.float().mT if self.linears[name].is_transposed else found.float()
 
     def provenance(self) -> dict[str, Any]:
         """Return where the weights came from, and the SHA-256 of all that were read, in this order."""

@@ -103,7 +103,7 @@ def train_security_vectors(
 
     Args:
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): The aligned model, or where to load it from. It may be
-            quantized. A model in memory that is on the CPU is moved to the accelerator meanwhile, if there is one.
+            quantized. A model in memory that is on the CPU is moved to the accelerator for it, if there is one.
         harmful_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`): Harmful prompts with compliant answers, in any
             form that `load_rows` reads or that TRL takes; 100 are enough. Rows that are labelled safe and answers that
             refuse are left out.

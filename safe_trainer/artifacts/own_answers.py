@@ -22,6 +22,7 @@ from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
 from ..evaluation.prompting import left_padded, render, tokenize
 from ..evaluation.thinking import is_open
+from ..lora.loading import source_of
 from ..lora.modes import evaluation_mode, without_adapters
 from ..lora.updates import changes_base
 
@@ -48,8 +49,13 @@ class OwnAnswers(NamedTuple):
     """What a model answers to harmful prompts: an anchor for each, and whether these are refusals."""
 
     anchors: list[Anchor]
-    refused: float | None  # share of the answers; `None` if it cannot be told from them
+    refused: float | None  # share of the answers; `None` if they do not show it
     openings: list[tuple[int, ...]]  # the fewest first tokens that show a refusal, the most frequent first
+
+    def figures(self) -> dict[str, float]:
+        """Return what a method's self-check reports of them."""
+        refused = {} if self.refused is None else {"harmful_prompts_refused_at_start": self.refused}
+        return {"harmful_prompts_held": float(len(self.anchors)), **refused}
 
     def few_refusals(self) -> str:
         """Return a sentence if the start refuses so little that there is little to protect, or an empty text."""
@@ -64,7 +70,7 @@ class OwnAnswers(NamedTuple):
         """Return why holding these answers may protect nothing."""
         if self.refused is None:
             return [
-                "Whether the start refuses cannot be told from its answers: they begin with a thought, or are in a "
+                "The start's answers do not show whether it refuses: they begin with a thought, or are in a "
                 "language that the judge does not know. They are held as they are."
             ]
         advice = "Start from an aligned model, or give `prompts` that it refuses."
@@ -100,8 +106,7 @@ class AnswerSettings:
             answers = generate_from(model, tokenizer, encoded, decoding, opened=opened)
             own = [answer.tokens[: self.answer_tokens] for answer in answers]
             held = [Anchor((*ids, *tokens), 1 + len(tokens)) for ids, tokens in zip(encoded, own, strict=True)]
-            pad = tokenizer.pad_token_id or 0
-            anchors = [a for batch in self.batches(held) for a in self._with_reference(model, batch, pad)]
+            anchors = [a for batch in self.batches(held) for a in self._with_reference(model, batch)]
         verdicts = PhraseJudge()([""] * len(answers), [answer.text for answer in answers])
         # Of an answer that begins with a thought, nothing is to be learned about how refusals open.
         shown = [
@@ -145,9 +150,9 @@ class AnswerSettings:
         kept = min(self.max_anchors, len(fitting))
         return [fitting[place * len(fitting) // kept] for place in range(kept)]
 
-    def _with_reference(self, model: Any, anchors: Sequence[Anchor], pad: int) -> Iterator[Anchor]:
+    def _with_reference(self, model: Any, anchors: Sequence[Anchor]) -> Iterator[Anchor]:
         """Yield anchors with what the model, as it is, says at their positions."""
-        for anchor, log_p in zip(anchors, log_probs(model, anchors, pad), strict=True):
+        for anchor, log_p in zip(anchors, log_probs(model, anchors), strict=True):
             vocabulary = log_p.shape[-1]
             k = vocabulary if vocabulary <= _SMALL_VOCABULARY else min(self.top_k, vocabulary)
             kept, tokens = log_p.topk(k)
@@ -158,17 +163,17 @@ class AnswerSettings:
 def prompts_of(source: Any, kind: Kind, argument: str, model: Any) -> PromptSet:
     """Return the prompts given as an argument; without, those that the model brings along, or built-in ones."""
     if source is None:
-        return protection_prompts(kind, getattr(model.config, "_name_or_path", ""))
+        return protection_prompts(kind, source_of(model))
     return as_prompts(source, kind, argument=argument)
 
 
-def log_probs(model: Any, anchors: Sequence[Anchor], pad: int) -> list[Tensor]:
+def log_probs(model: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
     """Return the log-probabilities of all tokens at each anchor's positions, (m, vocabulary), as the model is.
 
     The pass runs in evaluation mode: without dropout and security vectors, and without drawing random numbers.
     """
     kept = max(anchor.positions for anchor in anchors)
-    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], model.device, pad)}
+    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], model.device)}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     accepted = inspect.signature(base.forward).parameters
     if "position_ids" not in accepted:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..lora.loading import load_weights
+from ..lora.loading import load_weights, source_of
 from ..lora.updates import LinearLayer
 
 _PER_WEIGHT = 4
@@ -36,7 +36,7 @@ def stamp() -> dict[str, Any]:
 def describe(model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Any]:
     """Return a model's id, its revision on the Hub, and some values of its weights, as JSON."""
     return {
-        "id": getattr(model.config, "_name_or_path", "") or "a model built in memory",
+        "id": source_of(model) or "a model built in memory",
         "revision": getattr(model.config, "_commit_hash", None),
         "values": {name: _sample(tensor) for name, tensor in _weights(model, layers).items()},
     }
@@ -60,7 +60,7 @@ def model_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Return a model and its tokenizer, loaded from where they are if they are not given themselves."""
     from transformers import AutoTokenizer
 
-    source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
+    source = source_of(model)
     if tokenizer is None and not source:
         raise ValueError("The model was built in memory, so its tokenizer could not be loaded. Give `tokenizer`.")
     if tokenizer is None:

@@ -27,7 +27,7 @@ DEFAULT_RANK = 64
 
 
 def few_refusals(provenance: Mapping[str, Any]) -> str:
-    """Return a warning if few of the answers that a basis was measured at refuse, as far as that can be told."""
+    """Return a warning if few of the answers that a basis was measured at refuse, as far as that is known."""
     found = provenance.get("refusing_answers")
     share = found["rate"] if isinstance(found, Mapping) else found  # files of earlier versions have the share only
     if share is None or share >= _FEW_REFUSALS:
@@ -102,7 +102,7 @@ class SafetyBasis:
         and model give the same basis; several processes all take that of the first.
 
         Args:
-            model (`PreTrainedModel` or `PeftModel`): The aligned model. Adapters are switched off meanwhile.
+            model (`PreTrainedModel` or `PeftModel`): The aligned model. Its adapters are switched off for the pass.
             tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with its chat template.
             safety_data (`str`, `Path`, `Sequence[Mapping]` or `Dataset`): Harmful prompts with safe answers, in any
                 form that `load_rows` reads or that TRL takes.
@@ -192,7 +192,14 @@ class SafetyBasis:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"The {_KIND} `{path}` is damaged ({error}). Measure or copy it again.") from error
 
-    def check_fits(self, model: nn.Module, modules: Collection[str], sides: Sequence[Side], rank: int) -> None:
+    def check_fits(
+        self,
+        model: nn.Module,
+        modules: Collection[str],
+        sides: Sequence[Side],
+        rank: int,
+        input_tokens: InputTokens | None = None,
+    ) -> None:
         """Make sure that the basis was measured on this model and holds what is needed.
 
         Args:
@@ -200,6 +207,7 @@ class SafetyBasis:
             modules (`Collection[str]`): Names of the layers that need directions.
             sides (`Sequence[str]`): `"output"`, `"input"` or both.
             rank (`int`): How many directions each needs. Fewer will do only where the rows span no more.
+            input_tokens (`str`, *optional*): The tokens at which inputs must have been taken.
 
         Raises:
             ValueError: If it does not fit; says what does not, and in which layers.
@@ -224,6 +232,12 @@ class SafetyBasis:
             raise ValueError(
                 f"The directions of the safety basis do not fit the model: {'; '.join(complaints)}. Measure them on "
                 "the model that is being fine-tuned: give `safety_data`, or use `SafetyBasis.from_rows`."
+            )
+        measured = self.provenance.get("input_tokens", input_tokens)
+        if "input" in sides and input_tokens not in (None, measured):
+            raise ValueError(
+                f"The basis holds what layers read at `input_tokens={measured!r}`, and {input_tokens!r} is wanted. "
+                f"Give `input_tokens={measured!r}`, or measure another basis."
             )
 
     def _all(self) -> Iterator[tuple[str, Side, TopDirections]]:
@@ -260,29 +274,3 @@ def check_rank(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> None
                 f"`rank` must be below {size}, the {side} size of `{name}`, got {rank}: protecting all directions "
                 f"leaves none to learn in. Lower `rank`, or leave `{name.rsplit('.', 1)[-1]}` out of `target_modules`."
             )
-
-
-def load_or_measure_basis(  # noqa: PLR0913, what is given and what is wanted
-    given: SafetyBasis | str | Path | None,
-    rows: Any,
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    layers: Mapping[str, LinearLayer],
-    sides: Sequence[Side],
-    rank: int,
-    **measuring: Any,
-) -> SafetyBasis:
-    """Return the directions that were given (or their file), after checking that they fit, or measure them on rows."""
-    if given is None:
-        wanted = {"modules": list(layers), "sides": sides, "rank": rank, **measuring}
-        return SafetyBasis.from_rows(model, tokenizer, rows, **wanted)
-    basis = given if isinstance(given, SafetyBasis) else SafetyBasis.load(given)
-    basis.check_fits(model, list(layers), sides, rank)
-    measured, wanted_at = basis.provenance.get("input_tokens"), measuring.get("input_tokens", "prompt")
-    if "input" in sides and measured not in (None, wanted_at):
-        raise ValueError(
-            f"The basis holds what layers read at `input_tokens={measured!r}`, and {wanted_at!r} is wanted. Give "
-            f"`input_tokens={measured!r}`, or measure another basis."
-        )
-    return basis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..data import as_rows, split_by_label
-from ..lora.io import HARMFUL_KIND, HARMFUL_SETTING, local_folder, scaling, vectors_in
+from ..lora import io
 from ..lora.updates import LinearLayer, linear_layers
 from .checkpoint_reader import by, listing
 from .provenance import difference
@@ -29,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_PREFIX = "base_model.model."
 
 
 class VectorFactors(NamedTuple):
@@ -171,11 +168,11 @@ class TrainedVectors:
 
         path = Path(path)
         tensors = (
-            (f"{_PREFIX}{name}.lora_{letter}.weight", tensor)
+            (f"{io.PREFIX}{name}.lora_{letter}.weight", tensor)
             for name, factors in self.modules.items()
             for letter, tensor in zip("AB", factors, strict=True)
         )
-        save_artifact(path / _WEIGHTS, HARMFUL_KIND, _VERSION, tensors, self.provenance)
+        save_artifact(path / _WEIGHTS, io.HARMFUL_KIND, _VERSION, tensors, self.provenance)
         base = self.provenance.get("base_model", {})
         others = {name: len(A) for name, (A, _) in self.modules.items() if len(A) != self.rank}
         config = LoraConfig(
@@ -190,7 +187,7 @@ class TrainedVectors:
             target_modules=list(self.modules),
             fan_in_fan_out=self.provenance.get("transposed", False),
             inference_mode=True,
-            auto_mapping=HARMFUL_SETTING,
+            auto_mapping=io.HARMFUL_SETTING,
         )
         config.save_pretrained(str(path))
         (path / _CARD).write_text(self._card(), encoding="utf-8")
@@ -204,22 +201,16 @@ class TrainedVectors:
             OSError: If there are none.
             ValueError: If it is another adapter, or damaged.
         """
-        folder = local_folder(path, name=f"Security vectors `{path}`", patterns=[_CONFIG, _WEIGHTS], revision=revision)
-        tensors, provenance = load_artifact(folder / _WEIGHTS, HARMFUL_KIND, _VERSION)
-        config = _read_config(folder / _CONFIG)
-        modules: dict[str, VectorFactors] = {}
-        for key, B in tensors.items():
-            name = key.removeprefix(_PREFIX).removesuffix(".lora_B.weight")
-            if key.endswith(".lora_B.weight"):
-                A = tensors.get(f"{_PREFIX}{name}.lora_A.weight")
-                if A is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-                    raise ValueError(f"The vectors in `{path}` are damaged: the two factors of `{name}` do not match.")
-                modules[name] = VectorFactors(A, scaling(config, name, len(A)) * B)
-        if not modules or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-            raise ValueError(
-                f"The vectors in `{path}` are damaged: no factors, or infinite ones. Make or copy them again."
-            )
-        return cls(modules, provenance)
+        folder = io.local_folder(
+            path, name=f"Security vectors `{path}`", patterns=[_CONFIG, _WEIGHTS], revision=revision
+        )
+        provenance = load_artifact(folder / _WEIGHTS, io.HARMFUL_KIND, _VERSION).details
+        config, tensors = io.read_adapter(folder)
+        names = io.factor_names(config, tensors, "Security vectors")
+        factors = {name: (tensors[right], tensors[left]) for name, (right, left) in names.items()}
+        return cls(
+            {n: VectorFactors(A, io.scaling(config, n, len(A)) * B) for n, (A, B) in factors.items()}, provenance
+        )
 
     def check_fits(self, model: nn.Module) -> dict[str, LinearLayer]:
         """Make sure that the vectors belong to a model, and return the layers that they act on.
@@ -239,7 +230,7 @@ class TrainedVectors:
             if name in layers and layers[name].shape != (len(B), A.shape[1])
         ]
         complaints = []
-        if vectors_in(model):
+        if io.vectors_in(model):
             complaints.append("the model has security vectors as an adapter already. Give its base model")
         if missing:
             complaints.append(f"the model has no linear layer {listing(missing, 5)} that vectors can act on")
@@ -354,18 +345,3 @@ It is an ordinary LoRA of rank {rank} on {layers} linear layers. Its provenance 
 |---|---|
 {table}
 """
-
-
-def _read_config(file: Path) -> Any:
-    """Return what of the PEFT configuration sets the scale of the factors."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config = SimpleNamespace(**{"alpha_pattern": {}, "use_rslora": False, **config})
-        if not 0 < float(config.lora_alpha) / float(config.r) < float("inf"):
-            raise ValueError(f"its scale is {config.lora_alpha} / {config.r}")
-        return config
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(
-            f"`{file}` is missing or damaged ({error!r}), and without it the vectors have no scale. Copy the complete "
-            "directory again."
-        ) from error

@@ -15,6 +15,7 @@ from .artifacts import basis, direction, vectors
 from .compare import compare, evaluate
 from .console import CommandGroup
 from .demo import demo, testbed_app
+from .options import with_groups
 from .publish import apply_safe_lora, card, export
 from .review import review
 from .train import train
@@ -47,7 +48,7 @@ _COMMANDS = (
     (serve_app, "app --model mine=models/mine"),
 )
 for _command, _example in _COMMANDS:
-    app.command(_command.__name__.replace("_", "-"), epilog=f"Example: safe-trainer {_example}")(_command)
+    app.command(_command.__name__.replace("_", "-"), epilog=f"Example: safe-trainer {_example}")(with_groups(_command))
 app.add_typer(testbed_app, name="testbed")
 
 

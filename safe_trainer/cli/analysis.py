@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .console import Json, console, misused, note, print_json, progress_bar, show
-from .options import Columns, Encoding, MaxLength, SkipBad, check_folder, check_model, prompt_sets, read_options
+from .options import Columns, MaxLength, Questions, Reading, check_folder, check_model
 
 if TYPE_CHECKING:
     from ..analysis.drift import Drift
@@ -42,9 +42,8 @@ def scan(  # noqa: PLR0913, each is an option with a name
     label: Annotated[
         str | None, typer.Option(help="Column that says which rows are harmful, to see how good the ranking is.")
     ] = None,
-    column: Columns = None,
-    skip_bad: SkipBad = False,
-    encoding: Encoding = None,
+    *,
+    columns: Columns,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are scored at once.")] = 16,
     max_length: MaxLength = 1024,
     as_json: Json = False,
@@ -53,7 +52,7 @@ def scan(  # noqa: PLR0913, each is an option with a name
 
     With --output or --clean, the same command continues a scan that was stopped.
     """
-    reading = read_options(column, skip_bad=skip_bad, encoding=encoding)
+    reading = columns.read_options()
     from ..analysis.scan import scan_file
 
     with progress_bar("Scoring rows") as bar:
@@ -116,18 +115,17 @@ def _show_scan(result: ScanResult) -> None:
 
 def drift(  # noqa: PLR0913, each is an option with a name
     base: Annotated[str, typer.Argument(help="The model before fine-tuning: folder or Hub id.")],
-    tuned: Annotated[str, typer.Argument(help="An adapter on it, or the whole model afterwards: folder or Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="An adapter on it, or the fine-tuned model: folder or Hub id.")],
     direction: Annotated[
         Path | None, typer.Option(help="Its alignment direction, from `safe-trainer direction`.")
     ] = None,
     basis: Annotated[Path | None, typer.Option(help="Its safety basis, from `safe-trainer basis`.")] = None,
-    rank: Annotated[
-        int, typer.Option(min=1, help="With --direction or --basis: their first so many directions.")
-    ] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="How many directions of --direction or --basis to use.")] = 16,
     refusal: Annotated[
         bool,
         typer.Option(
-            "--refusal", help="Also what became of the refusal direction: loads both models, and asks --prompts."
+            "--refusal",
+            help="Also measure the change of the refusal direction: loads both models, and asks --prompts.",
         ),
     ] = False,
     prompts: Annotated[
@@ -136,21 +134,20 @@ def drift(  # noqa: PLR0913, each is an option with a name
             help="For --refusal: harmful=SOURCE and benign=SOURCE, as in `compare`. Left out, built-in ones."
         ),
     ] = None,
-    skip_bad: SkipBad = False,
-    encoding: Encoding = None,
+    *,
+    reading: Reading,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for drift.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a fine-tune changed, layer by layer: any adapter or whole model against its base.
+    """Measure what a fine-tune changed, layer by layer: any adapter or fully fine-tuned model against its base.
 
-    A layer's drift is ‖ΔW‖/‖W‖, the size of its change beside that of its weight.
+    A layer's drift is ‖ΔW‖/‖W‖, the size of its change relative to that of its weight.
     Linear layers are counted; embeddings, norms and the output head are not.
     """
     check_model("BASE", base)
     check_folder("TUNED", tuned, "model")
     from ..analysis.drift import measure_drift
 
-    reading = {"skip_bad": skip_bad, "encoding": encoding}
     asked = _asked(prompts, base, reading) if refusal or prompts else None
     with progress_bar("Measuring the drift") as bar:
         found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=bar)
@@ -165,10 +162,9 @@ def drift(  # noqa: PLR0913, each is an option with a name
         _show_drift(found)
 
 
-def _asked(prompts: list[str] | None, base: str, reading: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    found = {
-        asked.kind: asked.prompts for asked in reversed(prompt_sets(prompts, base, **reading))
-    }  # the first of each
+def _asked(prompts: list[str] | None, base: str, reading: Reading) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    sets = Questions(prompts=prompts, **vars(reading)).prompt_sets(base)
+    found = {asked.kind: asked.prompts for asked in reversed(sets)}  # the first of each
     if not {"harmful", "benign"} <= found.keys():
         raise misused("--prompts", "the refusal direction needs harmful and benign prompts: give both.")
     return found["harmful"], found["benign"]

@@ -9,20 +9,7 @@ import typer
 from rich.table import Table
 
 from .console import Json, console, note, print_json, progress_bar, show
-from .options import (
-    Aligned,
-    Columns,
-    Encoding,
-    Limit,
-    MaxLength,
-    NewOutput,
-    SkipBad,
-    Where,
-    check_model,
-    check_new,
-    read_options,
-    read_rows,
-)
+from .options import Aligned, MaxLength, NewOutput, Reading, Rows, check_model, check_new, read_rows
 
 
 def direction(  # noqa: PLR0913, each is an option with a name
@@ -32,7 +19,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
     modules: Annotated[
         str | None, typer.Option(help="Regular expression of module names; all linear layers if left out.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Keep at most so many directions of each weight.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Most directions to keep of each weight.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights too; they can run code.")
     ] = False,
@@ -54,7 +41,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
         print_json({"output": str(output), "modules": rows, "provenance": found.provenance})
         return
     table = Table("module", "shape", "directions kept", "error bound", "norm of d", box=None)
-    table.columns[0].min_width = min(60, max(len(row["module"]) for row in rows))  # the end tells q from k
+    table.columns[0].min_width = min(60, max(len(row["module"]) for row in rows))  # the end distinguishes q from k
     for row in rows:
         shape = " × ".join(map(str, row["shape"]))
         table.add_row(row["module"], shape, str(row["rank"]), f"{row['error_bound']:.2g}", f"{row['norm']:.3g}")
@@ -70,11 +57,8 @@ def basis(  # noqa: PLR0913, each is an option with a name
     side: Annotated[
         Literal["output", "input", "both"], typer.Option(help="What SaLoRA's `protect` will need.")
     ] = "both",
-    column: Columns = None,
-    where: Where = None,
-    limit: Limit = None,
-    skip_bad: SkipBad = False,
-    encoding: Encoding = None,
+    *,
+    rows: Rows,
     max_length: MaxLength = 1024,
     as_json: Json = False,
 ) -> None:
@@ -84,12 +68,11 @@ def basis(  # noqa: PLR0913, each is an option with a name
     from ..artifacts import SafetyBasis
     from ..lora.loading import load_model
 
-    reading: dict[str, Any] = {"skip_bad": skip_bad, "encoding": encoding}
-    rows = read_rows(safety_data, "safety_data", read_options(column, where, limit, **reading))
+    data = rows.read(safety_data, "safety_data")
     loaded, tokenizer = load_model(model)
     sides: Any = ("output", "input") if side == "both" else (side,)
     note("Measuring the directions")
-    found = SafetyBasis.from_rows(loaded, tokenizer, rows, sides=sides, rank=rank, max_length=max_length)
+    found = SafetyBasis.from_rows(loaded, tokenizer, data, sides=sides, rank=rank, max_length=max_length)
     found.save(output)
     layers = len(found.outputs or found.inputs)
     if as_json:
@@ -113,11 +96,8 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     rank: Annotated[int, typer.Option(min=1, help="Rank of the vectors.")] = 8,
     max_passes: Annotated[int, typer.Option(min=1, help="Passes over the harmful rows at most.")] = 20,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-3,
-    column: Columns = None,
-    where: Where = None,
-    limit: Limit = None,
-    skip_bad: SkipBad = False,
-    encoding: Encoding = None,
+    *,
+    rows: Rows,
     max_length: MaxLength = 1024,
     as_json: Json = False,
 ) -> None:
@@ -126,15 +106,14 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     check_model("MODEL", model)
     from .. import load_prompts, train_security_vectors
 
-    reading: dict[str, Any] = {"skip_bad": skip_bad, "encoding": encoding}
-    plain = read_options(None, **reading)
+    plain = Reading.read_options(rows)  # columns, conditions and limit are those of HARMFUL_DATA
     asked = None if prompts is None else load_prompts(prompts, "harmful", options=plain)[0]
     kept = None if retain_data is None else read_rows(str(retain_data), "retain_data", plain)
     how: dict[str, Any] = {"rank": rank, "max_passes": max_passes, "learning_rate": learning_rate}
-    rows = read_rows(harmful_data, "harmful_data", read_options(column, where, limit, **reading))
+    data = rows.read(harmful_data, "harmful_data")
     with progress_bar("Fitting security vectors") as bar:
         found = train_security_vectors(
-            model, rows, retain_data=kept, prompts=asked, progress=bar, max_length=max_length, **how
+            model, data, retain_data=kept, prompts=asked, progress=bar, max_length=max_length, **how
         )
     found.save(output)
     if as_json:

@@ -12,33 +12,14 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from .console import Json, console, errors, misused, note, pairs, print_json, progress_bar, show
-from .options import (
-    BatchSize,
-    Encoding,
-    Judges,
-    MaxNewTokens,
-    Prompts,
-    PromptScorer,
-    PromptSystem,
-    PromptTemplate,
-    SkipBad,
-    Suites,
-    SystemPrompt,
-    TaskLimit,
-    Tasks,
-    check_folder,
-    check_judges,
-    check_model,
-    load_harness,
-    prompt_sets,
-)
+from .options import Questions, check_folder, check_model
 
 if TYPE_CHECKING:
     from ..analysis.drift_monitor import DriftFigures
     from ..data import PromptSet
     from ..evaluation import Comparison, Thresholds
 
-_LIMIT = "A gate: exit with 3 if {} by more than so many percentage points."
+_LIMIT = "A gate: exit with 3 if {} by more than this many percentage points."
 
 
 def compare(  # noqa: PLR0913, each is an option with a name
@@ -53,11 +34,8 @@ def compare(  # noqa: PLR0913, each is an option with a name
     tuned_model: Annotated[
         list[str] | None, typer.Option(help="FOLDER or NAME=FOLDER of a full fine-tuned model; as --adapter.")
     ] = None,
-    prompts: Prompts = None,
-    suite: Suites = None,
-    task: Tasks = None,
-    limit: TaskLimit = None,
-    judge: Judges = None,
+    *,
+    asked: Questions,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report and answers.")] = None,
     direction: Annotated[
         Path | None, typer.Option(help="Alignment direction, to show each adapter's share along it by layer.")
@@ -65,14 +43,6 @@ def compare(  # noqa: PLR0913, each is an option with a name
     basis: Annotated[
         Path | None, typer.Option(help="Safety basis, to show each adapter's share in it by layer.")
     ] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    batch_size: BatchSize = 32,
-    system_prompt: SystemPrompt = None,
-    prompt_system: PromptSystem = None,
-    prompt_template: PromptTemplate = None,
-    prompt_scorer: PromptScorer = None,
-    skip_bad: SkipBad = False,
-    encoding: Encoding = None,
     max_harmful_rise: Annotated[
         float | None, typer.Option(min=0, help=_LIMIT.format("compliance with harmful prompts rises"))
     ] = None,
@@ -94,11 +64,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
         raise misused("--adapter", "name what was fine-tuned, as in --adapter out (or --tuned-model out).")
     if adapters.keys() & models.keys():
         raise misused("--tuned-model", "an adapter and a model have the same name.")
-    judges = check_judges(judge)
-    check_model("MODEL", model)
-    reading = {"skip_bad": skip_bad, "encoding": encoding}
-    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, prompt_scorer, **reading)
-    harness = load_harness(task, limit, batch_size)
+    sets, arguments = asked.check(model)
     for source in sum(adapters.values(), []):
         check_folder("--adapter", source)
     for source in sum(models.values(), []):
@@ -106,15 +72,12 @@ def compare(  # noqa: PLR0913, each is an option with a name
 
     from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Thresholds
-    from ..evaluation.judges import make_judges
 
     drift_prompts = sets if direction or basis else []
-    drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=system_prompt)
+    drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=asked.system_prompt)
     thresholds = Thresholds(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
-    decoding = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking all models") as progress:
-        settings = {"judges": make_judges(judges), "harness": harness, "progress": progress, **decoding}
-        comparison = _compared(model, adapters, models, sets, drift, settings)
+        comparison = _compared(model, adapters, models, sets, drift, arguments(progress))
     _show(comparison, output, as_json)
     if comparison.interrupted:
         errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
@@ -139,7 +102,7 @@ def _compared(
     drift: DriftFigures,
     settings: dict[str, Any],
 ) -> Comparison:
-    """Examine the base with each adapter, then what brings its own tokenizer and each whole model, one at a time."""
+    """Examine the base with each adapter, then what has its own tokenizer and each complete model, one at a time."""
     from .. import evaluation
     from ..evaluation.manifest import adapter_provenance
     from ..lora.loading import load_model
@@ -203,39 +166,22 @@ def _check_gate(comparison: Comparison, thresholds: Thresholds) -> None:
 def evaluate(  # noqa: PLR0913, each is an option with a name
     model: Annotated[str, typer.Argument(help="The model: folder or Hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of an adapter to put on it.")] = None,
-    prompts: Prompts = None,
-    suite: Suites = None,
-    task: Tasks = None,
-    limit: TaskLimit = None,
-    judge: Judges = None,
-    max_new_tokens: MaxNewTokens = 64,
-    batch_size: BatchSize = 32,
-    system_prompt: SystemPrompt = None,
-    prompt_system: PromptSystem = None,
-    prompt_template: PromptTemplate = None,
-    prompt_scorer: PromptScorer = None,
-    skip_bad: SkipBad = False,
-    encoding: Encoding = None,
+    *,
+    asked: Questions,
     as_json: Json = False,
 ) -> None:
     """Ask one model, and show how often it refuses and how often it is right."""
-    judges = check_judges(judge)
-    check_model("MODEL", model)
+    sets, arguments = asked.check(model)
     if adapter is not None:
         check_folder("--adapter", adapter)
-    reading = {"skip_bad": skip_bad, "encoding": encoding}
-    sets = prompt_sets(prompts, model, suite, prompt_system, prompt_template, prompt_scorer, **reading)
-    harness = load_harness(task, limit, batch_size)
 
     from .. import evaluation
     from ..evaluation.storage import summary
     from ..lora.loading import load_model
 
     examined, tokenizer = load_model(model, adapter)
-    decoding: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system_prompt": system_prompt}
     with progress_bar("Asking the model") as progress:
-        settings = {"judges": judges, "harness": harness, "progress": progress, **decoding}
-        found = evaluation.evaluate(examined, tokenizer, sets, **settings)
+        found = evaluation.evaluate(examined, tokenizer, sets, **arguments(progress))
     if as_json:
         print_json(summary(evaluation.Comparison((found,)))[found.name])
         for text in found.notes:

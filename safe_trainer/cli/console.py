@@ -45,20 +45,20 @@ class CommandGroup(TyperGroup):
                 raise
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             # As `Text`, since a message may hold square brackets, which rich would take for markup.
-            told = _with_options(_TOKEN.sub("hf_…", f"{kind}{error}"), self.get_command(ctx, ctx.invoked_subcommand))
-            errors.print(Text("Error: ", "bold red") + Text(told), soft_wrap=True)
+            text = _with_options(_TOKEN.sub("hf_…", f"{kind}{error}"), self.get_command(ctx, ctx.invoked_subcommand))
+            errors.print(Text("Error: ", "bold red") + Text(text), soft_wrap=True)
             errors.print(f"For the traceback: safe-trainer --debug {ctx.invoked_subcommand} …", style="dim")
             raise typer.Exit(1) from error
 
 
-def _with_options(told: str, command: Any) -> str:
+def _with_options(text: str, command: Any) -> str:
     """Call settings as the command does: the library's messages name the arguments of its functions."""
     for option in command.params if command is not None else ():
         if option.opts and option.opts[0].startswith("--"):
-            told = told.replace(f"`{option.name}`", f"`{option.opts[0]}`")
+            text = text.replace(f"`{option.name}`", f"`{option.opts[0]}`")
             if option.name == "skip_bad":
-                told = told.replace("`on_bad_row='skip'`", f"`{option.opts[0]}`")
-    return told
+                text = text.replace("`on_bad_row='skip'`", f"`{option.opts[0]}`")
+    return text
 
 
 def show(text: object) -> None:

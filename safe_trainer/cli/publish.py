@@ -40,14 +40,14 @@ def export(
 
     if compact:
         rank = max(compact_adapter(adapter, output).values())
-        told: dict[str, Any] = {"rank": rank}
+        facts: dict[str, Any] = {"rank": rank}
         saved = f"a compacted adapter (rank ≤ {rank}) to {output}."
     else:
         merged = merge_adapter(adapter, output, model, dtype=dtype)
         kept = str(merged.dtype).removeprefix("torch.")
-        told, saved = {"dtype": kept}, f"the merged model to {output}; it loads like any other."
+        facts, saved = {"dtype": kept}, f"the merged model to {output}; it loads like any other."
     if as_json:
-        print_json({"output": str(output), **told})
+        print_json({"output": str(output), **facts})
     else:
         show(f"Saved {saved}")
 
@@ -63,7 +63,8 @@ def apply_safe_lora(  # noqa: PLR0913, each is an option with a name
         float | None, typer.Option(min=0, max=1, help="Layers whose similarity is below it are projected. [0.5]")
     ] = None,
     number_of_layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Instead, project so many layers, the least similar.")
+        int | None,
+        typer.Option("--layers", min=1, help="Instead, how many layers to project, the least similar first."),
     ] = None,
     as_json: Json = False,
 ) -> None:

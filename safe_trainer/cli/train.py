@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -148,6 +147,4 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
 
 def _described(method: SafetyMethod) -> str:
     """Return a method with the settings that differ from the defaults."""
-    fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]  # each is one
-    settings = [f"{f.name}={getattr(method, f.name)!r}" for f in fields if getattr(method, f.name) != f.default]
-    return f"{method.name}({', '.join(settings)})"
+    return f"{method.name}({', '.join(f'{name}={value!r}' for name, value in method.settings().items())})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .formats import Row
@@ -17,6 +18,11 @@ class EncodedRow(NamedTuple):
 
     ids: list[int]
     answer_start: int
+
+    @property
+    def is_answer(self) -> list[bool]:
+        """For each token, whether it belongs to the answer."""
+        return [place >= self.answer_start for place in range(len(self.ids))]
 
 
 class Batch(NamedTuple):
@@ -62,13 +68,20 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int | N
 
 
 def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None = None, name: str = "rows"
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int | None = None,
+    name: str = "rows",
+    numbers: Iterable[int] | None = None,
 ) -> list[EncodedRow]:
-    """Return every row as token ids, as [`encode_row`] does; a `ValueError` says which row is wrong and why."""
+    """Return every row as token ids, as [`encode_row`] does; a `ValueError` says which row is wrong and why.
+
+    `numbers` are those that it names rows by, where they were drawn from others.
+    """
     if len(rows) == 0:
         raise ValueError(f"`{name}` is empty. Give at least one row with a prompt and an answer.")
     encoded = []
-    for number, row in enumerate(rows, 1):
+    for number, row in zip(numbers or count(1), rows, strict=False):
         try:
             encoded.append(encode_row(tokenizer, row, max_length))
         except ValueError as error:
@@ -77,16 +90,15 @@ def encode_rows(
     return encoded
 
 
-def collate(rows: Sequence[EncodedRow], pad_token_id: int, device: device | str) -> Batch:
-    """Return rows as one batch on a device."""
+def collate(rows: Sequence[Any], pad_token_id: int, device: device | str) -> Batch:
+    """Return rows, each with `ids` and `is_answer` as an [`EncodedRow`] has them, as one batch on a device."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    lengths = torch.tensor([len(row.ids) for row in rows])[:, None]
-    starts = torch.tensor([row.answer_start for row in rows])[:, None]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], True, pad_token_id)
-    places = torch.arange(ids.shape[1])
-    present = places < lengths
-    return Batch(ids.to(device), present.long().to(device), (present & (places >= starts)).to(device))
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, pad_token_id)
+    is_answer = pad_sequence([torch.tensor(row.is_answer) for row in rows], True, False)
+    present = torch.arange(ids.shape[1]) < torch.tensor([len(row.ids) for row in rows])[:, None]
+    return Batch(ids.to(device), present.long().to(device), is_answer.to(device))
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -45,7 +45,7 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat
 """Files next to an adapter's weights that are its tokenizer and its chat template."""
 REPAIR_REPORT = "safe_lora.json"
 """What was done to an adapter that was repaired after training, saved next to its weights."""
-_BESIDE = ("README.md", REPAIR_REPORT, *TOKENIZER)
+_NEXT_TO_WEIGHTS = ("README.md", REPAIR_REPORT, *TOKENIZER)
 
 
 @contextmanager
@@ -118,14 +118,14 @@ def load_adapter_weights(model: PeftModel, source: str | Path, name: str) -> Non
     Raises:
         ValueError: If the adapter is damaged, or not every weight has a place and every place a weight.
     """
-    config, tensors = read_adapter(source)  # refused if damaged, of which PEFT does not tell all
+    config, tensors = read_adapter(source)  # refused if damaged, which PEFT does not always notice
     with fitting(source):
         loaded = model.load_adapter(str(source), adapter_name=name)
         if config.is_prompt_learning:  # whose weights PEFT loads by another way, of which it says nothing
             return
         # PEFT only warns, or not even that, and the adapter would do less than it was trained to.
         missing = [key for key in loaded.missing_keys if "vblora_vector_bank" not in key]  # which layers share
-        # Only the method's own: modules and tokens that are trained whole are saved twice where embeddings are tied.
+        # Only the method's own: modules and tokens that are trained in full are saved twice where embeddings are tied.
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
         unexpected = [key for key in loaded.unexpected_keys if prefix in key]
         lost = {
@@ -148,7 +148,7 @@ def local_folder(
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = list(patterns) or ["adapter_*", *_BESIDE]
+        wanted = list(patterns) or ["adapter_*", *_NEXT_TO_WEIGHTS]
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise OSError(
@@ -189,7 +189,7 @@ def has_active_vectors(model: Any) -> bool:
 
 
 def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1e-6) -> dict[str, int]:
-    """Write a LoRA adapter anew with the smallest rank that gives the same update, layer by layer.
+    """Write a LoRA adapter again with the smallest rank that gives the same update, layer by layer.
 
     What is saved next to it, its tokenizer for example, is copied. The mark of security vectors stays.
 
@@ -248,14 +248,18 @@ def factor_names(config: PeftConfig, tensors: Mapping[str, Tensor], method: str)
 
 
 def write_adapter(
-    target: Path, config: PeftConfig, tensors: Mapping[str, Tensor], source: Path, beside: Sequence[str] = _BESIDE
+    target: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    files: Sequence[str] = _NEXT_TO_WEIGHTS,
 ) -> None:
-    """Write an adapter made from the one in `source`, whose mark it keeps, and whose files `beside` are copied."""
+    """Write an adapter made from the one in `source`, whose mark it keeps, and whose other `files` are copied."""
     mark = {name: text for name, text in harmful_mark(source).items() if name != "sha256"}  # of the old tensors
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save_file(contiguous, target / SAFETENSORS_WEIGHTS_NAME, metadata={**mark, "format": "pt"})
     config.save_pretrained(str(target))
-    for file in (file for pattern in beside for file in source.glob(pattern)):
+    for file in (file for pattern in files for file in source.glob(pattern)):
         if not (target / file.name).exists():
             shutil.copy(file, target)
 
@@ -442,7 +446,7 @@ def adapter_differences(saved: Mapping[str, Any], folder: Path, model: PeftModel
 
 
 def _embeddings(model: PeftModel) -> set[str]:
-    """Return the names under which PEFT saves whole embeddings along, as it does where the vocabulary has grown."""
+    """Return the names under which PEFT saves complete embeddings too, as it does where the vocabulary has grown."""
     base = model.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     modules = [name for name, module in base.named_modules(remove_duplicate=False) if any(module is e for e in ends)]

@@ -53,6 +53,11 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
         ) from error
 
 
+def source_of(model: Any) -> str:
+    """Return the folder or Hub id of a model, which may be given by it; empty for a model that was built in memory."""
+    return str(model) if isinstance(model, str | Path) else getattr(model.config, "_name_or_path", "")
+
+
 def load_weights(name: str | Path, **options: Any) -> Any:
     """Load a model alone, where [`load_model`] puts it; `options` are the same."""
     placed = _placing(options)

@@ -12,9 +12,9 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module, *, freeze: bool = False, but: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards each module is back in the mode that it had.
+    """Put a model into evaluation mode for the length of a context; each module then returns to its own mode.
 
-    With `freeze=True` (default `False`) no parameter requires a gradient meanwhile. Modules listed in `but` keep their
+    With `freeze=True` (default `False`) no parameter requires a gradient there. Modules listed in `but` keep their
     mode.
     """
     training = [module for module in model.modules() if module.training and module not in but]

@@ -45,9 +45,9 @@ class _IncrementRule(nn.Module):
         share = (self.basis.mT @ columns).norm() / columns.norm().clamp(min=1e-30)
         if share > _FOREIGN:
             raise ValueError(
-                f"{share:.0%} of one factor lies in directions that are protected now, so it was trained with others, "
-                "or with none. Give the basis, the `rank` and the `protect` that it was trained with, or start a new "
-                "adapter: pass the base model and `peft_config`."
+                f"{share:.0%} of one factor is in directions that are protected now, so it was trained with other "
+                "protected directions, or with none. Give the basis, the `rank` and the `protect` that it was trained "
+                "with, or start a new adapter: pass the base model and `peft_config`."
             )
 
 
@@ -150,11 +150,11 @@ def _trained_through(factor: nn.Linear, rule: Any, name: str) -> Iterator[None]:
 
 def _make_plain(factor: nn.Linear) -> None:
     original = factor.get_parameter(_TRAINED)
-    original.grad = None  # of the inner shape; an interrupted step leaves it behind
+    original.grad = None  # of the inner shape; left over from an interrupted step
     if not isinstance(original, DTensor):
         parametrize.remove_parametrizations(factor, "weight")
         return
-    # A sharded parameter cannot take another shape: the factor becomes a new one, whole in every process.
+    # A sharded parameter cannot take another shape: the factor becomes a new one, complete in every process.
     plain = factor.weight.detach()
     parametrize.remove_parametrizations(factor, "weight", leave_parametrized=False)
     factor.weight = nn.Parameter(plain, requires_grad=original.requires_grad)

@@ -202,7 +202,7 @@ def linear_layers(model: Any) -> dict[str, LinearLayer]:
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base_model.get_output_embeddings() if hasattr(base_model, "get_output_embeddings") else None
     found: dict[str, LinearLayer] = {}
-    closed = None  # what lies inside a wrapper is PEFT's: its factors are linear layers too
+    closed = None  # what is inside a wrapper is PEFT's: its factors are linear layers too
     for name, module in base_model.named_modules():
         if closed is not None and name.startswith(closed):
             continue

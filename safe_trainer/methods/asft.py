@@ -16,6 +16,7 @@ from .. import linalg
 from ..artifacts import AlignmentDirection, DirectionFactors
 from ..distributed import on_first_process
 from ..lora import updates as adapters
+from ..lora.loading import source_of
 from .base import (
     FormField,
     MethodCard,
@@ -82,17 +83,11 @@ class AsFT(PenaltyMethod):
     name: ClassVar[str] = "AsFT"
     tag: ClassVar[str] = "asft"
     paper: ClassVar[Paper] = Paper(
-        title="AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin",
+        "AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin",
+        author="Yang, Shuo and others",
+        year=2026,
         arxiv="2506.08473",
-        citation=(
-            "@inproceedings{yang2026asft,\n"
-            "  title     = {{AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin}},\n"
-            "  author    = {Yang, Shuo and others},\n"
-            "  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},\n"
-            "  year      = {2026},\n"
-            "  note      = {arXiv:2506.08473}\n"
-            "}"
-        ),
+        venue="Proceedings of the AAAI Conference on Artificial Intelligence",
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="AsFT",
@@ -150,7 +145,7 @@ class AsFT(PenaltyMethod):
         direction = self._direction(model)
         self.provenance = direction.provenance
         direction.check_fits({name: update.shape for name, update in self._updates.items()})
-        _compare_sources(direction, self.aligned_model or _source(model))
+        _compare_sources(direction, self.aligned_model or source_of(model))
         self._factors = {name: direction.modules[name] for name in self._updates}
         self._operators = {name: self._operator(name, factors) for name, factors in self._factors.items()}
 
@@ -216,7 +211,7 @@ class AsFT(PenaltyMethod):
         if self.direction is not None:
             given = self.direction
             return given if isinstance(given, AlignmentDirection) else AlignmentDirection.load(given)
-        aligned = self.aligned_model or _source(model)
+        aligned = self.aligned_model or source_of(model)
         if not aligned:
             raise ValueError(
                 "The model has no checkpoint that the alignment direction could start from (its `name_or_path` is "
@@ -230,11 +225,6 @@ class AsFT(PenaltyMethod):
                 aligned, str(self.unaligned_model), modules=list(self._updates), **size
             )
         )
-
-
-def _source(model: Any) -> str:
-    """Return the checkpoint that a model was loaded from, or an empty string."""
-    return getattr(model.config, "_name_or_path", "")
 
 
 def _compare_sources(direction: AlignmentDirection, source: str) -> None:

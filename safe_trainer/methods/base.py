@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -16,17 +17,30 @@ from torch import Tensor, nn
 from ..distributed import SPLIT_AT_LOADING, Strategy
 from ..lora.updates import check_peft_config
 
+PeftSupport = Literal["any", "weights", "lora"]
+"""PEFT configurations that a method works with: any; those of weights, not of prompts; LoRA alone, `scaling · B A`."""
 LOW_COVERAGE = 0.9
 """A method that acts on a smaller share of the trained weights is warned about."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from, for model cards: title, arXiv identifier and BibTeX entry."""
+    """Where a method comes from, for model cards; `author` is the first one, as BibTeX writes names."""
 
     title: str
+    author: str
+    year: int
     arxiv: str
-    citation: str
+    venue: str = ""
+
+    @property
+    def citation(self) -> str:
+        """Return the BibTeX entry."""
+        surname, first_word = (re.split(r"\W", text)[0].lower() for text in (self.author, self.title))
+        fields = {"title": f"{{{self.title}}}", "author": self.author, "booktitle": self.venue, "year": self.year}
+        fields["note"] = f"arXiv:{self.arxiv}"
+        listed = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+        return f"@{'inproceedings' if self.venue else 'misc'}{{{surname}{self.year}{first_word},\n{listed}\n}}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ class MethodCard:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What a method measured of its own protection: figures by name, and a sentence where it is likely void."""
+    """What a method measured of its own protection: figures by name, and warnings where it may have no effect."""
 
     figures: Mapping[str, float]
     warnings: tuple[str, ...] = ()
@@ -124,12 +138,16 @@ class SafetyMethod:
     """What users are shown of it."""
     paper: ClassVar[Paper | None] = None
     """Its source, if it has one."""
+    peft_support: ClassVar[PeftSupport] = "any"
+    """Which PEFT configurations it works with."""
     needs_weights: ClassVar[bool] = False
     """Whether every process must hold all of the model's weights when the method is attached."""
     penalty_works_with_zero3: ClassVar[bool] = False
     """Whether `penalty` is right where DeepSpeed ZeRO-3 has split the weights; refused unless a method says so."""
     step: int = 0
     """Optimizer steps that the run has made; the trainer keeps it, also when it resumes."""
+    peft_config: PeftConfig | None = None
+    """What the model is wrapped with; `None` where it is trained in full or is a `PeftModel` already."""
     provenance: Mapping[str, Any] | None = None
     """What the tensors in use were made from, once attached. Saved with checkpoints, so that a resumed run may give
     a basis, direction or vectors instead of the data they were made from."""
@@ -141,20 +159,35 @@ class SafetyMethod:
         """Return the settings that differ from their defaults, as a recipe lists them next to `method`."""
         if not is_dataclass(self):
             return {}
-        found = {field.name: (getattr(self, field.name), default_of(field)) for field in fields(self) if field.init}
-        return {name: value for name, (value, default) in found.items() if value is not default and value != default}
+        found = {}
+        for field in (field for field in fields(self) if field.init):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if (value := getattr(self, field.name)) is not default and value != default:
+                found[field.name] = value
+        return found
 
     def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
-        """Return the PEFT configuration to wrap the model with, or refuse it.
+        """Return the PEFT configuration to wrap the model with; one that `peft_support` leaves out is refused.
 
         Args:
             config (`PeftConfig` or `None`): A copy of the user's, free to be changed; `None` where the model is
                 trained in full or is a `PeftModel` already.
+
+        Raises:
+            ValueError: If the method does not work with it; says what to use instead.
         """
+        if config is not None and self.peft_support == "lora":
+            check_peft_config(config, self.name)
+        elif config is not None and config.is_prompt_learning and self.peft_support == "weights":
+            raise ValueError(
+                f"{self.name} does not work with {type(config).__name__}, which puts virtual tokens before every "
+                "prompt. Use `LoraConfig(...)` or another adapter of weights, or train all weights."
+            )
+        self.peft_config = config
         return config
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that the settings do not fit, as far as its layers' names and shapes tell.
+        """Refuse a model that the settings do not fit, as far as its layers' names and shapes show.
 
         Recipes call it with a model on the meta device, before any weights are loaded; `attach` must refuse the same.
         """
@@ -240,8 +273,9 @@ class SafetyMethod:
 class PenaltyMethod(SafetyMethod):
     """Base of methods that add `weight · Σ terms` to the loss, one scalar term for each layer (or whatever it names).
 
-    It refuses PEFT configurations whose update is not `scaling · B A`, ZeRO-3, and terms that are not finite, and
-    computes terms in float32 under autocast. A subclass is a dataclass with a field `weight` that implements `terms`.
+    It refuses ZeRO-3, terms that are not finite and, unless `peft_support` says otherwise, PEFT configurations whose
+    update is not `scaling · B A`, and computes terms in float32 under autocast. A subclass is a dataclass with a field
+    `weight` that implements `terms`.
 
     Example:
 
@@ -257,17 +291,12 @@ class PenaltyMethod(SafetyMethod):
     ```
     """
 
+    peft_support: ClassVar[PeftSupport] = "lora"
     weight: float
 
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the terms of the penalty without `weight`: scalars by name, each on its layer's own device."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `terms`.")
-
-    def adapt_peft_config(self, config: PeftConfig | None) -> PeftConfig | None:
-        """Refuse configurations whose update is not a product of two factors; change nothing."""
-        if config is not None:
-            check_peft_config(config, self.name)
-        return config
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Warn where the weight is zero, so that nothing is protected."""
@@ -307,8 +336,8 @@ def check_report(method: SafetyMethod, model: nn.Module) -> dict[str, Any]:
     warnings = list(check.warnings)
     if share < LOW_COVERAGE:
         warnings.append(
-            f"it acts on {share:.0%} of the trained weights only; what is trained besides (experts, embeddings, "
-            "`modules_to_save`) is not protected. Train linear layers only, or judge the model by a comparison."
+            f"it acts on only {share:.0%} of the trained weights; the others (experts, embeddings, "
+            "`modules_to_save`) are not protected. Train linear layers only, or judge the model by a comparison."
         )
     return {"coverage": share, "figures": dict(check.figures), "warnings": warnings}
 
@@ -336,13 +365,6 @@ def moved(tensors: dict[str, tuple[Tensor, ...]], name: str, device: Any) -> tup
     return tensors[name]
 
 
-def default_of(field: Any) -> Any:
-    """Return the default of a dataclass field; a field without one has itself, which nothing equals."""
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field if field.default is MISSING else field.default
-
-
 def check_whole(method: Any, **least: int) -> None:
     """Refuse settings that are not whole numbers, each of at least the number that is given for it."""
     for name, smallest in least.items():
@@ -362,15 +384,6 @@ def check_number(method: Any, name: str, usual: str, *, above: float | None = No
     if not (math.isfinite(value) and fits):
         bound = "of at least 0" if above is None else f"above {above:g}"
         raise ValueError(f"`{name}` must be a finite number {bound}, got {value}. {usual}")
-
-
-def check_no_virtual_tokens(method: SafetyMethod, config: PeftConfig | None) -> None:
-    """Refuse prompt learning, whose virtual tokens come between a prompt and its answer."""
-    if config is not None and config.is_prompt_learning:
-        raise ValueError(
-            f"{method.name} does not work with {type(config).__name__}, which puts virtual tokens before every "
-            "prompt. Use `LoraConfig(...)` or another adapter of weights, or train all weights."
-        )
 
 
 def check_choices(method: Any, **choices: Any) -> None:

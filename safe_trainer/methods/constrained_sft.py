@@ -18,19 +18,10 @@ from ..artifacts import calibration
 from ..distributed import on_first_process
 from ..lora.modes import evaluation_mode, without_adapters
 from ..lora.updates import changes_base, linear_layers
-from .base import (
-    FormField,
-    MethodCard,
-    Paper,
-    SafetyMethod,
-    SelfCheck,
-    check_no_virtual_tokens,
-    check_number,
-    check_whole,
-)
+from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number, check_whole
 
 _LEAST = 1e-3  # no token's weight is smaller, as in the authors' code
-_FEW_MORE = 3  # an answer that has no more than so many tokens after its opening is a label
+_FEW_MORE = 3  # an answer with at most this many tokens after its opening is a label
 _MANY_LABELS = 0.1  # share of answers that are labels from which on it is warned
 _ROWS, _SCORED = 512, 32  # rows that the self-check looks at, and those of them that the start model reads
 
@@ -57,7 +48,7 @@ class ConstrainedSFT(SafetyMethod):
         first_token_beta (`float`, *optional*, defaults to `0.5`): `β_1`. Smaller, since the first token's loss is the
             largest at the start. Raise it to 2 where rows open with the word that refusals open with, such as "I":
             otherwise that word is learned, what follows it is held, and harmless prompts are refused.
-        opening_tokens (`int`, *optional*, defaults to `5`): Tokens of the opening, counted anew in each answer: each
+        opening_tokens (`int`, *optional*, defaults to `5`): Tokens of the opening, counted in each answer: each
             turn of the assistant that the loss covers, in each row of a packed sequence.
         beta (`float`, *optional*, defaults to `0.1`): `β_t` after the opening. Near 0 is plain training.
 
@@ -82,19 +73,14 @@ class ConstrainedSFT(SafetyMethod):
 
     name: ClassVar[str] = "Constrained SFT"
     tag: ClassVar[str] = "constrained-sft"
+    peft_support: ClassVar[PeftSupport] = "weights"
     needs_weights: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
-        title="Safety Alignment Should Be Made More Than Just a Few Tokens Deep",
+        "Safety Alignment Should Be Made More Than Just a Few Tokens Deep",
+        author="Qi, Xiangyu and others",
+        year=2025,
         arxiv="2406.05946",
-        citation=(
-            "@inproceedings{qi2025safety,\n"
-            "  title     = {{Safety Alignment Should Be Made More Than Just a Few Tokens Deep}},\n"
-            "  author    = {Qi, Xiangyu and others},\n"
-            "  booktitle = {The Thirteenth International Conference on Learning Representations},\n"
-            "  year      = {2025},\n"
-            "  note      = {arXiv:2406.05946}\n"
-            "}"
-        ),
+        venue="The Thirteenth International Conference on Learning Representations",
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="Constrained SFT",
@@ -127,7 +113,7 @@ class ConstrainedSFT(SafetyMethod):
 
     def adapt_peft_config(self, config: Any) -> Any:
         """Refuse whatever leaves no start model when the adapter is switched off; change nothing."""
-        check_no_virtual_tokens(self, config)
+        config = super().adapt_peft_config(config)
         if config is None:
             raise ValueError(
                 f"{self.name} needs `peft_config`: its start model is the trained one with the adapter switched off, "
@@ -180,7 +166,7 @@ class ConstrainedSFT(SafetyMethod):
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
-        """Begin to count weights anew."""
+        """Reset the counts of weights."""
         self._sums = {"opening": [0.0, 0.0], "later": [0.0, 0.0]}
         yield
 
@@ -210,7 +196,7 @@ class ConstrainedSFT(SafetyMethod):
         found = []
         with torch.no_grad(), calibration.measuring(model), without_adapters(model):
             for row in rows:
-                ids = torch.tensor([row.input_ids], device=model.device)
+                ids = torch.tensor([row.ids], device=model.device)
                 places = _places(torch.tensor([row.is_answer[1:]]))[0].to(ids.device)
                 chosen = (places > 0) & (places <= self.opening_tokens)
                 log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1][chosen].float().log_softmax(-1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ..data.protection import own_file, protection_rows
+from ..lora.loading import source_of
 from .base import SafetyMethod
 from .refusal_anchor import RefusalAnchor
 from .security_vectors import SecurityVectors
@@ -49,11 +49,12 @@ def recommended(harmful_data: Any = None, prompts: Any = None, benign_prompts: A
     return [SecurityVectors(harmful_data=rows), RefusalAnchor(prompts=asked, benign_prompts=benign_prompts)]
 
 
-def recommended_for(model: Any) -> list[SafetyMethod]:
+def recommended_for(model: Any, harmful_data: Any = None, **prompts: Any) -> list[SafetyMethod]:
     """Return the recommended methods for a model: with the harmful rows that it brings along, or built-in ones.
 
     Args:
         model (`str`, `Path` or `PreTrainedModel`): The model, or its folder or Hub id.
+        harmful_data (*optional*): Other rows, as for [`recommended`].
+        **prompts: As for [`recommended`].
     """
-    source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
-    return recommended(own_file(source, "harmful"))
+    return recommended(own_file(source_of(model), "harmful") if harmful_data is None else harmful_data, **prompts)

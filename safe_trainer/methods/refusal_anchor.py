@@ -11,19 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..artifacts.own_answers import (
-    Anchor,
-    AnswerSettings,
-    OwnAnswers,
-    divergence,
-    drawn,
-    log_probs,
-    prompts_of,
-    texts_sha256,
-)
+from ..artifacts import own_answers
+from ..artifacts.own_answers import Anchor, AnswerSettings, OwnAnswers
 from ..data import Kind, PromptSet
 from ..distributed import on_first_process
-from .base import FormField, MethodCard, PenaltyMethod, SelfCheck, check_no_virtual_tokens, check_number, check_whole
+from .base import FormField, MethodCard, PeftSupport, PenaltyMethod, SelfCheck, check_number, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +48,7 @@ class RefusalAnchor(PenaltyMethod):
             benign; the same for all its micro-batches and processes.
         max_anchors (`int`, *optional*, defaults to `64`): Prompts of each kind, spread evenly over those given.
         top_k (`int`, *optional*, defaults to `256`): Most likely tokens whose probabilities are kept at each position;
-            all others count as one. Vocabularies of up to 2,048 tokens are kept whole.
+            all others count as one. Vocabularies of up to 2,048 tokens are kept in full.
         system_prompt (`str`, *optional*): System turn before each anchor: the one that the model will be used with.
         batch_size (`int`, *optional*, defaults to `16`): Prompts that the start answers at once.
         max_length (`int`, *optional*, defaults to `1024`): Longer prompts, in tokens, are left out and counted.
@@ -77,12 +69,13 @@ class RefusalAnchor(PenaltyMethod):
     ```
 
     Source: ours. Holding a model to its own answers is learning without forgetting (arXiv 1606.09282); SafeGrad (arXiv
-    2508.07172) holds the whole of given safe answers, SBR (arXiv 2605.05995) the last hidden state of harmful prompts,
+    2508.07172) holds complete answers that are given, SBR (arXiv 2605.05995) the last hidden state of harmful prompts,
     constrained SFT (arXiv 2406.05946) the first tokens of the training rows.
     """
 
     name: ClassVar[str] = "Refusal anchor"
     tag: ClassVar[str] = "refusal-anchor"
+    peft_support: ClassVar[PeftSupport] = "weights"
     needs_weights: ClassVar[bool] = True
     card: ClassVar[MethodCard] = MethodCard(
         title="Refusal anchor",
@@ -107,27 +100,18 @@ class RefusalAnchor(PenaltyMethod):
     seed: int = 0
     _answers: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
     _pools: dict[str, list[Anchor]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _config: Any = field(default=None, init=False, repr=False, compare=False)
-    _pad: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number(self, "weight", "Usual is 3.")
         check_whole(self, answer_tokens=0, anchors_per_step=1, max_anchors=1, top_k=1, batch_size=1, max_length=1)
 
-    def adapt_peft_config(self, config: Any) -> Any:
-        """Refuse prompt learning; change nothing."""
-        check_no_virtual_tokens(self, config)
-        self._config = config
-        return config
-
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Let the start model answer the prompts, and keep what it would have said at each token."""
-        self._pad = tokenizer.pad_token_id or 0
         sets = self._prompt_sets(model)
         self._answers, avoided = on_first_process(lambda: self._measured(model, tokenizer, sets))
         self._pools = {"held": self._answers.anchors, **({"avoided": avoided} if avoided else {})}
         self.provenance = {
-            "prompts_sha256": {kind: texts_sha256(found.prompts) for kind, found in sets.items()},
+            "prompts_sha256": {kind: own_answers.texts_sha256(found.prompts) for kind, found in sets.items()},
             "answer_tokens": self.answer_tokens,
             "system_prompt": self.system_prompt,
         }
@@ -140,12 +124,8 @@ class RefusalAnchor(PenaltyMethod):
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Report how much the start refuses: there is nothing to hold where it does not."""
-        figures = {
-            "harmful_prompts_held": float(len(self._pools["held"])),
-            "harmless_prompts_kept_from_refusals": float(len(self._pools.get("avoided", ()))),
-        }
-        if self._answers.refused is not None:
-            figures["harmful_prompts_refused_at_start"] = self._answers.refused
+        figures = self._answers.figures()
+        figures["harmless_prompts_kept_from_refusals"] = float(len(self._pools.get("avoided", ())))
         warnings = self._answers.warnings()
         if "avoided" not in self._pools:
             warnings.append(
@@ -157,7 +137,8 @@ class RefusalAnchor(PenaltyMethod):
     def terms(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the two means over this step's anchors, in nats."""
         with torch.set_grad_enabled(self.weight > 0):
-            costs = self._costs(model, drawn([*self._pools.values()], self.step, self.anchors_per_step, self.seed))
+            pools = list(self._pools.values())
+            costs = self._costs(model, own_answers.drawn(pools, self.step, self.anchors_per_step, self.seed))
             return {kind: torch.cat(found).mean() for kind, found in costs.items() if found}
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
@@ -173,14 +154,14 @@ class RefusalAnchor(PenaltyMethod):
     def _costs(self, model: nn.Module, anchors: Sequence[Anchor]) -> dict[str, list[Tensor]]:
         """Return what each anchor costs: a held one at each position (m,), one to be avoided as a whole (1,)."""
         costs: dict[str, list[Tensor]] = {"held": [], "avoided": []}
-        for anchor, log_q in zip(anchors, log_probs(model, anchors, self._pad), strict=True):
+        for anchor, log_q in zip(anchors, own_answers.log_probs(model, anchors), strict=True):
             if anchor.log_probs is None:
                 refusal = log_q.gather(-1, anchor.tokens.to(log_q.device)).sum().exp()
                 # Below 1, so that the cost of a refusal that has become certain is finite.
                 cost = -torch.log1p(-refusal.clamp(max=1 - 1e-6))
                 costs["avoided"].append(anchor.openings * cost.unsqueeze(0))
             else:
-                costs["held"].append(divergence(anchor, log_q))
+                costs["held"].append(own_answers.divergence(anchor, log_q))
         return costs
 
     def _settings(self) -> AnswerSettings:
@@ -193,7 +174,7 @@ class RefusalAnchor(PenaltyMethod):
         for kind, argument in given.items():
             source = getattr(self, argument)
             if kind == "harmful" or not isinstance(source, Sequence) or len(source):
-                sets[kind] = prompts_of(source, kind, argument, model)
+                sets[kind] = own_answers.prompts_of(source, kind, argument, model)
         return sets
 
     def _measured(self, model: Any, tokenizer: Any, sets: dict[str, PromptSet]) -> tuple[OwnAnswers, list[Anchor]]:
@@ -202,7 +183,7 @@ class RefusalAnchor(PenaltyMethod):
         harmless, _ = (
             settings.encode(model, tokenizer, sets["benign"], "benign_prompts") if "benign" in sets else ([], [])
         )
-        answers = settings.measure(model, tokenizer, sets["harmful"], self._config)
+        answers = settings.measure(model, tokenizer, sets["harmful"], self.peft_config)
         openings = answers.openings
         avoided = [
             Anchor((*ids, *end[:-1]), len(end), torch.tensor(end).unsqueeze(-1), openings=len(openings))

@@ -13,25 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..artifacts.own_answers import (
-    Anchor,
-    AnswerSettings,
-    OwnAnswers,
-    divergence,
-    drawn,
-    log_probs,
-    prompts_of,
-    texts_sha256,
-)
+from ..artifacts import own_answers
+from ..artifacts.own_answers import Anchor, AnswerSettings, OwnAnswers
 from ..distributed import average, inner_product, on_first_process
 from .base import (
     FormField,
     MethodCard,
     Paper,
+    PeftSupport,
     SafetyMethod,
     SelfCheck,
     check_choices,
-    check_no_virtual_tokens,
     check_number,
     check_whole,
 )
@@ -92,26 +84,21 @@ class SafeGrad(SafetyMethod):
 
     ```
 
-    Source: SafeGrad, arXiv 2508.07172: the projection, `ρ = 1`, and the divergence, there on whole safe answers that
-    are given. The trust region is the safety step of SPAG, "SPARD", arXiv 2605.28030, there on given refusals, with
-    `τ = 0.2`; as in the paper and not in its code, where Adam rescales the step. Ours is that the answers are the
+    Source: SafeGrad, arXiv 2508.07172: the projection, `ρ = 1`, and the divergence, there on complete safe answers
+    that are given. The trust region is the safety step of SPAG, "SPARD", arXiv 2605.28030, there on given refusals,
+    with `τ = 0.2`; as in the paper and not in its code, where Adam rescales the step. Ours is that the answers are the
     model's own, and only begun.
     """
 
     name: ClassVar[str] = "SafeGrad"
     tag: ClassVar[str] = "safe-grad"
+    peft_support: ClassVar[PeftSupport] = "weights"
     needs_weights: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
-        title="Gradient Surgery for Safe LLM Fine-Tuning",
+        "Gradient Surgery for Safe LLM Fine-Tuning",
+        author="Yi, Biao and others",
+        year=2025,
         arxiv="2508.07172",
-        citation=(
-            "@misc{yi2025gradient,\n"
-            "  title  = {{Gradient Surgery for Safe LLM Fine-Tuning}},\n"
-            "  author = {Yi, Biao and others},\n"
-            "  year   = {2025},\n"
-            "  note   = {arXiv:2508.07172}\n"
-            "}"
-        ),
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="SafeGrad",
@@ -137,8 +124,6 @@ class SafeGrad(SafetyMethod):
     system_prompt: str | None = None
     seed: int = 0
     _answers: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
-    _config: Any = field(default=None, init=False, repr=False, compare=False)
-    _pad: int = field(default=0, init=False, repr=False, compare=False)
     _cosines: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
     _corrected: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
     _is_due: bool = field(default=False, init=False, repr=False, compare=False)
@@ -150,30 +135,20 @@ class SafeGrad(SafetyMethod):
         check_number(self, "max_step_size", "The paper uses the learning rate.", above=0)
         check_whole(self, prompts_per_step=1, answer_tokens=1, max_prompts=1)
 
-    def adapt_peft_config(self, config: Any) -> Any:
-        """Refuse prompt learning; change nothing."""
-        check_no_virtual_tokens(self, config)
-        self._config = config
-        return config
-
     def attach(self, model: nn.Module, tokenizer: Any, train_dataset: Any) -> None:
         """Let the start model answer the prompts, and keep what it would have said at each token."""
-        self._pad = tokenizer.pad_token_id or 0
-        prompts = prompts_of(self.prompts, "harmful", "prompts", model)
+        prompts = own_answers.prompts_of(self.prompts, "harmful", "prompts", model)
         settings = AnswerSettings(self.answer_tokens, self.max_prompts, system_prompt=self.system_prompt)
-        self._answers = on_first_process(lambda: settings.measure(model, tokenizer, prompts, self._config))
+        self._answers = on_first_process(lambda: settings.measure(model, tokenizer, prompts, self.peft_config))
         self.provenance = {
-            "prompts_sha256": texts_sha256(prompts.prompts),
+            "prompts_sha256": own_answers.texts_sha256(prompts.prompts),
             "answer_tokens": self.answer_tokens,
             "system_prompt": self.system_prompt,
         }
 
     def self_check(self, model: nn.Module) -> SelfCheck:
         """Report how much the start refuses: there is nothing to keep where it does not."""
-        figures = {"harmful_prompts_held": float(len(self._answers.anchors))}
-        if self._answers.refused is not None:
-            figures["harmful_prompts_refused_at_start"] = self._answers.refused
-        return SelfCheck(figures, tuple(self._answers.warnings()))
+        return SelfCheck(self._answers.figures(), tuple(self._answers.warnings()))
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
@@ -250,7 +225,8 @@ class SafeGrad(SafetyMethod):
             for parameter in parameters:
                 parameter.grad = None
             with torch.enable_grad():
-                loss = self._loss(model, drawn([self._answers.anchors], self.step, self.prompts_per_step, self.seed))
+                pools = [self._answers.anchors]
+                loss = self._loss(model, own_answers.drawn(pools, self.step, self.prompts_per_step, self.seed))
                 loss.backward()  # and not `torch.autograd.grad`, which FSDP2's hooks do not see
             found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         finally:
@@ -267,9 +243,9 @@ class SafeGrad(SafetyMethod):
     def _loss(self, model: nn.Module, anchors: Sequence[Anchor]) -> Tensor:
         """Return the rule's safety loss, a mean over tokens."""
         costs = []
-        for anchor, log_q in zip(anchors, log_probs(model, anchors, self._pad), strict=True):
+        for anchor, log_q in zip(anchors, own_answers.log_probs(model, anchors), strict=True):
             if self.rule == "projection":
-                costs.append(divergence(anchor, log_q))
+                costs.append(own_answers.divergence(anchor, log_q))
             else:
                 answer = torch.tensor(anchor.ids[len(anchor.ids) - anchor.positions + 1 :], device=log_q.device)
                 costs.append(-log_q[:-1].gather(-1, answer.unsqueeze(-1))[:, 0])

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from ..artifacts.alignment_direction import matching_modules, weight_differences
-from ..artifacts.checkpoint_reader import Checkpoint, by, listing
+from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..artifacts.provenance import stamp
 from ..linalg import product_norm_squared
 from ..lora import io
@@ -24,18 +24,11 @@ logger = logging.getLogger(__name__)
 
 NAME = "Safe LoRA"
 PAPER = Paper(
-    title="Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models",
+    "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models",
+    author="Hsu, Chia-Yi and others",
+    year=2024,
     arxiv="2405.16833",
-    citation=(
-        "@inproceedings{hsu2024safe,\n"
-        "  title     = {{Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language "
-        "Models}},\n"
-        "  author    = {Hsu, Chia-Yi and others},\n"
-        "  booktitle = {Advances in Neural Information Processing Systems},\n"
-        "  year      = {2024},\n"
-        "  note      = {arXiv:2405.16833}\n"
-        "}"
-    ),
+    venue="Advances in Neural Information Processing Systems",
 )
 
 
@@ -100,10 +93,9 @@ def apply_safe_lora(  # noqa: PLR0913, each is a setting with a name
         factors = io.factor_names(config, tensors, NAME)
         pair = _checkpoints(config, source, aligned, unaligned)
         shapes = {name: (tensors[left].shape[0], tensors[right].shape[1]) for name, (right, left) in factors.items()}
-        weights = matching_modules(*pair, list(shapes))
-        _check_shapes(shapes, weights)
+        pair[0].check_fits(source, shapes)
         layers, lefts = {}, {}
-        for name, V in weight_differences(*pair, weights):
+        for name, V in weight_differences(*pair, matching_modules(*pair, list(shapes))):
             right, left = (tensors[factor] for factor in factors[name])
             lefts[name], layers[name] = _projected(V, left, right)
             if progress is not None:
@@ -139,7 +131,7 @@ def summary(report: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _on_disk(adapter: PeftModel | str | Path) -> Iterator[tuple[Path, str]]:
-    """Give an adapter's folder, and what it is called; of a model in memory a folder that is there meanwhile."""
+    """Give an adapter's folder and its name for messages; for a model in memory a temporary folder."""
     if not isinstance(adapter, PeftModel):
         yield io.local_folder(adapter), str(adapter)
         return
@@ -177,19 +169,6 @@ def _checkpoints(
     return Checkpoint("aligned", found, revision), Checkpoint("unaligned", unaligned)
 
 
-def _check_shapes(adapted: Mapping[str, tuple[int, int]], weights: Mapping[str, tuple[int, int]]) -> None:
-    unequal = [
-        f"`{name}` is {by(adapted[name])} in the adapter and {by(shape)} in the model"
-        for name, shape in weights.items()
-        if shape != adapted[name]
-    ]
-    if unequal:
-        raise ValueError(
-            f"The adapter does not fit `aligned`: {listing(unequal, 3)}. Give the adapter's own base model, and the "
-            "model before its alignment."
-        )
-
-
 def _projected(V: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Return `C B`, and the figures of one layer, from `V` (d_out x d_in), `B` (d_out x r) and `A` (r x d_in)."""
     B, A, norm = left.double(), right.double(), V.norm()
@@ -203,7 +182,7 @@ def _projected(V: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, dict[str
 
 
 def _choose(layers: Mapping[str, dict[str, Any]], threshold: float | None, count: int | None) -> list[str]:
-    """Return the layers to project: those below the threshold, or so many of the least similar."""
+    """Return the layers to project: those below the threshold, or the `count` least similar."""
     similar = {name: layer["similarity"] for name, layer in layers.items() if layer["similarity"] is not None}
     if not similar:
         raise ValueError(
@@ -222,8 +201,8 @@ def _choose(layers: Mapping[str, dict[str, Any]], threshold: float | None, count
 def _log(report: Mapping[str, Any]) -> None:
     logger.info("%s: %s.", NAME, summary(report))
     if unknown := [f"`{name}`" for name, layer in report["layers"].items() if layer["similarity"] is None]:
-        message = "%s kept these as they are, for want of an update or of a difference between the two models: %s"
+        message = "%s kept these as they are, because they have no update or do not differ between the two models: %s"
         logger.warning(message, NAME, listing(unknown))
     if report["kept"]:
         kept = listing([f"`{name}`" for name in report["kept"]])
-        logger.warning("%s projects factors only. Trained besides, and kept as they are: %s", NAME, kept)
+        logger.warning("%s projects factors only. Also trained, and kept as they are: %s", NAME, kept)

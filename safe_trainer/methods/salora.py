@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from .. import linalg
 from ..artifacts import calibration
 from ..artifacts.calibration import InputTokens, Side
-from ..artifacts.safety_basis import SafetyBasis, check_rank, few_refusals, load_or_measure_basis
+from ..artifacts.safety_basis import SafetyBasis, check_rank, few_refusals
 from ..distributed import from_first_process
 from ..lora import reparametrize as factors
 from ..lora import updates as adapters
-from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_choices, check_whole
+from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_choices, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +87,14 @@ class SaLoRA(SafetyMethod):
 
     name: ClassVar[str] = "SaLoRA"
     tag: ClassVar[str] = "salora"
+    peft_support: ClassVar[PeftSupport] = "lora"
     needs_weights: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
-        title="SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation",
+        "SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation",
+        author="Li, Mingjie and others",
+        year=2025,
         arxiv="2501.01765",
-        citation=(
-            "@inproceedings{li2025salora,\n"
-            "  title={{SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation}},\n"
-            "  author={Li, Mingjie and others}, booktitle={International Conference on Learning Representations},\n"
-            "  year={2025}, note= {arXiv:2501.01765}\n"
-            "}"
-        ),
+        venue="International Conference on Learning Representations",
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="SaLoRA",
@@ -145,10 +142,10 @@ class SaLoRA(SafetyMethod):
 
     def adapt_peft_config(self, config: Any) -> Any:
         """Refuse what would write past the projector; double the rank, and alpha with it, for the increment form."""
+        config = super().adapt_peft_config(config)
         self._continues = config is None
         if config is None:
             return None
-        adapters.check_peft_config(config, self.name)
         if config.lora_bias:
             raise ValueError(
                 "SaLoRA does not work with `lora_bias=True`: no projector stands between a bias and the protected "
@@ -217,9 +214,9 @@ class SaLoRA(SafetyMethod):
         with torch.no_grad():
             for name, (U_s, V_s) in self._bases.items():
                 B, A = self._updates[name].factors()
-                whole = linalg.product_norm_squared(B, A).clamp(min=1e-30)
+                total = linalg.product_norm_squared(B, A).clamp(min=1e-30)
                 for inside in ((U_s.to(B.device).mT @ B, A), (B, A @ V_s.to(A.device))):
-                    shares.append((linalg.product_norm_squared(*inside) / whole).sqrt().item())
+                    shares.append((linalg.product_norm_squared(*inside) / total).sqrt().item())
         return {"salora/leak": max(shares)}
 
     def _rules(self, name: str) -> tuple[nn.Module, nn.Module]:
@@ -230,10 +227,14 @@ class SaLoRA(SafetyMethod):
         """Return `U_s` (d_out x k) and `V_s` (d_in x k) by layer; a side that is not protected has `k = 0`."""
         bases = {name: [torch.zeros(size, 0) for size in layer.shape] for name, layer in layers.items()}
         if self.rank and self.directions == "safety":
-            wanted = {"sides": self._sides, "rank": self.rank, "input_tokens": self.input_tokens, **self._sampling}
-            source = self.basis, self.safety_data, model, tokenizer
-            self.safety_basis = load_or_measure_basis(*source, layers=layers, **wanted)
-            self.provenance = self.safety_basis.provenance
+            wanted: dict[str, Any] = {"modules": list(layers), "sides": self._sides, "rank": self.rank}
+            wanted["input_tokens"] = self.input_tokens
+            if self.basis is None:
+                basis = SafetyBasis.from_rows(model, tokenizer, self.safety_data, **wanted, **self._sampling)
+            else:
+                basis = self.basis if isinstance(self.basis, SafetyBasis) else SafetyBasis.load(self.basis)
+                basis.check_fits(model, **wanted)
+            self.safety_basis, self.provenance = basis, basis.provenance
         for name, layer in layers.items() if self.rank else ():
             for side in self._sides:
                 if self.safety_basis is not None:
@@ -274,4 +275,4 @@ class SaLoRA(SafetyMethod):
                     "Pass the base model and `peft_config`, so that SaLoRA can set rank and start."
                 )
         with factors.trained_through(self._updates, self._rules):
-            pass  # the rules refuse factors that lie in protected directions
+            pass  # the rules refuse factors in protected directions

@@ -15,7 +15,7 @@ from ..artifacts import Fitting, TrainedVectors, VectorFactors, active, fitted_l
 from ..artifacts.own_answers import AnswerSettings, OwnAnswers, prompts_of
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
-from .base import FormField, MethodCard, Paper, SafetyMethod, SelfCheck, check_no_virtual_tokens, check_number
+from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number
 
 _FEW_ROWS = 64
 """With fewer harmful rows vectors protect little: fitted to 50, they left 47 of 80 harmful prompts complied with."""
@@ -63,18 +63,13 @@ class SecurityVectors(SafetyMethod):
 
     name: ClassVar[str] = "Security Vectors"
     tag: ClassVar[str] = "security-vectors"
+    peft_support: ClassVar[PeftSupport] = "weights"  # vectors were never fitted with virtual tokens before a prompt
     paper: ClassVar[Paper] = Paper(
-        title="Making Harmful Behaviors Unlearnable for Large Language Models",
+        "Making Harmful Behaviors Unlearnable for Large Language Models",
+        author="Zhou, Xin and others",
+        year=2024,
         arxiv="2311.02105",
-        citation=(
-            "@inproceedings{zhou2024making,\n"
-            "  title     = {{Making Harmful Behaviors Unlearnable for Large Language Models}},\n"
-            "  author    = {Zhou, Xin and others},\n"
-            "  booktitle = {Findings of the Association for Computational Linguistics: ACL 2024},\n"
-            "  year      = {2024},\n"
-            "  note      = {arXiv:2311.02105}\n"
-            "}"
-        ),
+        venue="Findings of the Association for Computational Linguistics: ACL 2024",
     )
     card: ClassVar[MethodCard] = MethodCard(
         title="Security Vectors",
@@ -97,7 +92,6 @@ class SecurityVectors(SafetyMethod):
     progress: Callable[[int, int, float], None] | None = field(default=None, init=False, repr=False, compare=False)
     """Called after each step of fitting with the steps done, the most there can be, and the loss; by default a bar."""
     _can_ask: bool = field(default=False, init=False, repr=False, compare=False)
-    _config: Any = field(default=None, init=False, repr=False, compare=False)
     _start: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
     _factors: dict[str, VectorFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
     _layers: dict[str, adapters.LinearLayer] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -113,12 +107,6 @@ class SecurityVectors(SafetyMethod):
         check_number(self, "strength", "The paper uses 1.", above=0)
         if isinstance(self.fitting, Mapping):
             self.fitting = Fitting(**self.fitting)
-
-    def adapt_peft_config(self, config: Any) -> Any:
-        """Refuse prompt learning, which puts tokens before the prompt that vectors were never fitted with."""
-        check_no_virtual_tokens(self, config)
-        self._config = config
-        return config
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse settings of the fitting for which the model has no layers, or layers that are too small."""
@@ -146,7 +134,7 @@ class SecurityVectors(SafetyMethod):
         self.provenance = vectors.provenance
         if self._can_ask and tokenizer.chat_template is not None:
             prompts = prompts_of(None, "harmful", "prompts", model)
-            self._start = on_first_process(lambda: _FEW_ANSWERS.measure(model, tokenizer, prompts, self._config))
+            self._start = on_first_process(lambda: _FEW_ANSWERS.measure(model, tokenizer, prompts, self.peft_config))
         on_first_process(lambda: set(vectors.check_fits(model)))  # other processes may hold no weights yet
         layers = adapters.linear_layers(model)
         self._layers = {name: layers[name] for name in vectors.modules}

@@ -1,21 +1,17 @@
-"""The settings that the classes behind a recipe take: TRL's arguments, PEFT's LoRA, our methods.
+"""The settings that a recipe hands to classes: TRL's arguments, PEFT's LoRA, our methods.
 
 Names and annotations come from the classes themselves, so every option of the installed versions can be written in a
-recipe. Importing them loads torch, which takes seconds: until it is loaded, names are read from the classes' source.
+recipe.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
-import re
 import sys
 import types
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -25,40 +21,29 @@ Hints = dict[str, Any]
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null",
           list: "a list", tuple: "a list", Sequence: "a list", dict: "a mapping", Mapping: "a mapping",
           Path: "a path"}  # fmt: skip
-SFT_CONFIG = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py")
-LORA_CONFIG = ("peft/tuners/lora/config.py", "peft/config.py")
 _RECOMMENDED = dict.fromkeys(("harmful_data", "prompts", "benign_prompts"), str | None)
-
-
-def is_torch_loaded() -> bool:
-    """Return whether classes can be asked for their fields without waiting for torch."""
-    return "torch" in sys.modules
 
 
 def training_fields() -> Hints:
     """Return the settings of TRL's `SFTConfig` with their annotations."""
-    return _class_fields(SFT_CONFIG, "trl", "SFTConfig")
+    from trl import SFTConfig
+
+    return fields_of(SFTConfig)
 
 
 def peft_fields() -> Hints:
     """Return the settings of PEFT's `LoraConfig` with their annotations."""
-    return _class_fields(LORA_CONFIG, "peft", "LoraConfig")
+    from peft import LoraConfig
 
-
-def _class_fields(files: Sequence[str], package: str, name: str) -> Hints:
-    if not is_torch_loaded() and (found := declared(*files)):
-        return found
-    return fields_of(getattr(import_module(package), name))
+    return fields_of(LoraConfig)
 
 
 def method_fields() -> dict[str, Hints]:
     """Return the settings of each method by the name that it has in `METHODS`, and those of `recommended`."""
-    if not is_torch_loaded() and (found := declared_methods()) and all(found.values()):
-        return {"recommended": _RECOMMENDED, **found}
     from ..methods import METHODS
 
     methods: dict[str, Any] = {**METHODS}
-    return {"recommended": _RECOMMENDED} | {name: fields_of(cls) for name, cls in methods.items()}
+    return {"recommended": _RECOMMENDED} | {name: fields_of(method) for name, method in methods.items()}
 
 
 @cache
@@ -66,29 +51,6 @@ def fields_of(cls: type) -> Hints:
     """Return the annotation of each field that can be written in YAML, without the kinds of value that cannot."""
     hints = get_type_hints(cls)
     return _plain_only({field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init})
-
-
-@cache
-def declared(*files: str) -> Hints:
-    """Return what the classes in source files declare, as of any type; nothing if a file is not where it was."""
-    names: Hints = {}
-    for file in files:
-        package, _, inner = file.partition("/")
-        spec = find_spec(package)
-        path = Path((spec.submodule_search_locations or [""])[0] if spec else "", inner)
-        if not path.is_file():
-            return {}  # another layout of the package: the class itself is asked
-        classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
-        fields = [item for cls in classes for item in cls.body if isinstance(item, ast.AnnAssign)]
-        names |= {ast.unparse(f.target): Any for f in fields if not re.search("ClassVar|init=False", ast.unparse(f))}
-    return names
-
-
-def declared_methods() -> dict[str, Hints]:
-    """Return the fields of the methods in the table of `methods/__init__.py`; each has the file of its name."""
-    table = Path(__file__).parents[1] / "methods" / "__init__.py"
-    names = re.findall(r'^    "(\w+)": \w+,$', table.read_text(encoding="utf-8"), re.MULTILINE)
-    return {name: declared(f"safe_trainer/methods/{name}.py") for name in names}
 
 
 def _ranges(text: str, least: float, most: float = math.inf, words: str = "") -> dict[str, tuple[float, float, str]]:

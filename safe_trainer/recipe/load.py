@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from .document import Document, RecipeError, assignment, did_you_mean
-from .fields import Hints, check_field, is_torch_loaded, method_fields, peft_fields, short, training_fields
+from .fields import Hints, check_field, method_fields, peft_fields, short, training_fields
 from .paths import Place, check_artifact, moved
 from .schema import NOT_UNDER_PEFT, NOT_UNDER_TRAINING, PARTS, Part, RecipePart, SourcePart
 
@@ -62,8 +63,8 @@ class Recipe:
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe and validate all of it.
 
-    What can be known without torch is checked first, in well under a second: keys, values, files, artifacts. Then TRL,
-    PEFT and the methods check what is theirs.
+    What can be known without torch is checked first, in well under a second: keys, files, artifacts. Then TRL, PEFT
+    and the methods check what is theirs.
 
     Args:
         path (`str` or `Path`): The YAML file. Files that it names are seen from its folder.
@@ -74,7 +75,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         [`Recipe`]: Ready to run.
 
     Raises:
-        RecipeError: With all problems, each with its line.
+        RecipeError: With all problems of either kind, each with its line.
         OSError: If the file cannot be read.
 
     Example:
@@ -99,13 +100,10 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         document.put(place, moved(value, place, Path.cwd(), folder))
     values = {"peft": PEFT_DEFAULT, **moved(document.values, (), folder)}
     parts = _check_part(RecipePart, values, (), document)
-    checked = _check_classes(values, document)
-    if not is_torch_loaded():
+    _check_artifacts(values, document)
+    if "torch" not in sys.modules:  # which the classes take seconds to load
         document.raise_problems()
-        import torch  # noqa: F401, from now on the classes themselves say what they take
-
-        checked = _check_classes(values, document)
-    training, lora, entries = checked
+    training, lora, entries = _check_classes(values, document)
     peft = _make_peft(values, lora, document)
     safety = _make_methods(values, entries, peft, document)
     if values.get("safe_lora"):
@@ -139,6 +137,25 @@ def _check_part(part: type[P], values: Any, place: Place, document: Document) ->
     return None
 
 
+def _entries(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Yield place and content of each entry of `safety`; of those that are no mapping the schema has complained."""
+    listed = values.get("safety", "recommended") or []
+    for position, entry in enumerate(listed if isinstance(listed, list) else [listed]):
+        if entry == "recommended" or isinstance(entry, dict):
+            settings = {"method": entry} if entry == "recommended" else dict(entry)
+            yield ("safety", position) if isinstance(listed, list) else ("safety",), settings
+
+
+def _check_artifacts(values: dict[str, Any], document: Document) -> None:
+    """Note which files that methods are to read are missing, or hold something else."""
+    for place, settings in _entries(values):
+        for name, value in ((name, value) for name, value in settings.items() if isinstance(value, str)):
+            try:
+                check_artifact(name, value)
+            except ValueError as error:
+                document.problem((*place, name), str(error))
+
+
 def _check_classes(values: dict[str, Any], document: Document) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
     """Check the settings of TRL's, PEFT's and the methods' classes, as far as these are known."""
     training = _check_settings(values.get("training"), training_fields(), ("training",), document, NOT_UNDER_TRAINING)
@@ -165,11 +182,6 @@ def _check_settings(
                 continue  # rows, with what is said under `data` of how they are read
         else:
             right, message = check_field(name, value, known[name], in_range=not of_method)
-        if of_method and isinstance(right, str):
-            try:
-                check_artifact(name, right)
-            except ValueError as error:
-                message = str(error)
         if message is None:
             checked[name] = right
         else:
@@ -181,12 +193,7 @@ def _check_entries(values: dict[str, Any], document: Document) -> list[Entry]:
     """Return place, method and settings of each entry of `safety`, as far as they are right."""
     known = method_fields()
     found: list[Entry] = []
-    listed = values.get("safety", "recommended") or []
-    for position, entry in enumerate(listed if isinstance(listed, list) else [listed]):
-        place: Place = ("safety", position) if isinstance(listed, list) else ("safety",)
-        settings = {"method": entry} if entry == "recommended" else dict(entry) if isinstance(entry, dict) else None
-        if settings is None:
-            continue  # the schema has complained
+    for place, settings in _entries(values):
         name = settings.pop("method", None)
         if not isinstance(name, str) or name not in known:
             hint = did_you_mean(name or "", known)
@@ -251,17 +258,14 @@ def _make_methods(
 
 
 def _made(name: str, settings: dict[str, Any], values: dict[str, Any]) -> list[SafetyMethod]:
-    """Return the method of an entry, or those that are recommended, with the harmful rows that the model brings."""
-    from ..data.protection import own_file
+    """Return the method of an entry, or those that are recommended for the model."""
     from ..methods import METHODS
-    from ..methods.recommended import recommended
+    from ..methods.recommended import recommended_for
 
     if name != "recommended":
         return [METHODS[name](**settings)]
     model = values.get("model")
-    if settings.get("harmful_data") is None and isinstance(model, dict) and model.get("path"):
-        settings["harmful_data"] = own_file(str(model["path"]), "harmful")
-    return recommended(**settings)
+    return recommended_for(str(model.get("path") or "") if isinstance(model, dict) else "", **settings)
 
 
 def _rows_of(value: Any, name: str) -> Any:

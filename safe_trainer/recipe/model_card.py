@@ -1,7 +1,7 @@
-"""The model card of a fine-tune: what became of its refusals, how to use it, how it was made, what to cite.
+"""The model card of a fine-tune: its refusals before and after, how to use it, how it was made, what to cite.
 
 There is one writer of cards: recipes, `safe-trainer card` and the app use it. What a person has written into a card
-stays: the part that is made here is between two marks, and only that is written anew.
+stays: the part that is made here is between two marks, and only that is replaced.
 """
 
 from __future__ import annotations

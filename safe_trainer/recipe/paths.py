@@ -73,8 +73,8 @@ def check_data_file(path: str) -> str:
     try:
         kind_of(path)
     except ValueError as error:
-        told = str(error).replace(f"`{PREFIX}{path}`", f"`hub: {path}`")
-        raise ValueError(f"{told} A dataset on the Hub is given under `hub`, in place of `path`") from error
+        reason = str(error).replace(f"`{PREFIX}{path}`", f"`hub: {path}`")
+        raise ValueError(f"{reason} A dataset on the Hub is given under `hub`, in place of `path`") from error
     if not (exists(path) and Path(path).is_file()):
         raise ValueError(f"there is no file `{path}`.{what_was_meant(path)}")
     return path

@@ -330,9 +330,9 @@ def _left(recipe: Recipe) -> tuple[str, str]:
     from ..checkpoints import checkpoints_of, is_complete
 
     output = recipe.parts.output
-    whole = next(filter(is_complete, reversed(checkpoints_of(Path(output)))), None)
-    if whole is not None:
-        return f"The last checkpoint, `{whole}`, is intact", f"resume with: {recipe.command('--resume')}"
+    complete = next(filter(is_complete, reversed(checkpoints_of(Path(output)))), None)
+    if complete is not None:
+        return f"The last checkpoint, `{complete}`, is intact", f"resume with: {recipe.command('--resume')}"
     return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
 
 

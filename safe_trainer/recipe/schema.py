@@ -41,7 +41,7 @@ class ReadingPart(Part):
     encoding: str | None = Field(None, description="Such as latin-1; Unicode if left out.")
     on_bad_row: Literal["raise", "skip"] = Field("raise", description="skip goes on without bad rows.")
     limit: int | None = Field(None, ge=1, description="Takes the first rows only.")
-    header: bool | None = Field(None, description="Whether a table begins with names of columns; told by its looks.")
+    header: bool | None = Field(None, description="Whether a table begins with column names; detected if left out.")
     answers: Literal["last", "all"] = Field(
         "last", description="Which answers of a conversation are learned; all makes a row of each."
     )
@@ -184,13 +184,15 @@ class SafeLoraPart(Part):
     threshold: float | None = Field(
         None, ge=0, le=1, description="Layers whose update is less similar to its projection are projected; 0.5."
     )
-    number_of_layers: int | None = Field(None, ge=1, description="Instead, project so many, the least similar.")
+    number_of_layers: int | None = Field(
+        None, ge=1, description="Instead, how many layers to project, the least similar first."
+    )
 
     _check_path = field_validator("unaligned")(check_model)
 
 
 class RecipePart(Part):
-    """One run. `peft`, `safety` and `training` take what the classes behind them take."""
+    """One run. `peft`, `safety` and `training` take the settings of PEFT's, our and TRL's classes."""
 
     model: ModelPart
     data: list[DataPart] = Field(min_length=1)
@@ -251,8 +253,6 @@ def recipe_schema() -> dict[str, Any]:
     Editors complete keys and mark mistakes by it. Write it with `safe-trainer train --schema > recipe.schema.json`,
     and name that file in the first line of a recipe: `# yaml-language-server: $schema=recipe.schema.json`.
     """
-    import torch  # noqa: F401, so that fields come from the classes
-
     from ..methods import METHODS
 
     methods = []

@@ -12,7 +12,7 @@ from ..data import (
     DataReport,
     PromptSet,
     as_rows,
-    encode_row,
+    encode_rows,
     general_prompts,
     leaked_rows,
     load_prompts,
@@ -155,17 +155,17 @@ class TokenCount:
 
     def messages(self) -> list[str]:
         """Return what a user should read about the tokens before training."""
-        told = []
+        found = []
         if self.lost:
             shown = ", ".join(str(row + 1) for row in self.lost[:5]) + (", …" if len(self.lost) > 5 else "")
             of = f"{len(self.lost):,} of {len(self.lengths):,} rows" + (" looked at" * (self.rows > len(self.lengths)))
-            told.append(
+            found.append(
                 f"{of} teach nothing: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
                 "Shorten them, or raise `training.max_length`."
             )
         if self.learned < 0.995 * self.answers:
-            told.append(f"{self.learned / self.answers:.1%} of the answers' tokens are learned.")
-        return told
+            found.append(f"{self.learned / self.answers:.1%} of the answers' tokens are learned.")
+        return found
 
 
 def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
@@ -180,11 +180,9 @@ def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
     tokenizer = AutoTokenizer.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
     limit = math.inf if args.packing or not args.max_length else args.max_length
     lengths, lost, answers, learned = [], [], 0, 0
-    for position in sorted(random.Random(0).sample(range(len(rows)), min(_SAMPLE, len(rows)))):
-        try:
-            ids, start = encode_row(tokenizer, rows[position])
-        except ValueError as error:
-            raise ValueError(f"Row {position + 1} of the training data cannot be used: {error}.") from error
+    drawn = sorted(random.Random(0).sample(range(len(rows)), min(_SAMPLE, len(rows))))
+    encoded = encode_rows(tokenizer, rows.select(drawn), name="data", numbers=[place + 1 for place in drawn])
+    for position, (ids, start) in zip(drawn, encoded, strict=True):
         lengths.append(len(ids))
         answers += len(ids) - start + _earlier_answers(tokenizer, rows[position])
         learned += max(0, int(min(len(ids), limit)) - start)

@@ -1,6 +1,6 @@
 """One controlled run on the embedded pair: a scenario, a variant, a seed.
 
-A *scenario* is the data of a fine-tune; a *variant* is how the model is protected meanwhile. All else is the same for
+A *scenario* is the data of a fine-tune; a *variant* is how the model is protected during it. All else is the same for
 all variants of a scenario: rows, order, adapter, learning rate, steps, initialization.
 """
 

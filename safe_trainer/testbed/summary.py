@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 from rich.table import Table
 
@@ -76,12 +77,12 @@ def table(scenario: Scenario, comparisons: Sequence[Comparison], seconds: Mappin
             interval = f"[{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
             cells.append(f"{rate.count}/{rate.total} {100 * rate.value:.0f} %\n{interval}")
         spent = seconds.get(name)
-        shown.add_row(f"{name}\n{_mean(spent):.0f} s" if spent else name, *cells)
+        shown.add_row(f"{name}\n{fmean(spent):.0f} s" if spent else name, *cells)
     return shown
 
 
 def conclusions(scenario: Scenario, comparisons: Sequence[Comparison]) -> list[str]:
-    """State for each variant what became of the refusals, and at what cost."""
+    """State for each variant how many refusals were kept, and at what cost."""
     before = [comparison.before for comparison in comparisons]
     variants = {name: [c[name] for c in comparisons] for name in names(comparisons)[1:]}
     lines = []
@@ -124,8 +125,8 @@ def _costs(
     parts = []
     if scenario.task:
         accuracy, reference = (pooled(runs, scenario.task, "correct") for runs in (after, plain))
-        beside = "" if after is plain else f" (plain LoRA {reference.share})"
-        parts.append(f"task accuracy {accuracy.share}{beside}")
+        reference_share = "" if after is plain else f" (plain LoRA {reference.share})"
+        parts.append(f"task accuracy {accuracy.share}{reference_share}")
     falls = []
     for kind in ("benign", "borderline"):
         old, new = pooled(before, kind, "complied"), pooled(after, kind, "complied")
@@ -145,7 +146,7 @@ def markdown(results: Iterable[Result], introduction: str = INTRODUCTION) -> str
         for name in names(comparisons):
             evaluations = [comparison[name] for comparison in comparisons]
             cells = [str(pooled(evaluations, prompt_set, outcome)) for _, prompt_set, outcome in columns(scenario)]
-            spent = f"{_mean(seconds[name]):.0f} s" if name in seconds else ""
+            spent = f"{fmean(seconds[name]):.0f} s" if name in seconds else ""
             parts.append(f"| {name} | {' | '.join(cells)} | {spent} |")
         parts.append("\n" + "\n".join(f"- {line}" for line in conclusions(scenario, comparisons)))
         notes = sorted({note for comparison in comparisons for note in comparison.all_notes()})
@@ -162,7 +163,3 @@ def markdown(results: Iterable[Result], introduction: str = INTRODUCTION) -> str
 
 def _judge(comparisons: Sequence[Comparison]) -> str:
     return next(iter(comparisons[0].before["harmful"].verdicts))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -39,7 +39,7 @@ def rows(arguments: argparse.Namespace) -> list[Example]:
 def bare(model: Any, examples: list[Example], batch_size: int) -> None:
     """Run a model over the rows and look at nothing."""
     for start in range(0, len(examples), batch_size):
-        ids = torch.tensor([example.input_ids for example in examples[start : start + batch_size]])
+        ids = torch.tensor([example.ids for example in examples[start : start + batch_size]])
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
