@@ -92,7 +92,7 @@ def _state_of(checkpoint: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def saving(checkpoint: str | Path, is_first_process: bool) -> Iterator[None]:
-    """Surround the saving of a checkpoint; one that cannot be saved is removed, and the error says what to do."""
+    """Surround the saving of a checkpoint: one that cannot be written is removed, and the error says what to do."""
     checkpoint = Path(checkpoint)
     try:
         if is_first_process:  # one of this name may be left from a run that was resumed from an earlier one
@@ -141,7 +141,7 @@ class RunFingerprint(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": self.content}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take a place in the state of a run that was resumed from a checkpoint without one."""
+        """Register in the state of a run that was resumed from a checkpoint without a fingerprint."""
         state.stateful_callbacks[type(self).__name__] = self.state()
 
 
@@ -239,7 +239,7 @@ def _launch(launch: Mapping[str, Any]) -> str:
 
 
 def _check_kind(checkpoint: Path, model: nn.Module) -> None:
-    """Compare what is trained: transformers does not notice another kind of it, or reports it in other terms."""
+    """Refuse a checkpoint of other trained weights, which transformers does not notice or reports unclearly."""
     if not isinstance(model, PeftModel):
         if (checkpoint / "adapter_config.json").is_file():
             raise ValueError(f"`{checkpoint}` holds an adapter, and this run trains all weights. {_INSTEAD}")

@@ -296,7 +296,7 @@ def _default_arguments(model: Any, changed: dict[str, bool]) -> SFTConfig:
 
 
 def _refuse_vectors(model: Any) -> None:
-    """Refuse to train on from security vectors: what came of it would comply with harmful requests."""
+    """Refuse to continue training security vectors: the result would comply with harmful requests."""
     is_folder = isinstance(model, str) and os.path.isdir(model)
     if harmful_mark(model) if is_folder else vectors_in(model):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a fine-tune moved: how far each layer's weights went, and which share of that touches safety."""
+"""Drift: how far a fine-tune moved each layer's weights, and which share of that touches safety."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The refusal direction inside a model: by how much harmful prompts differ from harmless ones, layer by layer."""
+"""The refusal direction: how activations on harmful prompts differ from those on harmless ones, layer by layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RefusalChange(NamedTuple):
 
     @property
     def kept(self) -> float:
-        """Return the share of the projection that is left; 1 is no change, below 0 it has turned round."""
+        """Return the share of the projection that is left; 1 is no change; below 0 the direction is reversed."""
         return self.after / self.before
 
 

@@ -1,4 +1,4 @@
-"""Ranking rows before training by what they would teach: how much of a row's loss do security vectors take away?"""
+"""Scan: rank rows before training by how much of their loss security vectors take away."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class _Scorer:
         return outcomes
 
     def fingerprint(self, rows: str) -> str:
-        """Return what decides on the scores, as one hash."""
+        """Return a hash of everything that the scores depend on."""
         digest = hashlib.sha256(f"{rows}{self.max_length}{self.tokenizer.chat_template}".encode())
         digest.update(repr(describe(self.model, self.layers)["values"]).encode())
         for name, factors in sorted(self.vectors.modules.items()):
@@ -385,7 +385,7 @@ class _Source:
         self.sha256, self.unit = "", "line"
 
     def check(self) -> DataReport:
-        """Read all of it once."""
+        """Read all rows once and report on them."""
         digest = hashlib.sha256()
         with named("rows"):
             report, records = self._read()
@@ -396,7 +396,7 @@ class _Source:
         return report
 
     def rows(self, start: int) -> Iterator[tuple[tuple[Record, Row, bool | None, bool], Row]]:
-        """Yield the rows of all records but the first: each with its record, label, and whether it is its last."""
+        """Yield the rows of all records from `start` on, each with its record, label, and whether it is the last."""
         for record, (rows, is_harmful) in islice(self._read()[1], start, None):
             for row in rows:  # one conversation may teach several answers
                 yield (record, row, is_harmful, row is rows[-1]), row

@@ -21,7 +21,7 @@ _TABLES = (".csv", ".jsonl", ".parquet")
 
 
 class Scores:
-    """Scored rows in an SQLite file that outlives the process, so that a scan can continue; without a path, in none.
+    """Scored rows in an SQLite file, so that a scan can continue in another process; without a path, a temporary one.
 
     `fingerprint` is what the scores depend on: a file with another one is started again.
     """
@@ -54,7 +54,7 @@ class Scores:
         return np.fromiter(found, [("share", float), ("harmful", int)])
 
     def lines(self, condition: str, *values: float) -> list[int]:
-        """Return the lines of the rows that fulfil a condition in SQL."""
+        """Return the lines of the rows that meet a condition in SQL."""
         return [line for (line,) in self._db.execute(f"SELECT line FROM rows WHERE {condition}", values)]
 
     def ranked(self) -> Iterator[dict[str, Any]]:
@@ -65,7 +65,7 @@ class Scores:
 
 
 def check_output(path: str | Path | None) -> Path | None:
-    """Return the path if a table can be written to it, by its name and folder."""
+    """Return the path of a table, after checking its suffix and folder."""
     if path is None:
         return None
     path = Path(path)
@@ -75,7 +75,7 @@ def check_output(path: str | Path | None) -> Path | None:
 
 
 def check_clean(path: str | Path | None, rows: Any) -> Path | None:
-    """Return the path if the rows that are kept can be written to it, by its kind and folder."""
+    """Return the path of the kept rows, after checking its kind and folder."""
     if path is None:
         return None
     path, source = Path(path), file_of(rows) or Path("rows.jsonl")

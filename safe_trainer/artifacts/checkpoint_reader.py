@@ -61,7 +61,7 @@ class Checkpoint:
         self._digest = hashlib.sha256()
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """Return (d_out, d_in) of each named layer; `ValueError` if the files do not hold it so in floating point."""
+        """Return (d_out, d_in) of each named layer; refused if the files hold another shape or no floating point."""
         missing, wrong = [], []
         for name in names:
             linear, stored = self.linears[name], self._stored.get(self._key(name))
@@ -211,7 +211,7 @@ def by(shape: Sequence[int]) -> str:
 
 
 def prefix_hint(names: Sequence[str], others: Sequence[str]) -> str:
-    """Return a clause for a message if a name and another differ by nothing but what comes before them."""
+    """Return a hint for a message where two names differ only in their prefix."""
     for name in names:
         for other in others:
             if other.endswith(f".{name}") or name.endswith(f".{other}"):

@@ -290,7 +290,7 @@ class _ThrowAway:
         self.renew()
 
     def renew(self) -> None:
-        """Begin again where the model is."""
+        """Start again from the model's own weights."""
         with torch.no_grad():
             for factors in self.factors.values():
                 factors.B.zero_()
@@ -378,7 +378,6 @@ def _total_divergence(model: Any, rows: _Rows, switch: Switch) -> float:
 
 
 def _compliance(model: Any, tokenizer: Any, prompts: PromptSet | None) -> str | None:
-    """Return how many of the prompts the model complies with, with count and interval."""
     if prompts is None:
         return None
     from ..evaluation import evaluate

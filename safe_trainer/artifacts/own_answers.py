@@ -58,7 +58,7 @@ class OwnAnswers(NamedTuple):
         return {"harmful_prompts_held": float(len(self.anchors)), **refused}
 
     def few_refusals(self) -> str:
-        """Return a sentence if the start refuses so little that there is little to protect, or an empty text."""
+        """Return a warning if the start refuses too few prompts for protection to matter, or an empty text."""
         if self.refused is None or self.refused >= _FEW_REFUSALS:
             return ""
         return (
@@ -151,7 +151,7 @@ class AnswerSettings:
         return [fitting[place * len(fitting) // kept] for place in range(kept)]
 
     def _with_reference(self, model: Any, anchors: Sequence[Anchor]) -> Iterator[Anchor]:
-        """Yield anchors with what the model, as it is, says at their positions."""
+        """Yield anchors with what the model says at their positions now."""
         for anchor, log_p in zip(anchors, log_probs(model, anchors), strict=True):
             vocabulary = log_p.shape[-1]
             k = vocabulary if vocabulary <= _SMALL_VOCABULARY else min(self.top_k, vocabulary)
@@ -168,7 +168,7 @@ def prompts_of(source: Any, kind: Kind, argument: str, model: Any) -> PromptSet:
 
 
 def log_probs(model: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
-    """Return the log-probabilities of all tokens at each anchor's positions, (m, vocabulary), as the model is.
+    """Return the model's log-probabilities of all tokens at each anchor's positions, (m, vocabulary).
 
     The pass runs in evaluation mode: without dropout and security vectors, and without drawing random numbers.
     """
@@ -197,7 +197,7 @@ def divergence(anchor: Anchor, log_q: Tensor) -> Tensor:
 
 
 def drawn(pools: Sequence[Sequence[Anchor]], step: int, count: int, seed: int) -> list[Anchor]:
-    """Return a step's anchors: the pools take turns, and each is gone through in a new order every time."""
+    """Return a step's anchors: the pools alternate, and each is reshuffled for every pass through it."""
     found = []
     for turn in range(step * count, (step + 1) * count):
         place, kind = divmod(turn, len(pools))

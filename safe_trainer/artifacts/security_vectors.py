@@ -40,7 +40,7 @@ class VectorFactors(NamedTuple):
 
 @dataclass
 class Switch:
-    """Says when vectors act: at all (`on`), and whether in layers in training mode only (`in_training_only`)."""
+    """Whether vectors act: at all (`on`), and in layers in training mode only (`in_training_only`)."""
 
     in_training_only: bool = False
     on: bool = True
@@ -247,7 +247,6 @@ class TrainedVectors:
         return {name: layers[name] for name in self.modules}
 
     def _card(self) -> str:
-        """Return the card as Markdown."""
         unknown = {"count": "unknown", "sha256": "unknown"}
         rows = {
             "harmful rows": "{count} (SHA-256 {sha256})".format(**self.provenance.get("harmful_rows", unknown)),

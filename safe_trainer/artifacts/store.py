@@ -1,4 +1,4 @@
-"""Our files: safetensors with provenance, written completely or not at all, refused with a clear message.
+"""Artifact files: safetensors with provenance, written completely or not at all, refused with a clear message.
 
 The metadata says what it is (`kind`), its layout (`format_version`), where it comes from (`details`, JSON), and
 a SHA-256 of all of it.

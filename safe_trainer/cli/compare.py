@@ -153,7 +153,6 @@ def _show(comparison: Comparison, output: Path | None, as_json: bool) -> None:
 
 
 def _check_gate(comparison: Comparison, thresholds: Thresholds) -> None:
-    """Exit with 3 if a threshold is exceeded."""
     from ..evaluation import gate
 
     missed = gate(comparison, thresholds)

@@ -52,7 +52,7 @@ class CommandGroup(TyperGroup):
 
 
 def _with_options(text: str, command: Any) -> str:
-    """Call settings as the command does: the library's messages name the arguments of its functions."""
+    """Replace arguments of the library's functions in a message by the command's options."""
     for option in command.params if command is not None else ():
         if option.opts and option.opts[0].startswith("--"):
             text = text.replace(f"`{option.name}`", f"`{option.opts[0]}`")
@@ -104,7 +104,7 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
 
 
 def _quiet_libraries() -> None:
-    """Keep what users cannot change out of what they read: bars in a log, and remarks that are for developers."""
+    """Silence what users can do nothing about: progress bars in a log, and warnings meant for developers."""
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # that they lack kernels which are not needed here
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -117,7 +117,6 @@ def _print_result(result: RunResult) -> None:
 
 
 def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
-    """Print what a run would take."""
     if as_json:
         print_json(vars(made))
         return

@@ -9,7 +9,7 @@ from typing import Any
 from .prompts import Kind, PromptSet, bundled_prompts, load_prompts
 
 OWN_FILES = {"harmful": "safety/harmful.jsonl", "benign": "safety/benign.jsonl"}
-"""Where a model may bring rows along, seen from its folder or Hub repository."""
+"""Where a model may bring rows along, relative to its folder or Hub repository."""
 
 # Inert answers that comply, in several styles: with and without an opening, as steps, as prose, as a text.
 _COMPLIANT = (

@@ -54,7 +54,7 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
 
 
 def source_of(model: Any) -> str:
-    """Return the folder or Hub id of a model, which may be given by it; empty for a model that was built in memory."""
+    """Return the folder or Hub id of a model, itself or given by it; empty for one that was built in memory."""
     return str(model) if isinstance(model, str | Path) else getattr(model.config, "_name_or_path", "")
 
 

@@ -35,7 +35,7 @@ def evaluation_mode(model: nn.Module, *, freeze: bool = False, but: Collection[n
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Switch a model's adapters off, if it has any; afterwards those that were on are on, and trained as before.
+    """Switch a model's adapters off, if it has any; afterwards those that were active are so again, trained as before.
 
     PEFT's own `disable_adapter` makes all of the active adapter trainable on leaving, also what was frozen.
     """

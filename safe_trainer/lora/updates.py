@@ -168,7 +168,7 @@ def check_peft_config(config: PeftConfig, method: str) -> None:
 
 
 def changes_base(config: PeftConfig) -> bool:
-    """Return whether the adapter's initialization takes its start off the base weights."""
+    """Return whether the adapter's initialization subtracts its start from the base weights."""
     start = str(getattr(config, "init_lora_weights", True)).lower()
     return start.startswith(BASE_CHANGING_INITIALISATIONS)
 

@@ -58,7 +58,7 @@ class FormField:
 
 @dataclass(frozen=True)
 class Materials:
-    """What a demo, a form or a test has at hand to build a method from; data in any form that methods take.
+    """What a demo, a form or a test builds a method from; data in any form that methods take.
 
     `harmful_data` are harmful prompts with answers that comply, `safety_data` with refusals.
     """
@@ -326,7 +326,7 @@ class PenaltyMethod(SafetyMethod):
 
 
 def overrides(method: SafetyMethod, moment: str) -> bool:
-    """Return whether a method does something at a moment, by its name."""
+    """Return whether a method overrides a moment, given by its name."""
     return getattr(type(method), moment) is not getattr(SafetyMethod, moment)
 
 

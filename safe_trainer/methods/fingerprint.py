@@ -91,7 +91,7 @@ def _source(source: str, may_be_path: bool) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON does not know as something that it does, the same in every process."""
+    """Return a value that JSON does not know in a form that it does, the same in every process."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Set):
@@ -111,7 +111,7 @@ def _sha256(values: Iterable[Any]) -> str:
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
-    """Yield in words how the settings of two runs differ."""
+    """Yield a sentence for each difference between the settings of two runs."""
     for name in sorted(saved.keys() | current.keys()):
         if name not in current:
             yield f"the checkpoint was made with {name}, this run has none"

@@ -1,4 +1,4 @@
-"""`safety="recommended"`: the combination to begin with, which needs nothing from the user."""
+"""`safety="recommended"`: the methods to begin with, which need nothing from the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A YAML text as values that know their lines, so that a message can name the line that it is about."""
+"""YAML text as values with their line numbers, so that messages can name the line."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def dotted(place: Place) -> str:
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """Return a hint at the known word that is nearest, or at all of them if they are few."""
+    """Return a hint at the nearest known word, or at all of them if they are few."""
     known = list(known)
     near = get_close_matches(str(word).lower(), known, n=1, cutoff=0.6)
     if near:

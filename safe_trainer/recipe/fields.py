@@ -71,7 +71,7 @@ _UNSET = {("max_steps", -1)}  # what TRL takes for not set, where it is not null
 
 
 def check_field(name: str, value: Any, hint: Any, in_range: bool) -> tuple[Any, str | None]:
-    """Return a setting with its type put right, and what is wrong with it; `in_range` if `RANGES` is about it."""
+    """Return a setting converted to its type, or what is wrong with it; `in_range` also checks `RANGES`."""
     try:
         if isinstance(value, bool) and not {bool, Any} & {*_members(hint)}:
             raise ValueError("pydantic would take it for 0 or 1")
@@ -97,7 +97,7 @@ def json_schema(hints: Hints, hidden: Collection[str] = ()) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """Return a value as a message shows it: a long one cut off."""
+    """Return a value for a message, cut off if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -107,7 +107,6 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _shown(hint: Any) -> str:
-    """Return an annotation as a message shows it."""
     parts: list[str] = []
     for member in _members(hint):
         origin = get_origin(member) or member
@@ -117,7 +116,7 @@ def _shown(hint: Any) -> str:
 
 
 def _plain_only(hints: Hints) -> Hints:
-    """Leave of each annotation what YAML can express; a field of which nothing is left is left out."""
+    """Drop types that YAML cannot express from each annotation, and fields that keep none."""
     found = {}
     for name, hint in hints.items():
         members = tuple(member for member in _members(hint) if _is_plain(member))

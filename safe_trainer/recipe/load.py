@@ -32,7 +32,7 @@ _SAFETY = "expected `recommended`, `null` or methods with their settings, as in 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run that has been found valid.
+    """A validated run.
 
     Args:
         path (`Path`): The file.
@@ -67,9 +67,9 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     and the methods check what is theirs.
 
     Args:
-        path (`str` or `Path`): The YAML file. Files that it names are seen from its folder.
+        path (`str` or `Path`): The YAML file. Files that it names are relative to its folder.
         changes (`Sequence[str]`, *optional*): Such as `"training.learning_rate=1e-4"`, in the order in which they are
-            made. Files that they name are seen from the working directory.
+            made. Files that they name are relative to the working directory.
 
     Returns:
         [`Recipe`]: Ready to run.

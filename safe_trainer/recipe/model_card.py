@@ -135,7 +135,7 @@ def publish(folder: str | Path, repository: str, *, private: bool = False) -> st
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no adapter and no model, and security vectors: they keep that mark in every form.
+    """Refuse folders without an adapter or model, and security vectors, whose mark stays in every form.
 
     Raises:
         ValueError: If so.
@@ -175,7 +175,7 @@ class _About:
         self.repair = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
 
     def metadata(self, comparison: Comparison | None) -> dict[str, Any]:
-        """Return what the Hub reads at the top of a card."""
+        """Return the card's metadata, which the Hub reads."""
         library = "peft" if self.is_adapter else "transformers"
         data: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
         if self.base_id is not None:
@@ -210,7 +210,6 @@ class _About:
         return "\n\n".join(filter(None, parts))
 
     def _repaired(self, report: Mapping[str, Any]) -> str:
-        """Return how it was repaired after training, and from what."""
         from ..evaluation.manifest import shown_id
         from ..methods.safe_lora import summary
 
@@ -222,7 +221,6 @@ class _About:
         )
 
     def _code(self, here: str) -> str:
-        """Return Python that loads it."""
         imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
         lines = [imports, "", f'model = AutoModelForCausalLM.from_pretrained("{here}")']
         if self.is_adapter:
@@ -262,7 +260,7 @@ def _methods_of(recipe: Mapping[str, Any]) -> list[type[SafetyMethod]]:
 
 
 def _warning(comparison: Comparison | None) -> str:
-    """Return what is to be known first: whether safety was measured, and whether it was lost."""
+    """Return a warning where refusals were not measured or were lost, or an empty text."""
     if comparison is None:
         return "> [!WARNING]\n> Whether this fine-tune kept its base model's refusals was not measured."
     verdict = comparison.verdict(comparison.evaluations[-1].name)
@@ -294,7 +292,7 @@ def yaml_text(values: Any) -> str:
 
 
 def _without_folders(value: Any) -> Any:
-    """Leave of a recipe what is others' business: of a path of this machine the last part."""
+    """Shorten each local path in a recipe to its last part, so that nothing of this machine is shown."""
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -322,7 +320,7 @@ def _results(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _placed(text: str, part: str) -> str:
-    """Put the part where it was, or after what a person has written."""
+    """Put the generated part where it was, or after what a person has written."""
     part = f"{BEGIN}\n\n{part.strip()}\n\n{END}"
     if BEGIN in text and END in text:
         head, _, rest = text.partition(BEGIN)

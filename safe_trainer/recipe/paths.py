@@ -54,7 +54,7 @@ def _is_path(value: str, place: Place, folder: Path) -> bool:
 
 
 def exists(path: str | Path) -> bool:
-    """Return whether there is such a file or folder; of a name that none can have, there is none."""
+    """Return whether there is such a file or folder; an impossible name does not exist."""
     try:
         return Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long, of no user, or with a null character
@@ -62,7 +62,7 @@ def exists(path: str | Path) -> bool:
 
 
 def is_given(path: str) -> bool:
-    """Return whether a text can only be a path, and no Hub id."""
+    """Return whether a text can only be a path, not a Hub id."""
     return path.startswith(("/", "~"))
 
 
@@ -113,7 +113,7 @@ def check_model(path: str) -> str:
 
 
 def weights_kind(file: Path) -> str | None:
-    """Return what a file of weights says that it is, which artifacts do and models do not; refused if damaged."""
+    """Return the kind that a file of weights declares, as artifacts do and models do not; refused if damaged."""
     try:
         with safe_open(file, framework="np") as opened:
             return (opened.metadata() or {}).get("kind")

@@ -1,4 +1,4 @@
-"""A recipe carried out, from its data to the report: `run_recipe` is the one workflow of command line and app.
+"""Running a recipe, from its data to the report: `run_recipe` is the one workflow of command line and app.
 
 ```python
 from safe_trainer import recipe
@@ -326,7 +326,7 @@ def _saving(recipe: Recipe) -> Iterator[None]:
 
 
 def _left(recipe: Recipe) -> tuple[str, str]:
-    """Return what is left of a training whose end was not saved, and how to have it."""
+    """Return which checkpoint is left when the end of training was not saved, and how to resume from it."""
     from ..checkpoints import checkpoints_of, is_complete
 
     output = recipe.parts.output
@@ -337,7 +337,6 @@ def _left(recipe: Recipe) -> tuple[str, str]:
 
 
 def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
-    """Return the command that compares the model before and after."""
     options = ["--adapter", f"{TUNED}={recipe.parts.output}"] if recipe.peft is not None else []
     sources = (f"{prompts.kind}={prompts.source}" for prompts in loaded.prompt_sets if prompts.source)
     options += [part for source in dict.fromkeys(sources) for part in ("--prompts", source)]
@@ -376,7 +375,7 @@ def examine(
 
 
 def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
-    """Write the recipe next to what came of it, as it was run and with the versions, so that it can be run again."""
+    """Save the recipe as it was run, with versions and hashes, next to its results, so that it can be run again."""
     from .model_card import yaml_text
 
     output = Path(recipe.parts.output)

@@ -22,7 +22,7 @@ class Part(BaseModel):
 class ModelPart(Part):
     """The aligned chat model to fine-tune."""
 
-    path: str = Field(description="Hub id, or a folder if it begins with ./ or ../ (seen from the recipe) or /.")
+    path: str = Field(description="Hub id, or a folder if it begins with ./ or ../ (relative to the recipe) or /.")
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="In which the base is kept.")
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="Loads the base with bitsandbytes.")
@@ -31,9 +31,9 @@ class ModelPart(Part):
 
 
 class ReadingPart(Part):
-    """How a file or dataset is read; what is left out is found out from it."""
+    """How a file or dataset is read; what is left out is detected."""
 
-    format: str | None = Field(None, description="Name of the format, such as alpaca; found out if left out.")
+    format: str | None = Field(None, description="Name of the format, such as alpaca; detected if left out.")
     columns: dict[str, str] | None = Field(
         None, description="Instead of a format, the columns that hold prompt, answer, context and system."
     )
@@ -60,7 +60,7 @@ class ReadingPart(Part):
 class SourcePart(ReadingPart):
     """A file, or a dataset on the Hub."""
 
-    path: str | None = Field(None, description="A file, seen from the recipe: JSON(L), CSV, TSV, Parquet, also .gz.")
+    path: str | None = Field(None, description="A file, relative to the recipe: JSON(L), CSV, TSV, Parquet, also .gz.")
     hub: str | None = Field(
         None, description="Instead of a file, a dataset on the Hub, or a folder of one that begins with ./, ../ or /."
     )
@@ -211,7 +211,9 @@ class RecipePart(Part):
     )
     safe_lora: SafeLoraPart | None = None
     monitor: MonitorPart | None = None
-    output: str = Field(description="Folder for the adapter, checkpoints and report, seen from where you start it.")
+    output: str = Field(
+        description="Folder for the adapter, checkpoints and report, relative to the working directory."
+    )
 
     @model_validator(mode="before")
     @classmethod

