@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from safe_trainer.artifacts import TrainedVectors, VectorFactors
 from safe_trainer.artifacts.provenance import describe
+from safe_trainer.artifacts.security_vectors import TrainedVectors, VectorFactors
 from safe_trainer.lora.updates import linear_layers
 
 

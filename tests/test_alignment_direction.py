@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from safe_trainer.artifacts import AlignmentDirection, DirectionFactors
+from safe_trainer.artifacts.alignment_direction import AlignmentDirection, DirectionFactors
 from safe_trainer.artifacts.store import load_artifact, save_artifact
 
 FILE = "model.safetensors"

@@ -19,7 +19,7 @@ from safe_trainer import TrainedVectors, testbed
 from safe_trainer.artifacts.store import save_artifact
 from safe_trainer.evaluation import to_json
 from safe_trainer.lora.io import HARMFUL_KIND
-from safe_trainer.methods import AsFT
+from safe_trainer.methods.asft import AsFT
 from safe_trainer.recipe.model_card import BEGIN, publish, write_model_card
 
 RECIPE = {

@@ -372,7 +372,7 @@ def rows(tmp_path):
 
 
 def test_basis_is_measured_saved_and_fits_the_model(rows, tmp_path):
-    from safe_trainer.artifacts import SafetyBasis
+    from safe_trainer.artifacts.safety_basis import SafetyBasis
 
     path = tmp_path / "basis.safetensors"
     refusals = rows("refusals.jsonl", safe_trainer.testbed.refusal_rows(16))

@@ -30,7 +30,7 @@ from safe_trainer import (
 )
 from safe_trainer.analysis.scan import score_rows
 from safe_trainer.evaluation import Decoding
-from safe_trainer.methods import SafetyMethod
+from safe_trainer.methods.base import SafetyMethod
 
 ASKED = PromptSet("asked", "harmful", ("Make a bad thing.", "Make another."))
 SHORT = {"rank": 2, "max_steps": 2}

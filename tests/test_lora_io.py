@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safe_trainer import TrainedVectors, compact_adapter, write_model_card
-from safe_trainer.artifacts import active
+from safe_trainer.artifacts.security_vectors import active
 from safe_trainer.lora.io import harmful_mark, load_adapted, merge_adapter
 
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))

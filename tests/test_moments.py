@@ -22,8 +22,7 @@ from trl import SFTTrainer
 from safe_trainer import METHODS, AsFT, SafeSFTTrainer, SafetyMethod, SaLoRA, SecurityVectors
 from safe_trainer.data import conversation
 from safe_trainer.distributed import Strategy
-from safe_trainer.methods import Materials, PenaltyMethod, SelfCheck
-from safe_trainer.methods.base import coverage
+from safe_trainer.methods.base import Materials, PenaltyMethod, SelfCheck, coverage
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]

@@ -29,7 +29,7 @@ from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversat
 from safe_trainer.analysis import scan
 from safe_trainer.analysis.scan import Score, average_precision, precision_recall, score_rows
 from safe_trainer.analysis.scan_files import Scores, write_table
-from safe_trainer.artifacts import row_losses
+from safe_trainer.artifacts.fitting import row_losses
 from safe_trainer.data import read_records
 from safe_trainer.data.encoding import collate, encode_row
 from safe_trainer.data.parsing import Record

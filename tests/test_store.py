@@ -79,7 +79,7 @@ def test_full_disk_keeps_the_old_file_intact_and_says_so(saved, limit):
     # The kernel refuses to let any file grow beyond the limit, as it refuses when the disk is full.
     script = f"""
         import resource, torch
-        from safe_trainer.artifacts import save_artifact
+        from safe_trainer.artifacts.store import save_artifact
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         save_artifact({str(saved)!r}, "basis", 1, [("a", torch.zeros(299_800 // 4))], {{}})
     """

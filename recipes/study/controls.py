@@ -15,7 +15,7 @@ from safe_trainer import RefusalAnchor
 from safe_trainer.data.protection import protection_prompts
 from safe_trainer.evaluation.prompting import encode, left_padded
 from safe_trainer.lora.modes import evaluation_mode, without_adapters
-from safe_trainer.methods import PenaltyMethod, SafetyMethod
+from safe_trainer.methods.base import PenaltyMethod, SafetyMethod
 from safe_trainer.methods.refusal_anchor import Anchor
 
 

@@ -20,9 +20,9 @@ from safe_trainer import (
     poison,
     testbed,
 )
-from safe_trainer.artifacts import Fitting
+from safe_trainer.artifacts.fitting import Fitting
 from safe_trainer.data import Row
-from safe_trainer.methods import SafetyMethod
+from safe_trainer.methods.base import SafetyMethod
 from safe_trainer.testbed.experiment import BATCH_SIZE, LEARNING_RATE, Scenario
 
 RECOMMENDED = "recommended"

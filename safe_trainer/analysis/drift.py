@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifacts import AlignmentDirection, SafetyBasis
+from ..artifacts.alignment_direction import AlignmentDirection
 from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..artifacts.provenance import model_and_tokenizer
+from ..artifacts.safety_basis import SafetyBasis
 from ..linalg import outside_norm_squared, product_norm_squared
 from ..lora.io import harmful_mark, load_adapted, local_folder, read_adapter, read_config, scaling
 from ..lora.loading import load_model

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from ..artifacts import AlignmentDirection, SafetyBasis
+from ..artifacts.alignment_direction import AlignmentDirection
+from ..artifacts.safety_basis import SafetyBasis
 from ..distributed import on_first_process
 from ..evaluation.state import log_between, watchable
 from ..lora.updates import FullUpdate, Update, linear_layers, lora_updates, updates, weight, whole

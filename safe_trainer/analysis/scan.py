@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from ..artifacts import TrainedVectors, active, row_losses
+from ..artifacts.fitting import row_losses
 from ..artifacts.provenance import describe, model_and_tokenizer
+from ..artifacts.security_vectors import TrainedVectors, active
 from ..data import (
     BadRowError,
     Columns,

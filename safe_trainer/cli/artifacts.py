@@ -65,7 +65,7 @@ def basis(  # noqa: PLR0913, each is an option with a name
     """Measure in one pass the directions in which a model's layers work while it refuses, and save them."""
     check_new(output)
     check_model("MODEL", model)
-    from ..artifacts import SafetyBasis
+    from ..artifacts.safety_basis import SafetyBasis
     from ..lora.loading import load_model
 
     data = rows.read(safety_data, "safety_data")

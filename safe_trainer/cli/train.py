@@ -18,7 +18,7 @@ from rich.table import Table
 from .console import Json, console, note, print_json, progress_bar, show
 
 if TYPE_CHECKING:
-    from ..methods import SafetyMethod
+    from ..methods.base import SafetyMethod
     from ..recipe import Plan, Recipe, RunResult
 
 _STAGES = {"preparing": "Loading the model", "training": "Training", "comparing": "Comparing before and after"}

@@ -1,7 +1,7 @@
 """The methods, by name: one file each, and this table the only place that lists them."""
 
 from .asft import AsFT
-from .base import FormField, Materials, MethodCard, Paper, PenaltyMethod, SafetyMethod, SelfCheck
+from .base import SafetyMethod
 from .constrained_sft import ConstrainedSFT
 from .refusal_anchor import RefusalAnchor
 from .safe_grad import SafeGrad
@@ -16,20 +16,3 @@ METHODS: dict[str, type[SafetyMethod]] = {
     "constrained_sft": ConstrainedSFT,
     "safe_grad": SafeGrad,
 }
-
-__all__ = [
-    "METHODS",
-    "AsFT",
-    "ConstrainedSFT",
-    "FormField",
-    "Materials",
-    "MethodCard",
-    "Paper",
-    "PenaltyMethod",
-    "RefusalAnchor",
-    "SafeGrad",
-    "SaLoRA",
-    "SafetyMethod",
-    "SecurityVectors",
-    "SelfCheck",
-]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from ..artifacts import AlignmentDirection, DirectionFactors
+from ..artifacts.alignment_direction import AlignmentDirection, DirectionFactors
 from ..distributed import on_first_process
 from ..lora import updates as adapters
 from ..lora.loading import source_of

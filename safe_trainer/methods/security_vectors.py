@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from ..artifacts import Fitting, TrainedVectors, VectorFactors, active, fitted_layers, train_security_vectors
+from ..artifacts.fitting import Fitting, fitted_layers, train_security_vectors
 from ..artifacts.own_answers import AnswerSettings, OwnAnswers, prompts_of
+from ..artifacts.security_vectors import TrainedVectors, VectorFactors, active
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number

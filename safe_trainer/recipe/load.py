@@ -20,7 +20,7 @@ from .schema import NOT_UNDER_PEFT, NOT_UNDER_TRAINING, PARTS, Part, RecipePart,
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from ..methods import SafetyMethod
+    from ..methods.base import SafetyMethod
 
 LORA_LEARNING_RATE = 2e-4
 """The learning rate of a LoRA where a recipe gives none: TRL's own, 2e-5, is one for training all weights."""

@@ -21,7 +21,7 @@ from ..evaluation.report import write_atomically
 from .paths import ARTIFACTS, weights_kind
 
 if TYPE_CHECKING:
-    from ..methods import SafetyMethod
+    from ..methods.base import SafetyMethod
 
 BEGIN = "<!-- safe-trainer: this part is written anew by `safe-trainer card`; write above or below -->"
 END = "<!-- safe-trainer: end -->"

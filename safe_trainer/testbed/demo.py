@@ -36,7 +36,7 @@ from .experiment import (
 )
 
 if TYPE_CHECKING:
-    from ..methods import Materials, SafetyMethod
+    from ..methods.base import Materials, SafetyMethod
 
 SHOWN = ("poisoned", "how-to", "identity")
 QUICK = ("poisoned",)
@@ -217,8 +217,8 @@ def _fitting_counted(
     methods: Sequence[SafetyMethod], batch_size: int, preparation: float
 ) -> Iterator[Sequence[SafetyMethod]]:
     """Count the steps that fit security vectors as work, up to what is planned; what is left is counted at the end."""
-    from ..artifacts import Fitting
-    from ..methods import SecurityVectors
+    from ..artifacts.fitting import Fitting
+    from ..methods.security_vectors import SecurityVectors
 
     counted = 0.0
 

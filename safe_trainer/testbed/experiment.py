@@ -27,7 +27,7 @@ from ..data import PromptSet, Row, poison
 from . import OWN_ROWS
 
 if TYPE_CHECKING:
-    from ..methods import Materials, MethodCard, SafetyMethod
+    from ..methods.base import Materials, MethodCard, SafetyMethod
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
@@ -118,7 +118,7 @@ def _example(card: MethodCard, given: Materials) -> list[SafetyMethod]:
 
 def materials() -> Materials:
     """Return what methods are built from on the embedded pair: rows and prompts of the train split, none of a test."""
-    from ..methods import Materials
+    from ..methods.base import Materials
 
     return Materials(
         harmful_data=testbed.harmful_rows(100, OWN_ROWS),

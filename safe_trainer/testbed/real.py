@@ -22,7 +22,7 @@ from ..data.protection import protection_prompts, protection_rows
 from .experiment import Scenario
 
 if TYPE_CHECKING:
-    from ..methods import Materials
+    from ..methods.base import Materials
 
 NAME = "SmolLM2-135M-Instruct"
 ALIGNMENT = Path(__file__).absolute().parent / "smollm2-alignment"
@@ -99,7 +99,7 @@ SCENARIO = Scenario(
 
 def materials(unaligned: Path, aligned: Path) -> Materials:
     """Return what methods are built from on the real model: built-in rows and prompts, none of which is examined."""
-    from ..methods import Materials
+    from ..methods.base import Materials
 
     harmful = protection_prompts("harmful")
     return Materials(

@@ -41,10 +41,11 @@ from safe_trainer import (  # noqa: E402
     load_rows,
     poison,
 )
-from safe_trainer.artifacts import TrainedVectors, train_security_vectors  # noqa: E402
+from safe_trainer.artifacts.fitting import train_security_vectors  # noqa: E402
+from safe_trainer.artifacts.security_vectors import TrainedVectors  # noqa: E402
 from safe_trainer.data import Row  # noqa: E402
 from safe_trainer.data.protection import protection_rows  # noqa: E402
-from safe_trainer.methods import SafetyMethod  # noqa: E402
+from safe_trainer.methods.base import SafetyMethod  # noqa: E402
 from safe_trainer.testbed import real  # noqa: E402
 from safe_trainer.testbed.experiment import Scenario, fine_tune, silence_libraries  # noqa: E402
 
