@@ -26,7 +26,7 @@ from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpo
 from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
 from .lora.modes import trainable_layout
-from .methods.base import SafetyMethod, check_report, overrides
+from .methods.base import SafetyMethod, check_report, describe_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
 
 logger = logging.getLogger(__name__)
@@ -308,10 +308,7 @@ def _refuse_vectors(model: Any) -> None:
 
 def _log_report(report: dict[str, dict[str, Any]]) -> None:
     for name, found in report.items():
-        figures = ", ".join(f"{figure} {value:.4g}" for figure, value in found["figures"].items())
-        logger.info(
-            "%s acts on %.0f %% of the trained weights%s", name, 100 * found["coverage"], figures and f": {figures}"
-        )
+        logger.info(describe_report(name, found))
         for warning in found["warnings"]:
             logger.warning("%s: %s", name, warning)
 

@@ -342,6 +342,13 @@ def check_report(method: SafetyMethod, model: nn.Module) -> dict[str, Any]:
     return {"coverage": share, "figures": dict(check.figures), "warnings": warnings}
 
 
+def describe_report(name: str, report: Mapping[str, Any]) -> str:
+    """Return a method's report but its warnings, such as `AsFT (acts on 88% of the trained weights, energy 0.25)`."""
+    facts = [f"acts on {report['coverage']:.0%} of the trained weights"]
+    facts += [f"{figure.replace('_', ' ')} {value:.3g}" for figure, value in report["figures"].items()]
+    return f"{name} ({', '.join(facts)})"
+
+
 def coverage(method: SafetyMethod, model: nn.Module) -> float:
     """Return the share of the trained weights whose update a method acts on."""
     if method.covered_layers is None:

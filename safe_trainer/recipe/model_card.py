@@ -189,6 +189,7 @@ class _About:
 
     def part(self, comparison: Comparison | None, repository: str | None) -> str:
         """Return the part of the card that is made here."""
+        from ..methods.base import describe_report
         from ..methods.safe_lora import PAPER as SAFE_LORA
 
         what = "A PEFT adapter on" if self.is_adapter else "A fine-tune of"
@@ -198,8 +199,9 @@ class _About:
         parts = [f"{what} `{self.base_name}`, {made if self.repair is None else self._repaired(self.repair)}."]
         parts += [_warning(comparison), "" if comparison is None else to_markdown(comparison).strip()]
         if (self.folder / SAFETY_REPORT).is_file():
-            checks = self_checks(json.loads((self.folder / SAFETY_REPORT).read_text(encoding="utf-8")))
-            parts += ["## Self-checks of the protection", "\n".join(f"- {line}" for line in checks)]
+            report = json.loads((self.folder / SAFETY_REPORT).read_text(encoding="utf-8"))
+            checks = [" ".join(["-", describe_report(name, r), *r["warnings"]]) for name, r in report.items()]
+            parts += ["## Self-checks of the protection", "\n".join(checks)]
         parts += ["## Use", f"```python\n{self._code(repository or self.folder.resolve().name)}\n```"]
         if self.recipe:
             parts += ["## Recipe", f"`safe-trainer train recipe.yaml`, with\n\n```yaml\n{yaml_text(self.recipe)}```"]
@@ -267,21 +269,6 @@ def _warning(comparison: Comparison | None) -> str:
     if verdict.level in ("kept", "improved"):
         return ""
     return f"> [!WARNING]\n> {verdict.headline}"
-
-
-def self_checks(report: Mapping[str, Any]) -> list[str]:
-    """Return a line for each method: what it measured of its own protection when training began, with its warnings.
-
-    Args:
-        report (`Mapping[str, Any]`): The trainer's `safety_report`: coverage, figures and warnings by method.
-    """
-    lines = []
-    for name, found in report.items():
-        acts = [] if found.get("coverage") is None else [f"acts on {found['coverage']:.0%} of the trained weights"]
-        figures = [f"{key.replace('_', ' ')} {value:.3g}" for key, value in found.get("figures", {}).items()]
-        said = ", ".join([*acts, *figures])
-        lines.append(" ".join([f"{name} ({said})" if said else name, *found.get("warnings", ())]))
-    return lines
 
 
 def yaml_text(values: Any) -> str:

@@ -296,10 +296,7 @@ def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
 
 def protection(report: Mapping[str, Any], comparison: Comparison | None, compare_command: str | None) -> str:
     """Return one line: what protected the run (the trainer's `safety_report`) and how strongly it was tested."""
-    methods = []
-    for name, found in report.items():
-        coverage = found.get("coverage")
-        methods.append(name if coverage is None else f"{name} (acts on {coverage:.0%} of the trained weights)")
+    methods = [f"{name} (acts on {found['coverage']:.0%} of the trained weights)" for name, found in report.items()]
     protected = f"Protected by {' and '.join(methods)}." if methods else "Nothing protected this run (`safety: null`)."
     results = [] if comparison is None else [r for r in comparison.before.results if r.prompt_set.kind == "harmful"]
     if comparison is None or not results:
