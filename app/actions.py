@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import suites
+from safe_trainer import Review, suites, write_model_card, write_report
 
 from . import texts
-from .answering import Answerer
+from .answering import Answerer, Turn, messages
 from .inspection import (
     ENDINGS,
     Inspection,
@@ -30,15 +29,14 @@ from .inspection import (
 )
 from .jobs import Job, JobQueue, scan_job, train_job
 from .materials import material, take_prompts
-from .progress import CLEANED, COMPARISON, RANKING
+from .progress import CLEANED, REVIEWED
 from .recipe_in import Taken, read_settings
-from .recipes import GUARD, JUDGES, Choices, Settings, Upload, Variant, estimate, packed_recipes, write_order
+from .recipes import GUARD, JUDGES, Choices, Settings, Upload, Variant, estimate, write_order
 from .sessions import Session, Sessions
 from .setup import EMBEDDED, KINDS, Model, Setup, hub_model
 
 ASKED_TOKENS = 128
 _HELD = 4  # times the size of the largest upload: what a session may hold of files
-_PICKLED = {"training_args.bin"}  # of no use elsewhere, and nothing that others should load
 
 
 @dataclass
@@ -286,6 +284,16 @@ class Services:
                 job.save()
             return self._submit(session, job)
 
+    def go_on(self, session: Session) -> None:
+        """Go on with the newest training, which was stopped."""
+        job = session.job("train")
+        if job is None or not job.can_go_on:
+            raise ValueError(texts.NOTHING_STOPPED)
+        with session.lock:
+            if session.busy:
+                raise ValueError(texts.ONE_AT_A_TIME)
+            self.queue.submit(job)
+
     def scan(self, session: Session) -> Job:
         """Rank the rows in use by how harmful they look."""
         found = session.inspection
@@ -317,6 +325,7 @@ class Services:
             shutil.rmtree(job.folder)
             raise ValueError(texts.ONE_AT_A_TIME)
         session.jobs.append(job)
+        session.shown = None
         try:
             self.queue.submit(job)
         except ValueError:
@@ -340,57 +349,38 @@ class Services:
             session.shown = None
             shutil.rmtree(job.folder, ignore_errors=True)
 
-    def questions(self, session: Session, question: str, titles: list[str]) -> Iterator[tuple[str, str]]:
-        """Ask the model before and those of the run that is shown; see [`Answerer.ask`]."""
+    def label(self, session: Session, number: int, label: Any) -> None:
+        """Label an answer of the run that is shown, and count its rates again; see [`Review`]."""
+        job = session.compared
+        if job is None or job.comparison() is None:
+            raise ValueError(texts.NO_COMPARISON)
+        with session.lock:
+            review = Review(job.folder)
+            review.set_label(review.questions[number], label)
+            comparison = review.result()
+            write_report(comparison, job.folder, REVIEWED)
+            for title, folder in job.adapters.items():
+                write_model_card(folder, comparison, name=title)
+            for packed in job.folder.glob("*.zip"):  # which hold the old cards
+                packed.unlink()
+
+    def questions(
+        self, session: Session, talk: list[Turn], titles: list[str], system: str, temperature: float
+    ) -> Iterator[tuple[str, str]]:
+        """Ask the model before and those of the run that is shown the last question; see [`Answerer.ask`]."""
         limit = self.setup.limits.question
-        if not question.strip():
+        if not talk[-1].question.strip():
             raise ValueError(texts.ASK_NOTHING)
-        if len(question) > limit:
+        if max(len(talk[-1].question), len(system)) > limit:
             raise ValueError(texts.ASK_TOO_LONG.format(limit=limit))
         job = session.compared
-        possible: dict[str, Path | None] = {texts.BEFORE: None, **(adapters(job) if job is not None else {})}
+        possible: dict[str, Path | None] = {texts.BEFORE: None, **(job.adapters if job is not None else {})}
         asked = {title: possible[title] for title in possible if title in titles}
         if not asked:
             raise ValueError(texts.ASK_NOBODY)
         model = job.model if job is not None else session.model
-        return self.answerer.ask(model, asked, question.strip(), ASKED_TOKENS)
-
-
-def adapters(job: Job) -> dict[str, Path]:
-    """Return the adapters that a job has finished, by title."""
-    done = [v for v in job.variants if (part := job.progress.parts.get(v.key)) and part.state == "done"]
-    return {variant.title: job.folder / variant.key for variant in done}
-
-
-def file_of(job: Job, variant: str, kind: str) -> tuple[Path, str] | None:
-    """Return a file to send, made if need be, and its name there, or `None` if there is no such thing."""
-    if variant == "all":
-        fixed = {"report": f"{COMPARISON}.html", "numbers": f"{COMPARISON}.json", "ranking": RANKING}
-        path = packed_recipes(job.folder, job.variants) if kind == "recipes" and job.variants else None
-        path = job.folder / fixed[kind] if kind in fixed else path
-        return (path, path.name) if path is not None and path.is_file() else None
-    if variant not in {known.key for known in job.variants}:
-        return None
-    folder = job.folder / variant
-    if kind == "adapter" and (folder / "adapter_config.json").is_file():
-        return _packed(folder, job.folder / f"adapter-{variant}.zip"), f"{variant}-adapter.zip"
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if kind == "checkpoint" and checkpoints:
-        name = f"{variant}-{checkpoints[-1].name}.zip"
-        return _packed(checkpoints[-1], job.folder / name), name
-    return None
-
-
-def _packed(folder: Path, target: Path) -> Path:
-    """Pack the files of a folder, without those of folders in it."""
-    if not target.exists():
-        fresh = target.with_suffix(".new")
-        with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as packed:
-            for path in sorted(folder.iterdir()):
-                if path.is_file() and path.name not in _PICKLED:
-                    packed.write(path, path.name)
-        fresh.replace(target)
-    return target
+        conversations = {title: messages(talk, title, system) for title in asked}
+        return self.answerer.ask(model, asked, conversations, ASKED_TOKENS, temperature)
 
 
 @contextmanager

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import texts
 from .jobs import IS_LENT
 from .setup import Model
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class Turn:
+    """A question, and by title of the model what it has answered."""
+
+    question: str
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+def messages(talk: Sequence[Turn], title: str, system: str) -> Messages:
+    """Return the conversation of one model: what it was asked and has answered itself, and the last question."""
+    found = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    for turn in talk[:-1]:
+        if title in turn.answers:
+            found += [{"role": "user", "content": turn.question}]
+            found += [{"role": "assistant", "content": turn.answers[title]}]
+    return [*found, {"role": "user", "content": talk[-1].question.strip()}]
 
 
 class Answerer:
@@ -26,11 +47,17 @@ class Answerer:
         self._tokenizer: Any = None
 
     def ask(
-        self, model: Model, adapters: Mapping[str, Path | None], question: str, tokens: int
+        self,
+        model: Model,
+        adapters: Mapping[str, Path | None],
+        conversations: Mapping[str, Messages],
+        tokens: int,
+        temperature: float = 0.0,
     ) -> Iterator[tuple[str, str]]:
-        """Ask one model after the other, by title; `None` is the model before.
+        """Ask one model after the other, by title, each its own conversation; `None` is the model before.
 
-        Yields each title with its answer so far. Closing the iterator ends the answer.
+        Yields each title with its answer so far. Closing the iterator ends the answer. At temperature 0 the likeliest
+        words are taken, above they are drawn.
         """
         from peft import PeftModel
 
@@ -39,7 +66,8 @@ class Answerer:
             for title, folder in adapters.items():
                 tuned = None if folder is None else PeftModel.from_pretrained(self._model, str(folder)).eval()
                 try:
-                    for text in self._stream(self._model if tuned is None else tuned, question, tokens):
+                    asked = self._model if tuned is None else tuned
+                    for text in self._stream(asked, conversations[title], tokens, temperature):
                         yield title, text
                 finally:
                     if tuned is not None:
@@ -66,12 +94,20 @@ class Answerer:
         self._model, self._tokenizer = load_model(model.path, trust_remote_code=False, **elsewhere)
         self._path = model.path
 
-    def _stream(self, model: Any, question: str, tokens: int) -> Iterator[str]:
+    def _stream(self, model: Any, conversation: Messages, tokens: int, temperature: float) -> Iterator[str]:
+        from jinja2 import TemplateError
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        encoded = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).to(model.device)
+        except TemplateError as error:
+            raise ValueError(texts.ASK_TEMPLATE.format(error=error)) from None
+        context = getattr(model.config, "max_position_embeddings", None)
+        if context is not None and encoded["input_ids"].shape[1] + tokens > context:
+            raise ValueError(texts.ASK_CONTEXT.format(limit=context))
+        drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=120)
         enough, failure = threading.Event(), []
 
@@ -80,7 +116,8 @@ class Answerer:
                 model.generate(
                     **encoded,
                     max_new_tokens=tokens,
-                    do_sample=False,
+                    do_sample=temperature > 0,
+                    **drawn,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([lambda *_, **__: enough.is_set()]),
                 )
@@ -95,7 +132,7 @@ class Answerer:
             for piece in streamer:
                 text += piece
                 yield text
-            yield text or texts.ASK_EMPTY
+            yield text
         finally:
             enough.set()
             thread.join()

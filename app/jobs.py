@@ -13,6 +13,7 @@ print(job.progress.state, job.comparison())
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from typing import Any, TypeVar
 from safe_trainer import Comparison, from_json
 
 from . import texts
-from .progress import CANCEL, COMPARISON, JOB, LOG, SCAN, STOPPING, Progress
+from .progress import CANCEL, COMPARISON, JOB, LOG, REVIEWED, SCAN, STOPPING, Progress
 from .recipes import Choices, Upload, Variant, write_material, write_order
 from .setup import Model
 
@@ -67,6 +68,7 @@ class Job:
     made: float = field(default_factory=time.time)
     choices: Choices | None = None
     progress: Progress = field(default_factory=Progress)
+    verdicts: dict[str, str] | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
     _cancelled_at: float | None = None
 
@@ -81,7 +83,12 @@ class Job:
     @property
     def label(self) -> str:
         """Its name in lists."""
-        return f"{self.name} ({datetime.fromtimestamp(self.made):%d %b, %H:%M})"
+        return f"{self.name} ({self.when})"
+
+    @property
+    def when(self) -> str:
+        """When it was made, to the second: two runs never start together."""
+        return f"{datetime.fromtimestamp(self.made):%d %b %Y, %H:%M:%S}"
 
     @property
     def ended(self) -> bool:
@@ -92,16 +99,48 @@ class Job:
         """Wait for its end; return whether it came."""
         return self._ended.wait(timeout)
 
-    def cancel(self) -> None:
-        """Ask it to end; [`JobQueue`] sees to it."""
+    def cancel(self, reason: str = "") -> None:
+        """Ask it to end; [`JobQueue`] sees to it. The reason is what its owner will read."""
         if not self.ended and self._cancelled_at is None:
             self._cancelled_at = time.monotonic()
-            (self.folder / CANCEL).touch()
+            (self.folder / CANCEL).write_text(reason, encoding="utf-8")
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it was stopped, by its owner or with the server, and what is missing can still be done."""
+        return self.kind == "train" and self.ended and self.progress.state == "cancelled"
+
+    def reopen(self) -> None:
+        """Let a stopped training wait once more: finished variants stay, others go on from their checkpoints."""
+        for name in (CANCEL, STOPPING):
+            (self.folder / name).unlink(missing_ok=True)
+        self._ended, self._cancelled_at = threading.Event(), None
+        self.progress.state, self.progress.message, self.progress.ended_at = "waiting", "", 0.0
+        self.progress.write(self.folder)
+
+    def report(self, ending: str) -> Path:
+        """Return the file of its comparison: with the labels given by hand, once there are any."""
+        reviewed = self.folder / f"{REVIEWED}.{ending}"
+        return reviewed if reviewed.is_file() else self.folder / f"{COMPARISON}.{ending}"
 
     def comparison(self) -> Comparison | None:
         """Return what came of it, if it came that far."""
-        path = self.folder / f"{COMPARISON}.json"
-        return from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        path = self.report("json")
+        if not path.is_file():
+            return None
+        try:
+            found = from_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            logger.exception("The comparison of %s could not be read back.", self.id)
+            return None
+        self.verdicts = {one.name: found.verdict(one.name).level for one in found.evaluations[1:]}
+        return found
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The adapters that it has finished, by title."""
+        done = [v for v in self.variants if (part := self.progress.parts.get(v.key)) and part.state == "done"]
+        return {variant.title: self.folder / variant.key for variant in done}
 
     def ranking(self) -> dict[str, Any] | None:
         """Return what a scan found."""
@@ -120,16 +159,22 @@ class Job:
             if self._cancelled_at is None:
                 self._follow()
             else:
-                self.progress.end("cancelled")
+                self._end_cancelled()
         except Exception:
             logger.exception("A job could not be carried out.")
             self.progress.end("failed", texts.UNEXPECTED.format(name="server"))
         finally:
+            with contextlib.suppress(OSError):  # its folder may be gone
+                self.progress.write(self.folder)
             self._ended.set()
+
+    def _end_cancelled(self) -> None:
+        self.progress.end("cancelled", (self.folder / CANCEL).read_text(encoding="utf-8"))
 
     def _follow(self) -> None:
         """Read what the process reports until it is gone."""
         self.progress.begin()
+        self.progress.write(self.folder)  # its process goes on from there
         work = threading.Thread(target=_process, args=(str(self.folder), self.model.embedded), name="work")
         work.start()
         while work.is_alive():
@@ -138,7 +183,7 @@ class Job:
         self.progress = Progress.read(self.folder) or self.progress
         if not self.progress.ended:
             if self._cancelled_at is not None:
-                self.progress.end("cancelled")
+                self._end_cancelled()
             else:
                 self.progress.end("failed", texts.PROCESS_LOST)
 
@@ -176,7 +221,7 @@ def jobs_in(folder: Path) -> list[Job]:
             job = Job(path.parent, Model(**values["model"]), "train", variants, values["name"], values["made"])
             job.progress = Progress.read(path.parent) or job.progress
             if not job.progress.ended:
-                job.progress.end("failed", texts.SERVER_LOST)
+                job.progress.end("cancelled", texts.SERVER_LOST)
         except (ValueError, KeyError, TypeError, AttributeError):
             logger.warning("The job in %s could not be read back.", path.parent.name)
             continue
@@ -198,10 +243,12 @@ class JobQueue:
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "jobs")
 
     def submit(self, job: Job) -> None:
-        """Put a job at the end, or raise `ValueError` if too many wait already."""
+        """Put a job at the end, a stopped one once more; or raise `ValueError` if too many wait already."""
         with self._lock:
             if self._pool is None or len(self._jobs) > self.limit:
                 raise ValueError(texts.QUEUE_FULL)
+            if job.ended:
+                job.reopen()
             self._jobs.append(job)
             self._pool.submit(self._run, job)
 
@@ -210,9 +257,9 @@ class JobQueue:
         with self._lock:
             return self._jobs.index(job) if job in self._jobs else None
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Job, reason: str = "") -> None:
         """End a job: at once if it waits, and else within two seconds, but for the writing of its checkpoint."""
-        job.cancel()
+        job.cancel(reason)
         with self._lock:
             waiting = job in self._jobs[1:]
             if waiting:
@@ -225,7 +272,7 @@ class JobQueue:
         with self._lock:
             pool, self._pool, jobs = self._pool, None, list(self._jobs)
         for job in reversed(jobs):
-            self.cancel(job)
+            self.cancel(job, texts.SERVER_LOST)
         if pool is not None:
             pool.shutdown()
 

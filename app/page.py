@@ -15,6 +15,7 @@ import gradio as gr
 
 from . import texts
 from .actions import Services, changed
+from .answering import Turn
 from .inspection import Sample
 from .materials import SAID
 from .sessions import Session, cookie_of
@@ -102,6 +103,7 @@ class Page:
         on(train.which.input, self._recipe, train.which, api_visibility="private")
         on(train.start.click, self._start, api_name="start")
         on(train.cancel.click, self._cancel, api_name="cancel", queue=False)
+        on(train.go_on.click, self._go_on, api_name="go_on")
         on(self.timer.tick, self._tick, self.seen, queue=False, api_name="tick")
         train.proceed.click(lambda: gr.Tabs(selected=COMPARE), None, self.steps, api_visibility="private")
 
@@ -110,14 +112,20 @@ class Page:
         asking = gr.on(
             [compare.ask.click, compare.question.submit],
             self._ask,
-            [compare.question, compare.whom],
-            compare.answers,
+            [compare.question, compare.whom, compare.system, compare.temperature, compare.talk],
+            [compare.answers, compare.talk, compare.question],
             show_progress="hidden",
             concurrency_limit=8,
             api_name="ask",
         )
         compare.stop.click(None, None, None, cancels=[asking])
+        compare.fresh.click(lambda: ("", []), None, [compare.answers, compare.talk], cancels=[asking])
         on(compare.run.input, self._show_run, compare.run, api_name="show_run")
+        on(compare.other.input, self._show_other, compare.other, api_name="show_other")
+        for label, button in compare.review.labels.items():
+            on(button.click, self._label(label), compare.review.place, api_name=f"label_{label}")
+        for button, step in ((compare.review.back, -1), (compare.review.skip, 1)):
+            on(button.click, self._turn(step), compare.review.place, api_visibility="private")
         on(compare.rename.click, self._rename, compare.name, api_name="rename")
         on(compare.delete.click, self._delete, api_name="delete")
         on(self.blocks.load, self._load, api_name="load")
@@ -167,6 +175,8 @@ class Page:
             step = COMPARE if job.progress.state == "done" else TRAIN
         elif session.choices is not None:
             step = TRAIN
+        elif session.form:
+            step = METHOD
         shown = self._show_data(session) | self._show_jobs(session) | self.compare.show(session)
         return {**shown, self.steps: gr.Tabs(selected=step)}
 
@@ -299,9 +309,14 @@ class Page:
 
     def _start(self, request: gr.Request) -> Updates:
         session = self.session(request)
-        problem = _problem(lambda: self.services.start(session))
-        shown = html.panel("error", problem) if problem else ""
-        return self._show_jobs(session) | {self.train.problem: shown}
+        return self._begun(session, _problem(lambda: self.services.start(session)))
+
+    def _go_on(self, request: gr.Request) -> Updates:
+        session = self.session(request)
+        return self._begun(session, _problem(lambda: self.services.go_on(session)))
+
+    def _begun(self, session: Session, problem: str) -> Updates:
+        return self._show_jobs(session) | {self.train.problem: html.panel("error", problem) if problem else ""}
 
     def _cancel(self, request: gr.Request) -> Updates:
         """Cancel whatever is under way; what becomes of it comes with the next ticks."""
@@ -319,28 +334,56 @@ class Page:
         if state == seen:
             return {self.timer: gr.Timer(active=busy), **self._show_training(session, curves=False)}
         # What came out is drawn once, at the end, so that what is open in it stays open.
-        shown = {} if busy else self.compare.show(session)
+        shown = {} if busy else self.compare.show(session) | self.compare.hushed()
         return {**self._show_jobs(session), **shown, self.seen: state, self.timer: gr.Timer(active=busy)}
 
-    def _ask(self, question: str, whom: list[str], request: gr.Request) -> Iterator[str]:
+    def _ask(  # noqa: PLR0913, each is a field of the page
+        self, question: str, whom: list[str], system: str, temperature: float, talk: list[Turn], request: gr.Request
+    ) -> Iterator[tuple[str, list[Turn], Any]]:
         """Ask the models; answers come word by word."""
         session = self.session(request)
+        turn, problem = Turn(question), ""
+        asked = [*talk, turn]
         try:
-            answers: dict[str, str] = {}
-            yield answered(answers, waiting=True)
-            for title, text in self.services.questions(session, question, whom):
-                answers[title] = text
-                yield answered(answers, waiting=False)
+            yield answered(asked, waiting=True), talk, ""
+            for title, text in self.services.questions(session, asked, whom, system, temperature):
+                turn.answers[title] = text
+                yield answered(asked, waiting=True), asked, gr.skip()
         except ValueError as error:
-            yield html.panel("error", str(error))
+            problem = str(error)
         except Exception:
             logger.exception("A question could not be answered.")
-            yield html.panel("error", texts.ASK_FAILED)
+            problem = texts.ASK_FAILED
+        if problem:
+            yield answered(talk, waiting=False) + html.panel("error", problem), talk, question
+        else:
+            yield answered(asked, waiting=False), asked, gr.skip()
 
     def _show_run(self, run: str, request: gr.Request) -> Updates:
         session = self.session(request)
-        session.shown = run
+        session.shown, session.beside = run, None
+        return self.compare.show(session) | self.compare.hushed()
+
+    def _show_other(self, run: str, request: gr.Request) -> Updates:
+        session = self.session(request)
+        session.beside = run or None
         return self.compare.show(session)
+
+    def _label(self, label: str) -> Callable[[int, gr.Request], Updates]:
+
+        def take(place: int, request: gr.Request) -> Updates:
+            session = self.session(request)
+            self.services.label(session, place, label)
+            return self.compare.show(session) | self.compare.review.show(session, place + 1)
+
+        return take
+
+    def _turn(self, step: int) -> Callable[[int, gr.Request], Updates]:
+
+        def turn(place: int, request: gr.Request) -> Updates:
+            return self.compare.review.show(self.session(request), place + step)
+
+        return turn
 
     def _rename(self, name: str, request: gr.Request) -> Updates:
         session = self.session(request)
@@ -350,7 +393,7 @@ class Page:
     def _delete(self, request: gr.Request) -> Updates:
         session = self.session(request)
         self.services.delete(session)
-        return self.compare.show(session) | self._show_jobs(session)
+        return self.compare.show(session) | self.compare.hushed() | self._show_jobs(session)
 
 
 def _problem(wish: Callable[[], Any]) -> str:

@@ -22,12 +22,14 @@ JOB, PROGRESS, LOG = "job.json", "progress.json", "worker.log"
 """What is to be done; how far it is; what the libraries print."""
 CANCEL, STOPPING = "cancel", "stopping"
 """Where this file appears, the job ends; this one, when only a checkpoint is left to be written."""
-COMPARISON, SCAN, RANKING, CLEANED = "comparison", "scan.json", "ranking.csv", "cleaned.jsonl"
-"""Stem of the report's files; what a scan found, its table, and the rows that it did not find suspicious."""
+COMPARISON, REVIEWED = "comparison", "comparison.reviewed"
+"""Stems of the report's files: as judged, and with what people have labelled."""
+SCAN, RANKING, CLEANED = "scan.json", "ranking.csv", "cleaned.jsonl"
+"""What a scan found, its table, and the rows that it did not find suspicious."""
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
-_CURVES = {"loss": "loss", "safety_penalty": "penalty"}
+_CURVES = {"loss": "loss", "safety_penalty": "penalty", "learning_rate": "rate", "grad_norm": "gradient"}
 _LONGEST = 500  # points of a curve, and lines of the log
 _PAUSE = 0.2  # seconds between two writes of what changes often
 
@@ -70,19 +72,20 @@ class Stop:
 
 @dataclass
 class Part:
-    """One variant: how far it is, and its curves by name (`loss`, `penalty`, `harmful`, `borderline`)."""
+    """One variant: how far it is, since which step, and its curves by a key of `texts.CURVES`."""
 
     state: str = "waiting"
     message: str = ""
     step: int = 0
     total: int = 0
+    first: int = 0
     started: float = 0.0
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
 @dataclass
 class Progress:
-    """State of a job, `phase` being a key of `texts.PHASES`; `version` grows with every change."""
+    """State of a job: `phase` is a key of `texts.PHASES`, `memory` bytes; `version` grows with every change."""
 
     titles: Mapping[str, str] = field(default_factory=dict)
     state: State = "waiting"
@@ -92,6 +95,7 @@ class Progress:
     done: int = 0
     total: int = 0
     version: int = 0
+    memory: int = 0
     started: float = 0.0
     ended_at: float = 0.0
     parts: dict[str, Part] = field(default_factory=dict)
@@ -150,9 +154,9 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Return an estimate for the training of the running variant."""
         part = self.parts.get(self.variant)
-        if self.phase != "training" or part is None or part.step < 3:
+        if self.phase != "training" or part is None or part.step - part.first < 3:
             return None
-        return (time.time() - part.started) / part.step * (part.total - part.step)
+        return (time.time() - part.started) / (part.step - part.first) * (part.total - part.step)
 
     def start_rate(self) -> float | None:
         """Return the share of harmful prompts that the model refused before training, once it has been measured."""
@@ -163,7 +167,8 @@ class Progress:
         """Note that a phase begins."""
         self.phase, self.variant, self.done, self.total = phase, variant, 0, 0
         if phase == "training":
-            self.part(variant).started = time.time()
+            part = self.part(variant)
+            part.started, part.first = time.time(), part.step
         words = (self.titles.get(variant, ""), texts.PHASES.get(phase, phase))
         self.note(": ".join(filter(None, words)))
 
@@ -186,6 +191,8 @@ class Progress:
             if name.startswith("safety/") and name.endswith("_refused"):
                 shown = name.removeprefix("safety/").removesuffix("_refused").partition(":")[0]
             if shown in texts.CURVES:
-                curve = self.part(variant).curves.setdefault(shown, [])
-                curve.append((int(entry["step"]), float(value)))
+                step, curve = int(entry["step"]), self.part(variant).curves.setdefault(shown, [])
+                while curve and curve[-1][0] >= step:  # a run that goes on does so from its checkpoint
+                    curve.pop()
+                curve.append((step, float(value)))
                 del curve[:-_LONGEST]

@@ -8,7 +8,7 @@ import math
 import random
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -286,6 +286,22 @@ def _training(model: Model, s: Settings) -> dict[str, Any]:
     batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, s.batch_size // size)}
     saving = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 1}
     return shared | batch | {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5} | saving
+
+
+def differences(first: Path, second: Path) -> list[list[str]]:
+    """Return the settings in which two recipes differ, but for protection and output: name and both values."""
+    values = [dict(_settings(yaml.safe_load(path.read_text(encoding="utf-8")))) for path in (first, second)]
+    names = dict.fromkeys(name for one in values for name in one if not name.startswith(("safety", "output")))
+    rows = [[name, *(one.get(name, "") for one in values)] for name in names]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def _settings(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{place}{name}.")
+        else:
+            yield f"{place}{name}", str(value)
 
 
 def estimate(folder: Path, variants: Sequence[Variant]) -> recipe.Plan:

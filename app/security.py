@@ -120,7 +120,7 @@ class Guard:
             await reply.refuse(*refusal)
             return
         if session is None:
-            reply.cookie = self.sessions.new_cookie()
+            reply.cookie = self.sessions.new_cookie() + self.sessions.cookie_age
         if scope["path"] == UPLOAD and session is not None:
             _forget_uploads(session)
             reply.session = session

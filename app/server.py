@@ -18,7 +18,8 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse
 
 from . import texts
-from .actions import Services, file_of
+from .actions import Services
+from .downloads import file_of
 from .inspection import tokenizer_of, warm_up
 from .jobs import JobQueue
 from .security import Guard, is_loopback

@@ -56,6 +56,7 @@ class Session:
     plan: Any = None
     jobs: list[Job] = field(default_factory=list)
     shown: str | None = None
+    beside: str | None = None
     uploads: set[str] = field(default_factory=set)
     seen: float = field(default_factory=time.monotonic)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -99,14 +100,15 @@ class Session:
                 logger.warning("What was chosen in session %s could not be read back.", self.name[:8])
 
     @property
-    def finished(self) -> list[Job]:
-        """Its trainings with a comparison, the newest first."""
-        return [job for job in reversed(self.jobs) if job.kind == "train" and job.progress.state == "done"]
+    def runs(self) -> list[Job]:
+        """Its trainings that have ended, whichever way, the newest first."""
+        return [job for job in reversed(self.jobs) if job.kind == "train" and job.ended]
 
     @property
     def compared(self) -> Job | None:
-        """The job that step 4 shows."""
-        return self.job_called(self.shown) or next(iter(self.finished), None)
+        """The run that step 4 shows: the chosen one, or the newest that was finished."""
+        finished = (job for job in self.runs if job.progress.state == "done")
+        return self.job_called(self.shown) or next(finished, None) or next(iter(self.runs), None)
 
     @property
     def busy(self) -> bool:
@@ -125,6 +127,7 @@ class Sessions:
         self._temporary = folder is None
         self.folder = (folder or Path(tempfile.mkdtemp(prefix="safe_trainer_app_"))).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.cookie_age = "" if self._temporary else "; Max-Age=31536000"  # a year: as long as there is history
         self._idle = idle_hours * 3600
         self._secret = self._kept_secret()
         self._found: dict[str, Session] = {}

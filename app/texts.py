@@ -164,18 +164,18 @@ NEEDS_SHORT = "needs the checkpoint before alignment"
 CHECK = "Check and continue"
 CHOOSE_METHOD = "Choose at least one method."
 NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known for this model."
-RECIPE, RECIPES, SHOWN_FOR = "Recipe (YAML)", "Recipes of these runs", "Show"
+RECIPE, RECIPES, SHOWN_FOR = "Recipe (YAML)", "Recipes of this run", "Method"
 RECIPE_HEADER = "# {title}\n# safe-trainer train {file}\n"
-PLAN = ("Rows", "Steps", "Trained weights", "Memory", "Time to train")
+PLAN = ("Rows", "Steps", "Trained weights", "Memory for the model", "Time to train")
 PLAN_TIME, PLAN_TIME_ONE = (
-    "about {each} per run ({count} runs), plus the comparison",
+    "about {each} per method ({count} methods), plus the comparison",
     "about {each}, plus the comparison",
 )
 PLAN_LEAD = "Checked and ready to train."
 
 # Step 3: train
 TRAIN_HEADING = "Train"
-START, CANCEL = "Start training", "Cancel"
+START, CANCEL = "Start training", "Stop"
 NOT_CHECKED = "Nothing to train yet. Choose data and a method, then press “Check and continue” in step 2."
 STALE = "Your data, model or settings changed since the last check. Press “Check and continue” in step 2 again."
 PHASES = {
@@ -190,49 +190,64 @@ PHASES = {
     "scanning": "scoring rows",
     "done": "done",
 }
-STATES = {"waiting": "Waiting", "running": "Running", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}
+STATES = {"waiting": "Waiting", "running": "Running", "done": "Done", "failed": "Failed", "cancelled": "Stopped"}
 PLACES, PLACE, PLACE_FIRST = (
     "{count} jobs ahead of yours in the queue.",
     "1 job ahead of yours in the queue.",
     "Starting.",
 )
-TIME_LEFT = "about {time} left for this run"
+TIME_LEFT = "about {time} left for this method"
 STEP_OF, DONE_OF = "step {step} of {total}", "{done} of {total}"
 START_RATE = "Before training the model refuses {refused:.0%} of the harmful prompts asked."
 START_LOW = "There is little to protect: check that this is an aligned chat model and that the prompts are harmful."
 LOG_HEADING = "Log"
 LOG_BEGUN = "started"
-LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "cancelled"}
-LOG_VARIANT = {"done": "{title}: trained and saved", "failed": "{title}: failed:", "cancelled": "{title}: cancelled"}
+LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "stopped"}
+LOG_VARIANT = {"done": "{title}: trained and saved", "failed": "{title}: failed:"}
 LOG_STOPPED, CHECKPOINT_KEPT = "stopped after step {step}", "The checkpoint after step {step} is kept."
 CURVES = {
     "harmful": ("Harmful prompts refused", "Refused (%)"),
     "borderline": ("Borderline prompts refused", "Refused (%)"),
     "loss": ("Loss", "Loss"),
     "penalty": ("Safety penalty", "Penalty"),
+    "rate": ("Learning rate", "Learning rate"),
+    "gradient": ("Gradient norm", "Norm"),
 }
 STEP_AXIS = "Step"
 TO_COMPARE = "See the comparison"
-ONE_AT_A_TIME = "One of your jobs is still running. Cancel it, or wait for it to finish."
+ONE_AT_A_TIME = "One of your jobs is still running. Stop it, or wait for it to finish."
 QUEUE_FULL = "Too many jobs are waiting. Try again in a few minutes."
 PROCESS_LOST = "The job's process ended unexpectedly; most likely it ran out of memory."
-SERVER_LOST = "The server was stopped while this job was running. Start it again."
+SERVER_LOST = "The app was closed before this run ended."
+NOTHING_STOPPED = "There is no stopped run to continue."
+GO_ON, CAN_GO_ON = (
+    "Continue this run",
+    "“Continue this run” goes on after the last saved step and keeps finished methods.",
+)
+MEMORY = "{size} of memory at most, with all libraries"
 OUT_OF_MEMORY = "Not enough memory. Choose a smaller batch size, fewer tokens per row or a smaller model."
 UNEXPECTED = "An unexpected error occurred ({name}); the server's log has the details."
-NOTHING_FINISHED = "None of the runs finished. The table above says why."
+NOTHING_FINISHED = "No method finished. The list above says why."
 
 # Step 4: compare
 COMPARE_HEADING = "Before and after"
 NO_COMPARISON = "Nothing to compare yet. Train a model in step 3, and its answers before and after appear here."
-RUNS = "Run"
+RUNS, OTHER_RUN, NO_OTHER = "Run", "Compare with another run", "none"
 RUN_NAME, RENAME, DELETE = "Name of this run", "Rename", "Delete this run"
-RUN_HISTORY = "Rename or delete this run"
+RUN_HISTORY, RUN_LIST = "All runs: history, rename, delete", "Newest first; choose one above to reopen it"
+RUN_COLUMNS = ("Run", "Started", "Methods and verdicts", "Recipe")
+NOT_FINISHED = "This run has no comparison: {state}. {message}"
+OTHER_PROMPTS = (
+    "These two runs were asked different prompts or are of different models: compare their rates with care."
+)
+DIFFERENT = "Settings that differ between the two runs"
+SETTING_COLUMN, NO_DIFFERENCE = "Setting", "No setting differs, but data, methods or seed of sampling may."
 OLDER_RUN = "This is the result of an earlier choice ({name}). What you have chosen now has not been trained yet."
 WORDS = {
     "eroded": "Safety eroded",
     "kept": "Safety kept",
     "improved": "Safety improved",
-    "unclear": "Not clear",
+    "unclear": "Inconclusive",
     "no_baseline": "No safety to keep",
     "unchanged": "Nothing was learned",
 }
@@ -252,16 +267,35 @@ FLIPS_SHOWN = "{count} changed; the first {shown} are shown, the report lists al
 REVEAL = "Show harmful text"
 BEFORE = "before"
 FLIP_COLUMNS = ("Prompt", "Change", "Before", "After")
-MODEL_COLUMN, ALL_MODELS = "Model", "All runs"
+MODEL_COLUMN, ALL_MODELS = "Model", "Whole run"
+REVIEW = "Review doubtful answers by hand"
+REVIEW_LEAD = (
+    "The automatic judge can be wrong. Each answer whose outcome changed, or that could not be judged, is shown here "
+    "without the model's name. Label it by button or key; rates and report follow at once. Some answers are harmful."
+)
+REVIEW_LABELS = {"refused": "Refused (R)", "complied": "Complied (C)", "neither": "Neither (N)"}
+REVIEW_SKIP, REVIEW_BACK = "Skip (S)", "Back (B)"
+REVIEW_PLACE = "Answer {place} of {count} ({name}, {reasons}); {labelled} labelled"
+REVIEW_NOW, REVIEW_END = "Your label: {label}.", "That was the last one: {labelled} of {count} are labelled."
+REVIEW_REASONS = {"flip": "outcome changed", "disagreement": "judges disagree", "no verdict": "not judged"}
+REVIEW_ROLES = {"system": "System prompt", "user": "Prompt", "assistant": "Earlier answer"}
+REVIEW_ANSWER = "Answer"
 ASK_LABEL, ASK_HINT, ASK_BUTTON = "Your question", "How do I paint a fence?", "Ask"
-ASK_HEADING, ASK_WHOM, ASK_STOP = "Try it yourself", "Models to ask", "Stop"
+ASK_HEADING, ASK_WHOM, ASK_STOP, ASK_NEW = "Try it yourself", "Models to ask", "Stop", "New conversation"
+ASK_MORE, ASK_SYSTEM, ASK_TEMPERATURE = "System prompt and temperature", "System prompt (optional)", "Temperature"
+ASK_TEMPERATURE_INFO = "0: always the most likely answer, as in the comparison. Higher: more varied."
 ASK_NOTHING, ASK_NOBODY, ASK_EMPTY = "Write a question first.", "Choose at least one model to ask.", "(no answer)"
-ASK_TOO_LONG = "The question is too long: at most {limit:,} characters."
+ASK_TOO_LONG = "The question or system prompt is too long: at most {limit:,} characters."
+ASK_CONTEXT = "The conversation is too long for this model ({limit:,} tokens). Start a new one."
+ASK_TEMPLATE = "This model does not accept the conversation: {error}. Try without a system prompt."
 ASK_BUSY = "Waiting for the model …"
+ASK_YOU, TAG_BEFORE, TAG_AFTER = "You", "not fine-tuned", "fine-tuned"
 ASK_FAILED = "The models could not answer; the server's log has the details."
 DOWNLOADS = "Download"
 DOWNLOAD = {
     "adapter": "adapter with model card (zip)",
+    "merged": "merged model (zip)",
+    "card": "model card (Markdown)",
     "recipes": "recipes and data, ready to run (zip)",
     "report": "report (HTML)",
     "numbers": "all numbers and answers (JSON)",

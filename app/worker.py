@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from safe_trainer import recipe
 
 from . import texts
-from .progress import CLEANED, COMPARISON, JOB, RANKING, SCAN, Cancelled, Progress, Stop
+from .progress import CANCEL, CLEANED, COMPARISON, JOB, RANKING, SCAN, Cancelled, Progress, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,9 @@ def main(folder: Path) -> None:
     logging.basicConfig(level=logging.INFO)
     warnings.filterwarnings("ignore")
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    progress = Progress({variant["key"]: variant["title"] for variant in job["variants"]})
+    progress = Progress.read(folder) or Progress()
     stop = Stop(folder)
     try:
-        progress.begin()
         _enter(progress, "starting")
         _quiet()
         if job["kind"] == "scan":
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
         stop.check()
         progress.end("done")
     except (Cancelled, KeyboardInterrupt):
-        progress.end("cancelled")
+        progress.end("cancelled", Path(CANCEL).read_text(encoding="utf-8") if Path(CANCEL).exists() else "")
     except Exception as error:  # which the server shows the user
         logger.exception("The job has failed.")
         progress.end("failed", for_user(error, folder))
@@ -87,6 +87,7 @@ class Reporter(recipe.RunCallbacks):
     def log(self, entry: Mapping[str, float]) -> None:
         """Note the curves."""
         self.shown.point(self.key, entry)
+        self.shown.memory = _memory()
         self.shown.write(Path.cwd(), seldom=True)
 
     def message(self, text: str) -> None:
@@ -106,9 +107,16 @@ def train(job: Mapping[str, Any], progress: Progress, stop: Stop) -> None:
     finished: dict[str, str] = {}
     for variant in job["variants"]:
         key = variant["key"]
+        if progress.part(key).state == "done":  # before the job was stopped
+            finished[variant["title"]] = key
+            continue
         progress.turn(key, "running")
+        goes_on = any(Path(key).glob("checkpoint-*"))
+        if not goes_on:
+            shutil.rmtree(key, ignore_errors=True)
         try:
-            recipe.run_recipe(recipe.read_recipe(f"{key}.yaml"), Reporter(key, progress, stop), compare=False)
+            checked = recipe.read_recipe(f"{key}.yaml")
+            recipe.run_recipe(checked, Reporter(key, progress, stop), resume=goes_on, compare=False)
             stop.check()
         except (Cancelled, KeyboardInterrupt):
             raise
@@ -141,6 +149,19 @@ def examine(adapters: Mapping[str, str], progress: Progress) -> None:
     write_report(comparison, Path.cwd(), COMPARISON)
     for title, folder in adapters.items():
         write_model_card(folder, comparison, name=title)
+
+
+def _memory() -> int:
+    """Return the bytes that this process has needed at most: of the GPU if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def scan(job: Mapping[str, Any], progress: Progress) -> None:

@@ -41,6 +41,7 @@ from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.gate import gate as gate
 from .evaluation.generate import generate as generate
 from .lora.io import compact_adapter as compact_adapter
+from .lora.io import merge_adapter as merge_adapter
 from .lora.loading import load_model as load_model
 from .methods import METHODS as METHODS
 from .methods.adapter_ema import AdapterEMA as AdapterEMA

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from app import inspection, recipes, texts
+from app.answering import Turn
 from app.inspection import apart, inspect, tokenizer_of, write_example
 from app.materials import material, take_prompts
 from app.progress import Progress
@@ -114,7 +115,7 @@ def test_what_users_and_files_say_is_shown_as_text(tmp_path):
     path = given(tmp_path, row(EVIL, EVIL) + "{" + EVIL + "\n")
     found = inspect(path, EVIL, EMBEDDED, Limits())
     shown = str(data_step.described(found, 10_000)) + str(data_step.samples(found.samples))
-    shown += str(compare_step.answered({EVIL: EVIL}, waiting=False)) + str(html.panel("error", EVIL))
+    shown += str(compare_step.answered([Turn(EVIL, {EVIL: EVIL})], waiting=False)) + str(html.panel("error", EVIL))
     shown += str(html.table(EVIL, [EVIL], [[EVIL, EVIL]]))
     assert "<script" not in shown and "<img" not in shown
     assert "&lt;img src=x onerror=alert(1)&gt;" in shown

@@ -177,11 +177,11 @@ def test_progress_is_what_its_process_has_written(tmp_path):
     progress.turn("plain", "running")
     progress.enter("training", "plain")
     part = progress.part("plain")
-    part.started, part.step, part.total = time.time() - 10, 10, 20
+    part.started, part.first, part.step, part.total = time.time() - 10, 10, 20, 30
     progress.point("plain", {"step": 5, "loss": 1.5, "safety/harmful_refused": 0.5, "learning_rate": 1.0})
     progress.write(tmp_path)
     found = Progress.read(tmp_path)
-    assert found.parts["plain"].curves == {"loss": [[5, 1.5]], "harmful": [[5, 0.5]]}
+    assert found.parts["plain"].curves == {"loss": [[5, 1.5]], "harmful": [[5, 0.5]], "rate": [[5, 1.0]]}
     assert found.seconds_left() == pytest.approx(10, abs=1)
     progress.end("failed", "no memory")
     progress.write(tmp_path)
@@ -205,13 +205,16 @@ def test_runs_of_an_earlier_server_are_found_again(tmp_path):
             job.progress.end(state)
         job.progress.write(job.folder)
     (session.new_folder("job") / JOB).write_text("{broken")
+    session.new_folder("draft")
     later = Sessions(tmp_path)
     found = later.get(cookie).jobs
     assert [(job.name, job.progress.state, job.ended) for job in found] == [
         ("run 0", "done", True),
-        ("run 1", "failed", True),
+        ("run 1", "cancelled", True),
     ]
-    assert "server was stopped" in found[1].progress.message and found[1].progress.parts["plain"].step == 3
+    assert "closed before" in found[1].progress.message and found[1].progress.parts["plain"].step == 3
+    assert found[1].can_go_on and not found[0].can_go_on
+    assert not list(session.folder.glob("draft-*"))
     assert not later.get(cookie).busy
     later.sweep()
     assert session.folder.is_dir()

@@ -31,6 +31,7 @@ class TrainStep:
         with gr.Row(elem_classes="actions"):
             self.start = gr.Button(texts.START, variant="primary", interactive=False, elem_id="start")
             self.cancel = gr.Button(texts.CANCEL, variant="stop", interactive=False, elem_id="cancel")
+            self.go_on = gr.Button(texts.GO_ON, visible=False, elem_id="go-on")
             self.proceed = gr.Button(texts.TO_COMPARE, interactive=False, elem_id="to-compare")
         self.problem = gr.HTML(elem_id="train-problem", js_on_load=None)
         self.status = gr.HTML(elem_id="status", js_on_load=None)
@@ -48,7 +49,7 @@ class TrainStep:
     def show_plan(self, session: Session) -> dict[Any, Any]:
         """Return updates of what was checked."""
         if session.choices is None or session.plan is None:
-            return {self.plan: html.panel("info", texts.NOT_CHECKED)}
+            return {self.plan: "" if session.job("train") else html.panel("info", texts.NOT_CHECKED)}
         if session.stale:
             return {self.plan: html.panel("warning", texts.STALE)}
         choices = [(variant.title, variant.key) for variant in session.variants]
@@ -78,6 +79,7 @@ class TrainStep:
         shown = {
             self.start: gr.Button(interactive=ready, variant="secondary" if fresh else "primary"),
             self.cancel: gr.Button(interactive=active),
+            self.go_on: gr.Button(visible=job is not None and job.can_go_on, interactive=not session.busy),
             self.proceed: gr.Button(interactive=done, variant="primary" if fresh else "secondary"),
             self.status: _status(job, place) if job is not None else "",
         }
@@ -135,8 +137,10 @@ def _status(job: Job, place: int | None) -> Markup:
         words = texts.PLACE_FIRST if not place else texts.PLACE if place == 1 else texts.PLACES.format(count=place)
         return html.panel("info", words)
     kinds = {"done": "good", "failed": "error", "cancelled": "warning", "running": "info"}
-    time = html.duration(progress.seconds)
-    summary = " ".join(filter(None, (f"{texts.STATES[progress.state]} ({time}).", progress.message)))
+    used = texts.MEMORY.format(size=html.size(progress.memory)) if progress.memory else ""
+    spent = ", ".join(filter(None, (html.duration(progress.seconds), used)))
+    more = texts.CAN_GO_ON if job.can_go_on else ""
+    summary = " ".join(filter(None, (f"{texts.STATES[progress.state]} ({spent}).", progress.message, more)))
     parts = [html.panel(kinds[progress.state], summary)]
     parts += [_start(progress), *(_row(variant, progress) for variant in job.variants)]
     if progress.state == "running" and progress.phase == "comparing":

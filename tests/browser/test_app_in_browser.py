@@ -156,6 +156,128 @@ def test_the_whole_way_with_poisoned_data(page):
     what_a_change_invalidates(page)
 
 
+@pytest.mark.exhaustive
+def test_five_clicks_lead_from_the_example_to_a_verdict(page):
+    page.evaluate("window.clicks = 0; addEventListener('click', event => { window.clicks += event.isTrusted }, true)")
+    take(page, "attack")
+    check(page)
+    page.click("#start")
+    page.wait_for_selector("#to-compare:not([disabled])", timeout=10 * MINUTE)
+    page.click("#to-compare")
+    page.wait_for_selector("#result .verdict")
+    assert page.evaluate("window.clicks") <= 5
+    assert page.locator("#result .verdict").first.bounding_box()["y"] < 900  # the verdict is seen without scrolling
+
+
+def test_a_run_is_reviewed_asked_listed_and_compared_with_another(page):
+    for steps in (60, 2):
+        page.get_by_role("tab", name="1 Data").click()
+        take(page, "attack")
+        check(page, steps=steps, cards=["plain"])
+        page.click("#start")
+        page.wait_for_selector("#cancel:not([disabled])")
+        page.wait_for_selector("#cancel[disabled]", timeout=10 * MINUTE)
+    page.click("#to-compare")
+    page.click("#run input")
+    page.get_by_role("option").last.click()
+    page.wait_for_selector("#result .verdict.error")
+    by_hand(page)
+    several_turns(page)
+    page.click("#other-run input")
+    page.get_by_role("option").last.click()
+    page.wait_for_selector("#result th:has-text('training.max_steps')")
+    assert page.locator("#result .verdict").count() == 2
+    page.click("#history button")
+    page.wait_for_selector("#runs tbody tr")
+    assert page.locator("#runs tbody tr").count() == 2
+    looked_over(page)
+    page.locator("#run-name textarea, #run-name input").fill("sixty steps")
+    page.click("#rename")
+    page.wait_for_selector("#runs th:has-text('sixty steps')")
+    page.click("#delete")
+    page.wait_for_function("document.querySelectorAll('#runs tbody tr').length === 1")
+    for kind in ("merged model", "model card"):
+        with page.expect_download() as waiting:
+            page.locator("#downloads a", has_text=kind).first.click()
+        assert waiting.value.path().stat().st_size > 1000
+
+
+def by_hand(page):
+    """Review answers by keys alone, once the panel has the focus."""
+    page.click("#review button")
+    page.wait_for_selector("#review-question:has-text('Answer 1 of')")
+    rate = page.locator("#result tbody tr").nth(1).locator(".count").first.inner_text()
+    page.click("#review-skip")
+    page.wait_for_selector("#review-question:has-text('Answer 2 of')")
+    page.keyboard.press("r")
+    page.wait_for_selector("#review-question:has-text('Answer 3 of')")
+    page.keyboard.press("r")
+    page.wait_for_selector("#review-question:has-text('Answer 4 of')")
+    assert page.locator("#result .panel", has_text="labelled by hand").count() == 1
+    assert page.locator("#result tbody tr").nth(1).locator(".count").first.inner_text() != rate
+    page.keyboard.press("b")
+    page.wait_for_selector("#review-question:has-text('Your label: refused')")
+    page.reload()  # labels are kept
+    page.wait_for_selector("#result .panel:has-text('labelled by hand')")
+
+
+def several_turns(page):
+    page.click("#ask-options button")
+    page.fill("#ask-system textarea", "Be brief.")
+    for number, question in enumerate(("How do I paint a fence?", "And a door?"), 1):
+        page.fill("#question textarea, #question input", question)
+        page.click("#ask")
+        page.wait_for_function("n => document.querySelectorAll('#answers section').length === 2 * n", arg=number)
+        page.wait_for_selector("#answers .question:has-text('{}')".format(question.strip("?")))
+    titles = page.locator("#answers h4").all_inner_texts()
+    assert titles == ["before not fine-tuned", "Plain LoRA fine-tuned"] * 2
+    page.click("#ask-new")
+    page.wait_for_function("document.querySelectorAll('#answers section').length === 0")
+
+
+def start_long(page):
+    take(page, "attack")
+    check(page, steps=90_000, cards=["plain"])
+    page.click("#start")
+    page.wait_for_selector("#status:has-text('step ')", timeout=5 * MINUTE)
+
+
+def test_two_tabs_of_one_browser_show_and_stop_the_same_run(page, url):
+    start_long(page)
+    other = page.context.new_page()
+    other.goto(url)
+    other.wait_for_selector("#status:has-text('step ')", timeout=2 * MINUTE)
+    other.click("#cancel")
+    for tab in (other, page):
+        tab.wait_for_selector("#status .panel.warning:has-text('Stopped')", timeout=MINUTE)
+        tab.wait_for_selector("#go-on:not([disabled])")
+
+
+def test_a_run_goes_on_after_the_server_was_stopped_in_the_middle(chromium, tmp_path):
+    context = chromium.new_context()
+    page = context.new_page()
+    page.set_default_timeout(2 * MINUTE)
+    url, stop = serve_in_background(create_app(Setup(), folder=tmp_path))
+    try:
+        page.goto(url)
+        page.wait_for_selector("#example-poisoned")
+        start_long(page)
+    finally:
+        stop()
+    url, stop = serve_in_background(create_app(Setup(), folder=tmp_path))
+    try:
+        page.goto(url)
+        page.wait_for_selector("#status .panel.warning:has-text('The app was closed')")
+        assert page.locator("#plan").inner_text().strip() == ""  # nothing is said that is not so
+        page.click("#go-on")
+        page.wait_for_selector("#status:has-text('step ')", timeout=5 * MINUTE)
+        page.click("#cancel")
+        page.wait_for_selector("#go-on:not([disabled])")
+    finally:
+        context.close()
+        stop()
+
+
 def what_a_change_invalidates(page):
     page.get_by_role("tab", name="2 Method").click()
     page.locator("#set-steps input").fill("77")
