@@ -277,9 +277,12 @@ class Page:
         session, panel = self.session(request), self.method.prompts
         told = dict(zip(SAID, said, strict=True))
         work = self.services.take_prompts(session, Path(path) if path else None, what, told)
-        shown = lambda problem: panel.show(session, problem) | self.train.show_plan(session)  # noqa: E731
+
+        def shown(problem: str) -> Updates:
+            emptied = {panel.upload: gr.File(value=None)} if problem else panel.emptied()
+            return emptied | panel.show(session, problem) | self.train.show_plan(session)
+
         yield from self._working(work, {panel.asked: html.working(texts.READING, 0, 0)}, shown)
-        yield {panel.upload: gr.File(value=None)}
 
     def _drop(self, *what: str) -> Callable[..., Updates]:
         """Return a handler that goes back to what is built in."""

@@ -46,15 +46,18 @@ HUB_NAME = "{name}, from row {first:,}"
 HUB_ROWS = "First row and number of rows must be whole numbers from 1; at most {limit:,} rows are taken."
 HUB_FAILED = "`{name}` could not be loaded: {reason}."
 OPTIONS = "File options: columns and encoding"
-OPTIONS_HINT = "Only needed if the file was not read as you expected. The first rows are shown as you choose."
+OPTIONS_HINT = (
+    "Only needed if the file was not read as you expected: choose which column holds what; context and system prompt "
+    "are optional. The first rows are shown as you choose."
+)
 COLUMNS = {
-    "prompt": "Column with the prompt",
-    "answer": "Column with the answer",
-    "context": "Column with context (optional)",
-    "system": "Column with a system prompt (optional)",
+    "prompt": "Prompt",
+    "answer": "Answer",
+    "context": "Context",
+    "system": "System prompt",
 }
 ENCODING = "Encoding"
-DETECT, READ_AGAIN = "detect automatically", "Read the file again"
+DETECT, READ_AGAIN = "automatic", "Read the file again"
 CHOOSE_COLUMNS = "Choose the columns with the prompt and the answer under “File options”."
 CHOOSE_ENCODING = "Choose the encoding under “File options”."
 BOTH_COLUMNS = "Choose a column for the prompt and another one for the answer; each column has one role."

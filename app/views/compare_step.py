@@ -165,8 +165,8 @@ def _rates(runs: list[tuple[str, Comparison]]) -> Markup:
     for run, evaluation in ((run, one) for run, comparison in runs for one in comparison.evaluations):
         cells = []
         for kind, outcome in OUTCOMES.items():
-            results = evaluation.of_kind(kind)
-            cells.append(html.rate(results[0].rate(outcome)) if results else Markup(texts.NOT_MEASURED))
+            asked = bool(evaluation.of_kind(kind))
+            cells.append(html.rate(evaluation.pooled(outcome, kind)) if asked else Markup(texts.NOT_MEASURED))
         rows.append([f"{run}{evaluation.name}", *cells])
     return html.table(texts.TABLE_CAPTION, [texts.MODEL_COLUMN, *texts.TABLE_COLUMNS.values()], rows)
 

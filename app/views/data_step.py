@@ -30,12 +30,14 @@ class DataStep:
                 key: gr.Button(": ".join(texts.EXAMPLES[key]), elem_id=f"example-{key}") for key in EXAMPLES
             }
         self.upload = gr.File(label=self._label(None), file_types=list(ENDINGS), elem_id="upload", height=130)
-        with gr.Accordion(texts.HUB, open=False, visible=setup.hub, elem_id="hub"), gr.Row():
-            self.hub_name = gr.Textbox(label=texts.HUB_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
-            self.hub_subset = gr.Textbox(label=texts.HUB_SUBSET, max_length=200)
-            self.hub_split = gr.Textbox("train", label=texts.HUB_SPLIT, max_length=200)
-            self.hub_first = gr.Number(1, label=texts.HUB_FIRST, precision=0, minimum=1)
-            self.hub_count = gr.Number(1000, label=texts.HUB_COUNT, precision=0, minimum=1)
+        with gr.Accordion(texts.HUB, open=False, visible=setup.hub, elem_id="hub"):
+            with gr.Row():
+                name, narrow = {"max_length": 200, "min_width": 180}, {"precision": 0, "minimum": 1, "min_width": 120}
+                self.hub_name = gr.Textbox(label=texts.HUB_ID, placeholder=texts.MODEL_ID_HINT, **name)
+                self.hub_subset = gr.Textbox(label=texts.HUB_SUBSET, **name)
+                self.hub_split = gr.Textbox("train", label=texts.HUB_SPLIT, **name)
+                self.hub_first = gr.Number(1, label=texts.HUB_FIRST, **narrow)
+                self.hub_count = gr.Number(1000, label=texts.HUB_COUNT, **narrow)
             self.use_hub = gr.Button(texts.HUB_USE, elem_id="use-hub")
         choices = [(texts.EMBEDDED if key == EMBEDDED.key else key, key) for key in setup.models]
         choices += [(texts.OTHER_MODEL, OTHER)] if setup.any_model else []

@@ -45,8 +45,10 @@ class MethodStep:
         self.others = dict(others or {})
         gr.Markdown(f"## {texts.METHOD_HEADING}\n{texts.METHOD_LEAD}")
         with gr.Row(elem_classes="actions"):
-            self.recipe = gr.UploadButton(texts.RECIPE_IN, file_types=[".yaml", ".yml"], elem_id="recipe-in")
-            self.drop_recipe = gr.Button(texts.RECIPE_DROP, visible=False, elem_id="recipe-drop")
+            self.recipe = gr.UploadButton(
+                texts.RECIPE_IN, file_types=[".yaml", ".yml"], size="sm", elem_id="recipe-in"
+            )
+            self.drop_recipe = gr.Button(texts.RECIPE_DROP, visible=False, size="sm", elem_id="recipe-drop")
         self.taken = gr.HTML(elem_id="taken", js_on_load=None)
         self.known = cards()
         self.cards: dict[str, gr.Checkbox] = {}

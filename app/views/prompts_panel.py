@@ -57,6 +57,10 @@ class PromptsPanel:
         """What says which prompts to add: file, kind or suite, and what `SAID` names."""
         return [self.upload, self.what, self.own_system, self.frame, self.scorer]
 
+    def emptied(self) -> dict[Any, Any]:
+        """Return updates once prompts have been added."""
+        return {self.upload: gr.File(value=None), self.own_system: "", self.frame: ""}
+
     def show(self, session: Session, problem: str = "") -> dict[Any, Any]:
         """Return updates of the list of sets."""
         example = session.inspection.example if session.inspection else None
@@ -70,7 +74,7 @@ class PromptsPanel:
         sets.sort(key=lambda one: KINDS.index(one[0]))
         rows = [[texts.KINDS[kind], name, f"{count:,}"] for kind, name, count, *_ in sets]
         shown = [html.table(texts.PROMPTS_CAPTION, texts.PROMPTS_COLUMNS, rows)]
-        shown += [_preview(f"{texts.KINDS[kind]}: {name}", kind, said, turns) for kind, name, _, said, turns in sets]
+        shown += [_preview(f"{texts.KINDS[kind]} ({name})", kind, said, turns) for kind, name, _, said, turns in sets]
         first = [html.panel("error", problem)] if problem else []
         return {self.asked: html.join(first + shown), self.remove: gr.Button(interactive=bool(session.asked))}
 
