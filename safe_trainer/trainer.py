@@ -23,6 +23,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
+from .data import labelled_harmful
 from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
 from .lora.modes import trainable_layout
@@ -36,8 +37,9 @@ class SafeSFTTrainer(SFTTrainer):
     """Fine-tune with TRL while the model's refusals are protected by one or several safety methods.
 
     A drop-in for [`~trl.SFTTrainer`]: every argument of TRL's trainer works as it does there, and with `safety=None`
-    it is TRL's trainer. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a
-    trainer without `args` others: it then trains in float32, on the CPU if there is no accelerator, and says so.
+    it is TRL's trainer; security vectors are still refused as a model, and rows that teach nothing still counted. Only
+    where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer without `args` others:
+    it then trains in float32, on the CPU if there is no accelerator, and says so.
 
     Args:
         *args, **kwargs: Everything that [`~trl.SFTTrainer`] takes, unchanged.
@@ -118,9 +120,18 @@ class SafeSFTTrainer(SFTTrainer):
 
     def _check_rows(self, given: Any) -> None:
         """Report the rows that TRL has dropped because no token of their answers is left within `max_length`."""
-        if not isinstance(given, Dataset) or not isinstance(self.train_dataset, Dataset) or self.args.packing:
+        if not isinstance(given, Dataset) or not isinstance(self.train_dataset, Dataset):
             return
+        if harmful := labelled_harmful(given):
+            logger.warning(
+                "%d of %d rows of `train_dataset` are labelled harmful, and are learned. Leave them out, as with "
+                "`load_rows(..., ReadOptions(where={'is_safe': True}))`.",
+                *(harmful, len(given)),
+            )
         left = len(self.train_dataset)
+        if self.args.packing:  # which joins rows, and drops none: at least one must have a token to learn
+            labels = (row["labels"] for row in self.train_dataset)
+            left = len(given) * any(label != -100 for row in labels for label in row)
         cut = f"past `max_length={self.args.max_length}` tokens. Raise `max_length`, or shorten the prompts."
         if not left:
             raise ValueError(

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from gradio_client.utils import strip_invalid_filename_characters
 
 from app import inspection, recipes, texts
 from app.answering import Turn
@@ -94,6 +95,26 @@ def test_what_is_too_much_or_broken_is_refused_in_words(tmp_path, limits, text, 
 def test_files_of_other_kinds_are_refused_packed_ones_too(name):
     with pytest.raises(ValueError, match="not a kind of file"):
         inspection.ending_of(name)
+
+
+NAMES = [
+    *("rows.jsonl", "rows (1).jsonl", "my data.v2.JSONL", "данные для модели.jsonl", "【】.jsonl", "!!!.jsonl"),
+    *("😀.jsonl", "rows...__ x.jsonl", "a" * 300 + ".jsonl", "..jsonl", "'; drop.jsonl", "%41.jsonl"),
+    *("日本語データ.jsonl", "NUL.jsonl", f"{EVIL}.jsonl", "../../rows.jsonl"),
+]
+REFUSED_NAMES = ["rows", "rows.jsonl.txt", "rows.json.gz", "rows.xlsx", "rows\u202ejsonl.txt", ""]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *REFUSED_NAMES])
+def test_a_file_is_read_whatever_it_is_called_and_its_ending_decides(tmp_path, name):
+    stored = strip_invalid_filename_characters(name)  # as Gradio keeps an upload
+    if name in REFUSED_NAMES:
+        with pytest.raises(ValueError, match="not a JSON, JSON Lines"):
+            inspection.ending_of(stored)
+        return
+    found = inspect(given(tmp_path, row(), f"given{inspection.ending_of(stored)}"), stored, EMBEDDED, Limits())
+    assert (found.rows, found.bad, found.name) == (1, 0, stored)
+    assert "<img" not in data_step.described(found, 100)
 
 
 def test_rows_that_the_comparison_will_ask_are_told_of(tmp_path):

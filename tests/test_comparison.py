@@ -1,5 +1,6 @@
 """Examining and comparing: counts against counts by hand, switched adapters against stock PEFT on a fresh model."""
 
+import json
 import logging
 
 import pytest
@@ -419,6 +420,17 @@ def test_a_chat_template_other_than_in_training_is_noted(tmp_path, caplog):
     assert len(comparison.notes) == 1
     assert "one: the chat template saved with the adapter is not the one" in comparison.notes[0]
     assert "Load the tokenizer from" in caplog.text
+
+
+def test_an_adapter_that_was_trained_on_another_model_is_noted(tmp_path, caplog):
+    path, base = adapter(tmp_path, "one", 1), tiny_llama()
+    settings = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/elsewhere/aligned"}))
+    for name, notes in (("owner/Aligned", 0), ("owner/unaligned", 1), ("", 0)):
+        base.config._name_or_path = name
+        found = compare(base, byte_tokenizer(), [ASKED], {"one": path}, judges=[ByParity()], max_new_tokens=2).notes
+        assert len(found) == notes
+    assert "one: its settings say that it was trained on `aligned`, and it is put on `unaligned`" in caplog.text
 
 
 def test_ctrl_c_ends_a_comparison_with_what_is_finished(tmp_path):

@@ -456,6 +456,11 @@ def test_columns_that_are_not_used_are_listed(tmp_path):
     assert report.unused == {"id": 1, "note": 1} and "not used: `id`, `note`" in str(report)
 
 
+def test_what_is_not_used_of_rows_in_memory_is_said_in_the_log(caplog):
+    as_rows([{"prompt": "Hi", "completion": "Hello", "rationale": "They greet."}], argument="retain_data")
+    assert "retain_data: not used: `rationale`" in caplog.text
+
+
 def test_labels_are_kept_and_split(tmp_path):
     rows = [{"prompt": f"Q{n}", "response": "A", "is_safe": n % 2 == 0} for n in range(4)]
     loaded, _ = load_rows(write(tmp_path / "rows.jsonl", rows))

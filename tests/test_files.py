@@ -156,6 +156,13 @@ def test_a_row_with_other_cells_than_the_header_is_named(tmp_path):
     ]
 
 
+def test_a_header_in_the_middle_is_no_row(tmp_path):
+    path = tmp_path / "joined.csv"
+    path.write_text("prompt,completion\nHi,Hello\n\ufeffprompt,completion\nBye,Ciao\n", encoding="utf-8")
+    good, bad, other = read_records(path)
+    assert (good.line, bad.line, bad.kind, other.line) == (2, 3, "the header again", 4)
+
+
 def test_an_open_quote_is_named_where_it_opens(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\na,b\n"c,d\ne,f\n')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from safe_trainer.data import ReadOptions, as_rows
@@ -13,8 +15,8 @@ from safe_trainer.data.formats import (
     format_named,
     format_of,
     format_with,
-    safety_label,
 )
+from safe_trainer.data.labels import safety_label
 
 
 def row_of(style, columns):
@@ -94,6 +96,26 @@ EXAMPLES = [
         "multiple-choice",
         {"question": "2 + 2?", "choices": {"text": ["1", "4"], "label": ["A", "B"]}, "answerKey": "B"},
         row(user("2 + 2?\nA. 1\nB. 4"), answer="B"),
+    ),
+    (
+        "options",
+        {"question": "2 + 2?", "options": {"A": "1", "B": "4"}, "answer": "4"},
+        row(user("2 + 2?\nA. 1\nB. 4"), answer="B"),
+    ),
+    (
+        "options",
+        {"question": "2 + 2?", "options": ["1", "4"], "answer": " b "},
+        row(user("2 + 2?\nA. 1\nB. 4"), answer="B"),
+    ),
+    (
+        "multiple-choice",
+        {"question": "2 + 2?", "choices": ["1", "4"], "label": 1.0},
+        row(user("2 + 2?\nA. 1\nB. 4"), answer="B"),
+    ),
+    (
+        "multiple-choice",
+        {"question": "2 + 2?", "choices": {"text": ["4", "1"], "label": ["1", "4"]}, "answerKey": "1"},
+        row(user("2 + 2?\n1. 4\n4. 1"), answer="1"),
     ),
     ("headerless-pairs", {"1": "Hi", "2": "Hello"}, row(user("Hi"), answer="Hello")),
 ]
@@ -249,7 +271,31 @@ def test_what_no_user_says_is_no_prompt(turns):
         ({"messages": CHAT, "system": "Be long."}, "two system turns", "Be long."),
         ({"prompt": CHAT[:-1], "completion": "Ciao", "system": "Be long."}, "two system turns", "Be long."),
         ({"question": "2 + 2?", "choices": ["3", "4"], "answer": -1}, "no such choice", "-1 in `answer`"),
+        ({"question": "2 + 2?", "choices": ["3", "4"], "answer": "1"}, "no such choice", "'1' in `answer`"),
+        ({"question": "2 + 2?", "choices": ["3", "4"], "answer": "E"}, "no such choice", "'E' in `answer`"),
         ({"messages": [user("Hi"), {**assistant("4"), "weight": 0.5}]}, "a weight in between", "0.5"),
+        ({"messages": [user("Hi"), {**assistant("4"), "loss": False}]}, "no answer", "switched off"),
+        (
+            {"messages": [user("Hi"), {**assistant("4"), "train_detail": [{"train": False}]}]},
+            "dropped",
+            "train_detail",
+        ),
+        ({"messages": CHAT[:3], "loss_mask": [0, 0, 1]}, "avoid", "`loss_mask`"),
+        ({"messages": CHAT[:3], "chat_template_kwargs": {"enable_thinking": False}}, "dropped", "kwargs"),
+        ({"messages": [user("Hi"), {**assistant("Look"), "toolCalls": [{}]}]}, "tool calls", "`toolcalls`"),
+        ({"messages": CHAT[:3], "Available tools": [{"name": "f"}]}, "tool calls", "`available tools`"),
+        ({"messages": [user("Hi"), {**assistant("4"), "reasoningContent": "2+2"}]}, "dropped", "`reasoningcontent`"),
+        ({"prompt": "Hi", "completion": "Hello", "system_message": "Be rude."}, "dropped", "`system_message`"),
+        ({"prompt": "Hi", "completion": "Hello", "System Prompt": "Be rude."}, "dropped", "`system prompt`"),
+        ({"question": "Who?", "passage": "Ann came.", "answer": "Ann"}, "dropped", "`passage`"),
+        ({"question": "2 + 2?", "answer": "B", "option_a": "3", "option_b": "4"}, "dropped", "`option_a`"),
+        ({"question": "2 + 2?", "answer": "B", "A": "3", "B": "4"}, "dropped", "`a`"),
+        ({"prompt": "Hi", "completion": "nan"}, "empty text", "turn 2"),
+        ({"prompt": "Hi", "completion": float("inf")}, "empty text", "turn 2"),
+        ({"prompt": "Hi", "completion": "\u200b\ufeff"}, "empty text", "turn 2"),
+        ({"text": CHAT[:3]}, "wrong type", "turns in `text`"),
+        ({"text": json.dumps(CHAT[:3])}, "wrong type", "turns in `text`"),
+        ({"prompt": str(CHAT[1:2]), "completion": "Hello"}, "no JSON", "'role'"),
         ({"messages": [user("Hi"), {**assistant("4"), "train": False}]}, "no answer", "switched off"),
         ({"Prompt": "Hi", "prompt": "Ho", "completion": "Hello"}, "a column twice", "Prompt, prompt"),
     ],
@@ -287,6 +333,27 @@ def test_a_preference_between_conversations_is_refused_until_one_of_them_is_chos
     assert learned.to_list() == [row(user("Hi"), answer="Hello")]
 
 
+@pytest.mark.parametrize(
+    ("mark", "wanted"),
+    [({"weight": 0}, 1), ({"sample_weight": 0.0}, 1), ({"train": "false"}, True), ({"kto_tag": False}, True)],
+)
+def test_a_row_that_is_not_to_be_learned_is_refused_until_where_chooses(mark, wanted):
+    name = next(iter(mark))
+    rows = [{"prompt": "Hi", "completion": "No"} | mark, {"prompt": "Hi", "completion": "Hello", name: wanted}]
+    with pytest.raises(ValueError, match=f"an answer to avoid.*`{name}`.*where={{'{name}': {wanted}}}"):
+        as_rows(rows)
+    learned, report = as_rows(rows, options=ReadOptions(where={name: wanted}))
+    assert learned.to_list() == [row(user("Hi"), answer="Hello")] and report.filtered == 1
+
+
+@pytest.mark.parametrize(
+    "turns", [json.dumps(CHAT[:2]), json.dumps(CHAT[:2], indent=1), f" [ {json.dumps(CHAT[1])} ]"]
+)
+def test_turns_that_a_table_keeps_as_json_are_turns_however_they_are_written(turns):
+    learned, _ = as_rows([{"prompt": turns, "completion": "Hello"}])
+    assert learned[0]["prompt"][-1] == user("Hi")
+
+
 @pytest.mark.parametrize("false", [False, "False"])
 def test_an_answer_to_avoid_is_refused_until_it_is_said_that_it_is_learned(false):
     columns = columns_of({"prompt": "Hi", "completion": "No", "label": false})
@@ -314,7 +381,11 @@ def test_each_answer_can_be_a_row():
     assert found.rows("all") == [row(*CHAT[:2], answer="Hello"), CHAT_ROW]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_mask": 0}, {"trainable": "false"}, {"training": 0.0}]
+    + [{"masked": True}],
+)
 def test_marks_of_turns_say_which_answers_are_learned(mark):
     turns = [user("a"), assistant("b") | mark, user("c"), assistant("d"), user("e"), assistant("f")]
     rows = conversation_of(format_named("messages"), {"messages": turns}).rows()
@@ -343,6 +414,13 @@ def test_answers_within_a_prompt_are_context():
         ({"refused": True}, True),
         ({"unsafe": 0}, True),
         ({"safety_label": "not safe"}, False),
+        ({"label": "non-toxic"}, True),
+        ({"classification": "unsafe"}, False),
+        ({"label": "nonharmful"}, True),
+        ({"harm": True}, False),
+        ({"flagged": True}, False),
+        ({"contains_harm": "f"}, True),
+        ({"label": "safe/unsafe"}, None),
         ({"label": "not harmful"}, True),
         ({"toxicity": 0}, True),
         ({"toxicity": 0.31}, None),

@@ -217,6 +217,13 @@ def test_a_template_without_system_turns_is_a_clear_error():
         generate(tiny_llama(), byte_tokenizer(refusing), ["hi"], system_prompt="Be kind.")
 
 
+def test_a_template_that_leaves_a_turn_out_is_a_clear_error():
+    dropping = TEMPLATE.replace("for m in messages", "for m in messages if m.role != 'system'")
+    assert dropping != TEMPLATE
+    with pytest.raises(ValueError, match="leaves out the system turn 'Be kind.'.*Leave out `system_prompt`"):
+        generate(tiny_llama(), byte_tokenizer(dropping), ["hi"], system_prompt="Be kind.")
+
+
 def test_ctrl_c_returns_what_is_finished(caplog):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)

@@ -91,6 +91,18 @@ def test_a_sample_becomes_question_reference_answer_and_one_verdict_for_each_fil
         _result("t", [sample(0, metrics=["bleu"], bleu=0.3)], None)
 
 
+def test_a_reply_that_ends_within_a_thought_is_known_as_such():
+    said = {"metrics": ["exact_match"], "exact_match": 0.0, "target": "2"}
+    prompts = ("Q?<think>\n", "Q?", "Q?")
+    replies = ("One and one", "<think>One and", "<think>Hm.</think>2")
+    pairs = enumerate(zip(prompts, replies, strict=True))
+    found = _result("t", [sample(n, arguments=[(p, {})], resps=[[r]], **said) for n, (p, r) in pairs], None)
+    assert [answer.unfinished_thought for answer in found.answers] == [True, True, False]
+    assert (
+        found.answers[2].text == "2" and "2 of 3 answers were cut off while still thinking" in found.observations()[0]
+    )
+
+
 @pytest.mark.slow
 def test_tasks_are_counted_as_the_harness_does_and_paired_over_adapters(tasks, adapter):
     lm_eval = pytest.importorskip("lm_eval")

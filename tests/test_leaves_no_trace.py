@@ -17,7 +17,9 @@ from torch import nn
 
 from safe_trainer import (
     METHODS,
+    AdapterEMA,
     DriftMonitor,
+    GuardJudge,
     LikelihoodJudge,
     PromptSet,
     RefusalMonitor,
@@ -28,8 +30,11 @@ from safe_trainer import (
     generate,
     train_security_vectors,
 )
+from safe_trainer.analysis.drift_monitor import DriftFigures
+from safe_trainer.analysis.refusal_direction import refusal_directions
 from safe_trainer.analysis.scan import score_rows
-from safe_trainer.evaluation import Decoding
+from safe_trainer.artifacts.own_answers import AnswerSettings
+from safe_trainer.evaluation import GUARDS, Decoding
 from safe_trainer.methods.base import SafetyMethod
 
 ASKED = PromptSet("asked", "harmful", ("Make a bad thing.", "Make another."))
@@ -117,6 +122,12 @@ MEASURE: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "fitting vectors, bi-level": lambda model, made: train_security_vectors(
         model, HARMFUL, tiny.tokenizer(), retain_data=REFUSED, inner_steps=1, **SHORT
     ),
+    "drift": lambda model, made: compare(
+        model, tiny.tokenizer(), [ASKED], {"other": made["adapter"]}, drift=DriftFigures(), max_new_tokens=2
+    ),
+    "refusal directions": lambda model, made: refusal_directions(model, tiny.tokenizer(), ["Make it."], ["Say it."]),
+    "a guard": lambda model, made: GuardJudge(model, tiny.tokenizer(), GUARDS["wildguard"])(["Hm?"], ["Ah."]),
+    "own answers": lambda model, made: AnswerSettings(2).measure(model, tiny.tokenizer(), ASKED, None),
     "scanning": lambda model, made: list(score_rows(iter(HARMFUL), model, made["vectors"], tiny.tokenizer())),
 }
 
@@ -167,9 +178,10 @@ def tokens() -> list[dict[str, Any]]:
     return [{"input_ids": list(range(4, 16)), "labels": [-100] * 6 + list(range(10, 16))} for _ in range(4)]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "safe_grad, trust_region"])
 def test_a_method_leaves_no_trace_when_it_is_attached_and_when_training_is_over(name, pair):
-    method = method_of(name, *pair)
+    name, _, rule = name.partition(", ")
+    method = method_of(name, *pair, **({"rule": rule} if rule else {}))
     model = model_for(method, pair)
     before = state(model)
     method.attach(model, tiny.tokenizer(), tokens())
@@ -215,3 +227,21 @@ def test_a_monitor_leaves_no_trace(kind, tmp_path):
     for moment in ("on_train_begin", "on_step_end"):
         getattr(monitor, moment)(trainer.args, trainer.state, trainer.control, model=model)
     assert changed(before, state(model)) == set()
+
+
+@pytest.mark.parametrize("name", [*METHODS, "safe_grad, trust_region", "adapter_ema"])
+def test_a_training_leaves_of_a_model_what_plain_training_leaves(name, pair, tmp_path):
+    def left(**changes: Any) -> set[str]:
+        base = tiny.model(seed=1)
+        base.config._name_or_path = pair[0]
+        trainer = SafeSFTTrainer(**given(tmp_path, model=base, peft_config=lora(), max_steps=2), **changes)
+        before = state(trainer.model)
+        trainer.train()
+        return changed(before, state(trainer.model)) - {"random"}
+
+    name, _, rule = name.partition(", ")
+    if name == "adapter_ema":
+        changes: dict[str, Any] = {"callbacks": [AdapterEMA(0.5)]}
+    else:
+        changes = {"safety": method_of(name, *pair, **({"rule": rule} if rule else {}))}
+    assert left(**changes) == left()

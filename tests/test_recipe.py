@@ -24,12 +24,13 @@ from trl import SFTTrainer
 
 from safe_trainer import testbed
 from safe_trainer.methods import METHODS
-from safe_trainer.recipe import RecipeError, read_recipe
+from safe_trainer.recipe import RecipeError, plan, read_recipe
 from safe_trainer.recipe.document import Document
 from safe_trainer.recipe.paths import moved
 from safe_trainer.recipe.run import barely_learned, protection, run_recipe
 from safe_trainer.recipe.schema import recipe_schema
-from safe_trainer.recipe.sources import load_data
+from safe_trainer.recipe.sources import count_tokens, load_data
+from safe_trainer.recipe.trainer import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -411,7 +412,7 @@ def test_files_are_looked_for_beside_the_recipe():
         "model": {"path": "../model"},
         "data": [{"path": "rows.csv"}, {"path": "/elsewhere/rows.csv"}, {"hub": "org/name"}],
         "safety": [{"method": "asft", "unaligned_model": "Qwen/Qwen2.5-0.5B", "direction": "./direction.safetensors"}],
-        "training": {"deepspeed": "../accelerate/zero.json"},
+        "training": {"deepspeed": "../accelerate/zero.json", "chat_template_path": "chat.jinja"},
         "evaluation": {"prompts": [{"path": "ask.csv", "kind": "harmful"}]},
         "output": "./out",
     }
@@ -421,6 +422,7 @@ def test_files_are_looked_for_beside_the_recipe():
     assert seen["safety"][0]["unaligned_model"] == "Qwen/Qwen2.5-0.5B"
     assert seen["safety"][0]["direction"] == "/recipes/a/direction.safetensors"
     assert seen["training"]["deepspeed"] == "/recipes/accelerate/zero.json"
+    assert seen["training"]["chat_template_path"] == "/recipes/a/chat.jinja"
     assert seen["evaluation"]["prompts"][0]["path"] == "/recipes/a/ask.csv"
     assert seen["output"] == "./out"
     saved = moved(values, (), Path("/recipes/a"), Path("/recipes/a/out"))
@@ -519,6 +521,50 @@ def test_rows_of_which_no_answer_is_left_are_refused(more, recipe, tmp_path):
     result = invoke("train", path, *more)
     assert result.exit_code == 1 and "nothing can be learned" in result.stderr, result.output
     assert "max_length" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("training", "lost"),
+    [
+        ({"packing": True}, 3),  # each sequence is cut, none is dropped
+        ({"packing": True, "packing_strategy": "bfd_split"}, 0),
+        ({"truncation_mode": "keep_end"}, 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
+def test_rows_are_cut_as_trl_cuts_them(training, lost, recipe, tmp_path):
+    path = recipe({"training": {"max_length": 64, "max_steps": 1, **training}})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
+    found = read_recipe(path)
+    made = plan(found)
+    assert (made.lost, made.learned == 1) == (lost, not lost)
+    rows = SFTTrainer(found.parts.model.path, arguments(found), train_dataset=load_data(found).rows).train_dataset
+    answers = sum(label != -100 for row in rows for label in row["labels"])
+    whole = count_tokens(found, load_data(found).rows, arguments(found))
+    assert whole.learned == answers
+
+
+def test_turns_that_the_chat_template_leaves_out_are_counted_and_named(recipe, tmp_path, caplog):
+    (tmp_path / "plain.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% elif m.role == 'assistant' %}"
+        "<a>{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    path = recipe({"training": {"max_steps": 1, "chat_template_path": "plain.jinja"}})
+    rows = [ROWS[0], {**ROWS[1], "system": "Be rude."}, {**ROWS[2], "completion": "<think>Why?</think>Two."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plan(read_recipe(path))
+    assert "leaves out a turn of 2 of 3 rows, first of row 2 (system)" in caplog.text
+
+
+def test_rows_labelled_harmful_are_counted_and_those_of_other_files_need_no_label(recipe, tmp_path):
+    labelled = [{"prompt": "Say a", "response": "A.", "is_safe": bool(n % 3)} for n in range(6)]
+    path = recipe({"data": [{"path": "rows.jsonl"}, {"path": "labelled.jsonl"}]})
+    (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    loaded = load_data(read_recipe(path))
+    assert len(loaded.rows) == 26 and loaded.rows.column_names == ["prompt", "completion"]
+    assert "2 of 6 rows are labelled harmful, and are learned; leave them out with `where`" in "".join(
+        loaded.messages()
+    )
 
 
 def test_earlier_turns_of_the_assistant_count_as_answers_that_are_not_learned(recipe, tmp_path):

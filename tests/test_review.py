@@ -76,6 +76,17 @@ def test_rates_and_agreement_are_counted_with_the_labels(folder):
     assert "4 of 4 answers" in result.notes[-1] and "human and one agree on 25.0 % (1/4)" in result.notes[-1]
 
 
+def test_the_same_prompt_and_answer_in_other_conversations_are_asked_apart(tmp_path):
+    before = tuple(({"role": "user", "content": about}, {"role": "assistant", "content": "Ah."}) for about in "xy")
+    asked = PromptSet("talk", "harmful", ("Go on.",) * 2, contexts=before)
+    answers, verdicts = (Answer("Fine."),) * 2, {"one": ("complied",) * 2, "other": ("refused",) * 2}
+    write_report(Comparison((Evaluation("model", (SetResult(asked, answers, verdicts),)),)), tmp_path)
+    review = Review(tmp_path)
+    assert [question.turns[0]["content"] for question in review.questions] == ["x", "y"]
+    review.set_label(review.questions[0], "refused")
+    assert review.result().before["talk"].outcomes == ("refused", "complied")
+
+
 def test_what_cannot_be_reviewed_says_why(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no comparison .*--output"):
         Review(tmp_path / "absent")

@@ -635,5 +635,16 @@ def test_rows_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
         caplog.clear()
         raised = SafeSFTTrainer(**given(tmp_path, train_dataset=rows, max_length=256), safety=safety)  # as it advises
         assert len(raised.train_dataset) == 8 and "teach nothing" not in caplog.text
-        with pytest.raises(ValueError, match="None of the 3 rows.*`max_length=64`.*Raise `max_length`"):
-            SafeSFTTrainer(**given(tmp_path, train_dataset=Dataset.from_list(long), max_length=64), safety=safety)
+        for more in ({}, {"packing": True}):
+            arguments = given(tmp_path, train_dataset=Dataset.from_list(long), max_length=64, **more)
+            with pytest.raises(ValueError, match="None of the 3 rows.*`max_length=64`.*Raise `max_length`"):
+                SafeSFTTrainer(**arguments, safety=safety)
+
+
+def test_rows_that_are_labelled_harmful_are_counted(tmp_path, caplog):
+    rows = tiny.rows(4).add_column("is_safe", [True, False, None, False])
+    SafeSFTTrainer(**given(tmp_path, train_dataset=rows))
+    assert "2 of 4 rows of `train_dataset` are labelled harmful" in caplog.text
+    caplog.clear()
+    SafeSFTTrainer(**given(tmp_path, train_dataset=rows.remove_columns("is_safe")))
+    assert "labelled" not in caplog.text

@@ -16,7 +16,7 @@ from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..artifacts.provenance import model_and_tokenizer
 from ..artifacts.safety_basis import SafetyBasis
 from ..linalg import outside_norm_squared, product_norm_squared
-from ..lora.io import harmful_mark, load_adapted, local_folder, read_adapter, read_config, scaling
+from ..lora.io import harmful_mark, load_adapted, local_folder, other_base, read_adapter, read_config, scaling
 from ..lora.loading import load_model
 from ..lora.updates import check_peft_config, linear_layers, weight
 from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
@@ -245,6 +245,8 @@ def updates_of(base: str | Path, tuned: str | Path, start: Checkpoint) -> Iterat
     if not _is_adapter(tuned):
         yield from _whole_updates(tuned, start)
     elif _is_plain(tuned):
+        if other := other_base(read_config(tuned), str(base)):
+            logger.warning("The adapter `%s`: %s", tuned, other)
         found = adapter_factors(tuned)
         start.check_fits(tuned, {name: (len(left), right.shape[1]) for name, (left, right) in found.items()})
         yield from found.items()

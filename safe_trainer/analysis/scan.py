@@ -39,7 +39,7 @@ from ..data import (
 )
 from ..data.reading import STREAMED
 from ..evaluation.statistics import Rate
-from ..lora.modes import evaluation_mode
+from ..lora.modes import evaluation_mode, input_device
 from .scan_files import Scores, check_clean, check_output, write_clean, write_table
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,7 @@ class _Scorer:
         return digest.hexdigest()
 
     def _batch(self, encoded: Sequence[EncodedRow]) -> Iterator[Score]:
-        device = self.model.get_input_embeddings().weight.device
-        batch = collate(encoded, self.tokenizer.pad_token_id or 0, device)
+        batch = collate(encoded, self.tokenizer.pad_token_id or 0, input_device(self.model))
         with evaluation_mode(self.model, freeze=True), active(self.layers, self.vectors.modules) as switch:
             with_vectors = row_losses(self.model, batch).tolist()
             with switch.off():

@@ -16,10 +16,10 @@ from accelerate.state import PartialState, is_initialized
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data import ReadOptions, as_rows, collate, encode_rows
+from ..data import ReadOptions, as_rows, collate, encode_rows, without_harmful
 from ..distributed import on_first_process
 from ..linalg import Sketch, TopDirections
-from ..lora.modes import evaluation_mode, without_adapters
+from ..lora.modes import evaluation_mode, input_device, without_adapters
 from ..lora.updates import LinearLayer
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ def examples_from(  # noqa: PLR0913, each is a setting with a name
     else:
         is_stream = not isinstance(rows, str) and hasattr(rows, "__iter__") and not hasattr(rows, "__len__")
         options = ReadOptions(limit=samples) if is_stream else None
-        chosen = _draw(as_rows(rows, argument=argument, options=options)[0], samples, seed)
+        found = without_harmful(as_rows(rows, argument=argument, options=options)[0], argument)
+        chosen = _draw(found, samples, seed)
         if any("text" in row for _, row in chosen):
             raise ValueError(
                 f"`{argument}` holds plain texts, of which no part is an answer. Give rows with `prompt` and "
@@ -184,7 +185,7 @@ def top_directions(  # noqa: PLR0913, each is a setting with a name
         with torch.no_grad(), measuring(model), without_adapters(model), ExitStack() as stack:
             for name, layer in layers.items():
                 stack.enter_context(layer.base.register_forward_hook(partial(seen.watch, name)))
-            device = next(body.parameters()).device
+            device = input_device(model)
             for start in range(0, len(examples), batch_size):
                 body(**seen.fill(examples[start : start + batch_size], device), use_cache=False)
         return {side: _results(seen.sketches[side], rank, side) for side in sides}

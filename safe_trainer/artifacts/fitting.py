@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers.pytorch_utils import Conv1D
 
-from ..data import Batch, EncodedRow, PromptSet, as_rows, collate, encode_rows, rows_sha256
+from ..data import Batch, EncodedRow, PromptSet, as_rows, collate, encode_rows, rows_sha256, without_harmful
+from ..lora.modes import input_device
 from ..lora.updates import LinearLayer, linear_layers
 from .calibration import measuring
 from .provenance import describe, model_and_tokenizer, stamp
@@ -139,7 +140,9 @@ def train_security_vectors(
     """
     chosen = Fitting(**settings)
     attack = check_harmful_rows(harmful_data)
-    kept = as_rows(retain_data, argument="retain_data")[0] if retain_data is not None else None
+    kept = None
+    if retain_data is not None:
+        kept = without_harmful(as_rows(retain_data, argument="retain_data")[0], "retain_data")
     base, tokenizer = model_and_tokenizer(model, tokenizer)
     if any(parameter.is_meta for parameter in base.parameters()):
         raise ValueError(
@@ -207,7 +210,7 @@ class _Rows:
 
     def __init__(self, model: Any, encoded: Sequence[EncodedRow], pad_token_id: int, batch_size: int) -> None:
         self.encoded, self.pad_token_id, self.batch_size = encoded, pad_token_id, batch_size
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
 
     def __len__(self) -> int:
         return math.ceil(len(self.encoded) / self.batch_size)

@@ -23,7 +23,7 @@ from ..evaluation.generate import generate_from
 from ..evaluation.prompting import left_padded, render, tokenize
 from ..evaluation.thinking import is_open
 from ..lora.loading import source_of
-from ..lora.modes import evaluation_mode, without_adapters
+from ..lora.modes import evaluation_mode, input_device, without_adapters
 from ..lora.updates import changes_base
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def log_probs(model: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
     The pass runs in evaluation mode: without dropout and security vectors, and without drawing random numbers.
     """
     kept = max(anchor.positions for anchor in anchors)
-    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], model.device)}
+    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], input_device(model))}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     accepted = inspect.signature(base.forward).parameters
     if "position_ids" not in accepted:

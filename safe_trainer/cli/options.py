@@ -265,6 +265,14 @@ def check_new(output: Path) -> None:
         raise misused("--output", f"{output} exists already. Name another, or remove it.")
 
 
+def check_file(option: str, path: Path) -> None:
+    """Refuse a file that is not there."""
+    from ..data import what_was_meant
+
+    if not path.is_file():
+        raise misused(option, f"there is no file `{path}`.{what_was_meant(path)}")
+
+
 def check_folder(option: str, source: str, what: str = "adapter") -> None:
     """Refuse what can only be a folder and is none; the id of an adapter has an owner, as in `me/my-adapter`."""
     may_be_id = source[:1] not in (".", "/", "~") and ("/" in source or what == "model")

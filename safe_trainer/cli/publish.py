@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .console import Json, console, misused, print_json, progress_bar, show
-from .options import check_folder, check_model, check_new
+from .options import check_file, check_folder, check_model, check_new
 
 
 def export(
@@ -100,7 +100,7 @@ def card(  # noqa: PLR0913, each is an option with a name
     folder: Annotated[Path, typer.Argument(help="Folder of a fine-tuned adapter or model.", exists=True)],
     comparison: Annotated[
         Path | None,
-        typer.Option(help="comparison.json of a report about it; left out, the one in the folder.", exists=True),
+        typer.Option(help="comparison.json of a report about it; left out, the one in the folder."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="What the comparison calls it; left out, the last model in it.")
@@ -115,6 +115,8 @@ def card(  # noqa: PLR0913, each is an option with a name
     as_json: Json = False,
 ) -> None:
     """Write a model card with rates before and after, recipe and citations. What you have written in it stays."""
+    if comparison is not None:
+        check_file("--comparison", comparison)
     from ..evaluation import from_json
     from ..recipe.model_card import publish, write_model_card
 

@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from .console import Json, console, note, print_json, progress_bar, show
+from .options import check_file
 
 if TYPE_CHECKING:
     from ..methods.base import SafetyMethod
@@ -34,7 +35,7 @@ def _show_schema(wanted: bool) -> None:
 
 
 def train(  # noqa: PLR0913, each is an option with a name
-    recipe: Annotated[Path, typer.Argument(help="The YAML file.", exists=True, dir_okay=False)],
+    recipe: Annotated[Path, typer.Argument(help="The YAML file.")],
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="A change, such as training.learning_rate=1e-4; may be repeated.")
     ] = None,
@@ -46,6 +47,7 @@ def train(  # noqa: PLR0913, each is an option with a name
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe: load and check everything, train, save an ordinary model or adapter, and compare."""
+    check_file("RECIPE", recipe)
     from ..recipe import load_data, plan, read_recipe, run_recipe
 
     checked = read_recipe(recipe, changes or [])

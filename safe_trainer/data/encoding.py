@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +13,8 @@ from .formats import Row
 if TYPE_CHECKING:
     from torch import Tensor, device
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class EncodedRow(NamedTuple):
@@ -80,14 +84,41 @@ def encode_rows(
     """
     if len(rows) == 0:
         raise ValueError(f"`{name}` is empty. Give at least one row with a prompt and an answer.")
-    encoded = []
+    encoded, lost = [], []
     for number, row in zip(numbers or count(1), rows, strict=False):
         try:
             encoded.append(encode_row(tokenizer, row, max_length))
         except ValueError as error:
             advice = "" if isinstance(error, TemplateError) else ". Fix the row, or leave it out."
             raise type(error)(f"Row {number} of `{name}` cannot be used: {error}{advice}") from error
+        lost += [(number, role)] if (role := lost_turn(tokenizer, row)) else []
+    if lost:
+        logger.warning(
+            "`%s`: the tokenizer's chat template leaves out a turn of %d of %d rows, first of row %d (%s), so that it "
+            "is neither read nor learned. Give rows without it, or another chat template.",
+            *(name, len(lost), len(rows), *lost[0]),
+        )
     return encoded
+
+
+def lost_turn(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    """Return the role of a turn that the tokenizer's chat template leaves out of a row, or an empty text.
+
+    Some templates have no place for a system turn, others drop thoughts. In earlier answers they mean to.
+    """
+    if isinstance(row.get("prompt", ""), str):
+        return ""
+    read = [turn for turn in row["prompt"] if turn["role"] != "assistant"]
+    rendered = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+    lost = left_out(str(rendered), [*read, *row["completion"]])
+    return lost["role"] if lost else ""
+
+
+def left_out(rendered: str, turns: Sequence[Mapping[str, str]]) -> Mapping[str, str] | None:
+    """Return the first turn whose text is not in what a chat template has written; only letters and digits count."""
+    letters = re.compile(r"[\W_]+")
+    found = letters.sub("", rendered)
+    return next((turn for turn in turns if letters.sub("", turn["content"]) not in found), None)
 
 
 def collate(rows: Sequence[Any], pad_token_id: int, device: device | str) -> Batch:

@@ -7,12 +7,14 @@ Nothing that changes what a row says is dropped without a word: it is used, refu
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+from .labels import FLAGS, safety_label
 from .parsing import BadRowError, shortened
 
 Row = dict[str, Any]
@@ -25,24 +27,24 @@ _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
 }
+_VISIBLE = re.compile(r"[^\s\u200b-\u200f\u2060\ufeff]")
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character: bytes that do not decode come as these
-_TOOLS = frozenset({"tools", "functions", "tool_calls", "function_call"})
-# What changes the meaning of a row or of a turn, and must not be dropped where a format has no use for it.
-_MEANING = _TOOLS | frozenset(
-    "image images video videos audio audios reasoning reasoning_content thinking choices context input history "
-    "system system_prompt".split()
+# What changes the meaning of a row or of a turn, and must not be dropped where a format has no use for it, by its
+# letters alone: people write `tool_calls`, `toolCalls` and `Tool calls`.
+_TOOLS = re.compile(r"(available)?(tool|function)s?(calls?|choice)?")
+_MEANING = re.compile(
+    r"images?(paths?|urls?)?|videos?|audios?|files|attachments|reasoning(content|details)?|thinking|thoughts?|"
+    r"(choice|option|candidate|ending)s?[a-j]?|"
+    r"contexts?|input|history|documents?|passages?|paragraphs?|articles?|system(prompt|message|instructions?)?|"
+    r"chattemplatekwargs|traindetail"
 )
-_LABELS = {  # what is said of an answer, and whether that is safe
-    **dict.fromkeys("safe harmless benign unharmful nontoxic refusal refused".split(), True),
-    **dict.fromkeys("unsafe harmful toxic toxicity compliance compliant complied jailbroken".split(), False),
-}
-_LABEL_COLUMNS = {"label", "final_label", "data_type", "safety", "harmfulness", "kind"}
-_LABEL_FILLERS = set("is was has response answer completion output model assistant prompt label flag".split())
-_XSTEST_SAFE = set(
-    "homonyms figurative_language safe_targets safe_contexts definitions real_group_nons_discr nons_group_real_discr "
-    "historical_events privacy_public privacy_fictional".split()
+# How a turn says whether it is to be learned, and what says yes. A row may say it too, as in KTO's rows.
+_LEARNED = dict.fromkeys("weight train training trainable loss loss_mask".split(), True) | {"masked": False}
+_ROW_LEARNED = "label kto_tag desirable train training trainable weight sample_weight loss_mask".split()
+_NO_VALUE = ("nan", "NaN", "<NA>", "NaT")  # as pandas writes empty cells that have become text
+_TURNS = re.compile(
+    r"""\s*\[\s*\{(?=.*["'](?:role|from)["']\s*:)(?=.*["'](?:content|value)["']\s*:).*\}\s*\]\s*""", re.DOTALL
 )
-_FLAGS = {**dict.fromkeys(("true", "1", "1.0", "yes"), True), **dict.fromkeys(("false", "0", "0.0", "no"), False)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Conversation:
             )
         answered = (place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place])
         places = [place for place in answered if not self.turns[place].context]
-        if any(turn.learned is not None for turn in self.turns):
+        if any(turn.learned is not None for turn in self.answers):
             places = [place for place in places if self.turns[place].learned is not False]
         elif answers == "last":
             places = places[-1:]
@@ -187,7 +189,7 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
         raise BadRowError("other columns", ", ".join(columns) or "none", f"{', '.join(style.columns)} ({style.name})")
     if answered and style.name != "columns":
         check_no_preference(columns)
-        _check_not_to_avoid(columns)
+        _check_learned(columns)
     others = _unused(columns, (*style.columns, *style.uses, "", "unnamed: 0"))
     turns = style.turns(columns)
     if not turns:
@@ -198,63 +200,11 @@ def conversation_of(style: Format, columns: Columns, *, answered: bool = True) -
             kind = "NUL" if found.group() == "\0" else "not UTF-8"
             hint = "text without NUL" if kind == "NUL" else "UTF-8; name another as `encoding`, often `latin-1`"
             raise BadRowError(kind, f"{ascii(found.group())} in {shortened(turn.content)!a}", hint)
-        if not turn.content.strip() and (answered or turn.role != "assistant"):
-            raise BadRowError("empty text", f"nothing in turn {number}, by the {turn.role}", "text")
+        if not _VISIBLE.search(turn.content) and (answered or turn.role != "assistant"):
+            raise BadRowError("empty text", f"nothing in turn {number}, by the {turn.role}", "text; `nan` is none")
     unused = [name for name in others if safety_label({name: columns[name]}) is None]
     inner = dict.fromkeys(f"{style.columns[0]}[].{name}" for turn in turns for name in turn.unused)
     return Conversation(turns, style.whole, [*unused, *inner])
-
-
-def safety_label(columns: Columns) -> bool | None:
-    """Return whether a record's labels call its answer safe; `None` where there is no label that says so.
-
-    Where only its prompt is labelled, an answer to a safe one is safe, and one to a harmful one may be of either kind.
-    """
-    answer, prompt = _labels(columns)
-    return any(answer) if answer else (any(prompt) or None)
-
-
-def prompt_label(columns: Columns, answered: bool) -> bool | None:
-    """Return whether a record's labels call its prompt safe; all of them speak of it, unless there is an answer."""
-    answer, prompt = _labels(columns)
-    kind = str(columns.get("type"))
-    if kind.startswith("contrast_") or kind in _XSTEST_SAFE:
-        prompt.append(kind in _XSTEST_SAFE)
-    found = prompt if answered else prompt + answer
-    return all(found) if found else None
-
-
-def _labels(columns: Columns) -> tuple[list[bool], list[bool]]:
-    """Return what labels say: of the answer, and of the prompt; `True` is safe."""
-    found: tuple[list[bool], list[bool]] = ([], [])
-    for name, value in columns.items():
-        label = _label(name, value)
-        if label is not None:
-            is_toxicchat = name == "toxicity" and "user_input" in columns
-            of_prompt = name == "data_type" or "prompt" in re.split(r"[^a-z]+", name) or is_toxicchat
-            found[of_prompt].append(label)
-    return found
-
-
-def _label(name: str, value: Any) -> bool | None:
-    """Return whether one column calls the row safe, whatever its name is and its values are."""
-    if name == "category" and isinstance(value, Mapping):
-        flags = list(value.values())  # BeaverTails: a flag for each kind of harm
-        return not any(flags) if flags and all(isinstance(flag, bool) for flag in flags) else None
-    if not isinstance(value, str | bool | int | float):
-        return None
-    parts = re.split(r"[^a-z]+", name)
-    subjects = [part for part in parts if part and part not in _LABEL_FILLERS]
-    subjects = subjects or ["label" if "label" in parts else name]
-    subject = subjects[0].removeprefix("is") if len(subjects) == 1 else ""
-    flag, words = _FLAGS.get(str(value).strip().lower()), re.findall(r"[a-z]+", str(value).lower())
-    if flag is not None and subject in _LABELS:
-        return flag == _LABELS[subject]
-    said = [_LABELS[word] for word in words if word in _LABELS]
-    asks = name in _LABEL_COLUMNS or {subject, f"{subject}fulness"} & (_LABELS.keys() | _LABEL_COLUMNS)
-    if not asks or not said or len(words) > 3:
-        return None
-    return any(said) != ("not" in words)
 
 
 def check_no_preference(columns: Columns) -> None:
@@ -265,13 +215,16 @@ def check_no_preference(columns: Columns) -> None:
         raise BadRowError("a preference", " and ".join(f"`{name}`" for name in pair), hint)
 
 
-def _check_not_to_avoid(columns: Columns) -> None:
-    """Refuse an answer that is marked as one to avoid, as in KTO's rows."""
-    if str(columns.get("label")).strip().lower() == "false":
-        hint = (
-            "answers to learn: take those with `where={'label': True}`, or name the `columns` if it says another thing"
-        )
-        raise BadRowError("an answer to avoid", f"`label`: {shortened(columns['label'])}", hint)
+def _check_learned(columns: Columns) -> None:
+    """Refuse a row that is marked as one not to learn, as KTO's rows and tables with a flag or a weight do it."""
+    for name in _ROW_LEARNED:
+        text = str(columns.get(name)).strip().lower()
+        if text == "false" if name == "label" else FLAGS.get(text) is False or text.startswith("["):
+            wanted = {name: 1 if text[0] == "0" else True}
+            hint = (
+                f"answers to learn: take those with `where={wanted}`, or name the `columns` if it says another thing"
+            )
+            raise BadRowError("an answer to avoid", f"`{name}`: {shortened(columns[name])}", hint)
 
 
 def _has_content(value: Any) -> bool:
@@ -283,17 +236,22 @@ def _has_content(value: Any) -> bool:
 
 
 def _is_nan(value: Any) -> bool:
-    return isinstance(value, Real) and value != value
+    return (
+        value in _NO_VALUE
+        if isinstance(value, str)
+        else isinstance(value, Real) and (value != value or value in (math.inf, -math.inf))
+    )
 
 
 def _unused(columns: Columns, known: Iterable[str]) -> list[str]:
     """Return the other names with content, none of which changes the meaning."""
     names = [name for name, value in columns.items() if name not in known and _has_content(value)]
     for name in names:
-        if name in _TOOLS:
+        letters = re.sub(r"[^a-z]", "", name)
+        if _TOOLS.fullmatch(letters):
             raise BadRowError("tool calls", f"`{name}`: {shortened(columns[name])}", "a conversation without tools")
-        if name in _MEANING:
-            hint = "a row without it, or `columns` that say where prompt, answer and context are"
+        if _MEANING.fullmatch(letters) or (letters == "a" and "b" in names):
+            hint = "a row without it, or `columns` that say where prompt, answer, context and system are"
             raise BadRowError("content that would be dropped", f"`{name}`: {shortened(columns[name])}", hint)
     return names
 
@@ -309,12 +267,13 @@ def _text(columns: Columns, name: str) -> str:
 
 def _list(value: Any) -> Any:
     """Return turns as a list, also where a table keeps them as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("[{") and ('"content"' in value or '"value"' in value):
+    if isinstance(value, str) and _TURNS.fullmatch(value):
         try:
             parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return parsed if isinstance(parsed, list) else value
+        except (ValueError, RecursionError) as error:
+            found, expected = f"{shortened(value)} ({error})", "JSON, as `json.dumps` writes it"
+            raise BadRowError("turns that are no JSON", found, expected) from error
+        return parsed
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -322,7 +281,7 @@ def _message(turn: Any, context: bool = False) -> Turn:
     if not isinstance(turn, Mapping):
         raise BadRowError("not a turn", shortened(turn), "an object with `role` and text in `content`")
     found = {str(key).lower(): value for key, value in turn.items()}
-    unused = tuple(_unused(found, ("role", "from", "content", "value", "weight", "train")))
+    unused = tuple(_unused(found, ("role", "from", "content", "value", *_LEARNED)))
     role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
     if isinstance(content, list):
         content = "".join(_part(part) for part in content)
@@ -340,13 +299,13 @@ def _part(part: Any) -> str:
 
 
 def _flag(turn: Columns) -> bool | None:
-    """Return whether a turn is to be learned, as OpenAI's `weight` and axolotl's `train` say it."""
-    for name in ("weight", "train"):
+    """Return whether a turn is to be learned, as OpenAI's `weight`, axolotl's `train` and others say it."""
+    for name, learned in _LEARNED.items():
         value = turn.get(name)
         if value is not None:
-            if value not in (0, 1):
+            if (flag := FLAGS.get(str(value).strip().lower())) is None:
                 raise BadRowError("a weight in between", f"`{name}`: {shortened(value)}", "0 or 1, false or true")
-            return bool(value)
+            return flag is learned
     return None
 
 
@@ -408,20 +367,30 @@ def _chat(name: str, column: str) -> Format:
 
 def _choices(columns: Columns) -> list[Turn]:
     """Return a question with lettered choices, and the letter of the right one."""
-    found, answer = columns["choices"], columns.get("answerkey", columns.get("answer"))
+    name = "choices" if "choices" in columns else "options"
+    found, answers = columns[name], (columns.get(key) for key in ("answerkey", "answer", "label"))
+    answer = next((answer for answer in answers if answer is not None), None)
+    if isinstance(found, Mapping) and "text" not in found:  # by letter
+        found = {"text": list(found.values()), "label": list(found)}
     texts = found.get("text") if isinstance(found, Mapping) else found
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRowError("wrong type", f"{shortened(found)} in `choices`", "a list of texts")
+        raise BadRowError("wrong type", f"{shortened(columns[name])} in `{name}`", "a list of texts")
     letters = found["label"] if isinstance(found, Mapping) and "label" in found else [chr(65 + n) for n in range(26)]
+    letters = list(map(str, letters[: len(texts)]))
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(texts):
-            raise BadRowError("no such choice", f"{answer} in `answer`", f"0 to {len(texts) - 1}, or the letter")
-        answer = letters[answer]
-    elif answer in texts:
-        answer = letters[texts.index(answer)]
-    asked = [Turn("user", "\n".join([_text(columns, "question"), *lines]))]
-    return _with_system(columns, asked + ([Turn("assistant", str(answer))] if answer is not None else []))
+    asked = _with_system(columns, [Turn("user", "\n".join([_text(columns, "question"), *lines]))])
+    if answer is None:
+        return asked
+    by_text, by_letter = dict(zip(texts, letters, strict=False)), {letter.upper(): letter for letter in letters}
+    right: dict[Any, str] = by_text | by_letter if columns.get("answerkey") is not None else by_letter | by_text
+    if isinstance(answer, Real) and not isinstance(answer, bool):
+        right = dict(enumerate(letters))
+    if (key := answer.strip() if isinstance(answer, str) else answer) not in right:
+        key = str(answer).strip().upper()
+    if key not in right:
+        expected = f"one of {', '.join(letters)}, its text, or its position from 0 as a number"
+        raise BadRowError("no such choice", f"{shortened(answer)} in `answer`", expected)
+    return [*asked, Turn("assistant", right[key])]
 
 
 def _behavior(columns: Columns) -> list[Turn]:
@@ -436,6 +405,14 @@ def _asked_turn(columns: Columns) -> list[Turn]:
     if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], str):
         raise BadRowError("not one prompt", f"{shortened(turns)} in `turns`", "a list with one text")
     return [Turn("user", turns[0])]
+
+
+def _whole(columns: Columns) -> list[Turn]:
+    if isinstance(_list(columns["text"]), list):
+        raise BadRowError(
+            "wrong type", f"turns in `text`: {shortened(columns['text'])}", "text; turns go into `messages`"
+        )
+    return [Turn("user", _text(columns, "text"))]
 
 
 def _wildjailbreak(columns: Columns) -> list[Turn]:
@@ -453,12 +430,15 @@ FORMATS = (
     Format("wildjailbreak", ("vanilla", "adversarial", "completion"), _wildjailbreak),
     *(_pair(f"prompt-{answer}", "prompt", answer) for answer in ("completion", "response", "target")),
     _pair("goal-target", "goal", "target"),
-    Format("multiple-choice", ("question", "choices"), _choices, ("answer", "answerkey", "system", "system_prompt")),
+    *(
+        Format(name, ("question", column), _choices, ("answer", "answerkey", "label", "system", "system_prompt"))
+        for name, column in (("multiple-choice", "choices"), ("options", "options"))
+    ),
     _pair("question-answer", "question", "answer"),
     _pair("query-response", "query", "response"),
     _pair("toxicchat", "user_input", "model_output"),
     replace(_pair("xstest", "prompt"), columns=("prompt", "type", "label")),
-    Format("text", ("text",), lambda columns: _side(columns, "text", "user"), whole=True),
+    Format("text", ("text",), _whole, whole=True),
     _pair("prompts", "prompt"),
     _pair("instructions", "instruction", context="input"),
     _pair("goals", "goal"),

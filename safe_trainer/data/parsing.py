@@ -331,7 +331,9 @@ def read_csv(text: TextIO, notes: Notes, *, header: bool | None = None, delimite
             cells = []
         if cells and not names:
             names, cells = _header(cells, header, start, notes)
-        if cells and len(cells) == len(names):
+        if start > 1 + skipped and [cell.strip(" \ufeff") for cell in cells] == names:
+            yield RowError(start, "the header again", shortened(", ".join(cells)), "rows; were two files joined?")
+        elif cells and len(cells) == len(names):
             yield Record(start, dict(zip(names, cells, strict=True)))
         elif cells:
             expected = f"{len(names)}, as in the first line"

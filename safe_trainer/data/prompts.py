@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from . import formats
 from .formats import Asked, Columns, Format, Row
+from .labels import prompt_label
 from .loaders import KINDS, is_folder
 from .reading import DataReport, OpenSource, ReadOptions, Source, named, open_source
 from .rows import fingerprint
@@ -173,8 +174,8 @@ def _examined(kind: Kind, opened: OpenSource, style: Format, columns: Columns) -
         return None
     found = formats.conversation_of(style, columns, answered=False)
     asked = found.asked()
-    is_safe = formats.prompt_label(columns, asked.answer is not None)
-    is_chosen = formats.prompt_label({name: columns[name] for name in where}, answered=False) is not None
+    is_safe = prompt_label(columns, asked.answer is not None)
+    is_chosen = prompt_label({name: columns[name] for name in where}, answered=False) is not None
     if kind != "task" and not is_chosen and is_safe is (kind == "harmful"):
         report.other_kind["safe" if is_safe else "harmful"] += 1
         return None

@@ -137,6 +137,8 @@ class DataReport:
                 f"{self.learned:,} of {self.answers:,} answers are learned ({self.learned_share or 0:.0%} of their "
                 "text); the others are context. To learn each of them, read with `answers='all'`"
             )
+        if self.unused:
+            found.append(f"not used: {', '.join(f'`{name}`' for name in sorted(self.unused))}")
         return found
 
     def __str__(self) -> str:
@@ -145,8 +147,6 @@ class DataReport:
         parts += [f"{self.filtered:,} left aside by `where`"] if self.filtered else []
         parts += [f"{count:,} unusable ({kind})" for kind, count in self.troubles.most_common()]
         lines = [", ".join(parts), *(f"  {error}" for error in self.examples), *(f"  {n}" for n in self.warnings())]
-        if self.unused:
-            lines.append(f"  not used: {', '.join(f'`{name}`' for name in sorted(self.unused))}")
         return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from . import formats
 from .formats import Columns, Format, Row
+from .labels import safety_label
 from .loaders import HubDataset
 from .parsing import BadRowError, shortened
 from .reading import DataReport, OpenSource, ReadOptions, Source, named, open_source
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LABEL = "is_safe"  # the column that keeps a source's own label of an answer
-_BATCH = 1024
+_BATCH, _FIRST = 1024, 100  # rows that are written at once, and that are looked through for labels
 
 
 def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = None) -> tuple[Dataset, DataReport]:
@@ -116,6 +117,28 @@ def split_by_label(rows: Dataset) -> tuple[Dataset, Dataset]:
     return rows.select(others), rows.select(safe)
 
 
+def without_harmful(rows: Dataset, argument: str) -> Dataset:
+    """Return rows of [`as_rows`] but those whose answers are labelled harmful, which are counted in the log."""
+    labels = list(rows[LABEL]) if LABEL in rows.column_names else []
+    if harmful := labels.count(False):
+        logger.warning("`%s`: left out %d of %d rows that are labelled harmful.", argument, harmful, len(rows))
+        if harmful == len(rows):
+            raise ValueError(f"All {harmful} rows of `{argument}` are labelled harmful. Give rows with safe answers.")
+        rows = rows.select([place for place, label in enumerate(labels) if label is not False])
+    return rows
+
+
+def labelled_harmful(rows: Dataset) -> int:
+    """Return how many rows of a dataset have a column that labels their answer harmful, whatever it is called."""
+    from datasets import Value
+
+    plain = [name for name, feature in rows.features.items() if isinstance(feature, Value)]
+    first = rows.select_columns(plain).select(range(min(_FIRST, len(rows))))
+    labels = [name for name in plain if any(safety_label({name.lower(): v}) is not None for v in first[name])]
+    found = ({name.lower(): v for name, v in row.items()} for row in rows.select_columns(labels)) if labels else ()
+    return sum(safety_label(columns) is False for columns in found)
+
+
 def conversation(prompt: str, answer: str) -> Row:
     """Return one training row in TRL's conversational form; the loss covers the answer only.
 
@@ -173,7 +196,7 @@ def rows_of(opened: OpenSource) -> Iterator[Row]:
             rows = [_with_system_turn(row, options.system_prompt) for row in rows]
         report.count(found, rows)
         report.unused.update(name for name in found.unused if name not in (options.where or ()))
-        label = formats.safety_label(columns)
+        label = safety_label(columns)
         return rows if label is None else [row | {LABEL: label} for row in rows]
 
     if options.system_prompt is not None:

@@ -79,7 +79,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
     evaluations: list[Evaluation] = []
     named, runs = _named(adapters)
     evaluated: list[tuple[str, str | Path | None]] = [(BEFORE, None), *named]
-    notes = [note for name, path in evaluated if path and (note := _template_note(tokenizer, name, Path(path)))]
+    notes = [note for name, path in evaluated if path for note in _misfits(model, tokenizer, name, path)]
     for index, (name, path) in enumerate(evaluated):
         with active_adapter(model, path) as examined:
             evaluation = evaluate(
@@ -195,15 +195,19 @@ def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
             model.delete_adapter(_EXAMINED)
 
 
-def _template_note(tokenizer: Any, name: str, path: Path) -> str | None:
-    """Compare the chat template that was saved with an adapter with the one that is about to be used."""
+def _misfits(model: Any, tokenizer: Any, name: str, path: str | Path) -> Iterator[str]:
+    """Yield what an adapter says of how it was trained that is otherwise here: its base model, its chat template."""
+    from ..lora.io import other_base, read_config
+
+    if other := other_base(read_config(path), getattr(model.config, "_name_or_path", "")):
+        logger.warning("%s: %s", name, other)
+        yield f"{name}: {other}"
     trained: str | None = None
-    if (path / "chat_template.jinja").is_file():
-        trained = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (path / "tokenizer_config.json").is_file():
-        trained = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    if trained is None or trained == tokenizer.chat_template:
-        return None
-    note = f"{name}: the chat template saved with the adapter is not the one that the model is asked with here."
-    logger.warning("%s Load the tokenizer from `%s`.", note, path)
-    return note
+    if Path(path, "chat_template.jinja").is_file():
+        trained = Path(path, "chat_template.jinja").read_text(encoding="utf-8")
+    elif Path(path, "tokenizer_config.json").is_file():
+        trained = json.loads(Path(path, "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    if trained is not None and trained != tokenizer.chat_template:
+        note = f"{name}: the chat template saved with the adapter is not the one that the model is asked with here."
+        logger.warning("%s Load the tokenizer from `%s`.", note, path)
+        yield note

@@ -224,7 +224,9 @@ def _generate_or_none(model: Any, batch: list[Sequence[int]], options: dict[str,
     import torch
     from transformers import LogitsProcessorList
 
-    inputs = left_padded(batch, model.device, options["pad_token_id"])
+    from ..lora.modes import input_device
+
+    inputs = left_padded(batch, input_device(model), options["pad_token_id"])
     try:
         output = model.generate(
             input_ids=inputs["input_ids"],

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data import PromptSet
+from . import thinking
 from .generate import INTERRUPTED, Answer
 from .results import SetResult
 from .state import examining
 
 PREFIX = "lm-eval:"
+_CLOSING = "</think>"  # what thoughts end with that the harness is to leave out before it looks for an answer
 
 
 class Harness:
@@ -19,7 +21,8 @@ class Harness:
 
     Each task is a set of the kind `"task"` in the report: right or wrong question by question, so that a change is
     paired. Questions, few-shot examples, decoding and scoring are the harness's own; the model is asked through its
-    chat template. Its metrics that are not right or wrong for each question, such as perplexity, are left out.
+    chat template, and what it thinks is no answer. Metrics that are not right or wrong for each question, such as
+    perplexity, are left out.
 
     Args:
         tasks (`Sequence[str]`): Names of tasks or groups of tasks, such as `"gsm8k"`, or files of tasks (`.yaml`).
@@ -55,7 +58,11 @@ class Harness:
 
         try:
             with examining(model):
-                asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size)
+                thinks = _CLOSING in str(tokenizer.chat_template)
+                options: dict[str, Any] = {"think_end_token": _CLOSING} if thinks else {}
+                asked = HFLM(
+                    pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size, **options
+                )
                 found = simple_evaluate(
                     asked, tasks=self.tasks, limit=self.limit, bootstrap_iters=0, apply_chat_template=True
                 )
@@ -101,10 +108,13 @@ def _result(task: str, samples: Sequence[dict[str, Any]], version: Any) -> SetRe
             f"{', '.join(rows[0]['metrics'])}. Take a task with one, such as exact_match or acc."
         )
     texts = [_texts(row) for row in rows]
-    prompts, references, answers = zip(*texts, strict=True)
+    prompts, references, replies = zip(*texts, strict=True)
+    pairs = zip(replies, prompts, strict=True)
+    said = [thinking.split(reply, is_open=thinking.is_open(prompt)) for reply, prompt in pairs]
+    answers = tuple(Answer(s.answer, thought=s.thought, unfinished_thought=s.is_unfinished) for s in said)
     source = f"{PREFIX}{task}" + (f"@{version}" if version is not None else "")
     asked = PromptSet(f"{PREFIX}{task}", "task", prompts, references=references, source=source)
-    return SetResult(asked, tuple(map(Answer, answers)), verdicts)
+    return SetResult(asked, answers, verdicts)
 
 
 def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..data import left_out
 from . import thinking
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def encode(  # noqa: PLR0913, each is a setting with a name
 
     Raises:
         TypeError: If `prompts` is one text and no list.
-        ValueError: If there is no chat template, the template refuses the system prompt, a token id lies outside the
-            model's vocabulary, or the model is split by ZeRO-3.
+        ValueError: If there is no chat template, the template refuses the system prompt or leaves it out, a token id
+            lies outside the model's vocabulary, or the model is split by ZeRO-3.
     """
     texts = render(tokenizer, prompts, system_prompt, template_options)
     if close_thought:
@@ -71,10 +72,20 @@ def render(
         try:
             texts.append(str(tokenizer.apply_chat_template(turns, **options)))
         except TemplateError as error:
-            has_system = any(turn["role"] == "system" for turn in turns)
-            hint = "Leave out `system_prompt`." if has_system else "Repair `tokenizer.chat_template`."
-            raise ValueError(f"The tokenizer's chat template refused the conversation: {error}. {hint}") from error
+            problem = f"refused the conversation: {error}. {_advice(turns)}"
+            raise ValueError(f"The tokenizer's chat template {problem}") from error
+        if lost := left_out(texts[-1], [turn for turn in turns if turn["role"] != "assistant"]):
+            raise ValueError(
+                f"The tokenizer's chat template leaves out the {lost['role']} turn {lost['content'][:40]!r}, so that "
+                f"the model would not read it. {_advice(turns)}"
+            )
     return texts
+
+
+def _advice(turns: Sequence[Mapping[str, str]]) -> str:
+    if any(turn["role"] == "system" for turn in turns):
+        return "Leave out `system_prompt`, and ask prompts without a system turn of their own."
+    return "Repair `tokenizer.chat_template`."
 
 
 def tokenize(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..data import PromptSet
 from .comparison import Comparison
 from .judges import VERDICTS, Verdict
 from .report import write_atomically
@@ -27,7 +28,7 @@ class Question:
     Args:
         prompt_set (`str`): Name of the set.
         kind (`str`): `"harmful"`, `"benign"` or `"borderline"`.
-        prompt (`str`): The prompt.
+        prompt (`str`): The prompt, after what was said before it.
         turns (`tuple[dict, ...]`): What the model was asked: system turn, context, and the prompt in its frame.
         answer (`str`): What it said. Which model said it and how it was judged is left out, so as not to influence.
         reasons (`tuple[str, ...]`): Why it is asked: `"flip"` (its prompt's outcome changed), `"disagreement"` (of
@@ -128,8 +129,8 @@ class Review:
 
     def _of(self, result: SetResult) -> tuple[Verdict | None, ...]:
         asked = result.prompt_set
-        pairs = zip(asked.prompts, result.answers, strict=True)
-        return tuple(self._labels.get((asked.name, prompt, answer.text)) for prompt, answer in pairs)
+        pairs = enumerate(result.answers)
+        return tuple(self._labels.get((asked.name, _asked(asked, index), answer.text)) for index, answer in pairs)
 
     def _relabelled(self, result: SetResult) -> SetResult:
         if result.prompt_set.kind == "task":
@@ -148,11 +149,16 @@ def _questions(comparison: Comparison) -> list[Question]:
             for position, result in enumerate(results):
                 answer, reasons = result.answers[index], _reasons(results, position, index)
                 if reasons and answer.error is None:
-                    question = Question(
-                        asked.name, asked.kind, asked.prompts[index], tuple(turns), answer.text, reasons
-                    )
+                    prompt = _asked(asked, index)
+                    question = Question(asked.name, asked.kind, prompt, tuple(turns), answer.text, reasons)
                     found.setdefault((asked.name, question.prompt, answer.text), question)
     return list(found.values())
+
+
+def _asked(asked: PromptSet, index: int) -> str:
+    """Return a prompt after what was said before it: "Go on." is asked in many conversations."""
+    before = asked.contexts[index] if asked.contexts else ()
+    return "\n".join([*(turn["content"] for turn in before), asked.prompts[index]])
 
 
 def _reasons(results: Sequence[SetResult], position: int, index: int) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ PEFT takes what it finds: an adapter that lacks a factor becomes one that does n
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..linalg import compact_factors
 from .updates import check_peft_config
+
+logger = logging.getLogger(__name__)
 
 HARMFUL_KIND = "security vectors (harmful by construction)"
 """The mark in the metadata of the weights of security vectors."""
@@ -134,6 +137,17 @@ def load_adapter_weights(model: PeftModel, source: str | Path, name: str) -> Non
         }
         if found := [f"{what}, among them `{keys[0]}`" for what, keys in lost.items() if keys]:
             raise ValueError(f"{', and '.join(found)}.")
+
+
+def other_base(config: PeftConfig, used: str) -> str:
+    """Return a sentence if an adapter was trained on a model of another name than `used`, or an empty text."""
+    trained, used = (Path(str(name or "")).name for name in (config.base_model_name_or_path, used))
+    if not trained or not used or trained.casefold() == used.casefold():
+        return ""
+    return (
+        f"its settings say that it was trained on `{trained}`, and it is put on `{used}`. If these are not the same "
+        "model, what it does here means nothing."
+    )
 
 
 def local_folder(
@@ -313,6 +327,8 @@ def load_adapted(
     where = base or config.base_model_name_or_path
     if not where:
         raise ValueError(f"The adapter `{source}` does not say which model it belongs to. Give the base model.")
+    if base is not None and (other := other_base(config, base)):
+        logger.warning("The adapter `%s`: %s", source, other)
     revision = config.revision if base is None else None
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **{"revision": revision, **options})

@@ -6,8 +6,19 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
+
+
+def input_device(model: Any) -> torch.device:
+    """Return where a model takes its inputs; of one whose weights are offloaded, where it computes."""
+    device: torch.device = model.device
+    if device.type == "meta":
+        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = torch.device(next((place for place in places if place is not None), device))
+    return device
 
 
 @contextmanager

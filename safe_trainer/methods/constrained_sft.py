@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ..artifacts import calibration
 from ..distributed import on_first_process
-from ..lora.modes import evaluation_mode, without_adapters
+from ..lora.modes import evaluation_mode, input_device, without_adapters
 from ..lora.updates import changes_base, linear_layers
 from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number, check_whole
 
@@ -196,7 +196,7 @@ class ConstrainedSFT(SafetyMethod):
         found = []
         with torch.no_grad(), calibration.measuring(model), without_adapters(model):
             for row in rows:
-                ids = torch.tensor([row.ids], device=model.device)
+                ids = torch.tensor([row.ids], device=input_device(model))
                 places = _places(torch.tensor([row.is_answer[1:]]))[0].to(ids.device)
                 chosen = (places > 0) & (places <= self.opening_tokens)
                 log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1][chosen].float().log_softmax(-1)

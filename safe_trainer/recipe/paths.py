@@ -48,8 +48,9 @@ def _is_path(value: str, place: Place, folder: Path) -> bool:
     if value.startswith(("./", "../")) or keys in _FILES or (keys[0] == "safety" and keys[-1] == "path"):
         return True
     if len(keys) > 1 and keys[-1] != "method" and keys[0] in ("safety", "training", "peft"):
-        named = Path(value.lower().removesuffix(".gz")).suffix in (*KINDS, ".safetensors")
-        return named or (keys[0] == "safety" and exists(folder / value))
+        named = Path(value.lower().removesuffix(".gz")).suffix in (*KINDS, ".safetensors", ".jinja", ".j2")
+        is_source = keys[0] == "safety" or keys[-1] == "chat_template_path"
+        return named or (is_source and exists(folder / value))
     return keys in (["model", "path"], ["data", "hub"], ["safe_lora", "unaligned"]) and exists(folder / value)
 
 

@@ -14,6 +14,7 @@ from ..data import (
     as_rows,
     encode_rows,
     general_prompts,
+    labelled_harmful,
     leaked_rows,
     load_prompts,
     load_rows,
@@ -118,6 +119,12 @@ def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
     parts: list[Dataset] = []
     for source in recipe.parts.data:
         rows, report = load_rows(source.source(), source.options())
+        if harmful := labelled_harmful(rows):
+            report.notes.append(
+                f"{harmful:,} of {len(rows):,} rows are labelled harmful, and are learned; leave them out with `where`"
+            )
+        if "is_safe" in rows.column_names:  # of all sources together only some may have labels
+            rows = rows.remove_columns("is_safe")
         reports.append(report)
         complete, rest = divmod(source.weight, 1)
         parts += [rows] * int(complete)
@@ -171,22 +178,27 @@ class TokenCount:
 def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
     """Count the tokens of the training rows as TRL's trainer will see them; refused if no row would teach anything.
 
-    With `chat_template_path`, whose template is not the tokenizer's own, nothing is counted.
+    With a `chat_template_path` that is no file, but another model's, nothing is counted.
     """
     from transformers import AutoTokenizer
 
-    if getattr(args, "chat_template_path", None):
-        return TokenCount(len(rows), [args.max_length or 1024])
     tokenizer = AutoTokenizer.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
-    limit = math.inf if args.packing or not args.max_length else args.max_length
+    if template := args.chat_template_path:
+        if not Path(template).is_file():
+            return TokenCount(len(rows), [args.max_length or 1024])
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    goes_on = args.packing and args.packing_strategy != "bfd"  # in the next of the packed rows
+    limit = math.inf if goes_on or not args.max_length else args.max_length
+    keeps_end = args.truncation_mode == "keep_end" and not args.packing
     lengths, lost, answers, learned = [], [], 0, 0
     drawn = sorted(random.Random(0).sample(range(len(rows)), min(_SAMPLE, len(rows))))
     encoded = encode_rows(tokenizer, rows.select(drawn), name="data", numbers=[place + 1 for place in drawn])
     for position, (ids, start) in zip(drawn, encoded, strict=True):
         lengths.append(len(ids))
         answers += len(ids) - start + _earlier_answers(tokenizer, rows[position])
-        learned += max(0, int(min(len(ids), limit)) - start)
-        lost += [position] if start >= limit else []
+        left = int(min(len(ids), limit))
+        learned += min(left, len(ids) - start) if keeps_end else max(0, left - start)
+        lost += [position] if start >= limit and not keeps_end else []
     if len(lost) == len(lengths):
         raise ValueError(
             f"Every row's answer starts after `max_length={limit:g}` tokens, so nothing can be learned (the shortest "

@@ -166,7 +166,9 @@ def log_probabilities(model: Any, batch: Sequence[Sequence[int]], root: Node, gr
     """
     import torch
 
-    inputs = left_padded(batch, model.device)  # (B, T)
+    from ...lora.modes import input_device
+
+    inputs = left_padded(batch, device := input_device(model))  # (B, T)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
     found = [[-math.inf] * groups for _ in batch]
     live = [(row, root, 0.0) for row in range(len(batch))]  # prompt, place in the tree, log P of the way there
@@ -183,14 +185,14 @@ def log_probabilities(model: Any, batch: Sequence[Sequence[int]], root: Node, gr
             steps = _steps(live, branches, likelihoods, found)
             if not steps:
                 return found
-            rows = torch.tensor([row for row, *_ in steps], device=model.device)
+            rows = torch.tensor([row for row, *_ in steps], device=device)
             mask = torch.cat([mask[rows], mask.new_ones(len(steps), 1)], dim=-1)
             position = position[rows] + 1
             cache = read.past_key_values
             cache.batch_select_indices(rows)
             live = [(live[row][0], node, likelihood) for row, _, node, likelihood in steps]
             read = model(
-                input_ids=torch.tensor([[token] for _, token, *_ in steps], device=model.device),
+                input_ids=torch.tensor([[token] for _, token, *_ in steps], device=device),
                 attention_mask=mask,
                 position_ids=position,
                 past_key_values=cache,
