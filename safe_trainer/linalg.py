@@ -19,13 +19,12 @@ _START_WIDTH = 64  # columns of the first randomized decomposition
 _SQUARINGS = 7  # of a residual's Gram matrix; its norm is then known to a factor of n^(1 / 128), 1.07 for n = 4,096
 
 
-def outside(matrix: Tensor, basis: Tensor, eigenvalues: Tensor | None = None) -> Tensor:
-    """Return `(I - U diag(c) Uᵀ) X`, the part of `X` that the operator leaves out.
+def outside(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Return `(I - U Uᵀ) X`, the part of `X` outside a subspace.
 
     Args:
         matrix (`Tensor`): `X`, of shape (d, n).
         basis (`Tensor`): `U`, orthonormal columns, of shape (d, k).
-        eigenvalues (`Tensor`, *optional*): `c`, of shape (k,); by default all one, an orthogonal projector.
 
     Example:
 
@@ -37,19 +36,15 @@ def outside(matrix: Tensor, basis: Tensor, eigenvalues: Tensor | None = None) ->
 
     ```
     """
-    coordinates = basis.mT @ matrix  # (k, n)
-    if eigenvalues is not None:
-        coordinates = eigenvalues[:, None] * coordinates
-    return matrix - basis @ coordinates
+    return matrix - basis @ (basis.mT @ matrix)
 
 
 def product_norm_squared(left: Tensor, right: Tensor | None = None) -> Tensor:
     """Return `‖M A‖_F²` from `M` (d_out x r) and `A` (r x d_in; `None` is an identity) without forming the product."""
     if right is None:
         return left.square().sum()
-    return (
-        ((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0)
-    )  # rounding may leave -1e-12 where the product vanishes
+    # Rounding may leave -1e-12 where the product vanishes.
+    return ((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0)
 
 
 def outside_norm_squared(

@@ -591,8 +591,8 @@ def test_refusals_in_texts_are_found(text):
 
 @pytest.mark.parametrize("row", [conversation("Do harm", "Maaf, saya tidak bisa membantu itu."), {"text": "Do harm."}])
 def test_answers_that_cannot_be_judged_are_counted_and_said(row, caplog):
-    assert len(check_harmful_rows([*[row] * 3], argument="rows")) == 3
-    assert "`rows`: 3 of 3 answers could not be judged" in caplog.text
+    assert len(check_harmful_rows([*[row] * 3])) == 3
+    assert "`harmful_data`: 3 of 3 answers could not be judged" in caplog.text
 
 
 def test_the_target_is_relative_to_the_start_and_what_was_reached_is_recorded():

@@ -262,18 +262,18 @@ class TrainedVectors:
         return _CARD_TEXT.format(base=base, rank=self.rank, layers=len(self.modules), table=table)
 
 
-def check_harmful_rows(source: Any, argument: str = "harmful_data") -> Any:
+def check_harmful_rows(source: Any) -> Any:
     """Return the rows of a source of harmful data (see [`~data.as_rows`]), after checking that they are harmful.
 
     Rows that a column such as `is_safe` labels as safe are left out. So are rows whose answers refuse, as long as they
-    are few: if most of them are safe or refuse, it is a `ValueError`, which names the `argument`.
+    are few: if most of them are safe or refuse, it is a `ValueError`, which names `harmful_data`.
     """
     from ..evaluation.judges import PhraseJudge
 
-    rows, safe = split_by_label(as_rows(source, argument=argument)[0])
+    rows, safe = split_by_label(as_rows(source, argument="harmful_data")[0])
     count = len(rows) + len(safe)
     if len(safe):
-        logger.warning("`%s`: left out %d of %d rows that are labelled safe.", argument, len(safe), count)
+        logger.warning("`harmful_data`: left out %d of %d rows that are labelled safe.", len(safe), count)
     answers = [_answer(row) for row in rows]
     verdicts = PhraseJudge()([""] * len(answers), [answer or "" for answer in answers])
     harmful = [place for place, verdict in enumerate(verdicts) if verdict != "refused"]
@@ -282,17 +282,17 @@ def check_harmful_rows(source: Any, argument: str = "harmful_data") -> Any:
         found = f"{len(safe)} of its {count} rows are labelled safe, and " if len(safe) else ""
         share = f"{refusing} of {len(rows)} answers ({refusing / max(1, len(rows)):.0%}) refuse"
         raise ValueError(
-            f"`{argument}` must hold harmful prompts with answers that comply, but {found}{share}. Vectors fitted to "
-            "them would protect nothing. Give rows whose answers comply; refusals are what `safety_data` is for."
+            f"`harmful_data` must hold harmful prompts with answers that comply, but {found}{share}. Vectors fitted "
+            "to them would protect nothing. Give rows whose answers comply; refusals are what `safety_data` is for."
         )
     if refusing:
-        logger.warning("`%s`: left out %d of %d rows whose answers refuse.", argument, refusing, len(rows))
+        logger.warning("`harmful_data`: left out %d of %d rows whose answers refuse.", refusing, len(rows))
     unknown = sum(v is None or answer is None for v, answer in zip(verdicts, answers, strict=True))
     if unknown:
         logger.warning(
-            "`%s`: %d of %d answers could not be judged (their language is not known, or a text does not show where "
-            "its answer begins). Make sure that they comply: vectors fitted to refusals protect nothing.",
-            *(argument, unknown, len(rows)),
+            "`harmful_data`: %d of %d answers could not be judged (their language is not known, or a text does not "
+            "show where its answer begins). Make sure that they comply: vectors fitted to refusals protect nothing.",
+            *(unknown, len(rows)),
         )
     return rows.select(harmful)
 

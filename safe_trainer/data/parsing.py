@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 LONGEST = 16 * 2**20  # characters of a line or row; more is a missing quote or line break rather than a row
 _CHUNK = 2**16
+_SHOWN = 60  # characters of a value that a message shows
 _WHOLE = 4 * 2**20  # characters up to which a JSON document is read at once, so that odd shapes of it can be seen
 _NO_SPACE = re.compile(r"\S")
 _NUMBER_GOES_ON = re.compile(r"[-+.eE\d]*")  # what may be the rest of a number, if the text ends there
@@ -74,13 +75,13 @@ class BrokenFileError(ValueError):
         super().__init__(f"{place}: found {found}, expected {expected}.")
 
 
-def shortened(value: Any, length: int = 60) -> str:
+def shortened(value: Any) -> str:
     """Return how a message shows what was found: on one line, and not the whole of a long text."""
     try:
         text = repr(value.strip()) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
         text = "values nested too deeply to be read"
-    return text if len(text) <= length else f"{text[:length]}…"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 # ---- JSON
