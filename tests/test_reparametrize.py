@@ -155,7 +155,7 @@ def test_factors_in_protected_directions_are_refused_by_the_name_of_the_layer(tm
     stranger.save_pretrained(tmp_path)
     model = adapted()
     updates, rules = protected(model)
-    with pytest.raises(ValueError, match="trained with others, or with none"), trained_through(updates, rules):
+    with pytest.raises(ValueError, match="or with none. Give the basis"), trained_through(updates, rules):
         model.load_adapter(str(tmp_path), "default")
 
 
