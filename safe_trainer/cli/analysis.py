@@ -75,6 +75,10 @@ def scan(  # noqa: PLR0913, each is an option with a name
         print_json(_as_json(result))
     else:
         _show_scan(result)
+    _end_scan(result, output, clean)
+
+
+def _end_scan(result: ScanResult, output: Path | None, clean: Path | None) -> None:
     written = [str(path) for path in (output, None if result.interrupted else clean) if path is not None]
     if written:
         note(f"Written: {', '.join(written)}")

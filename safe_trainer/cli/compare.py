@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,9 +18,36 @@ from .options import Questions, check_folder, check_model
 if TYPE_CHECKING:
     from ..analysis.drift_monitor import DriftFigures
     from ..data import PromptSet
-    from ..evaluation import Comparison, Thresholds
+    from ..evaluation import Comparison
 
 _LIMIT = "A gate: exit with 3 if {} by more than this many percentage points."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a fine-tune may cost."""
+
+    max_harmful_rise: Annotated[
+        float | None, typer.Option(min=0, help=_LIMIT.format("compliance with harmful prompts rises"))
+    ] = None
+    max_over_refusal_rise: Annotated[
+        float | None, typer.Option(min=0, help=_LIMIT.format("refusals of other prompts rise"))
+    ] = None
+    max_task_drop: Annotated[float | None, typer.Option(min=0, help=_LIMIT.format("accuracy on a task falls"))] = None
+    max_help_drop: Annotated[
+        float | None, typer.Option(min=0, help=_LIMIT.format("help with other prompts falls"))
+    ] = None
+
+    def check(self, comparison: Comparison) -> None:
+        """Exit with 3 if it costs more."""
+        from ..evaluation import Thresholds, gate
+
+        limits = {name.removeprefix("max_"): limit for name, limit in vars(self).items()}
+        missed = gate(comparison, Thresholds(**limits))
+        for sentence in missed:
+            errors.print(f"Gate not passed: {sentence}", style="bold red", markup=False, soft_wrap=True)
+        if missed:
+            raise typer.Exit(3)
 
 
 def compare(  # noqa: PLR0913, each is an option with a name
@@ -43,16 +71,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     basis: Annotated[
         Path | None, typer.Option(help="Safety basis, to show each adapter's share in it by layer.")
     ] = None,
-    max_harmful_rise: Annotated[
-        float | None, typer.Option(min=0, help=_LIMIT.format("compliance with harmful prompts rises"))
-    ] = None,
-    max_over_refusal_rise: Annotated[
-        float | None, typer.Option(min=0, help=_LIMIT.format("refusals of other prompts rise"))
-    ] = None,
-    max_task_drop: Annotated[float | None, typer.Option(min=0, help=_LIMIT.format("accuracy on a task falls"))] = None,
-    max_help_drop: Annotated[
-        float | None, typer.Option(min=0, help=_LIMIT.format("help with other prompts falls"))
-    ] = None,
+    gate: Gate,
     as_json: Json = False,
 ) -> None:
     """Ask a model the same prompts before and after fine-tuning, and show what changed.
@@ -71,18 +90,16 @@ def compare(  # noqa: PLR0913, each is an option with a name
         check_model("--tuned-model", source)
 
     from ..analysis.drift_monitor import DriftFigures
-    from ..evaluation import Thresholds
 
     drift_prompts = sets if direction or basis else []
     drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=asked.system_prompt)
-    thresholds = Thresholds(max_harmful_rise, max_over_refusal_rise, max_task_drop, max_help_drop)
     with progress_bar("Asking all models") as progress:
         comparison = _compared(model, adapters, models, sets, drift, arguments(progress))
     _show(comparison, output, as_json)
     if comparison.interrupted:
         errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
         raise typer.Exit(130)
-    _check_gate(comparison, thresholds)
+    gate.check(comparison)
 
 
 def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
@@ -150,16 +167,6 @@ def _show(comparison: Comparison, output: Path | None, as_json: bool) -> None:
         print_json(summary(comparison))
         return
     console.print(Markdown(to_markdown(comparison)))
-
-
-def _check_gate(comparison: Comparison, thresholds: Thresholds) -> None:
-    from ..evaluation import gate
-
-    missed = gate(comparison, thresholds)
-    for sentence in missed:
-        errors.print(f"Gate not passed: {sentence}", style="bold red", markup=False, soft_wrap=True)
-    if missed:
-        raise typer.Exit(3)
 
 
 def evaluate(  # noqa: PLR0913, each is an option with a name
