@@ -325,7 +325,7 @@ class Services:
             shutil.rmtree(job.folder)
             raise ValueError(texts.ONE_AT_A_TIME)
         session.jobs.append(job)
-        session.shown = None
+        session.shown = session.beside = None
         try:
             self.queue.submit(job)
         except ValueError:
@@ -346,7 +346,7 @@ class Services:
         job = session.compared
         if job is not None and job.ended:
             session.jobs.remove(job)
-            session.shown = None
+            session.shown = session.beside = None
             shutil.rmtree(job.folder, ignore_errors=True)
 
     def label(self, session: Session, number: int, label: Any) -> None:

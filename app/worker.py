@@ -33,7 +33,6 @@ def main(folder: Path) -> None:
     stop = Stop(folder)
     try:
         _enter(progress, "starting")
-        _quiet()
         if job["kind"] == "scan":
             scan(job, progress)
         else:
@@ -204,15 +203,6 @@ def scan(job: Mapping[str, Any], progress: Progress) -> None:
         "top": [{name: entry[name] for name in kept} for entry in result.top[:20]],
     }
     Path(SCAN).write_text(json.dumps(found), encoding="utf-8")
-
-
-def _quiet() -> None:
-    """Keep the libraries' progress bars out of the log."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
 
 
 def for_user(error: Exception, folder: Path) -> str:

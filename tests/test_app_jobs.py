@@ -17,6 +17,7 @@ from app.recipe_in import read_settings
 from app.recipes import Choices, Settings, Upload, Variant
 from app.sessions import Sessions
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup
+from app.views import train_step
 from app.views import data_step
 
 
@@ -90,6 +91,17 @@ def test_a_process_that_does_not_listen_is_killed_within_two_seconds(tmp_path, m
     queue.cancel(job)
     assert job.wait(3.0)
     assert job.progress.state == "cancelled"
+
+
+def test_the_clock_runs_before_the_process_has_reported_anything(tmp_path, monkeypatch, queue):
+    job = worker(tmp_path, monkeypatch, "time.sleep(600)")
+    queue.submit(job)
+    while job.progress.state != "running":
+        time.sleep(0.02)
+    first = job.progress.seconds
+    time.sleep(0.3)
+    assert job.progress.seconds > first
+    assert not train_step._status(job, 0).count("in the queue")  # nobody is before it
 
 
 def test_a_process_that_dies_is_told_of_and_frees_the_queue(tmp_path, monkeypatch, queue):

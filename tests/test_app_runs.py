@@ -83,9 +83,10 @@ def test_the_history_names_runs_with_time_verdict_and_recipe_and_survives_a_rest
     assert few.when in listed and f"download/{few.id}/all/recipes" in listed
     assert f"Plain LoRA: {texts.WORDS[many.verdicts['Plain LoRA']]}" in listed
     assert [job.name for job in jobs_in(session.folder)] == [few.name, "sixty steps"]
-    session.shown = few.id
+    session.shown, session.beside = few.id, many.id
     assert few.comparison() == session.compared.comparison()
     services.delete(session)
+    assert "sixty steps" in step.show(session)[step.list]
     assert session.jobs == [many] and not few.folder.exists() and session.compared is many
 
 

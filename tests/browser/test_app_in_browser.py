@@ -107,6 +107,10 @@ def looked_over(page):
         set_theme(page, theme)
         page.wait_for_timeout(300)
         assert serious_findings(page) == []
+        scheme, back = page.evaluate(
+            "(s => [s.colorScheme, s.backgroundColor])(getComputedStyle(document.documentElement))"
+        )
+        assert theme == "light" or (scheme == "dark" and back == "rgb(15, 15, 17)")  # scroll bar and its gutter, too
         for width in (390, 1280):
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_timeout(200)
@@ -191,6 +195,7 @@ def test_a_run_is_reviewed_asked_listed_and_compared_with_another(page):
     page.wait_for_selector("#runs tbody tr")
     assert page.locator("#runs tbody tr").count() == 2
     looked_over(page)
+    on_one_grid(page)
     page.locator("#run-name textarea, #run-name input").fill("sixty steps")
     page.click("#rename")
     page.wait_for_selector("#runs th:has-text('sixty steps')")
@@ -200,6 +205,24 @@ def test_a_run_is_reviewed_asked_listed_and_compared_with_another(page):
         with page.expect_download() as waiting:
             page.locator("#downloads a", has_text=kind).first.click()
         assert waiting.value.path().stat().st_size > 1000
+
+
+def on_one_grid(page):
+    """All steps are of one width, headings and buttons begin on one line, and wide tables say that they scroll."""
+    left = "e => Math.round(e.getBoundingClientRect().left)"
+    widths = set()
+    for name in ("1 Data", "2 Method", "3 Train", "4 Compare"):
+        page.get_by_role("tab", name=name).click()
+        page.wait_for_timeout(300)
+        widths.add(page.evaluate("document.querySelector('#steps').getBoundingClientRect().width"))
+        heading = page.locator("h2:visible").first.evaluate(left)
+        assert heading == page.locator(".tabitem button.lg:visible").first.evaluate(left), name
+    assert len(widths) == 1
+    page.set_viewport_size({"width": 390, "height": 900})
+    table = page.locator("#result .scroll").first
+    assert table.evaluate("e => e.scrollWidth > e.clientWidth")
+    assert table.evaluate("e => getComputedStyle(e).backgroundAttachment") == "local, local, scroll, scroll"
+    page.set_viewport_size({"width": 1280, "height": 900})
 
 
 def by_hand(page):
@@ -438,6 +461,22 @@ def test_the_keyboard_suffices(page):
     page.keyboard.press("Enter")
     page.wait_for_selector("#start:not([disabled])")
     walk_to("#start")
+
+
+def test_a_reload_at_each_step_loses_nothing(page):
+    take(page, "attack")
+    page.reload()
+    page.wait_for_selector("#samples mark")
+    page.click("#to-method")
+    page.locator("#card-asft input").check()
+    page.reload()
+    page.wait_for_selector("#card-asft input")
+    assert page.locator("#card-asft input").is_checked()
+    page.click("#check")
+    page.wait_for_selector("#start:not([disabled])")
+    page.reload()
+    page.wait_for_selector("#plan:has-text('ready to train')")
+    assert page.locator("#start").is_enabled()
 
 
 def test_an_idle_page_asks_for_nothing(page):
