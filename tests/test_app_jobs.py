@@ -17,8 +17,7 @@ from app.recipe_in import read_settings
 from app.recipes import Choices, Settings, Upload, Variant
 from app.sessions import Sessions
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup
-from app.views import train_step
-from app.views import data_step
+from app.views import data_step, train_step
 
 
 def choices(folder, protections=("plain",), example="attack", **settings):
