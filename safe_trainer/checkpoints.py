@@ -192,7 +192,7 @@ def _check_in_all_processes(folder: Path, fingerprint: RunFingerprint) -> None:
     """Refuse in all processes what one of them does not find on its disk, or lacks its random state for."""
     rank, own = (dist.get_rank(), f"rng_state_{dist.get_rank()}.pth") if is_distributed() else (0, "rng_state.pth")
     problem = None
-    if rank and not is_complete(folder):  # a machine with a disk of its own may hold its random states only
+    if rank and not is_complete(folder):  # a machine with its own disk may hold only its random states
         problem = (
             f"Process {rank} does not find the checkpoint of process 0, `{folder}`. On several machines, put "
             "`output_dir` on a disk that they share, or copy the checkpoint to all of them."

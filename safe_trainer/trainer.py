@@ -52,8 +52,8 @@ class SafeSFTTrainer(SFTTrainer):
         safety_report (`dict`): By method, what it measured of its own protection when it was attached: `coverage`
             (share of the trained weights that it acts on), `figures`, `warnings`. JSON.
         resume_command (`str`): The command that messages name to resume a run that was stopped.
-        stops_gracefully (`bool`): Whether Ctrl-C and SIGTERM finish the step and save a checkpoint, unless a handler
-            of your own or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once. On with methods.
+        stops_gracefully (`bool`): Whether Ctrl-C and SIGTERM finish the step and save a checkpoint, unless your own
+            handler or `enable_jit_checkpoint=True` has taken them; a second Ctrl-C stops at once. On with methods.
 
     Raises:
         TypeError: If `safety` holds something that is not a [`SafetyMethod`].

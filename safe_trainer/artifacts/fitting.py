@@ -99,7 +99,7 @@ def train_security_vectors(
 ) -> TrainedVectors:
     """Fit security vectors θ_s to about a hundred harmful rows. The model is frozen, and left exactly as it was.
 
-    Minimizes the loss of the model *with θ_s*, a LoRA of its own, on harmful prompts with compliant answers, until the
+    Minimizes the loss of the model *with θ_s*, a separate LoRA, on harmful prompts with compliant answers, until the
     mean loss on all rows is below the target, or with a warning until `max_passes`.
 
     Args:

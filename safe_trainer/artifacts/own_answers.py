@@ -223,6 +223,6 @@ def _opening(tokenizer: Any, refusal: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _order(size: int, seed: int, kind: int, epoch: int) -> tuple[int, ...]:
-    """Return a random order of `size` anchors, from a generator of its own."""
+    """Return a random order of `size` anchors, from a separate generator."""
     generator = torch.Generator().manual_seed((seed * 1009 + kind) * 1_000_003 + epoch)
     return tuple(torch.randperm(size, generator=generator).tolist())

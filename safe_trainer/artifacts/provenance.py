@@ -79,7 +79,7 @@ def _weights(model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]
 
 
 def _is_readable(tensor: Any) -> bool:
-    # By type, since quantized weights are tensors of their own kind that may pretend to a floating dtype.
+    # By type, since quantized weights are special tensors that may claim a floating dtype.
     if type(tensor) not in (Tensor, nn.Parameter):
         return False
     return tensor.dtype in _PLAIN and not tensor.is_meta and tensor.numel() >= _PER_WEIGHT

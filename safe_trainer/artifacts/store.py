@@ -60,7 +60,7 @@ def save_artifact(
     ```
     """
     path = Path(path)
-    # Copies of their own, since safetensors refuses tensors that share memory.
+    # Separate copies, since safetensors refuses tensors that share memory.
     copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors}
     metadata = {"kind": kind, "format_version": str(version), "details": json.dumps(details)}
     metadata["sha256"] = _checksum(metadata, copies)

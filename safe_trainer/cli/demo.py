@@ -17,7 +17,7 @@ testbed_app = typer.Typer(help="The embedded pair of tiny models.", no_args_is_h
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report and adapters.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="One scenario, in under a minute.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each scenario, each with a seed of its own.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each scenario, each with its own seed.")] = 1,
     methods: Annotated[
         str, typer.Option(help="Shown next to plain LoRA: names separated by commas, or `all`.")
     ] = "recommended",

@@ -22,7 +22,7 @@ def recommended(harmful_data: Any = None, prompts: Any = None, benign_prompts: A
 
     Args:
         harmful_data (`str`, `Path`, `Dataset` or `Sequence[dict]`, *optional*): About a hundred harmful prompts with
-            answers that comply; without, 160 built-in rows with inert answers. Rows of your own, in the style of the
+            answers that comply; without, 160 built-in rows with inert answers. Your own rows, in the style of the
             harm that you expect, protect better against it.
         prompts (as `harmful_data`, *optional*): Harmful prompts for the anchor; without, those of `harmful_data`, or
             built-in ones.

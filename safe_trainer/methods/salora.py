@@ -239,7 +239,7 @@ class SaLoRA(SafetyMethod):
             for side in self._sides:
                 if self.safety_basis is not None:
                     found = self.safety_basis.side(side)[name].top(self.rank, self.energy)
-                else:  # each layer has a seed of its own, so that layers of one shape do not share one subspace
+                else:  # each layer has its own seed, so that layers of one shape do not share one subspace
                     seed = self.seed + zlib.crc32(f"{name}.{side}".encode())
                     found = linalg.random_basis(layer.shape[side == "input"], self.rank, seed)
                 bases[name][side == "input"] = found

@@ -175,7 +175,7 @@ def _name(requirement: str) -> str:
 
 
 def _convert(packages: Path, target: Path) -> None:
-    """Convert the GGUF file to an ordinary model folder, in a process of its own that sees the packages."""
+    """Convert the GGUF file to an ordinary model folder, in a separate process that sees the packages."""
     found = [str(packages), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in found if path)}
     command = [sys.executable, "-m", __name__, str(packages / _GGUF), str(target)]
