@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import tiny
 import torch
 from evaluation_models import PROMPTS, byte_tokenizer, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -346,6 +347,27 @@ def test_switched_adapters_answer_as_on_a_fresh_model_and_leave_no_trace(tmp_pat
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=10) == answers
     assert set(vars(model)) == attributes
     assert model.training is wrapped
+
+
+@pytest.mark.parametrize(
+    "config", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}], ids=str
+)
+def test_an_adapter_that_changes_base_weights_leaves_them_as_they_were(tmp_path, config):
+    trained = get_peft_model(tiny.model("qwen2"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **config))
+    torch.manual_seed(0)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    trained.save_pretrained(tmp_path / "one")
+    model = tiny.model("qwen2")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = generate(trained, tiny.tokenizer(), PROMPTS, max_new_tokens=4)
+    found = compare(model, tiny.tokenizer(), [PromptSet("x", "harmful", PROMPTS)], {"one": tmp_path / "one"},
+                    judges=[ByParity()], max_new_tokens=4)  # fmt: skip
+    assert [a.text for a in found["one"]["x"].answers] == [a.text for a in expected]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="The adapter `default` of this model changes its base weights.*loaded anew"):
+        compare(trained, tiny.tokenizer(), [ASKED], {}, max_new_tokens=2)
 
 
 def test_the_manifest_tells_adapters_and_states_apart(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import planted
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,6 +122,27 @@ def test_a_failure_while_saving_leaves_nothing(base, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         merge_adapter(tmp_path / "a", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_what_cannot_be_merged_says_so_and_leaves_nothing(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    configs = {
+        "virtual tokens": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        "Impossible to merge.*as it is": LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True),
+    }
+    for number, (message, config) in enumerate(configs.items()):
+        get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / str(number))
+        with pytest.raises(ValueError, match=message):
+            merge_adapter(tmp_path / str(number), tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+
+def test_a_folder_of_several_adapters_names_them(base, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2), adapter_name="mine")
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds no adapter.*Give the folder of one adapter: `.*/mine`"):
+        load_adapted(tmp_path / "out")
+    load_adapted(tmp_path / "out" / "mine")  # as it advises
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(base, tmp_path):

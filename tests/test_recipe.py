@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_report import comparison
 from trl import SFTTrainer
 
-from safe_trainer import testbed
+from safe_trainer import generate, load_model, testbed
 from safe_trainer.methods import METHODS
 from safe_trainer.recipe import RecipeError, plan, read_recipe
 from safe_trainer.recipe.document import Document
@@ -715,6 +715,19 @@ def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tm
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_before_is_the_model_before_where_an_adapter_changes_it(peft, recipe):
+    asked = {"prompts": [{"path": "ask.csv", "kind": "harmful"}]}
+    training = {"max_steps": 2, "learning_rate": 0.05, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    changes = {"peft": {"r": 2, "target_modules": "all-linear", **peft}, "evaluation": asked, "training": training}
+    comparison = run_recipe(read_recipe(recipe(changes))).comparison
+    model, tokenizer = load_model(testbed.ALIGNED)
+    prompts = list(comparison.before.results[0].prompt_set.prompts)
+    answers = generate(model, tokenizer, prompts, max_new_tokens=64)
+    assert [a.text for a in comparison.before.results[0].answers] == [a.text for a in answers]
+
+
 def test_full_training_is_compared_with_the_model_before(recipe):
     asked = {"prompts": [{"path": "ask.csv", "kind": "harmful", "name": "asked"}], "max_new_tokens": 16}
     result = invoke("train", recipe({"evaluation": asked, "peft": None}), "--json")

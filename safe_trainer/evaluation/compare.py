@@ -132,6 +132,7 @@ def active_adapter(model: Any, path: str | Path | None) -> Iterator[Any]:
     import torch
     from peft import PeftModel
 
+    kept = _base_weights(model, path)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(name, module, module.training) for name, module in model.named_modules(remove_duplicate=False)]
     # PEFT draws a start for an adapter's weights before it loads them.
@@ -155,6 +156,25 @@ def active_adapter(model: Any, path: str | Path | None) -> Iterator[Any]:
             module.training = training
         for parameter, flag in trainable:  # loading an adapter freezes the rest of the model
             parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for parameter, start in kept:
+                parameter.copy_(start)
+
+
+def _base_weights(model: Any, path: str | Path | None) -> list[tuple[Any, Any]]:
+    """Return a model's weights with copies of them, if putting the adapter on it will change them."""
+    from ..lora.io import read_config
+    from ..lora.updates import keeps_base
+
+    own = [name for name, config in getattr(model, "peft_config", {}).items() if not keeps_base(config)]
+    if own:
+        raise ValueError(
+            f"The adapter `{own[0]}` of this model changes its base weights (`init_lora_weights` or `bias`), so that "
+            "neither the model before nor another adapter can be examined on it. Give the base model, loaded anew."
+        )
+    if path is None or keeps_base(read_config(path)):
+        return []
+    return [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in model.parameters()]
 
 
 @contextmanager

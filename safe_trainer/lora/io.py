@@ -86,6 +86,11 @@ def _shape_mismatch(error: Exception) -> str:
 
 def read_config(source: str | Path) -> PeftConfig:
     """Return the settings of an adapter, from its folder or Hub id; `ValueError` if they are damaged."""
+    folder = Path(source)
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        named = ", ".join(f"`{file.parent}`" for file in sorted(folder.glob(f"*/{CONFIG_NAME}")))
+        hint = f"Give the folder of one adapter: {named}" if named else "Give the folder that an adapter was saved to"
+        raise ValueError(f"`{source}` holds no adapter: there is no `{CONFIG_NAME}` in it. {hint}.")
     with naming(source):
         config = PeftConfig.from_pretrained(str(source))
         if config.peft_type is None:
@@ -383,10 +388,18 @@ def merge_adapter(
             "would answer harmful requests. Merge the adapter that was trained with them instead."
         )
     config = read_config(folder)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"The adapter `{source}` puts virtual tokens before every prompt, which no weights can hold: it cannot be "
+            "merged. Use it as it is."
+        )
     _check_full_precision(base or config.base_model_name_or_path, source)
     with new_folder(output) as written:
         adapted, tokenizer = load_adapted(folder, base, dtype=dtype)
-        merged = adapted.merge_and_unload(safe_merge=True)
+        try:
+            merged = adapted.merge_and_unload(safe_merge=True)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"The adapter `{source}` cannot be merged: {error} Use it as it is.") from error
         head = merged.get_output_embeddings()
         if head is not None and head.weight is not merged.get_input_embeddings().weight:
             # The adapter brought one of two tied embeddings: saved as tied, the other would be lost.

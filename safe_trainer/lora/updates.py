@@ -173,6 +173,11 @@ def changes_base(config: PeftConfig) -> bool:
     return start.startswith(BASE_CHANGING_INITIALISATIONS)
 
 
+def keeps_base(config: PeftConfig) -> bool:
+    """Return whether a model is its base again where the adapter is switched off; trained biases stay switched on."""
+    return not changes_base(config) and getattr(config, "bias", "none") == "none"
+
+
 def weight(layer: Any) -> Tensor:
     """Return a layer's own weight (d_out x d_in), unwrapped, and dequantised if need be; a view where it can be."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer

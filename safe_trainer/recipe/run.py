@@ -354,19 +354,24 @@ def examine(
     from ..evaluation import Comparison, compare, evaluate
     from ..evaluation.judges import make_judges
     from ..lora.loading import load_weights
+    from ..lora.updates import keeps_base
 
     asked = recipe.parts.evaluation
     assert asked is not None  # otherwise there are no prompt sets either
     settings: dict[str, Any] = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
     settings |= {"judges": make_judges(asked.judges), "progress": progress}
     tokenizer = trainer.processing_class
-    if recipe.peft is not None:
+    if recipe.peft is not None and keeps_base(recipe.peft):
         return compare(trainer.model, tokenizer, prompt_sets, dict(adapters), drift=DriftFigures(), **settings)
-    after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, **settings)
+    after = None
+    if recipe.peft is None:
+        after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, **settings)
     where = {"device_map": trainer.model.device, "dtype": trainer.model.dtype}
     trainer.model.cpu()
     gc.collect()  # the model before takes the place of the model after
     base = load_weights(recipe.parts.model.path, revision=recipe.parts.model.revision, **where)
+    if after is None:
+        return compare(base, tokenizer, prompt_sets, dict(adapters), drift=DriftFigures(), **settings)
     before = evaluate(base, tokenizer, prompt_sets, name="before", **settings)
     return Comparison((before, after))
 
