@@ -824,6 +824,43 @@ def test_prompts_may_be_built_in(recipe):
     assert any("or `built_in: general`" in problem for problem in problems(recipe({"evaluation": twice})))
 
 
+def test_two_kinds_of_prompts_may_come_from_one_file(recipe):
+    asked = [{"path": "ask.csv", "kind": "harmful"}, {"path": "ask.csv", "kind": "borderline"}]
+    found = load_data(read_recipe(recipe({"evaluation": {"prompts": asked}}))).prompt_sets
+    assert [prompts.name for prompts in found] == ["ask (harmful)", "ask (borderline)"]
+    with pytest.raises(ValueError, match=r"Two prompt sets are called `ask \(harmful\)`.*`name` in a recipe"):
+        load_data(read_recipe(recipe({"evaluation": {"prompts": [asked[0], asked[0]]}})))
+    other = {**asked[0], "name": "other"}  # as it advises
+    assert len(load_data(read_recipe(recipe({"evaluation": {"prompts": [asked[0], other]}}))).prompt_sets) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"peft": {"target_modules": ["q_proj", "k_porj"]}},
+            "peft.target_modules: `k_porj` is no module of the model",
+        ),
+        (
+            {"peft": {"target_modules": ["q_proj"], "modules_to_save": ["head"]}},
+            "peft.modules_to_save: `head` is no mod",
+        ),
+        (
+            {"peft": {"target_modules": ["q_proj"], "rank_pattern": {"x.*": 4}}},
+            r"peft.rank_pattern: `x.\*` is no module",
+        ),
+        ({"training": {"eos_token": "<nope>"}}, "`training.eos_token`: the model's vocabulary has no token '<nope>'"),
+        (
+            {"training": {"chat_template_path": "chat.jinja"}},
+            "`training.chat_template_path`: there is no file `.*chat.jin",
+        ),
+    ],
+)
+def test_what_would_do_nothing_or_fail_later_is_said_in_a_dry_run(change, message, recipe):
+    with pytest.raises(ValueError, match=message):
+        plan(read_recipe(recipe(change)))
+
+
 def test_texts_and_conversations_do_not_mix(recipe):
     path = recipe({"data": [{"path": "rows.jsonl"}, {"path": "texts.jsonl"}]})
     (path.parent / "texts.jsonl").write_text('{"text": "Once"}\n')

@@ -171,6 +171,8 @@ class Questions(Reading):
 
     def prompt_sets(self, model: str) -> list[PromptSet]:
         """Return the prompt sets that `--prompts` and `--suite` name, or those built in for the model."""
+        from ..data import apart
+
         sources = pairs(self.prompts, "--prompts", "harmful=asked.csv")
         unknown = [kind for kind, _ in sources if kind not in KINDS]
         if unknown:
@@ -180,6 +182,7 @@ class Questions(Reading):
             sources = [(kind, fitting) for kind in KINDS[:3]]
         sets = [self._prompt_set(kind, source) for kind, source in sources]
         sets += [prompts for written in self.suite or () for prompts in self._suite(written)]
+        sets = apart(sets)
         settings = {"system": "system_prompt", "template": "template", "scorer": "scorer"}
         for name, field in settings.items():
             option = f"--prompt-{name}"

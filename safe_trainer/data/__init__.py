@@ -10,7 +10,7 @@ from .formats import Columns, Format, Row, conversation_of
 from .labels import safety_label
 from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, kind_of, read_records, what_was_meant
 from .parsing import BadRowError, Record, RowError
-from .prompts import Kind, PromptSet, Scorer, as_prompts, general_prompts, leaked_rows, load_prompts
+from .prompts import Kind, PromptSet, Scorer, apart, as_prompts, general_prompts, leaked_rows, load_prompts
 from .reading import DataReport, ReadOptions, named, open_source
 from .rows import (
     as_rows,
@@ -28,7 +28,7 @@ __all__ = ["Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "enc
 __all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label"]
 __all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "kind_of", "read_records", "what_was_meant"]
 __all__ += ["BadRowError", "Record", "RowError"]
-__all__ += ["Kind", "PromptSet", "Scorer", "as_prompts", "general_prompts", "leaked_rows", "load_prompts"]
+__all__ += ["Kind", "PromptSet", "Scorer", "apart", "as_prompts", "general_prompts", "leaked_rows", "load_prompts"]
 __all__ += ["DataReport", "ReadOptions", "named", "open_source"]
 __all__ += ["as_rows", "conversation", "labelled_harmful", "load_rows", "poison", "rows_sha256", "split_by_label"]
 __all__ += ["without_harmful"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -238,6 +239,19 @@ def bundled_prompts(file: str, kind: Kind, name: str) -> PromptSet:
     pairs = [(prompt, category) for category, prompts in kinds[kind].items() for prompt in prompts]
     prompts, categories = zip(*pairs, strict=True)
     return PromptSet(f"{name} {kind}", kind, prompts, categories, source=name)
+
+
+def apart(sets: Iterable[PromptSet]) -> list[PromptSet]:
+    """Return prompt sets of which those with the same name, such as two of one file, are called by their kind too."""
+    sets = list(sets)
+    names = Counter(found.name for found in sets)
+    sets = [replace(s, name=f"{s.name} ({s.kind})") if names[s.name] > 1 else s for s in sets]
+    for name, count in Counter(found.name for found in sets).items():
+        if count > 1:
+            raise ValueError(
+                f"Two prompt sets are called `{name}`. Give each a name: its file's, or `name` in a recipe."
+            )
+    return sets
 
 
 def leaked_rows(rows: Iterable[Row], prompt_set: PromptSet) -> list[int]:

@@ -229,6 +229,8 @@ NOT_UNDER_TRAINING = {
     "output_dir": "is `output` in a recipe",
     "model_init_kwargs": "is `model` in a recipe",
     "dataset_text_field": "is always `text` in a recipe",
+    "dataset_kwargs": "is for rows that are prepared already, which those of a recipe are not",
+    "load_best_model_at_end": "needs rows to take a loss on, which a recipe does not have",
     "resume_from_checkpoint": "is `safe-trainer train --resume`",
     "trust_remote_code": "must not be in a file, since it runs code that others have written; in Python, load the "
     "model yourself and give it to `SafeSFTTrainer`",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import (
     DataReport,
     PromptSet,
+    apart,
     as_rows,
     encode_rows,
     general_prompts,
@@ -19,6 +20,7 @@ from ..data import (
     load_prompts,
     load_rows,
     load_suite,
+    what_was_meant,
 )
 from .load import Recipe
 from .trainer import check_model
@@ -79,6 +81,7 @@ def load_data(recipe: Recipe) -> LoadedData:
             reports.append(report)
         settings = ("name", "system_prompt", "template", "scorer")
         sets.append(replace(found, **{key: v for key in settings if (v := getattr(part, key)) is not None}))
+    sets = apart(sets)
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
     more, notes = _with_training_prompts(recipe, sets)
     return LoadedData(rows, sets + more, reports, {name: count for name, count in leaked.items() if count}, notes)
@@ -183,8 +186,14 @@ def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.parts.model.path, revision=recipe.parts.model.revision)
+    for name in ("eos_token", "pad_token"):
+        if (token := getattr(args, name)) and token not in tokenizer.get_vocab():
+            raise ValueError(f"`training.{name}`: the model's vocabulary has no token {token!r}.")
     if template := args.chat_template_path:
         if not Path(template).is_file():
+            if Path(template).suffix in (".jinja", ".j2"):
+                meant = what_was_meant(template)
+                raise ValueError(f"`training.chat_template_path`: there is no file `{template}`.{meant}")
             return TokenCount(len(rows), [args.max_length or 1024])
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     goes_on = args.packing and args.packing_strategy != "bfd"  # in the next of the packed rows

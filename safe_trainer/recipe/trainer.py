@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .paths import Place
@@ -65,6 +66,8 @@ def adapted(recipe: Recipe, model: Any) -> Any:
             place = _setting(("peft",), recipe.values.get("peft"), str(error))
             document.problem(place, f"{reason}. Its linear layers are {_layer_names(model)}.")
             document.raise_problems()
+        for name, key in _ineffective(recipe.peft, model):
+            document.problem(("peft", name), f"`{key}` is no module of the model, so it would do nothing")
     listed = recipe.values.get("safety")
     for position, method in enumerate(recipe.safety):
         try:
@@ -76,6 +79,17 @@ def adapted(recipe: Recipe, model: Any) -> Any:
             document.problem(_setting(place, entry, str(error)), str(error))
     document.raise_problems()
     return model
+
+
+def _ineffective(config: Any, model: Any) -> Iterator[tuple[str, str]]:
+    """Yield what an adapter's settings name that the model does not have, which PEFT passes over."""
+    modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+    for setting in ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        named = getattr(config, setting, None)
+        for key in () if not named or isinstance(named, str) else named:
+            pattern = key if setting.endswith("pattern") else re.escape(key)
+            if not any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module) for module in modules):
+                yield setting, key
 
 
 def _setting(place: Place, settings: Any, message: str) -> Place:
