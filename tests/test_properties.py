@@ -143,7 +143,7 @@ def test_a_text_of_any_kind_is_a_mapping_or_is_refused_in_words(text):
 @steady
 @given(some.lists(words, min_size=1, max_size=4), some.booleans() | some.integers(-99, 99) | words)
 def test_a_change_of_the_command_line_is_put_where_it_says(path, value):
-    place, found = assignment(f"{'.'.join(path)}={json.dumps(value)}")
+    place, found = assignment(f"{'.'.join(path)}={json.dumps(value)}", "r")
     assert dotted(place) == ".".join(path) and found == value
     document = Document("a_key_that_is_there: 1", "r")
     document.put(place, found)
@@ -157,7 +157,7 @@ def test_a_change_of_the_command_line_is_put_where_it_says(path, value):
 @given(some.text(max_size=30))
 def test_a_change_of_any_kind_has_a_place_or_is_refused_in_words(text):
     try:
-        place, _ = assignment(text)
+        place, _ = assignment(text, "r")
     except ValueError as error:
         assert text in str(error)
     else:

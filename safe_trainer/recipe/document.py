@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -57,6 +58,14 @@ class Document:
         """Note what is wrong with a value, once."""
         if (place, message) not in self._found:
             self._found.append((place, message))
+
+    @contextmanager
+    def noting(self, place: Place) -> Iterator[None]:
+        """Note an error that is raised in this context as the problem of a value."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            self.problem(place, str(error))
 
     def raise_problems(self) -> None:
         """Raise one error that lists all problems in the order of the file, if there are any."""
@@ -123,25 +132,24 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def assignment(text: str) -> tuple[Place, Any]:
-    """Return place and value of a change such as `training.learning_rate=1e-4`.
+def assignment(text: str, name: str) -> tuple[Place, Any]:
+    """Return place and value of a change such as `training.learning_rate=1e-4` to the recipe of this name.
 
     Raises:
-        ValueError: If it has another form.
+        RecipeError: If it has another form.
     """
     path, sign, value = text.partition("=")
     place: Place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
     if not sign or "" in place:
-        raise ValueError(f"--set {_cut(text)}: expected a form such as training.learning_rate=1e-4")
+        raise RecipeError(name, [f"--set {_cut(text)}: expected a form such as training.learning_rate=1e-4"])
     try:
         return place, Document(f"value: {value}" if "\n" not in value else f"value:\n{value}", "--set").values["value"]
     except RecipeError as error:
         reason = error.problems[0].rpartition(": ")[2]
     except KeyError:
         reason = "it is more than one value"
-    raise ValueError(
-        f"--set {_cut(text)}: the value is not valid YAML ({reason}). Quote it: --set '{_cut(path)}=\"…\"'"
-    )
+    advice = f"Quote it: --set '{_cut(path)}=\"…\"'"
+    raise RecipeError(name, [f"--set {_cut(text)}: the value is not valid YAML ({reason}). {advice}"])
 
 
 def dotted(place: Place) -> str:

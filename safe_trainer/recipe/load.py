@@ -93,10 +93,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(str(path), [f"is not UTF-8 text: {error}"]) from error
     document, folder = Document(text, str(path)), Path(path).parent
     for change in changes:
-        try:
-            place, value = assignment(change)
-        except ValueError as error:
-            raise RecipeError(str(path), [str(error)]) from error
+        place, value = assignment(change, str(path))
         document.put(place, moved(value, place, Path.cwd(), folder))
     values = {"peft": PEFT_DEFAULT, **moved(document.values, (), folder)}
     parts = _check_part(RecipePart, values, (), document)
@@ -150,10 +147,8 @@ def _check_artifacts(values: dict[str, Any], document: Document) -> None:
     """Note which files that methods are to read are missing, or hold something else."""
     for place, settings in _entries(values):
         for name, value in ((name, value) for name, value in settings.items() if isinstance(value, str)):
-            try:
+            with document.noting((*place, name)):
                 check_artifact(name, value)
-            except ValueError as error:
-                document.problem((*place, name), str(error))
 
 
 def _check_classes(values: dict[str, Any], document: Document) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
@@ -210,11 +205,9 @@ def _make_peft(values: dict[str, Any], checked: dict[str, Any], document: Docume
         return None
     from peft import LoraConfig
 
-    try:
+    with document.noting(("peft",)):
         return LoraConfig(**checked, task_type="CAUSAL_LM")
-    except (ValueError, TypeError) as error:
-        document.problem(("peft",), str(error))
-        return None
+    return None
 
 
 def _check_repair(peft: LoraConfig | None, document: Document) -> None:
@@ -224,10 +217,8 @@ def _check_repair(peft: LoraConfig | None, document: Document) -> None:
     if peft is None:
         document.problem(("safe_lora",), "it repairs an adapter, and `peft` is null: all weights are trained")
         return
-    try:
+    with document.noting(("safe_lora",)):
         check_peft_config(peft, "Safe LoRA")
-    except ValueError as error:
-        document.problem(("safe_lora",), str(error))
 
 
 def _make_methods(
@@ -245,15 +236,12 @@ def _make_methods(
             document.problem(place, f"{error}{hint}")
             continue
         for method in made:
-            try:
+            with document.noting(place):
                 peft = method.adapt_peft_config(copy.deepcopy(peft))
-            except (ValueError, TypeError) as error:
-                document.problem(place, str(error))
-                continue
-            if any(type(other) is type(method) for other in methods):
-                twice = next(name for name, cls in METHODS.items() if cls is type(method))
-                document.problem((*place, "method"), f"`{twice}` is listed a second time")
-            methods.append(method)
+                if any(type(other) is type(method) for other in methods):
+                    twice = next(name for name, cls in METHODS.items() if cls is type(method))
+                    document.problem((*place, "method"), f"`{twice}` is listed a second time")
+                methods.append(method)
     return methods
 
 
