@@ -19,7 +19,6 @@ from .console import Json, console, note, print_json, progress_bar, show
 from .options import check_file
 
 if TYPE_CHECKING:
-    from ..methods.base import SafetyMethod
     from ..recipe import Plan, Recipe, RunResult
 
 _STAGES = {"preparing": "Loading the model", "training": "Training", "comparing": "Comparing before and after"}
@@ -126,9 +125,10 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
     rate = f"{made.learning_rate:g}"
     if "learning_rate" not in (recipe.values.get("training") or {}):
         rate += f" (the default for {'a LoRA' if recipe.peft else 'all weights'})"
+    protected = [f"{m.name}({', '.join(f'{k}={v!r}' for k, v in m.settings().items())})" for m in recipe.safety]
     facts = {
         "model": recipe.parts.model.path,
-        "protected by": "\n".join(map(_described, recipe.safety)) or "nothing: plain fine-tuning",
+        "protected by": "\n".join(protected) or "nothing: plain fine-tuning",
         "rows": f"{made.rows:,}",
         "tokens": f"{made.tokens:,} per epoch; {learned} of the answers' tokens are learned; "
         f"{made.cut:.1%} of the rows are cut off at `max_length`",
@@ -144,8 +144,3 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         table.add_row(name, fact)
     console.print(table)
     show("Nothing was trained. Leave out --dry-run to start.")
-
-
-def _described(method: SafetyMethod) -> str:
-    """Return a method with the settings that differ from the defaults."""
-    return f"{method.name}({', '.join(f'{name}={value!r}' for name, value in method.settings().items())})"

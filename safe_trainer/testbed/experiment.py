@@ -27,7 +27,7 @@ from ..data import PromptSet, Row, poison
 from . import OWN_ROWS
 
 if TYPE_CHECKING:
-    from ..methods.base import Materials, MethodCard, SafetyMethod
+    from ..methods.base import Materials, SafetyMethod
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
@@ -108,12 +108,8 @@ def variants(given: Materials | None = None) -> Mapping[str, Callable[[], Sequen
     made[RECOMMENDED] = partial(recommended_for, given.aligned_model)
     for name, method in METHODS.items():
         if method.card is not None:
-            made[name] = partial(_example, method.card, given)
+            made[name] = partial(lambda card: [card.example(given)], method.card)
     return made
-
-
-def _example(card: MethodCard, given: Materials) -> list[SafetyMethod]:
-    return [card.example(given)]
 
 
 def materials() -> Materials:
