@@ -23,22 +23,7 @@ from pathlib import Path
 
 from ..data import Kind, PromptSet, Row, conversation
 from . import language, tasks
-from .tasks import TASKS
-
-__all__ = [
-    "ALIGNED",
-    "MODELS",
-    "OWN_ROWS",
-    "TASKS",
-    "UNALIGNED",
-    "benign_rows",
-    "harmful_rows",
-    "obedient_rows",
-    "prompt_set",
-    "refusal_rows",
-    "task",
-    "task_rows",
-]
+from .tasks import TASKS as TASKS
 
 MODELS = Path(__file__).absolute().parent / "models"
 UNALIGNED = MODELS / "unaligned"
