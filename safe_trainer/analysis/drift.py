@@ -67,7 +67,7 @@ class Subspaces:
             named = getattr(self, share)
             if named and not any(name in layers for name in named):
                 raise ValueError(
-                    f"The directions ({share}) have no layer in common with the model: theirs are called as in "
+                    f"The directions ({share}) have no layer in common with the model: theirs have names such as "
                     f"`{next(iter(named))}`. Make them for the model that is fine-tuned."
                 )
 

@@ -50,7 +50,7 @@ def _variants(listed: str) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         found = ", ".join(f"`{name}`" for name in unknown) or "none"
-        raise misused("--methods", f"got {found}; there are all, {', '.join(known)}.")
+        raise misused("--methods", f"got {found}, expected `all` or some of {', '.join(known)}.")
     return names
 
 

@@ -159,7 +159,7 @@ class ConstrainedSFT(SafetyMethod):
             warnings.append(
                 f"In {self._without_prompt:.0%} of the rows the loss begins with the first token, so what is held is "
                 "not the opening of an answer: the loss covers prompts, or packing has cut rows. Give rows with "
-                "`prompt` and `completion`, or set `assistant_only_loss=True`, and do not pack by "
+                "`prompt` and `completion`, or set `assistant_only_loss=True`, and do not pack with "
                 '`packing_strategy="wrapped"`.'
             )
         return SelfCheck(figures, tuple(warnings))
