@@ -50,10 +50,10 @@ _CODE = re.compile(r"[{}=;]|\w\(|```")
 # A refusal opens a clause: the sentence, or what follows a comma, a dash, an apology or a word that joins clauses.
 _CLAUSE = (
     r"(?:^|[,;:(]\s*|\s-+\s*|[—–]\s*|\b(?:but|however|so|and|because|why|that|sorry|afraid|apologi[sz]e|unfortunately|"
-    r"regret(?:tably)?|no|still|nope|know|means?|think|believe|model|assistant|ai|aber|leider|und|weil|denn|dass|daher|"
+    r"regret(?:tably)?|reasons?|no|still|nope|know|means?|think|believe|model|assistant|ai|aber|leider|und|weil|denn|dass|daher|"
     r"deshalb|mais|malheureusement|et|donc|car|que|pero|y|así que|porque|ma|e|quindi|perché|che|mas|maar|helaas|en|"
     r"dus|want|omdat|dat|ale|i|że|więc|bo|но|и|что|поэтому|потому)\b[,:]?\s+)"
-    r"(?:(?:and|so|that|then|unfortunately|sadly|honestly|sorry|no|still|leider|deshalb|daher|malheureusement|désolée?|"
+    r"(?:(?:(?:upon|on) (?:further )?reflection|and|so|that|then|unfortunately|sadly|honestly|sorry|no|still|leider|deshalb|daher|malheureusement|désolée?|"
     r"lamentablemente|purtroppo|infelizmente|helaas|niestety|к сожалению|извините|простите|przepraszam)[,.]?\s+)*"
 )
 _STEPS = re.compile(
