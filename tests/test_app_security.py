@@ -60,7 +60,7 @@ def test_every_answer_has_the_headers_and_scripts_need_the_nonce_of_their_page(c
 
 def test_the_cookie_cannot_be_read_by_scripts_nor_sent_from_other_sites(url):
     found = httpx.get(url).headers["set-cookie"]
-    assert "HttpOnly" in found and "SameSite=Strict" in found
+    assert "HttpOnly" in found and "SameSite=Strict" in found and "Max-Age" not in found
 
 
 def test_an_invented_cookie_opens_no_session(app, url):
@@ -86,6 +86,8 @@ def test_a_password_stands_before_everything(tmp_path):
             assert httpx.get(url + path, auth=("anyone", "wrong")).status_code == 401
             assert httpx.get(url + path, headers={"authorization": "Basic !"}).status_code == 401
             assert httpx.get(url + path, auth=("anyone", "open sesame")).status_code != 401
+        page = httpx.get(url, auth=("anyone", "open sesame"))
+        assert "Max-Age=31536000" in page.headers["set-cookie"]  # files are kept, so they can be found again
     finally:
         stop()
 
