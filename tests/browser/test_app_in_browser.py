@@ -107,10 +107,9 @@ def looked_over(page):
         set_theme(page, theme)
         page.wait_for_timeout(300)
         assert serious_findings(page) == []
-        scheme, back = page.evaluate(
-            "(s => [s.colorScheme, s.backgroundColor])(getComputedStyle(document.documentElement))"
-        )
-        assert theme == "light" or (scheme == "dark" and back == "rgb(15, 15, 17)")  # scroll bar and its gutter, too
+        style = "e => (s => [s.colorScheme, s.backgroundColor])(getComputedStyle(e))"
+        scheme, back = page.locator("html").evaluate(style)[0], page.locator("body").evaluate(style)[1]
+        assert theme == "light" or (scheme, back) == ("dark", "rgb(15, 15, 17)")  # the scroll bar and its place, too
         for width in (390, 1280):
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_timeout(200)
@@ -194,6 +193,7 @@ def test_a_run_is_reviewed_asked_listed_and_compared_with_another(page):
     page.click("#history button")
     page.wait_for_selector("#runs tbody tr")
     assert page.locator("#runs tbody tr").count() == 2
+    page.click("#review button")
     looked_over(page)
     on_one_grid(page)
     page.locator("#run-name textarea, #run-name input").fill("sixty steps")
