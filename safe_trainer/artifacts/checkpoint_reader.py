@@ -131,7 +131,7 @@ class Checkpoint:
         stored: dict[str, _Stored] = {}
         for file in self._find_files():
             with self._reading(file), safe_open(file, framework="pt") as opened:
-                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, no dict
+                slices = {key: opened.get_slice(key) for key in opened.keys()}
                 stored |= {k: _Stored(file, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
         return stored
 

@@ -12,7 +12,7 @@ from .console import Json, console, note, print_json, progress_bar, show
 from .options import Aligned, MaxLength, NewOutput, Reading, Rows, check_model, check_new, read_rows
 
 
-def direction(  # noqa: PLR0913, each is an option with a name
+def direction(
     aligned: Annotated[str, typer.Argument(help="The aligned (chat) model: folder or Hub id.")],
     unaligned: Annotated[str, typer.Argument(help="The model before alignment: folder or Hub id.")],
     output: NewOutput = Path("direction.safetensors"),

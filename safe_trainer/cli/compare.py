@@ -169,7 +169,7 @@ def _show(comparison: Comparison, output: Path | None, as_json: bool) -> None:
     console.print(Markdown(to_markdown(comparison)))
 
 
-def evaluate(  # noqa: PLR0913, each is an option with a name
+def evaluate(
     model: Annotated[str, typer.Argument(help="The model: folder or Hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of an adapter to put on it.")] = None,
     *,
