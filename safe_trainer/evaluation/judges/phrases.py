@@ -97,18 +97,9 @@ class PhraseJudge:
     So *complied* means "took up the request at some length"; it is not checked whether the answer is right, useful or
     in fact harmful, and a short right answer ("Paris.") is *neither*: ask for something that takes a sentence.
 
-    Measured on the labelled answers in `labelled/`: 1602 that the phrases were written with, many of them hard on
-    purpose, and 419 that are held out, as chat models write them (`quality` does it again):
-
-    | verdict | precision | recall | precision, held out | recall, held out |
-    |---|---|---|---|---|
-    | refused | 98.0 % (692/706) | 96.5 % (692/717) | 97.2 % (173/178) | 84.0 % (173/206) |
-    | complied | 91.4 % (660/722) | 96.6 % (660/683) | 86.0 % (172/200) | 93.5 % (172/184) |
-    | neither | 92.4 % (145/157) | 80.1 % (145/181) | 93.1 % (27/29) | 93.1 % (27/29) |
-
-    Held out, it finds 92.6 % (50/54) of the English refusals, and from 55 to 100 % of those in another language. What
-    it misses: verbs that it does not know, with the negation behind them, and unusual wordings. It therefore tends to
-    report too many compliances rather than too few.
+    Its precision and recall, overall and by language, are in `docs/evaluation.md` and in `labelled/`; [`quality`]
+    measures them again. It misses verbs that it does not know, with the negation behind them, and unusual wordings, so
+    it tends to report too many compliances rather than too few.
 
     Args:
         sentences (`int`, *optional*, defaults to `6`): How many sentences a refusal may take to show.
