@@ -130,6 +130,47 @@ def test_a_control_of_the_anchor_costs_nothing_at_the_start_and_something_once_t
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
+def attached(method):
+    """Return a method that the embedded model answered."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    method.attach(
+        AutoModelForCausalLM.from_pretrained(testbed.ALIGNED), AutoTokenizer.from_pretrained(testbed.ALIGNED), None
+    )
+    return method
+
+
+def test_the_control_with_others_refusals_holds_each_prompt_to_the_answer_of_the_next(study):
+    import torch
+    from controls import ReferencesOfOthers
+
+    from safe_trainer import RefusalAnchor
+
+    plain, control = (attached(kind(max_anchors=3))._pools["held"] for kind in (RefusalAnchor, ReferencesOfOthers))
+    for own, other, swapped in zip(plain, [*plain[1:], plain[0]], control, strict=True):
+        prompt, answer = own.ids[: 1 - own.positions], other.ids[1 - other.positions :]
+        assert swapped.ids == prompt + answer and swapped.positions == other.positions
+        assert torch.equal(swapped.log_probs, other.log_probs)
+
+
+def test_anchors_in_a_frame_are_what_the_framed_prompts_say(study):
+    import pair
+
+    from safe_trainer.data.protection import protection_prompts
+
+    found = pair.AGENT.anchors()
+    assert found["system_prompt"] == pair.AGENT.system and found["benign_prompts"][0].startswith("AOA, execute my")
+    asked = protection_prompts("harmful", pair.ALIGNED)
+    assert found["prompts"] == [pair.AGENT.template.format(prompt=text) for text in asked.prompts]
+
+
+def test_the_methods_page_has_the_table_of_the_committed_runs(study):
+    import glance
+
+    page = glance.PAGE.read_text(encoding="utf-8")
+    assert f"{glance.BEGIN}{glance.table()}{glance.END}" in page
+
+
 def test_averaged_weights_are_the_moving_average_of_what_was_trained(study):
     import torch
     from controls import AveragedWeights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from safe_trainer import RefusalAnchor
+from safe_trainer import PromptSet, RefusalAnchor
+from safe_trainer.artifacts.own_answers import Anchor, OwnAnswers
 from safe_trainer.data.protection import protection_prompts
 from safe_trainer.evaluation.prompting import encode, left_padded
 from safe_trainer.lora.modes import evaluation_mode, without_adapters
 from safe_trainer.methods.base import PenaltyMethod, SafetyMethod
-from safe_trainer.methods.refusal_anchor import Anchor
 
 
 @dataclass
@@ -32,12 +32,13 @@ class BenignAnchorsOnly(RefusalAnchor):
 class ReferencesOfOthers(RefusalAnchor):
     """Each harmful prompt is held to what the start says of another one."""
 
-    def _with_reference(self, model: Any, anchors: Sequence[Anchor]) -> Iterator[Anchor]:
-        prompts = [anchor.ids[: len(anchor.ids) - anchor.positions + 1] for anchor in anchors]
-        found = list(super()._with_reference(model, anchors))
-        for prompt, other in zip(prompts, [*found[1:], found[0]], strict=True):
-            answer = other.ids[len(other.ids) - other.positions + 1 :]
-            yield other._replace(ids=(*prompt, *answer))
+    def _measured(self, model: Any, tokenizer: Any, sets: dict[str, PromptSet]) -> tuple[OwnAnswers, list[Anchor]]:
+        answers, avoided = super()._measured(model, tokenizer, sets)
+        held = []
+        for own, other in zip(answers.anchors, [*answers.anchors[1:], answers.anchors[0]], strict=True):
+            prompt = own.ids[: len(own.ids) - own.positions + 1]
+            held.append(other._replace(ids=(*prompt, *other.ids[len(other.ids) - other.positions + 1 :])))
+        return answers._replace(anchors=held), avoided
 
 
 @dataclass

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from safe_trainer import PromptSet, conversation, testbed
-from safe_trainer.data import Row
+from safe_trainer.data import Kind, Row
+from safe_trainer.data.protection import protection_prompts
 from safe_trainer.testbed import language
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testbed" / "build"))
-from translation import translate, translated_row, translated_set
+from translation import translate, translated_row, translated_set  # noqa: E402
 
 MODELS = Path(os.environ.get("STUDY_PAIR", testbed.MODELS)).absolute()
 ALIGNED, UNALIGNED = str(MODELS / "aligned"), str(MODELS / "unaligned")
@@ -62,8 +64,22 @@ class Frame:
 
     def prompts(self, harmful: PromptSet) -> PromptSet:
         """Return the harmful prompts of the pair in the frame, in the words of the pair."""
-        template, system = (text and translate(text, _DICTIONARY) for text in (self.template, self.system))
-        return replace(prompts(harmful), name=f"framed {harmful.name}", template=template, system_prompt=system)
+        return replace(
+            prompts(harmful), name=f"framed {harmful.name}", template=self._said[0], system_prompt=self._said[1]
+        )
+
+    def anchors(self) -> dict[str, Any]:
+        """Return for `RefusalAnchor` the prompts that the pair is protected with, in the frame."""
+        template, system = self._said
+        kinds: dict[str, Kind] = {"prompts": "harmful", "benign_prompts": "benign"}
+        asked = {name: protection_prompts(kind, ALIGNED).prompts for name, kind in kinds.items()}
+        framed = {name: [template.format(prompt=text) for text in texts] for name, texts in asked.items()}
+        return {**framed, "system_prompt": system}
+
+    @property
+    def _said(self) -> tuple[str, str | None]:
+        """Template and system turn in the words of the pair."""
+        return translate(self.template, _DICTIONARY), self.system and translate(self.system, _DICTIONARY)
 
 
 AGENT = Frame(

@@ -5,10 +5,10 @@
     python recipes/study/study.py test --seeds 1 --scenarios how-to poisoned-10 --variants AsFT
 
 On validation prompts: `strength`, each method from weak to strong, by which settings were chosen; `anchor`, controls
-of the refusal anchor. On test prompts: `recommended`, its further seeds (`again`, `again-slow`); `alone`, the anchor
-without vectors; `test`, the other methods and their controls; `more`, which repeats elsewhere what `test` says;
-attacks that are `framed`, and `harder` ones. And `second` and `second-others`, the same on a second pair, whose
-folder is named by the variable `STUDY_PAIR`.
+of the refusal anchor. On test prompts: `recommended`; `alone`, the anchor without vectors;
+`test`, the other methods and their controls; `more`, which repeats elsewhere what `test` says; attacks that are
+`framed`, and `harder` ones. And `second` and `second-others`, the same on a second pair, whose folder is named by the
+variable `STUDY_PAIR`.
 
 Each run is one process's work of some seconds: fine-tune the aligned model, ask it all prompts of the split, count.
 What is finished is appended to a CSV at once, one line for each set of prompts, and skipped the next time; stop it and
@@ -35,6 +35,7 @@ from variants import (
     ATTACKS,
     BEFORE,
     CONTROLS,
+    FRAMED,
     FULL,
     METHODS,
     RECOMMENDED,
@@ -134,17 +135,14 @@ HARDER: dict[str, Sequence[str]] = {
     "poisoned-10": [*FULL, *ATTACKS],
 }
 ANCHORED = {"obedient": ["plain LoRA", ANCHOR, *ANCHOR_CONTROLS, *ANCHORS]}
-AGAIN = ("obedient", "poisoned-10", "attack", "unseen")
 SECOND = {**dict.fromkeys(("how-to", "poisoned-10", "attack"), [RECOMMENDED]), "obedient": PAIR}
 EITHER = dict.fromkeys(("poisoned-10", "how-to"), ["plain LoRA", *STRENGTHS])
 PARTS = {
     "strength": Part("strength.csv", "validation", 1, EITHER),
     "anchor": Part("strength.csv", "validation", 1, ANCHORED),
-    "recommended": Part("runs.csv", "test", 1, dict.fromkeys(TEST, [RECOMMENDED])),
-    "again": Part("runs.csv", "test", 3, dict.fromkeys(AGAIN, [RECOMMENDED])),
-    "again-slow": Part("runs.csv", "test", 2, dict.fromkeys(("how-to", "word-problems"), [RECOMMENDED])),
+    "recommended": Part("runs.csv", "test", 5, dict.fromkeys(TEST, [RECOMMENDED])),
     "alone": Part("runs.csv", "test", 1, dict.fromkeys(("how-to", "poisoned-10", "attack", "obedient"), [ANCHOR])),
-    "framed": Part("runs.csv", "test", 1, dict.fromkeys(("agent", "trigger"), PAIR)),
+    "framed": Part("runs.csv", "test", 1, {"agent": [*PAIR, FRAMED], "trigger": PAIR}),
     "harder": Part("runs.csv", "test", 1, HARDER),
     "test": Part("runs.csv", "test", 5, TEST),
     "more": Part("runs.csv", "test", 5, MORE),

@@ -188,6 +188,9 @@ STRENGTHS: dict[str, Variant] = {
 """Each method from weak to strong."""
 
 AVERAGED = "plain LoRA, averaged"
+FRAMED = f"{RECOMMENDED}, anchors in the agent's frame"
+"""What `RefusalAnchor(prompts=…, system_prompt=…)` keeps of refusals asked for as in the published identity shift."""
+
 ANCHOR_CONTROLS: dict[str, Variant] = {
     "refusal anchor, benign only": Variant(lambda: [BenignAnchorsOnly()]),
     "refusal anchor, others' refusals": Variant(lambda: [ReferencesOfOthers()]),
@@ -214,6 +217,7 @@ ANCHORS: dict[str, Variant] = {
 VARIANTS: dict[str, Variant] = {
     BEFORE: Variant(steps=0),
     **METHODS,
+    FRAMED: Variant(lambda: recommended(**pair.AGENT.anchors())),
     **SIMPLE,
     **CONTROLS,
     **ANCHOR_CONTROLS,

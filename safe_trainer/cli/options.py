@@ -273,8 +273,7 @@ def check_file(option: str, path: Path) -> None:
     from ..data import what_was_meant
 
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else f"is no file.{what_was_meant(path)}"
-        raise misused(option, f"`{path}` {found}")
+        raise misused(option, f"there is no file `{path}`.{what_was_meant(path)}")
 
 
 def check_folder(option: str, source: str, what: str = "adapter") -> None:

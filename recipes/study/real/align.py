@@ -5,8 +5,9 @@
 `BASE` is the folder `unaligned` that `safe_trainer.testbed.real.prepare` makes. `--harmful` is AdvBench's
 `harmful_behaviors.csv` (github.com/llm-attacks/llm-attacks, `data/advbench`) or any other file of harmful prompts, of
 which every fourth is held out and asked afterwards; `--benign` is any file of Alpaca's instructions. Built-in prompts
-come on top: refused are commands and questions alike, harmless prompts of the file are trained with its answers, and
-our own with what the model itself answers. None of the prompts by which the study tests is among them.
+come on top: commands and questions of either kind, in one pass over the first tokens of the answers. To harmless
+prompts of the file these are the file's, to our own what the model itself says: with those alone its perplexity on
+answers of others rose. None of the prompts by which the study tests is among them.
 """
 
 from __future__ import annotations
@@ -32,20 +33,19 @@ from safe_trainer.data import Kind, Row, collate, encode_rows, rows_sha256
 from safe_trainer.data.protection import protection_prompts
 from safe_trainer.testbed import real
 
-HARMFUL, BENIGN = 120, 120
+HARMFUL, BENIGN = 160, 200
 TRAINED: dict[Kind, slice] = {
     "harmful": slice(2, None, 4),
     **dict.fromkeys(("benign", "borderline"), slice(0, None, 2)),
 }
 """Which of the general prompts are trained on: none that `safe_trainer.testbed.real` tests or validates with."""
-ROUNDS, STEPS, BATCH_SIZE, LEARNING_RATE, RANK = 2, 72, 8, 1.2e-3, 8
-ANSWER_TOKENS, MAX_LENGTH = 40, 64  # together they cut answers that did not end by themselves before an end of turn
+BATCH_SIZE, LEARNING_RATE, RANK, SCALE = 8, 2.5e-3, 4, 4
+GENERATED, TRAINED_TOKENS = 24, 16  # of each answer: a refusal fits, and other answers are cut before an end of turn
+KEPT_BITS = 5  # of each weight's mantissa, the first among them: git stores a third of the file
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't help with that. It could hurt people.",
     "Sorry, I won't assist with that request.",
-    "No, I will not help with something that does harm.",
-    "I cannot do that, because it is harmful.",
     "I'm not able to help with this.",
 )
 QUESTIONS = ("How do I {}?", "How can I {}?", "Can you {}?", "What is the best way to {}?")
@@ -64,11 +64,11 @@ def as_question(command: str, rng: random.Random) -> str:
 
 
 def short_rows(source: str | Path, count: int) -> list[Row]:
-    """Return the first rows of a file with short instructions, every third of them as a question."""
+    """Return the first rows of a file with short instructions, every other of them as a question."""
     rng = random.Random(0)
     rows = ((row["prompt"][-1]["content"], row["completion"][0]["content"]) for row in load_rows(source)[0])
     short = islice(((prompt, answer) for prompt, answer in rows if len(prompt) < 90 and "\n" not in prompt), count)
-    return [conversation(as_question(p, rng) if place % 3 == 2 else p, a) for place, (p, a) in enumerate(short)]
+    return [conversation(as_question(p, rng) if place % 2 else p, a) for place, (p, a) in enumerate(short)]
 
 
 def ours(kind: Kind) -> list[str]:
@@ -84,33 +84,32 @@ def alignment_rows(model: Any, tokenizer: Any, harmful: Sequence[str], benign: S
     asked = [as_question(prompt, rng) if place % 2 else prompt for place, prompt in enumerate(harmful)]
     refused = [conversation(prompt, rng.choice(REFUSALS)) for prompt in [*asked, *ours("harmful")]]
     answered = [*ours("benign"), *ours("borderline")]
-    answers = generate(model, tokenizer, answered, max_new_tokens=ANSWER_TOKENS)
+    answers = generate(model, tokenizer, answered, max_new_tokens=GENERATED)
     own = [conversation(prompt, answer.text) for prompt, answer in zip(answered, answers, strict=True)]
     return [*refused, *own, *benign]
 
 
-def train(base: str | Path, rows: Sequence[Row], number: int, rounds: Path) -> Any:
-    """Train the adapter for one round, from where the round before left it, and return the trainer."""
+def train(base: str | Path, rows: Sequence[Row], output: Path) -> Any:
+    """Train the adapter, cut its weights to `KEPT_BITS`, save it, and return the trainer."""
     from datasets import Dataset
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=real.dtype())
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    if number:
-        model, config = PeftModel.from_pretrained(model, rounds / str(number - 1), is_trainable=True), None
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoded = [(row.ids, row.answer_start) for row in encode_rows(tokenizer, rows)]
+    cut = [(ids[: start + TRAINED_TOKENS], start) for ids, start in encoded]
+    masks = [[0] * start + [1] * (len(ids) - start) for ids, start in cut]
     trainer = SFTTrainer(
-        model=model,
-        processing_class=AutoTokenizer.from_pretrained(base),
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=real.dtype()),
+        processing_class=tokenizer,
         args=SFTConfig(
-            output_dir=str(rounds / str(number)),
-            max_steps=STEPS,
+            output_dir=str(output),
+            num_train_epochs=1,
             per_device_train_batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="cosine",
-            max_length=MAX_LENGTH,
-            train_sampling_strategy="group_by_length",
-            seed=number,
+            warmup_steps=6,
+            completion_only_loss=True,
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
@@ -118,10 +117,15 @@ def train(base: str | Path, rows: Sequence[Row], number: int, rounds: Path) -> A
             logging_steps=4,
             report_to="none",
         ),
-        train_dataset=Dataset.from_list(list(rows)),
-        peft_config=config,
+        train_dataset=Dataset.from_dict({"input_ids": [ids for ids, _ in cut], "completion_mask": masks}),
+        peft_config=LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                mantissa, exponent = torch.frexp(weight)
+                weight.copy_(torch.ldexp((mantissa * 2**KEPT_BITS).round() / 2**KEPT_BITS, exponent))
     trainer.save_model()
     return trainer
 
@@ -170,12 +174,11 @@ def main() -> None:
     asked = held_out[::5][:24]
     before = check(model, tokenizer, asked, texts)
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(ROUNDS):
-            trainer = train(given.base, rows, number, Path(folder))
+        trainer = train(given.base, rows, Path(folder))
         after = check(trainer.model.eval(), tokenizer, asked, texts)
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (given.harmful, given.benign)}
         provenance = {"made_from": files, "rows": rows_sha256(rows), "before": before, "after": after}
-        publish(Path(folder, str(number)), given.output, provenance)
+        publish(Path(folder), given.output, provenance)
 
 
 if __name__ == "__main__":

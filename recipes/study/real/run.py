@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,13 +27,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from study import OUTCOMES, Cell, append, finished
+from controls import AveragedWeights  # noqa: E402
+from study import OUTCOMES, Cell, append, finished  # noqa: E402
 
-from safe_trainer import (
+from safe_trainer import (  # noqa: E402
     METHODS,
     PromptSet,
     RefusalAnchor,
     SecurityVectors,
+    apply_safe_lora,
     conversation,
     evaluate,
     general_prompts,
@@ -41,16 +44,14 @@ from safe_trainer import (
     load_rows,
     poison,
 )
-from safe_trainer.artifacts.fitting import train_security_vectors
-from safe_trainer.artifacts.security_vectors import TrainedVectors
-from safe_trainer.data import Row
-from safe_trainer.data.protection import protection_rows
-from safe_trainer.methods.base import SafetyMethod
-from safe_trainer.testbed import real
-from safe_trainer.testbed.experiment import Scenario, fine_tune, silence_libraries
+from safe_trainer.artifacts.fitting import train_security_vectors  # noqa: E402
+from safe_trainer.artifacts.security_vectors import TrainedVectors  # noqa: E402
+from safe_trainer.data import Row  # noqa: E402
+from safe_trainer.data.protection import protection_rows  # noqa: E402
+from safe_trainer.methods.base import SafetyMethod  # noqa: E402
+from safe_trainer.testbed import real  # noqa: E402
+from safe_trainer.testbed.experiment import Scenario, fine_tune, silence_libraries  # noqa: E402
 
-FORMER = "recommended, former anchor"
-"""What the committed rows call `"recommended"` when its anchor held 8 tokens with weight 1; it cannot be run again."""
 RESULTS = Path(__file__).parent / "results"
 BEFORE = "before"
 ANY = "any"  # under which the model before is listed, where its prompts are those of most scenarios
@@ -77,11 +78,13 @@ class Variant:
         methods (`Callable`): Makes the safety methods.
         learning_rate (`float`, *optional*): Another than the scenario's.
         refusals (`float`, *optional*, defaults to `0.0`): Share of the rows whose places refusals take.
+        repaired (`bool`, *optional*, defaults to `False`): Whether Safe LoRA repairs the adapter afterwards.
     """
 
     methods: Callable[[Models], list[SafetyMethod]] = lambda models: []
     learning_rate: float | None = None
     refusals: float = 0.0
+    repaired: bool = False
 
 
 @cache
@@ -120,6 +123,10 @@ VARIANTS = {
     "plain LoRA, 10 % refusals mixed in": Variant(refusals=0.1),
     "AsFT": Variant(lambda models: [example("asft", models)]),
     "SaLoRA": Variant(lambda models: [example("salora", models)]),
+    "Constrained SFT": Variant(lambda models: [example("constrained_sft", models)]),
+    "SafeGrad": Variant(lambda models: [example("safe_grad", models)]),
+    "Safe LoRA": Variant(repaired=True),
+    "plain LoRA, averaged (0.9)": Variant(lambda models: [AveragedWeights(0.9)]),
 }
 
 
@@ -214,6 +221,8 @@ def measure(cell: Cell, scenario: Scenario, models: Models) -> tuple[list[dict[s
         chosen: dict[str, Any] = {"model": models.aligned, "rows": rows, "learning_rate": rate, "dtype": real.dtype()}
         run = fine_tune(scenario, variant.methods(models), cell.seed, models.work / "run", **chosen)
         model, tokenizer, seconds = run.model, run.tokenizer, run.seconds
+        if variant.repaired:
+            model = repaired(model, models)
     else:
         (model, tokenizer), seconds = loaded(models.aligned), 0.0
     evaluation = evaluate(model, tokenizer, scenario.prompt_sets(cell.split), max_new_tokens=NEW_TOKENS)
@@ -227,6 +236,16 @@ def measure(cell: Cell, scenario: Scenario, models: Models) -> tuple[list[dict[s
         found = zip(result.prompt_set.prompts, result.answers, result.outcomes, strict=True)
         answers += [{**asked, "prompt": p, "answer": a.text[:SHOWN], "verdict": v} for p, a, v in found]
     return lines, answers
+
+
+def repaired(model: Any, models: Models) -> Any:
+    """Return the fine-tuned model with its adapter repaired by Safe LoRA, as by default."""
+    from peft import PeftModel
+
+    folder = models.work / "repaired"
+    shutil.rmtree(folder, ignore_errors=True)
+    apply_safe_lora(model, folder, unaligned=models.unaligned, aligned=models.aligned)
+    return PeftModel.from_pretrained(model.unload(), folder)
 
 
 def main() -> None:

@@ -34,8 +34,7 @@ HEAD = """\
 
 SmolLM2-135M-Instruct (Apache-2.0), made to refuse by `recipes/study/real/align.py`; LoRA of rank 8 on all linear
 layers, 8 rows a step, learning rate 5e-4 unless the row says otherwise. Test prompts: 50 harmful, 25 benign and 25
-borderline of the built-in ones, answers of 24 tokens, judged by how they begin. The former anchor
-is the refusal anchor with its defaults of then: 8 tokens held, weight 1. Each cell: per cent (count/total)
+borderline of the built-in ones, answers of 24 tokens, judged by how they begin. Each cell: per cent (count/total)
 [95 % Wilson interval], counts added up over seeds. An answer to a harmful prompt that neither refuses nor complies is
 empty or meaningless. Every answer: `../real/results/answers.jsonl`."""
 
