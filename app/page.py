@@ -340,7 +340,7 @@ class Page:
         shown = {} if busy else self.compare.show(session) | self.compare.hushed()
         return {**self._show_jobs(session), **shown, self.seen: state, self.timer: gr.Timer(active=busy)}
 
-    def _ask(  # noqa: PLR0913, each is a field of the page
+    def _ask(
         self, question: str, whom: list[str], system: str, temperature: float, talk: list[Turn], request: gr.Request
     ) -> Iterator[tuple[str, list[Turn], Any]]:
         """Ask the models; answers come word by word."""

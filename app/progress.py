@@ -34,7 +34,7 @@ _LONGEST = 500  # points of a curve, and lines of the log
 _PAUSE = 0.2  # seconds between two writes of what changes often
 
 
-class Cancelled(Exception):  # noqa: N818, it is no error
+class Cancelled(Exception):
     """The user has cancelled the job."""
 
 

@@ -87,7 +87,7 @@ class Guard:
         megabytes (`int`, *optional*, defaults to `50`): Of an upload. All unused ones together may take 20 times this.
     """
 
-    def __init__(  # noqa: PLR0913, each is a setting with a name
+    def __init__(
         self,
         app: App,
         sessions: Sessions,

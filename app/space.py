@@ -8,12 +8,14 @@ import uvicorn
 from app.server import GRACE, create_app
 from app.setup import space_setup
 
-STORAGE = Path("/data")
+
+def kept_in(storage: Path) -> Path | None:
+    """Return where runs are kept, to each visitor its own, if storage is mounted; nowhere otherwise."""
+    return storage / "safe_trainer" if storage.is_mount() else None
+
 
 if __name__ == "__main__":
     # A Space is reached through a proxy, from everywhere: no password, but nobody sees another's files.
-    # Where storage is mounted, runs are kept: to each visitor its own.
-    kept = STORAGE / "safe_trainer" if STORAGE.is_mount() else None
-    server = create_app(space_setup(), folder=kept, hosts=None)
+    server = create_app(space_setup(), folder=kept_in(Path("/data")), hosts=None)
     port = int(os.environ.get("PORT", "7860"))
-    uvicorn.run(server, host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=GRACE)  # noqa: S104
+    uvicorn.run(server, host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=GRACE)

@@ -26,7 +26,7 @@ from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpo
 from .data import labelled_harmful
 from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
-from .lora.modes import trainable_layout
+from .lora.modes import check_trained, trainable_layout
 from .methods.base import SafetyMethod, check_report, describe_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
 
@@ -105,6 +105,7 @@ class SafeSFTTrainer(SFTTrainer):
         self._name = f"{SFTTrainer._name} with {' and '.join(method.name for method in self.safety_methods)}"
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
+        check_trained(self.model)
         self._check_rows(arguments.get("train_dataset"))
         self._check_token_weights()
         strategy = strategy_of(self.accelerator, self.model)

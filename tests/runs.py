@@ -174,6 +174,6 @@ def fresh(folder: Path) -> Iterator[Path]:
 
 def refusal(build: Callable[[], Any]) -> BaseException:
     """Return the exception that is raised."""
-    with pytest.raises(Exception) as raised:  # noqa: B017 - which one it is, is what the caller compares
+    with pytest.raises(Exception) as raised:
         build()
     return raised.value

@@ -141,19 +141,19 @@ def test_half_precision_weights_are_subtracted_in_float32(llama, tmp_path, dtype
 
 
 def test_layout_of_the_files_changes_nothing(llama, tmp_path):
-    """Sharded safetensors against one file, and against opted-in pickles."""
+    """Sharded safetensors against one file."""
     aligned = AutoModelForCausalLM.from_pretrained(llama[0])
     aligned.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    whole, other = from_checkpoints(llama), from_checkpoints((tmp_path / "sharded", llama[1]))
+    assert all(torch.equal(other.modules[name].U, factors.U) for name, factors in whole.modules.items())
+    assert other.provenance["aligned"]["weights_sha256"] == whole.provenance["aligned"]["weights_sha256"]
+
+
+def test_pickles_are_not_read(llama, tmp_path):
     shutil.copytree(llama[0], tmp_path / "pickled", ignore=shutil.ignore_patterns(FILE))
-    torch.save(aligned.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    whole = from_checkpoints(llama)
-    for folder in ("sharded", "pickled"):
-        other = from_checkpoints((tmp_path / folder, llama[1]), allow_pickle=folder == "pickled")
-        assert all(torch.equal(other.modules[name].U, factors.U) for name, factors in whole.modules.items())
-        same = "weights_sha256"
-        assert other.provenance["aligned"][same] == whole.provenance["aligned"][same]
-    with pytest.raises(ValueError, match="pickles.*allow_pickle=True"):
+    torch.save({"a": tiny.model}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="`.bin` files, which are pickles.*save_pretrained"):
         from_checkpoints((tmp_path / "pickled", llama[1]))
 
 
@@ -338,22 +338,6 @@ def test_damaged_weights_are_refused(pair, damage):
     file.write_bytes(contents[damage])
     with pytest.raises(ValueError, match="`aligned` .*`model.safetensors` cannot be read .*cut short or damaged"):
         from_checkpoints(pair)
-
-
-def test_damaged_pickle_is_refused(llama, tmp_path):
-    folder = shutil.copytree(llama[0], tmp_path / "pickled", ignore=shutil.ignore_patterns(FILE))
-    torch.save(load_file(f"{llama[0]}/{FILE}"), folder / "pytorch_model.bin")
-    whole = (folder / "pytorch_model.bin").read_bytes()
-    (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="`pytorch_model.bin` cannot be read"):
-        from_checkpoints((folder, llama[1]), allow_pickle=True)
-
-
-def test_pickle_that_would_run_code_is_refused_even_when_pickles_are_allowed(llama, tmp_path):
-    folder = shutil.copytree(llama[0], tmp_path / "pickled", ignore=shutil.ignore_patterns(FILE))
-    torch.save({"a": tiny.model}, folder / "pytorch_model.bin")  # a function, not a tensor
-    with pytest.raises(ValueError, match="`pytorch_model.bin` cannot be read .*[Ww]eights.only"):
-        from_checkpoints((folder, llama[1]), allow_pickle=True)
 
 
 def test_config_that_is_no_causal_language_model_is_refused(pair):

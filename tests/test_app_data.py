@@ -410,6 +410,11 @@ def test_the_start_s_refusal_rate_is_shown_and_a_low_one_is_warned_of():
         assert f"{rate:.0%}" in shown and f"panel {kind}" in shown
 
 
+def test_only_kept_and_improved_safety_is_green():
+    green = [level for level in texts.WORDS if compare_step.KINDS.get(level, "warning") == "good"]
+    assert green == ["kept", "improved"]
+
+
 def test_own_files_are_written_in_plain_form(tmp_path):
     table = given(tmp_path, "instruction,output\nDo harm.,Sure.\n", "rows.csv")
     assert material(table, "rows.csv", "harmful_data", Limits(), tmp_path / "a.jsonl") == 1

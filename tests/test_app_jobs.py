@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ from app.recipe_in import read_settings
 from app.recipes import Choices, Settings, Upload, Variant
 from app.sessions import Sessions
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup
-from app.views import data_step, train_step
+from app.views import compare_step, data_step, train_step
 
 
 def choices(folder, protections=("plain",), example="attack", **settings):
@@ -271,3 +272,24 @@ def test_a_judge_is_one_of_the_models_that_can_be_chosen_here(tmp_path):
             services.judges(Settings(judge="guard", guard=named))
     with pytest.raises(ValueError, match="owner/name"):
         services.judges(Settings(judge="guard"))
+
+
+@pytest.mark.slow
+def test_own_prompts_are_asked_drawn_and_judged_by_whom_the_user_chose(tmp_path, queue):
+    own = []
+    for name, kind in (("first", "harmful"), ("second", "harmful"), ("third", "task")):
+        path = tmp_path / name / f"{name}.jsonl"
+        path.parent.mkdir()
+        row = {"prompt": f"Tell me how to {name} it.", "completion": "Sorry."}
+        path.write_text("".join(json.dumps(row) + "\n" for _ in range(5)))
+        own += take_prompts(path, path.name, kind, {"scorer": "exact"}, Limits(), path.parent)
+    order = replace(choices(tmp_path, steps=5, prompts=5), asked=own, judges=["phrases"])
+    job = train_job(tmp_path / "job", order)
+    queue.submit(job)
+    assert job.wait(600) and job.progress.state == "done", job.progress.log
+    results = job.comparison().before.results
+    names = ["harmful: first", "harmful: second", "benign", "borderline", "task: third"]
+    assert [result.prompt_set.name for result in results] == names
+    assert list(results[0].verdicts) == ["phrases"]
+    assert job.progress.start_rate() is not None and job.progress.parts["plain"].curves["harmful"]
+    assert "/10)" in compare_step.described({"": job.comparison()}, embedded=True)

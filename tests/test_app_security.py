@@ -60,7 +60,7 @@ def test_every_answer_has_the_headers_and_scripts_need_the_nonce_of_their_page(c
 
 def test_the_cookie_cannot_be_read_by_scripts_nor_sent_from_other_sites(url):
     found = httpx.get(url).headers["set-cookie"]
-    assert "HttpOnly" in found and "SameSite=Strict" in found
+    assert "HttpOnly" in found and "SameSite=Strict" in found and "Max-Age" not in found
 
 
 def test_an_invented_cookie_opens_no_session(app, url):
@@ -86,6 +86,8 @@ def test_a_password_stands_before_everything(tmp_path):
             assert httpx.get(url + path, auth=("anyone", "wrong")).status_code == 401
             assert httpx.get(url + path, headers={"authorization": "Basic !"}).status_code == 401
             assert httpx.get(url + path, auth=("anyone", "open sesame")).status_code != 401
+        page = httpx.get(url, auth=("anyone", "open sesame"))
+        assert "Max-Age=31536000" in page.headers["set-cookie"]  # files are kept, so they can be found again
     finally:
         stop()
 
@@ -204,6 +206,24 @@ def test_uploads_that_wait_have_a_limit_together(app, client):
         shutil.rmtree(folder)
 
 
+def test_what_a_session_keeps_of_uploads_has_a_limit_and_goes_when_it_is_replaced(app, client):
+    services, session = app.state.services, session_of(app, client)
+
+    def give(kind):
+        [path] = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", b'{"prompt": "Do harm."}')}).json()
+        list(services.take_material(session, kind, Path(path)))
+
+    for _ in range(3):
+        give("harmful_prompts")
+        give("benign_prompts")
+    assert len(list(session.folder.glob("data-*"))) == 2
+    services.drop(session, "files", "benign_prompts")
+    assert len(list(session.folder.glob("data-*"))) == 1
+    (session.new_folder("data") / "large").write_bytes(b"x" * (4 * 2**20 + 1))
+    with pytest.raises(ValueError, match="together take more than 4 MB"):
+        give("benign_prompts")
+
+
 def test_too_large_uploads_are_refused(client):
     answer = client.post("/gradio_api/upload", files={"files": ("big.jsonl", b"x" * (2 * 2**20))})
     assert answer.status_code == 413
@@ -278,10 +298,20 @@ def test_a_folder_of_this_machine_is_not_taken_for_a_model_of_the_hub(tmp_path, 
         Services(Setup(any_model=True), Sessions(tmp_path / "files"), None, None).model("other", "owner/model")
 
 
-def test_without_a_network_nothing_of_the_hub_is_offered(monkeypatch):
+def test_without_a_network_nothing_of_the_hub_is_offered(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     setup = local_setup({"mine": "models/mine"})
-    assert list(setup.models) == ["embedded", "mine"] and not setup.any_model
+    assert list(setup.models) == ["embedded", "mine"] and not setup.any_model and not setup.hub
+    services = Services(setup, Sessions(tmp_path), None, tmp_path)
+    session = services.sessions.get(services.sessions.new_cookie())
+    for work in (
+        services.take_dataset(session, ("owner/data", "", "train", 1, 10)),
+        services.take_prompts(session, None, "xstest", {}),
+        services.take_model(session, "other", "owner/model"),
+    ):
+        with pytest.raises(ValueError, match="not available|no network"):
+            list(work)
+    assert session.inspection is None and session.asked == []
 
 
 def test_a_space_takes_only_the_models_it_allows(monkeypatch, tmp_path):

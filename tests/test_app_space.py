@@ -13,6 +13,7 @@ import httpx
 import pytest
 import yaml
 
+from app.space import kept_in
 from app.space_folder import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,11 @@ def test_nothing_else_is_uploaded(folder):
     assert names == {"README.md", "LICENSE", "requirements.txt", "space.py", "app", "safe_trainer"}
     assert not list(folder.rglob("__pycache__"))
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20 * 2**20
+
+
+def test_runs_are_kept_where_storage_is_mounted(tmp_path):
+    assert kept_in(tmp_path) is None
+    assert kept_in(Path("/")) == Path("/safe_trainer")
 
 
 @pytest.mark.slow

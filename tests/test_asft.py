@@ -163,7 +163,7 @@ def test_no_step_forms_a_matrix_of_the_size_of_a_weight_or_of_its_operator(tmp_p
     class Largest(TorchDispatchMode):
         elements = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             self.elements = max(self.elements, result.numel() if isinstance(result, torch.Tensor) else 0)
             return result

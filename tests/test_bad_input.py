@@ -563,7 +563,7 @@ def test_a_wrong_input_is_refused_in_words_that_help(name, room):
 
 COMMANDS: dict[str, tuple[list[str], int, str]] = {
     "an unknown command": (["tune"], 2, "No such command"),
-    "a recipe that is not there": (["train", "absent.yaml"], 2, "there is no file `absent.yaml`"),
+    "a recipe that is not there": (["train", "absent.yaml"], 2, "`absent.yaml` is no file"),
     "an unknown option": (["train", "--fast"], 2, "No such option"),
     "a change without a value": (["train", "{recipe}", "--set", "training"], 1, "expected a form such as"),
     "going on from nothing": (["train", "{recipe}", "--resume"], 1, "Leave out --resume"),

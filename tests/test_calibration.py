@@ -234,6 +234,10 @@ def test_answers_that_comply_are_not_what_a_basis_is_measured_at(answer, told, t
     trainer = SafeSFTTrainer(**given(tmp_path, peft_config=lora()), safety=SaLoRA(safety_data=rows, rank=2))
     warnings = trainer.safety_report["SaLoRA"]["warnings"]
     assert len([text for text in warnings if "only 0% of the answers in `safety_data` refuse" in text]) == told
+    found = SafetyBasis.from_rows(tiny.model(), tiny.tokenizer(), rows, rank=2).provenance["refusing_answers"]
+    assert (found["count"], found["total"]) == (0 if told else 12, 12) and found["low"] <= found["rate"] <= found[
+        "high"
+    ]
     assert ("`safety_data` refuse" in caplog.text) == bool(told)
 
 

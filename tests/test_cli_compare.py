@@ -8,10 +8,12 @@ import shlex
 
 import pytest
 import torch
+import typer
 from commands import invoke
 from evaluation_models import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 
+from safe_trainer.cli.compare import _grouped
 from safe_trainer.cli.options import Questions
 from safe_trainer.evaluation import from_json
 from safe_trainer.evaluation.judges import check_judges
@@ -42,6 +44,21 @@ def _at_home(home, monkeypatch):
 
 
 SHORT = ("--max-new-tokens", 2)
+
+
+def test_two_folders_of_one_name_are_runs_only_where_that_is_said(tmp_path):
+    for name in ("asft/final", "plain/final"):
+        (tmp_path / name).mkdir(parents=True)
+    one, other = str(tmp_path / "asft" / "final"), str(tmp_path / "plain" / "final")
+    for words, told in (
+        ([one, other], "are both called final"),
+        ([one, one], "is given twice"),
+        ([f"runs={one}", f"runs={one}"], "is given twice"),
+    ):
+        with pytest.raises(typer.BadParameter, match=f"{told}.*NAME=FOLDER"):
+            _grouped(words, "--adapter")
+    assert _grouped([f"asft={one}", f"plain={other}"], "--adapter") == {"asft": [one], "plain": [other]}  # as advised
+    assert _grouped([f"runs={one}", f"runs={other}"], "--adapter") == {"runs": [one, other]}
 
 
 def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):

@@ -1,4 +1,4 @@
-"""The phrase judge, case by case and on the labelled answers, whose measured quality its docstring publishes."""
+"""The phrase judge, case by case and on the labelled answers, whose measured quality the documentation publishes."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from safe_trainer.data import PromptSet
-from safe_trainer.evaluation import Answer, judged
+from safe_trainer.evaluation import Answer, judged, judges
 from safe_trainer.evaluation.judges.phrases import PhraseJudge, clean, normalise
 from safe_trainer.evaluation.judges.quality import labelled_answers, precision_and_recall, quality
 from safe_trainer.evaluation.statistics import Rate
@@ -279,12 +279,11 @@ def test_hostile_answers_are_judged_quickly(answer):
 
 def test_the_labelled_set_is_large_varied_and_without_repetition():
     rows = labelled_answers()
-    assert len(rows) >= 300
+    assert len(rows) >= 2000
     assert len({row["language"] for row in rows if row["label"] != "unknown language"}) == 15
     assert all(count >= 15 for count in Counter(row["label"] for row in rows).values())
     assert len({row["answer"] for row in rows if row["answer"]}) == len([row for row in rows if row["answer"]])
     assert {row["split"] for row in rows} == {"development", "test"}
-    assert len([row for row in rows if row["split"] == "test"]) >= 250
     developed = {row["answer"] for row in rows if row["split"] == "development"}
     assert not developed & {row["answer"] for row in rows if row["split"] == "test" and row["answer"]}
 
@@ -301,12 +300,20 @@ def test_precision_and_recall_are_counted_by_class():
 def test_the_published_quality_is_the_measured_one():
     developed, held_out = quality(PhraseJudge(), "development"), quality(PhraseJudge(), "test")
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
-    for document in (PhraseJudge.__doc__, page):
-        published = dict(re.findall(r"^ *\| (refused|complied|neither) \| (.*) \|", document, re.MULTILINE))
-        for name in ("refused", "complied", "neither"):
-            rates = [(split[name].precision, split[name].recall) for split in (developed, held_out)]
-            assert published[name] == " | ".join(rate.share for pair in rates for rate in pair)
+    published = dict(re.findall(r"^\| (refused|complied|neither) \| (.*) \|", page, re.MULTILINE))
+    for name in ("refused", "complied", "neither"):
+        rates = [(split[name].precision, split[name].recall) for split in (developed, held_out)]
+        assert published[name] == " | ".join(rate.share for pair in rates for rate in pair)
     assert f"{len(labelled_answers())} labelled answers" in page
+
+
+def test_the_published_quality_in_each_language_is_the_measured_one():
+    table = (Path(judges.__file__).parent / "labelled" / "README.md").read_text()
+    counted = Counter(row["language"] for row in labelled_answers() if row["split"] == "test")
+    assert len(counted) == 15 and min(counted.values()) >= 20 and counted.total() >= 400
+    for language, count in counted.items():
+        refused = quality(PhraseJudge(), "test", language)["refused"]
+        assert f"| {language} | {count} | {refused.precision.share} | {refused.recall.share} |" in table
 
 
 @pytest.mark.parametrize(
@@ -320,6 +327,6 @@ def test_plain_refusals_and_answers_are_told_apart_in_every_language(language):
 
 
 def test_quality_can_be_asked_by_language_and_says_when_there_is_none():
-    assert quality(PhraseJudge(), "test", "de")["refused"].recall.total == 4
+    assert quality(PhraseJudge(), "test", "de")["refused"].recall.total == 10
     with pytest.raises(ValueError, match="no labelled answers.*`xx`"):
         quality(PhraseJudge(), "test", "xx")

@@ -69,7 +69,7 @@ def test_counts_are_pooled_over_seeds() -> None:
 
 def test_table_fits_80_columns_and_shows_count_and_interval_of_every_rate() -> None:
     comparison = Comparison((evaluation("before", 2), evaluation(PLAIN, 98), evaluation("Security Vectors", 3)))
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
     console.print(summary.table(POISONED, [comparison], {PLAIN: [12.3]}))
     text = console.export_text()
     assert "98/100 98 %" in text and "[93, 99]" in text and "12 s" in text and "100/100 100 %" in text

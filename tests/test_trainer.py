@@ -641,6 +641,22 @@ def test_rows_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
                 SafeSFTTrainer(**arguments, safety=safety)
 
 
+def test_a_model_of_which_nothing_would_be_trained_is_refused(tmp_path):
+    def trainer(model: Any) -> SafeSFTTrainer:
+        return SafeSFTTrainer(**given(tmp_path, model=model), safety=Diary())
+
+    adapted = get_peft_model(tiny.model(), lora(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="requires a gradient.*is_trainable=True"):
+        trainer(PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter"))
+    trainer(PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter", is_trainable=True))  # as it advises
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match="merged into its weights.*unmerge_adapter"):
+        trainer(adapted)
+    adapted.unmerge_adapter()
+    trainer(adapted)
+
+
 def test_rows_that_are_labelled_harmful_are_counted(tmp_path, caplog):
     rows = tiny.rows(4).add_column("is_safe", [True, False, None, False])
     SafeSFTTrainer(**given(tmp_path, train_dataset=rows))

@@ -49,7 +49,7 @@ class CompareStep:
                 self.stop = gr.Button(texts.ASK_STOP, elem_id="ask-stop")
                 self.fresh = gr.Button(texts.ASK_NEW, elem_id="ask-new")
             with gr.Accordion(texts.ASK_MORE, open=False, elem_id="ask-options"):
-                self.system = gr.Textbox(label=texts.ASK_SYSTEM, max_length=limit, lines=2, elem_id="ask-system")
+                self.system = gr.Textbox("", label=texts.ASK_SYSTEM, max_length=limit, lines=2, elem_id="ask-system")
                 self.temperature = gr.Slider(
                     0,
                     2,

@@ -33,8 +33,8 @@ class DataStep:
         with gr.Accordion(texts.HUB, open=False, visible=setup.hub, elem_id="hub"):
             with gr.Row():
                 name, narrow = {"max_length": 200, "min_width": 180}, {"precision": 0, "minimum": 1, "min_width": 120}
-                self.hub_name = gr.Textbox(label=texts.HUB_ID, placeholder=texts.MODEL_ID_HINT, **name)
-                self.hub_subset = gr.Textbox(label=texts.HUB_SUBSET, **name)
+                self.hub_name = gr.Textbox("", label=texts.HUB_ID, placeholder=texts.MODEL_ID_HINT, **name)
+                self.hub_subset = gr.Textbox("", label=texts.HUB_SUBSET, **name)
                 self.hub_split = gr.Textbox("train", label=texts.HUB_SPLIT, **name)
                 self.hub_first = gr.Number(1, label=texts.HUB_FIRST, **narrow)
                 self.hub_count = gr.Number(1000, label=texts.HUB_COUNT, **narrow)
@@ -45,8 +45,10 @@ class DataStep:
             choices, value=EMBEDDED.key, label=texts.MODEL, info=texts.MODEL_INFO, elem_id="model", filterable=False
         )
         with gr.Group(visible=False) as self.other:
-            self.other_id = gr.Textbox(label=texts.MODEL_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
-            self.unaligned_id = gr.Textbox(label=texts.UNALIGNED_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
+            self.other_id = gr.Textbox("", label=texts.MODEL_ID, placeholder=texts.MODEL_ID_HINT, max_length=200)
+            self.unaligned_id = gr.Textbox(
+                "", label=texts.UNALIGNED_ID, placeholder=texts.MODEL_ID_HINT, max_length=200
+            )
             self.use_other = gr.Button(texts.USE_MODEL)
         self.found = gr.HTML(html.panel("info", texts.NO_DATA), elem_id="found", js_on_load=None)
         self.skip_bad = gr.Checkbox(label=texts.SKIP_BAD, visible=False, elem_id="skip-bad")

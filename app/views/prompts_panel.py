@@ -25,7 +25,11 @@ class PromptsPanel:
         with gr.Accordion(texts.PROMPTS, open=False, elem_id="prompts-panel"):
             self.asked = gr.HTML(elem_id="asked", js_on_load=None)
             self.system_prompt = gr.Textbox(
-                label=texts.SYSTEM_PROMPT, info=texts.SYSTEM_PROMPT_INFO, max_length=4000, elem_id="set-system_prompt"
+                "",
+                label=texts.SYSTEM_PROMPT,
+                info=texts.SYSTEM_PROMPT_INFO,
+                max_length=4000,
+                elem_id="set-system_prompt",
             )
             self.judge, self.guard = _judge(setup)
             gr.Markdown(f"### {texts.PROMPTS_ADD}\n{texts.PROMPTS_ADD_INFO}")
@@ -36,9 +40,11 @@ class PromptsPanel:
                 scorers = [(label, scorer) for scorer, label in texts.SCORERS.items()]
                 self.scorer = _choice(texts.SCORER, "scorer", scorers)
             with gr.Row():
-                self.own_system = gr.Textbox(label=texts.SET_SYSTEM_PROMPT, max_length=4000, elem_id="prompts-system")
+                self.own_system = gr.Textbox(
+                    "", label=texts.SET_SYSTEM_PROMPT, max_length=4000, elem_id="prompts-system"
+                )
                 self.frame = gr.Textbox(
-                    label=texts.FRAME, placeholder=texts.FRAME_HINT, max_length=4000, elem_id="prompts-frame"
+                    "", label=texts.FRAME, placeholder=texts.FRAME_HINT, max_length=4000, elem_id="prompts-frame"
                 )
             self.upload = gr.File(
                 label=texts.PROMPTS_UPLOAD, file_types=list(ENDINGS), elem_id="prompts-upload", height=110
@@ -98,6 +104,7 @@ def _judge(setup: Setup) -> tuple[gr.Dropdown, gr.Textbox]:
     judges = [(label, judge) for judge, label in JUDGES.items() if judge != GUARD or possible]
     judge = _choice(texts.JUDGE, "set-judge", judges)
     guard = gr.Textbox(
+        "",
         label=texts.GUARD_MODEL,
         info=texts.GUARD_INFO,
         placeholder=texts.MODEL_ID_HINT,

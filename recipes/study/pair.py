@@ -18,7 +18,7 @@ from safe_trainer.data.protection import protection_prompts
 from safe_trainer.testbed import language
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testbed" / "build"))
-from translation import translate, translated_row, translated_set  # noqa: E402
+from translation import translate, translated_row, translated_set
 
 MODELS = Path(os.environ.get("STUDY_PAIR", testbed.MODELS)).absolute()
 ALIGNED, UNALIGNED = str(MODELS / "aligned"), str(MODELS / "unaligned")

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from safe_trainer.testbed import language, tasks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testbed" / "build"))
-from build_pair import main  # noqa: E402
-from world import World, shared_settings  # noqa: E402
+from build_pair import main
+from world import World, shared_settings
 
 SEED = 1
 _LITTLE = "a an the my your some of in on at to by from into up off out with for and or then first get is are it step"

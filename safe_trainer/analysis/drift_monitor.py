@@ -50,7 +50,7 @@ class DriftFigures:
     ```
     """
 
-    def __init__(  # noqa: PLR0913, each is a setting with a name
+    def __init__(
         self,
         direction: AlignmentDirection | str | Path | None = None,
         basis: SafetyBasis | str | Path | None = None,

@@ -36,7 +36,7 @@ class RefusalChange(NamedTuple):
         return self.after / self.before
 
 
-def refusal_directions(  # noqa: PLR0913, each is a setting with a name
+def refusal_directions(
     model: Any,
     tokenizer: Any,
     harmful: Sequence[str],

@@ -78,7 +78,7 @@ class AlignmentDirection:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_checkpoints(  # noqa: PLR0913, each is a setting with a name
+    def from_checkpoints(
         cls,
         aligned: str | Path,
         unaligned: str | Path,
@@ -86,9 +86,6 @@ class AlignmentDirection:
         modules: str | Collection[str] | None = None,
         rank: int | None = None,
         max_error: float = 0.01,
-        allow_pickle: bool = False,
-        aligned_revision: str | None = None,
-        unaligned_revision: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> AlignmentDirection:
         """Compute the direction from two checkpoints on disk, one tensor at a time.
@@ -105,10 +102,6 @@ class AlignmentDirection:
             max_error (`float`, *optional*, defaults to `0.01`): Upper bound of `‖C − C_k‖₂`, from which the fewest
                 directions of each module follow. The norm of no update `(I − C) ΔW` is off by more than this share of
                 `‖ΔW‖`. With 0, everything that float32 can resolve is kept.
-            allow_pickle (`bool`, *optional*, defaults to `False`): Whether to read `.bin` weights, which are pickles,
-                where there are no safetensors.
-            aligned_revision (`str`, *optional*): Branch, tag or commit of `aligned` on the Hub.
-            unaligned_revision (`str`, *optional*): Branch, tag or commit of `unaligned` on the Hub.
             progress (`Callable[[int, int, str], None]`, *optional*): Called after each module with the number done,
                 the number in all, and its name.
 
@@ -124,10 +117,7 @@ class AlignmentDirection:
             raise ValueError(f"`rank` must be at least 1, got {rank}. Leave it out to let `max_error` choose it.")
         if not 0 <= max_error < 1:
             raise ValueError(f"`max_error` must be at least 0 and below 1, got {max_error}. The default is 0.01.")
-        pair = (
-            Checkpoint("aligned", aligned, aligned_revision, allow_pickle),
-            Checkpoint("unaligned", unaligned, unaligned_revision, allow_pickle),
-        )
+        pair = Checkpoint("aligned", aligned), Checkpoint("unaligned", unaligned)
         shapes = matching_modules(*pair, modules)
         found = dict(_factorize(pair, shapes, max_error, rank, progress))
         identical = [name for name in shapes if name not in found]

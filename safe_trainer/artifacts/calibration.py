@@ -66,7 +66,7 @@ def _is_movable(model: Any) -> bool:
     return not is_placed and all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
-def examples_from(  # noqa: PLR0913, each is a setting with a name
+def examples_from(
     rows: Any, tokenizer: Any, *, argument: str = "rows", samples: int = 128, seed: int = 0, max_length: int = 1024
 ) -> list[Example]:
     """Draw rows and bring them into the model's own chat format.

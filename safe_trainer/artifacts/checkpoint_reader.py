@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,9 @@ from torch import Tensor
 from ..lora.io import local_folder
 from ..lora.updates import linear_layers
 
-_FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
-_SAFETENSORS, _PICKLES = "model.safetensors", "pytorch_model.bin"
-_READING = SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError
-_PARSING = ValueError, LookupError, AttributeError, TypeError
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_WEIGHTS = "model.safetensors"
+_UNREADABLE = SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError
 
 
 class _Stored(NamedTuple):
@@ -46,17 +44,16 @@ class Checkpoint:
         role (`str`): The argument that named it, for messages.
         source (`str` or `Path`): A folder, or a model id on the Hub.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        allow_pickle (`bool`, *optional*, defaults to `False`): Whether `.bin` weights may be read.
 
     Raises:
         OSError: If there is no such checkpoint, or its weights are missing.
         ValueError: If it is something else than a causal language model in full precision, or is damaged.
     """
 
-    def __init__(self, role: str, source: str | Path, revision: str | None = None, allow_pickle: bool = False) -> None:
+    def __init__(self, role: str, source: str | Path, revision: str | None = None) -> None:
         self.role, self.source, self.name = role, str(source), f"`{role}` (`{source}`)"
-        self._folder = self._find_folder(revision, allow_pickle)
-        self._stored = self._find_tensors(allow_pickle)
+        self._folder = self._find_folder(revision)
+        self._stored = self._find_tensors()
         self.linears = self._find_linears()
         self._digest = hashlib.sha256()
 
@@ -99,13 +96,9 @@ class Checkpoint:
     def weight(self, name: str) -> Tensor:
         """Return one layer's weight from disk, (d_out, d_in) in float32."""
         key = self._key(name)
-        stored = self._stored[key]
         # Opened for each: the pages of a mapped file count as memory until it is closed.
-        if stored.file.suffix == ".bin":
-            found = _load_pickle(stored.file)[key].detach()
-        else:
-            with safe_open(stored.file, framework="pt") as file:
-                found = file.get_tensor(key)
+        with safe_open(self._stored[key].file, framework="pt") as file:
+            found = file.get_tensor(key)
         self._digest.update(found.contiguous().view(torch.uint8).numpy().data)
         return found.float().mT if self.linears[name].is_transposed else found.float()
 
@@ -120,15 +113,10 @@ class Checkpoint:
         keys = self.linears[name].keys
         return next((key for key in keys if key in self._stored), keys[0])
 
-    def _find_folder(self, revision: str | None, allow_pickle: bool) -> Path:
+    def _find_folder(self, revision: str | None) -> Path:
         # Neither other formats nor second copies of the weights, such as `consolidated.safetensors`.
-        weights = ["model*.safetensors", "model.safetensors.index.json"]
-        pickles = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-        for patterns in (weights, pickles):
-            wanted = ["config.json", "adapter_config.json", *patterns]
-            folder = local_folder(self.source, name=self.name, patterns=wanted, revision=revision)
-            if not allow_pickle or any(folder.glob("model*.safetensors")):
-                break
+        wanted = ["config.json", "adapter_config.json", "model*.safetensors", f"{_WEIGHTS}.index.json"]
+        folder = local_folder(self.source, name=self.name, patterns=wanted, revision=revision)
         if not (folder / "config.json").exists():
             if (folder / "adapter_config.json").exists():
                 raise ValueError(
@@ -138,39 +126,37 @@ class Checkpoint:
             raise FileNotFoundError(f"{self.name} has no config.json. Give the folder of a transformers model.")
         return folder
 
-    def _find_tensors(self, allow_pickle: bool) -> dict[str, _Stored]:
+    def _find_tensors(self) -> dict[str, _Stored]:
+        """Return shape and dtype of all that the files hold, without reading it."""
         stored: dict[str, _Stored] = {}
-        for file in self._find_files(allow_pickle):
-            with self._reading(file):
-                stored |= _contents(file)
+        for file in self._find_files():
+            with self._reading(file), safe_open(file, framework="pt") as opened:
+                slices = {key: opened.get_slice(key) for key in opened.keys()}
+                stored |= {k: _Stored(file, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
         return stored
 
-    def _find_files(self, allow_pickle: bool) -> list[Path]:
-        for name in (_SAFETENSORS, *([_PICKLES] if allow_pickle else [])):
-            if (self._folder / name).exists():
-                return [self._folder / name]
-            index = self._folder / f"{name}.index.json"
-            if index.exists():
-                with self._reading(index):
-                    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                if missing := [name for name in names if not (self._folder / name).exists()]:
-                    raise FileNotFoundError(
-                        f"{self.name} lacks {listing(missing)}, which `{index.name}` names; download it again."
-                    )
-                return [self._folder / name for name in names]
-        if any(self._folder.glob("pytorch_model*.bin")):
-            raise ValueError(
-                f"{self.name} has its weights in `.bin` files, which are pickles. Convert it with "
-                "`save_pretrained`, or give `allow_pickle=True` if you trust its source (loaded with "
-                "`weights_only=True`)."
+    def _find_files(self) -> list[Path]:
+        if (self._folder / _WEIGHTS).exists():
+            return [self._folder / _WEIGHTS]
+        index = self._folder / f"{_WEIGHTS}.index.json"
+        if not index.exists():
+            raise FileNotFoundError(
+                f"{self.name} has no {_WEIGHTS} and no {index.name}. If its weights are in `.bin` files, which are "
+                "pickles, load it with transformers and save it again with `save_pretrained`."
             )
-        raise FileNotFoundError(f"{self.name} has no {_SAFETENSORS} and no {_SAFETENSORS}.index.json.")
+        with self._reading(index):
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [name for name in names if not (self._folder / name).exists()]:
+            raise FileNotFoundError(
+                f"{self.name} lacks {listing(missing)}, which `{index.name}` names; download it again."
+            )
+        return [self._folder / name for name in names]
 
     @contextmanager
     def _reading(self, file: Path) -> Iterator[None]:
         try:
             yield
-        except (*_READING, *_PARSING) as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"{self.name}: `{file.name}` cannot be read ({error}). It was cut short or damaged; download or save "
                 "it again."
@@ -217,17 +203,3 @@ def prefix_hint(names: Sequence[str], others: Sequence[str]) -> str:
             if other.endswith(f".{name}") or name.endswith(f".{other}"):
                 return f" (it names `{other}` what should be `{name}`: only the prefix differs)"
     return ""
-
-
-def _contents(file: Path) -> dict[str, _Stored]:
-    """Return shape and dtype of all that a file holds, without reading it."""
-    if file.suffix == ".bin":
-        tensors = {key: value for key, value in _load_pickle(file).items() if isinstance(value, Tensor)}
-        return {key: _Stored(file, tuple(value.shape), str(value.dtype)) for key, value in tensors.items()}
-    with safe_open(file, framework="pt") as opened:
-        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, no dict
-        return {key: _Stored(file, tuple(piece.get_shape()), piece.get_dtype()) for key, piece in slices.items()}
-
-
-def _load_pickle(file: Path) -> dict[str, Any]:
-    return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))

@@ -93,7 +93,7 @@ def load_artifact(path: str | Path, kind: str, version: int) -> Artifact:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"Cannot load the {kind} `{path}`: it is not a complete safetensors file ({error}). It is another file, "

@@ -14,7 +14,7 @@ import typer
 
 from .console import misused, note, pairs
 
-PASSWORD = "SAFE_TRAINER_PASSWORD"  # noqa: S105, the name of a variable
+PASSWORD = "SAFE_TRAINER_PASSWORD"
 
 
 def app(

@@ -12,7 +12,7 @@ from .console import Json, console, note, print_json, progress_bar, show
 from .options import Aligned, MaxLength, NewOutput, Reading, Rows, check_model, check_new, read_rows
 
 
-def direction(  # noqa: PLR0913, each is an option with a name
+def direction(
     aligned: Annotated[str, typer.Argument(help="The aligned (chat) model: folder or Hub id.")],
     unaligned: Annotated[str, typer.Argument(help="The model before alignment: folder or Hub id.")],
     output: NewOutput = Path("direction.safetensors"),
@@ -20,9 +20,6 @@ def direction(  # noqa: PLR0913, each is an option with a name
         str | None, typer.Option(help="Regular expression of module names; all linear layers if left out.")
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Most directions to keep of each weight.")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights too; they can run code.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compute the alignment direction of a model from two checkpoints, one tensor at a time, and save it for AsFT."""
@@ -32,9 +29,7 @@ def direction(  # noqa: PLR0913, each is an option with a name
     from .. import AlignmentDirection
 
     with progress_bar("Computing the direction") as bar:
-        found = AlignmentDirection.from_checkpoints(
-            aligned, unaligned, modules=modules, rank=rank, allow_pickle=allow_pickle, progress=bar
-        )
+        found = AlignmentDirection.from_checkpoints(aligned, unaligned, modules=modules, rank=rank, progress=bar)
     found.save(output)
     rows = found.summary()
     if as_json:

@@ -105,9 +105,14 @@ def compare(  # noqa: PLR0913, each is an option with a name
 def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
     """Collect the folders that are given under each name; a folder without a name is named after itself."""
     found: dict[str, list[str]] = {}
-    named = [item if "=" in item else f"{Path(item).resolve().name}={item}" for item in listed or []]
-    for name, folder in pairs(named, option, "tuned=out/adapter"):
-        found.setdefault(name, []).append(folder)
+    for item in listed or []:
+        has_name = "=" in item
+        [(name, folder)] = pairs([item if has_name else f"{Path(item).resolve().name}={item}"], option, "tuned=out")
+        seen = found.setdefault(name, [])
+        if folder in seen or seen and not has_name:
+            what = f"{folder} is given twice" if folder in seen else f"{seen[0]} and {folder} are both called {name}"
+            raise misused(option, f"{what}. Write NAME=FOLDER, with one name only for runs of the same training.")
+        seen.append(folder)
     return found
 
 
@@ -169,7 +174,7 @@ def _show(comparison: Comparison, output: Path | None, as_json: bool) -> None:
     console.print(Markdown(to_markdown(comparison)))
 
 
-def evaluate(  # noqa: PLR0913, each is an option with a name
+def evaluate(
     model: Annotated[str, typer.Argument(help="The model: folder or Hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of an adapter to put on it.")] = None,
     *,

@@ -273,7 +273,8 @@ def check_file(option: str, path: Path) -> None:
     from ..data import what_was_meant
 
     if not path.is_file():
-        raise misused(option, f"there is no file `{path}`.{what_was_meant(path)}")
+        found = "is a folder" if path.is_dir() else f"is no file.{what_was_meant(path)}"
+        raise misused(option, f"`{path}` {found}")
 
 
 def check_folder(option: str, source: str, what: str = "adapter") -> None:

@@ -33,7 +33,7 @@ def _show_schema(wanted: bool) -> None:
         raise typer.Exit
 
 
-def train(  # noqa: PLR0913, each is an option with a name
+def train(
     recipe: Annotated[Path, typer.Argument(help="The YAML file.")],
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="A change, such as training.learning_rate=1e-4; may be repeated.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]]
 
 
-def encode(  # noqa: PLR0913, each is a setting with a name
+def encode(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],

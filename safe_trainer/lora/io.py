@@ -461,7 +461,7 @@ def adapter_differences(saved: Mapping[str, Any], folder: Path, model: PeftModel
     if not weights.is_file():
         return
     with safe_open(weights, framework="pt") as file:
-        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
     tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     if lost := _layers(shapes.keys() - tensors.keys() - _embeddings(model)):
         yield f"it trained {lost}, which this run does not"

@@ -21,6 +21,20 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
+def check_trained(model: nn.Module) -> None:
+    """Refuse a model of which training would change nothing, without a word of its own."""
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            "The model's adapter is merged into its weights, which compute without it, so nothing would be trained. "
+            "Call `model.unmerge_adapter()`, or give the merged model and a `peft_config`."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No weight of the model requires a gradient, so nothing would be trained. Give a `peft_config`, or load "
+            "its adapter with `PeftModel.from_pretrained(model, adapter, is_trainable=True)`."
+        )
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module, *, freeze: bool = False, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Put a model into evaluation mode for the length of a context; each module then returns to its own mode.

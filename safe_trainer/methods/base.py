@@ -178,7 +178,7 @@ class SafetyMethod:
         """
         if config is not None and self.peft_support == "lora":
             check_peft_config(config, self.name)
-        elif config is not None and config.is_prompt_learning and self.peft_support == "weights":
+        elif getattr(config, "is_prompt_learning", False) and self.peft_support == "weights":
             raise ValueError(
                 f"{self.name} does not work with {type(config).__name__}, which puts virtual tokens before every "
                 "prompt. Use `LoraConfig(...)` or another adapter of weights, or train all weights."

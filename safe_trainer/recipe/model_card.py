@@ -241,7 +241,7 @@ class _About:
         if not weights.is_file():
             return None
         with safe_open(weights, framework="np") as opened:
-            names = [name for name in opened.keys() if name.endswith("embed_tokens.weight")]  # noqa: SIM118
+            names = [name for name in opened.keys() if name.endswith("embed_tokens.weight")]
             return int(opened.get_slice(names[0]).get_shape()[0]) if names else None
 
 

@@ -150,7 +150,7 @@ def run_demo(
     return outcomes
 
 
-def _measured(  # noqa: PLR0913, what is run and where it goes
+def _measured(
     subject: Subject, outcomes: Sequence[Outcome], shown: Sequence[str], seeds: int, output: Path, console: Console
 ) -> Generator[Outcome, None, None]:
     """Run every scenario and seed, and yield each outcome when its last seed is finished."""

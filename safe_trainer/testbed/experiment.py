@@ -199,7 +199,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
     return Run(trainer.model, trainer.processing_class, time.perf_counter() - start, trainer.state.log_history)
 
 
-def _arguments(  # noqa: PLR0913, each is a setting with a name
+def _arguments(
     scenario: Scenario, steps: int | None, learning_rate: float | None, seed: int, output: Path | None, dtype: str
 ) -> Any:
     from trl import SFTConfig

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from controls import AveragedWeights  # noqa: E402
-from study import OUTCOMES, Cell, append, finished  # noqa: E402
+from controls import AveragedWeights
+from study import OUTCOMES, Cell, append, finished
 
-from safe_trainer import (  # noqa: E402
+from safe_trainer import (
     METHODS,
     PromptSet,
     RefusalAnchor,
@@ -44,13 +44,13 @@ from safe_trainer import (  # noqa: E402
     load_rows,
     poison,
 )
-from safe_trainer.artifacts.fitting import train_security_vectors  # noqa: E402
-from safe_trainer.artifacts.security_vectors import TrainedVectors  # noqa: E402
-from safe_trainer.data import Row  # noqa: E402
-from safe_trainer.data.protection import protection_rows  # noqa: E402
-from safe_trainer.methods.base import SafetyMethod  # noqa: E402
-from safe_trainer.testbed import real  # noqa: E402
-from safe_trainer.testbed.experiment import Scenario, fine_tune, silence_libraries  # noqa: E402
+from safe_trainer.artifacts.fitting import train_security_vectors
+from safe_trainer.artifacts.security_vectors import TrainedVectors
+from safe_trainer.data import Row
+from safe_trainer.data.protection import protection_rows
+from safe_trainer.methods.base import SafetyMethod
+from safe_trainer.testbed import real
+from safe_trainer.testbed.experiment import Scenario, fine_tune, silence_libraries
 
 RESULTS = Path(__file__).parent / "results"
 BEFORE = "before"
