@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversation, scan_file
 from safe_trainer.analysis import scan
-from safe_trainer.analysis.scan import Score, average_precision, precision_recall, score_rows
+from safe_trainer.analysis.scan import Score, _Source, average_precision, precision_recall, score_rows
 from safe_trainer.analysis.scan_files import Scores, write_table
 from safe_trainer.artifacts.fitting import row_losses
 from safe_trainer.data import read_records
@@ -570,6 +570,24 @@ def test_vectors_that_were_not_fitted_are_told(pair, caplog):
     poor = dataclasses.replace(vectors, provenance={**vectors.provenance, "report": {"reached_target": False}})
     scan_file(ROWS, model, poor, TOKENIZER)
     assert "`vectors`" in caplog.text and "not fitted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "harmful", "harmless"),
+    [
+        ("is_safe", False, True),
+        ("bad", "1.0", "0.0"),
+        ("bad", "y", ""),
+        ("poison", "toxic", "non-toxic"),
+        ("bad", 1, 0),
+    ],
+)
+def test_a_label_says_what_its_name_and_its_value_say(name, harmful, harmless):
+    rows = [conversation("a", "b") | {name: harmful}, conversation("c", "d") | {name: harmless}]
+    found = [known[2] for known, _ in _Source(rows, ReadOptions(), name).rows(0)]
+    assert found[0] is True and not found[1]
+    with pytest.raises(ValueError, match=f"no label.*'perhaps' in `{name}`.*harmful or safe"):
+        _Source([rows[0] | {name: "perhaps"}], ReadOptions(), name).check()
 
 
 def test_a_label_that_is_missing_is_named(pair, tmp_path):

@@ -37,6 +37,7 @@ from ..data import (
     open_source,
     safety_label,
 )
+from ..data.labels import FLAGS
 from ..data.reading import STREAMED
 from ..evaluation.statistics import Rate
 from ..lora.modes import evaluation_mode, input_device
@@ -51,7 +52,6 @@ THRESHOLD = 0.5
 
 _KNOWN = 0.05  # nats per token
 _BATCHES = 4  # rows of this many batches are sorted by length, so that a batch holds little padding
-_YES = {"1", "true", "yes", "harmful", "unsafe"}
 
 
 class Score(NamedTuple):
@@ -413,10 +413,13 @@ class _Source:
         return opened.report, opened.converted(convert)
 
     def _label(self, columns: Columns) -> bool | None:
-        if self.label is None:
-            is_safe = safety_label(columns)
-            return None if is_safe is None else not is_safe
-        if self.label not in columns:
+        if self.label is not None and self.label not in columns:
             raise BadRowError("no label", ", ".join(columns), f"a column `{self.label}`")
-        value = columns[self.label]
-        return value.strip().lower() in _YES if isinstance(value, str) else bool(value)
+        is_safe = safety_label(columns if self.label is None else {self.label: columns[self.label]})
+        if is_safe is None and self.label is not None:  # a name that says nothing: true is harmful
+            value = str(columns[self.label]).strip().lower()
+            flag = FLAGS.get(value)
+            is_safe = safety_label({"label": value}) if flag is None else not flag
+            if is_safe is None and value not in ("", "none"):
+                raise BadRowError("no label", f"{value!r} in `{self.label}`", "true or false, harmful or safe")
+        return None if is_safe is None else not is_safe
