@@ -463,6 +463,7 @@ def test_compliance_rates_are_reported_off_and_on_with_their_counts():
     rows = [conversation(prompt, "Sure. First open the box.") for prompt in prompts.prompts]
     report = fitted(rows=rows, target_loss=0.05, prompts=prompts).provenance["report"]
     assert "/2)" in report["compliance_off"] and "(2/2)" in report["compliance_on"]
+    assert report["compliance_on"].endswith("], by phrases")
 
 
 def test_provenance_says_where_vectors_come_from():

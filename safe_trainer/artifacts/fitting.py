@@ -385,7 +385,8 @@ def _compliance(model: Any, tokenizer: Any, prompts: PromptSet | None) -> str | 
         return None
     from ..evaluation import evaluate
 
-    return str(evaluate(model, tokenizer, [prompts]).results[0].rate("complied"))
+    (result,) = evaluate(model, tokenizer, [prompts], judges=["phrases"]).results
+    return f"{result.rate('complied')}, by phrases"
 
 
 def _say(report: dict[str, Any]) -> None:
