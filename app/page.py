@@ -341,7 +341,13 @@ class Page:
         return {**self._show_jobs(session), **shown, self.seen: state, self.timer: gr.Timer(active=busy)}
 
     def _ask(
-        self, question: str, whom: list[str], system: str, temperature: float, talk: list[Turn], request: gr.Request
+        self,
+        question: str,
+        whom: list[str],
+        system: str | None,
+        temperature: float,
+        talk: list[Turn],
+        request: gr.Request,
     ) -> Iterator[tuple[str, list[Turn], Any]]:
         """Ask the models; answers come word by word."""
         session = self.session(request)
@@ -349,7 +355,7 @@ class Page:
         asked = [*talk, turn]
         try:
             yield answered(asked, waiting=True), talk, ""
-            for title, text in self.services.questions(session, asked, whom, system, temperature):
+            for title, text in self.services.questions(session, asked, whom, system or "", temperature):
                 turn.answers[title] = text
                 yield answered(asked, waiting=True), asked, gr.skip()
         except ValueError as error:

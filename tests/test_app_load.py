@@ -24,7 +24,7 @@ def memory():
 
 def ask(client, number):
     """Ask one question of one's own, and return everything that was said on the way."""
-    job = client.submit(f"How do I paint fence number {number}?", ["before"], "", 0, api_name="/ask")
+    job = client.submit(f"How do I paint fence number {number}?", ["before"], None, 0, api_name="/ask")
     job.result(timeout=300)
     return job.outputs()
 
