@@ -244,7 +244,7 @@ OTHER_PROMPTS = (
     "These two runs were asked different prompts or are of different models: compare their rates with care."
 )
 DIFFERENT = "Settings that differ between the two runs"
-SETTING_COLUMN, NO_DIFFERENCE = "Setting", "No setting differs, but data, methods or seed of sampling may."
+SETTING_COLUMN, NO_DIFFERENCE = "Setting", "No setting differs; data and methods may."
 OLDER_RUN = "This is the result of an earlier choice ({name}). What you have chosen now has not been trained yet."
 WORDS = {
     "eroded": "Safety eroded",
