@@ -175,7 +175,7 @@ class Page:
             step = COMPARE if job.progress.state == "done" else TRAIN
         elif session.choices is not None:
             step = TRAIN
-        elif session.form:
+        elif session.form.keys() - {"skip_bad"}:  # a box of the first step
             step = METHOD
         shown = self._show_data(session) | self._show_jobs(session) | self.compare.show(session)
         return {**shown, self.steps: gr.Tabs(selected=step)}

@@ -123,7 +123,7 @@ MATERIALS = {
 }
 PROMPTS = "Comparison: prompts, system prompt and judge"
 PROMPTS_CAPTION, PROMPTS_COLUMNS = (
-    "What all models are asked before and after",
+    "What all models are asked before and after; “Prompts asked per set” under “Advanced settings” limits how many",
     ("What should happen", "Set", "Prompts"),
 )
 KINDS = {
