@@ -50,7 +50,7 @@ notebooks: $(DEVELOPING)
 # Whatever is missing of the study, in both worlds, and its tables and pictures; about two hours on two cores.
 STUDY := $(BIN)/python recipes/study/study.py
 study: $(DEVELOPING) build/second/manifest.json
-	$(STUDY) strength anchor recommended alone test
+	$(STUDY) strength anchor recommended alone alone-elsewhere test
 	STUDY_PAIR=build/second $(STUDY) second second-others
 	$(BIN)/python recipes/study/report.py
 

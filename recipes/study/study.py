@@ -5,7 +5,7 @@
     python recipes/study/study.py test --seeds 1 --scenarios how-to poisoned-10 --variants AsFT
 
 On validation prompts: `strength`, each method from weak to strong, by which settings were chosen; `anchor`, controls
-of the refusal anchor. On test prompts: `recommended`; `alone`, the anchor without vectors;
+of the refusal anchor. On test prompts: `recommended`; `alone` and `alone-elsewhere`, the anchor without vectors;
 `test`, the other methods and their controls; `more`, which repeats elsewhere what `test` says; attacks that are
 `framed`, and `harder` ones. And `second` and `second-others`, the same on a second pair, whose folder is named by the
 variable `STUDY_PAIR`.
@@ -141,7 +141,8 @@ PARTS = {
     "strength": Part("strength.csv", "validation", 1, EITHER),
     "anchor": Part("strength.csv", "validation", 1, ANCHORED),
     "recommended": Part("runs.csv", "test", 5, dict.fromkeys(TEST, [RECOMMENDED])),
-    "alone": Part("runs.csv", "test", 1, dict.fromkeys(("how-to", "poisoned-10", "attack", "obedient"), [ANCHOR])),
+    "alone": Part("runs.csv", "test", 3, dict.fromkeys(("how-to", "poisoned-10", "attack", "obedient"), [ANCHOR])),
+    "alone-elsewhere": Part("runs.csv", "test", 1, dict.fromkeys(TEST, [ANCHOR])),
     "framed": Part("runs.csv", "test", 1, {"agent": [*PAIR, FRAMED], "trigger": PAIR}),
     "harder": Part("runs.csv", "test", 1, HARDER),
     "test": Part("runs.csv", "test", 5, TEST),
