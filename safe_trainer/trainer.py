@@ -26,6 +26,7 @@ from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpo
 from .data import labelled_harmful
 from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
+from .lora.loading import refuse_adapter
 from .lora.modes import check_trained, trainable_layout
 from .methods.base import SafetyMethod, check_report, describe_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
@@ -91,7 +92,7 @@ class SafeSFTTrainer(SFTTrainer):
         self.safety_report: dict[str, dict[str, Any]] = {}
         self.stops_gracefully = bool(self.safety_methods)
         self._fingerprint = RunFingerprint()
-        _refuse_vectors(arguments["model"])
+        _refuse_adapters(arguments["model"])
         if not self.safety_methods:
             super().__init__(**arguments)
             self._check_rows(arguments.get("train_dataset"))
@@ -307,8 +308,8 @@ def _default_arguments(model: Any, changed: dict[str, bool]) -> SFTConfig:
     return SFTConfig(f"{folder}-SFT", **changed)
 
 
-def _refuse_vectors(model: Any) -> None:
-    """Refuse to continue training security vectors: the result would comply with harmful requests."""
+def _refuse_adapters(model: Any) -> None:
+    """Refuse to continue training security vectors, whose result would comply with harmful requests, or an adapter."""
     is_folder = isinstance(model, str) and os.path.isdir(model)
     if harmful_mark(model) if is_folder else vectors_in(model):
         raise ValueError(
@@ -316,6 +317,8 @@ def _refuse_vectors(model: Any) -> None:
             "on, it would answer harmful requests. Give their base model, and the vectors as "
             "`safety=SecurityVectors(...)`."
         )
+    if is_folder:
+        refuse_adapter(model)
 
 
 def _log_report(report: dict[str, dict[str, Any]]) -> None:

@@ -295,7 +295,7 @@ def test_adapter_folder_is_refused_with_what_to_do(pair):
     (pair[0] / "config.json").unlink()
     (pair[0] / FILE).unlink()
     (pair[0] / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a PEFT adapter, not a complete model. Merge it first"):
+    with pytest.raises(ValueError, match="is an adapter, not a complete model. Merge it first"):
         from_checkpoints(pair)
 
 

@@ -218,7 +218,7 @@ def test_weights_that_were_cut_short_are_named_before_anything_is_loaded(tmp_pat
 
 def test_an_adapter_in_the_place_of_a_model_is_told_apart(adapter):
     result = invoke("evaluate", adapter)
-    assert result.exit_code == 2 and "is an adapter, not a model" in words(result)
+    assert result.exit_code == 2 and "is an adapter, not a complete model" in words(result)
 
 
 def test_modules_of_a_direction_are_shown_with_their_whole_names(tmp_path):

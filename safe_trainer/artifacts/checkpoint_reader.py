@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..lora.io import local_folder
+from ..lora.loading import refuse_adapter
 from ..lora.updates import linear_layers
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -118,11 +119,7 @@ class Checkpoint:
         wanted = ["config.json", "adapter_config.json", "model*.safetensors", f"{_WEIGHTS}.index.json"]
         folder = local_folder(self.source, name=self.name, patterns=wanted, revision=revision)
         if not (folder / "config.json").exists():
-            if (folder / "adapter_config.json").exists():
-                raise ValueError(
-                    f"{self.name} is a PEFT adapter, not a complete model. Merge it first: `safe-trainer export "
-                    "ADAPTER --output FOLDER`."
-                )
+            refuse_adapter(folder, self.name)
             raise FileNotFoundError(f"{self.name} has no config.json. Give the folder of a transformers model.")
         return folder
 

@@ -120,8 +120,11 @@ def read_records(
         raise ValueError(f"`{path}`, {error}") from error
     except LookupError as error:
         raise ValueError(f"`encoding` {encoding!r} is unknown to Python. Try utf-8, utf-16 or latin-1.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not {error.encoding} text ({error.reason}). Name its `encoding`.") from error
+    except UnicodeError as error:  # also where UTF-16 or UTF-32 must begin with a mark, and does not
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"`{path}` is not {encoding or 'Unicode'} text ({reason}). Name its `encoding`, or leave it out for UTF-8."
+        ) from error
 
 
 def encoding_of(start: bytes) -> str:

@@ -62,7 +62,7 @@ def compare(  # noqa: PLR0913, each is a setting with a name
         `Comparison`: The base as `"before"`, then the adapters in their order. On Ctrl-C, up to where it came.
 
     Raises:
-        ValueError: If an adapter is called "before", does not fit the model, or [`evaluate`] finds fault.
+        ValueError: If an adapter is called "before" or given twice, does not fit the model, or [`evaluate`] fails.
 
     Example:
 
@@ -121,6 +121,11 @@ def _named(
         if isinstance(paths, str | Path):
             named.append((name, paths))
             continue
+        if not paths or len({str(Path(path)) for path in paths}) < len(paths):
+            raise ValueError(
+                f"`adapters[{name!r}]` must hold the folders of several runs, each of them once, got "
+                f"{[str(path) for path in paths]}. Name every run once."
+            )
         runs[name] = tuple(f"{name}, run {number}" for number in range(1, len(paths) + 1))
         named += zip(runs[name], paths, strict=True)
     return named, runs

@@ -105,7 +105,7 @@ class RefusalMonitor(TrainerCallback):
         if self.minimum_rate is not None and low < self.minimum_rate:
             raise ValueError(
                 f"`minimum_rate={self.minimum_rate}` cannot be held: before the first step the lower end of the "
-                f"refusal rate is {low:.3f}. Lower `minimum_rate`, or give more harmful prompts."
+                f"refusal rate is {low:.3f}. Lower `minimum_rate` or leave it out, or give more harmful prompts."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

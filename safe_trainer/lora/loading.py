@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch.distributed import is_available, is_initialized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +28,7 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
         `tuple`: The model (`PreTrainedModel`, or `PeftModel` with an adapter), and the tokenizer.
 
     Raises:
-        ValueError: If the model could not be loaded, or the adapter is damaged.
+        ValueError: If the model could not be loaded or is an adapter itself, or the adapter is damaged.
         OSError: If the model could not be loaded for the adapter; names both.
 
     Example:
@@ -42,6 +43,7 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
         placed: Any = _placing(options)
         model, tokenizer = load_adapted(adapter, str(name), **placed)
         return _moved(model, placed), tokenizer
+    refuse_adapter(name)
     about = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **about)
@@ -51,6 +53,21 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
             f"The model `{name}` could not be loaded: {str(error).strip()} Give a folder or a Hub id; for a private "
             "or gated model, log in with `hf auth login`."
         ) from error
+
+
+def refuse_adapter(source: str | Path, name: str = "") -> None:
+    """Refuse the folder of an adapter in the place of a model: libraries do not say so, or load both without a word.
+
+    Args:
+        source (`str` or `Path`): The folder; another name is taken as it is.
+        name (`str`, *optional*): What a message calls it; its path by default.
+    """
+    folder = Path(source).expanduser()
+    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{name or f'`{source}`'} is an adapter, not a complete model. Merge it first: `safe-trainer export "
+            "ADAPTER --output FOLDER`, or give its base model."
+        )
 
 
 def source_of(model: Any) -> str:

@@ -105,8 +105,9 @@ def check_model(path: str) -> str:
     if not any(folder.iterdir()):
         raise ValueError(f"the folder `{path}` is empty")
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"`{path}` is an adapter, not a model: give its base model here, and the adapter as such")
+        from ..lora.loading import refuse_adapter
+
+        refuse_adapter(path)
         raise ValueError(f"the folder `{path}` holds no model: there is no config.json in it")
     for file in folder.glob("*.safetensors"):
         weights_kind(file)
