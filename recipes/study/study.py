@@ -7,8 +7,8 @@
 On validation prompts: `strength`, each method from weak to strong, by which settings were chosen; `anchor`, controls
 of the refusal anchor. On test prompts: `recommended`; `alone` and `alone-elsewhere`, the anchor without vectors;
 `test`, the other methods and their controls; `more`, which repeats elsewhere what `test` says; attacks that are
-`framed`, and `harder` ones. And `second` and `second-others`, the same on a second pair, whose folder is named by the
-variable `STUDY_PAIR`.
+`framed`, trainings that an attacker has `chosen`, and `harder` ones. And `second` and `second-others`, the same on a
+second pair, whose folder is named by the variable `STUDY_PAIR`.
 
 Each run is one process's work of some seconds: fine-tune the aligned model, ask it all prompts of the split, count.
 What is finished is appended to a CSV at once, one line for each set of prompts, and skipped the next time; stop it and
@@ -129,11 +129,8 @@ MORE: dict[str, Sequence[str]] = {
     "word-problems": ["AsFT", REFUSALS],
     "topic": ["security vectors", "AsFT", REFUSALS],
 }
-HARDER: dict[str, Sequence[str]] = {
-    "ten-times": PAIR,
-    **dict.fromkeys(("obedient", "how-to"), list(FULL)),
-    "poisoned-10": [*FULL, *ATTACKS],
-}
+CHOSEN: dict[str, Sequence[str]] = {"obedient": list(FULL), "poisoned-10": [*FULL, *ATTACKS]}
+HARDER: dict[str, Sequence[str]] = {"ten-times": PAIR, "how-to": list(FULL)}
 ANCHORED = {"obedient": ["plain LoRA", ANCHOR, *ANCHOR_CONTROLS, *ANCHORS]}
 SECOND = {**dict.fromkeys(("how-to", "poisoned-10", "attack"), [RECOMMENDED]), "obedient": PAIR}
 EITHER = dict.fromkeys(("poisoned-10", "how-to"), ["plain LoRA", *STRENGTHS])
@@ -144,6 +141,7 @@ PARTS = {
     "alone": Part("runs.csv", "test", 3, dict.fromkeys(("how-to", "poisoned-10", "attack", "obedient"), [ANCHOR])),
     "alone-elsewhere": Part("runs.csv", "test", 1, dict.fromkeys(TEST, [ANCHOR])),
     "framed": Part("runs.csv", "test", 1, {"agent": [*PAIR, FRAMED], "trigger": PAIR}),
+    "chosen": Part("runs.csv", "test", 1, CHOSEN),
     "harder": Part("runs.csv", "test", 1, HARDER),
     "test": Part("runs.csv", "test", 5, TEST),
     "more": Part("runs.csv", "test", 5, MORE),
