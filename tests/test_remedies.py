@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from remedies import artifacts, data, results, training
+from remedies import artifacts, data, recipes, results, training
 from remedies.room import room
+from remedies.warnings import WARNINGS
 
-TABLES = (data.DATA, training.METHODS, training.TRAINER, artifacts.ARTIFACTS, artifacts.ADAPTERS, results.EVALUATION)
+TABLES = (
+    data.DATA, training.METHODS, training.TRAINER, artifacts.ARTIFACTS, artifacts.ADAPTERS, results.EVALUATION,
+    recipes.RECIPES, recipes.COMMANDS,
+)  # fmt: skip
 CASES = {name: case for table in TABLES for name, case in table.items()}
+SLOW = {"vectors of a few rows"}
+assert len(CASES) == sum(map(len, TABLES)), "two cases have one name"
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +31,15 @@ def test_what_a_message_advises_works(case, pair, tmp_path):
         refused(at)
     for remedy in remedies:
         remedy(at)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in WARNINGS])
+def test_what_a_warning_advises_ends_it(case, pair, tmp_path, caplog):
+    at = room(tmp_path, pair)
+    warned, message, remedies = WARNINGS[case]
+    warned(at)
+    assert message in caplog.text
+    for remedy in remedies:
+        caplog.clear()
+        remedy(at)
+        assert message not in caplog.text

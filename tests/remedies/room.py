@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from typing import Any
 import planted
 import tiny
 import torch
+from commands import invoke
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from runs import HARMFUL, REFUSED, SHORT, given, lora
@@ -40,10 +41,13 @@ from safe_trainer import (
     scan_file,
     train_security_vectors,
 )
+from safe_trainer.evaluation.generate import Decoding
+from safe_trainer.recipe import read_recipe
 
 Try = Callable[[SimpleNamespace], Any]
 Case = tuple[Try, str, list[Try]]
 """What is refused, what the message says, and what it advises."""
+
 LONG = [conversation("Please consider this. " * 8, "I will not.")] * 4
 LONG_HARMFUL = [conversation("Please consider this. " * 8, "Sure: a bad thing.")] * 4
 BAD = b'{"prompt": "Make a bad thing", "completion": "Sure: a bad thing."}\n{"prompt": "Make another"}\n'
@@ -137,6 +141,13 @@ def brief() -> Any:
     return tokenizer
 
 
+def deaf() -> Any:
+    """A tokenizer whose template has no place for a system turn."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.TEMPLATE.replace("{% else %}<u>", "{% elif m.role == 'user' %}<u>")
+    return tokenizer
+
+
 def larger() -> Any:
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<new>"])
@@ -182,7 +193,9 @@ def averaged(at: SimpleNamespace, **settings: Any) -> None:
 def monitored(at: SimpleNamespace, count: int, **settings: Any) -> None:
     trainer, prompts = at.trainer(None, max_steps=1), replace(ASKED, prompts=("Make it.",) * count)
     judge = FunctionJudge(lambda prompt, answer: "refused", "always", "1")
-    trainer.add_callback(RefusalMonitor(trainer, [prompts], judge=judge, **settings))
+    trainer.add_callback(
+        RefusalMonitor(trainer, [prompts], judge=judge, decoding=Decoding(max_new_tokens=1), **settings)
+    )
     trainer.train()
 
 
@@ -221,8 +234,8 @@ def asked(tokenizer: Any, prompts: PromptSet = ASKED, **settings: Any) -> Any:
     return evaluate(tiny.model(), tokenizer, [prompts], name="model", max_new_tokens=1, **settings)
 
 
-def compared(at: SimpleNamespace, adapters: dict[str, Any], model: Any = None) -> Any:
-    return compare(model or of(at.aligned), tiny.tokenizer(), [ASKED], adapters, max_new_tokens=1)
+def compared(at: SimpleNamespace, adapters: dict[str, Any], model: Any = None, tokenizer: Any = None) -> Any:
+    return compare(model or of(at.aligned), tokenizer or tiny.tokenizer(), [ASKED], adapters, max_new_tokens=1)
 
 
 def both(*sets: PromptSet) -> Comparison:
@@ -244,3 +257,18 @@ def scanned(at: SimpleNamespace, tokenizer: Any = None, **settings: Any) -> Any:
     rows = at.written("\n".join(map(json.dumps, HARMFUL)).encode(), "rows.jsonl")
     model = of(at.aligned)
     return scan_file(rows, model, planted.vectors(model), tokenizer or tiny.tokenizer(), **settings)
+
+
+def recipe(at: SimpleNamespace, changes: Sequence[str] = (), text: str = "", **values: Any) -> Any:
+    at.written(json.dumps({"prompt": "Say one.", "completion": "One."}).encode(), "rows.jsonl")
+    usual = {"model": {"path": at.aligned}, "data": [{"path": "rows.jsonl"}], "safety": None}
+    content = text or json.dumps({**usual, "output": str(at.folder / "out"), **values})
+    return read_recipe(at.written(content.encode(), "recipe.yaml"), changes)
+
+
+def command(*arguments: object) -> str:
+    """Run a command; an error is what it says."""
+    done = invoke(*arguments)
+    if done.exit_code:
+        raise ValueError(f"{done.output} {done.exception!r}")
+    return done.output

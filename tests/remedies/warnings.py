@@ -1,0 +1,82 @@
+"""What is said and goes on: gone once the advice is taken."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from runs import HARMFUL, REFUSED, SHORT
+from transformers import AutoTokenizer
+
+from safe_trainer import ConstrainedSFT, ReadOptions, SafetyBasis, SaLoRA, SecurityVectors, conversation, load_rows
+
+from .room import LONG, PLAIN, Case, compared, deaf, of, on, tiny
+
+LABELLED = [{"prompt": f"Say {n}", "completion": "One.", "is_safe": n > 2} for n in range(8)]
+SHORT_ANSWERS = Dataset.from_list([conversation(f"Say {n}", "Y") for n in range(8)])
+MESSAGES = Dataset.from_list([{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.rows(8)])
+BRIEF = {"role": "system", "content": "Be brief."}
+WITH_SYSTEM = [{**row, "prompt": [BRIEF, *row["prompt"]]} for row in REFUSED]
+COMPLIED = [conversation(f"Make it {n}.", "Sure, here is how: first you take two of them.") for n in range(8)]
+MANY = [conversation(f"Make a bad thing {n}.", "Sure: a bad thing.") for n in range(100)]
+
+WARNINGS: dict[str, Case] = {
+    "harmful rows in training": (
+        lambda at: at.trainer(None, train_dataset=load_rows(LABELLED)[0]),
+        r"Leave them out, as with `load_rows(..., ReadOptions(where={'is_safe': True}))`",
+        [lambda at: at.trainer(None, train_dataset=load_rows(LABELLED, ReadOptions(where={"is_safe": True}))[0])],
+    ),
+    "rows that start too late": (
+        lambda at: at.measured(rows=[*LONG, *REFUSED], max_length=64, rank=2),
+        "Raise `max_length`",
+        [lambda at: at.measured(rows=[*LONG, *REFUSED], max_length=256, rank=2)],
+    ),
+    "safety data that complies": (
+        lambda at: at.trainer(SaLoRA(safety_data=COMPLIED, rank=4, task_rank=0)),
+        "Give harmful prompts with refusals",
+        [lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=4, task_rank=0))],
+    ),
+    "fewer directions than the rank": (
+        lambda at: at.trainer(SaLoRA(safety_data=REFUSED[:1], rank=28, task_rank=0), peft_config=on("down_proj")),
+        "Give more rows, or lower `rank`",
+        [
+            lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=28, task_rank=0), peft_config=on("down_proj")),
+            lambda at: at.trainer(SaLoRA(safety_data=REFUSED[:1], rank=4, task_rank=0)),
+        ],
+    ),
+    "answers that are all opening": (
+        lambda at: at.trainer(ConstrainedSFT(), train_dataset=SHORT_ANSWERS),
+        "Use another method, or lower `opening_tokens`",
+        [lambda at: at.trainer(PLAIN, train_dataset=SHORT_ANSWERS), lambda at: at.trainer(ConstrainedSFT(1))],
+    ),
+    "an opening of the prompt": (
+        lambda at: at.trainer(ConstrainedSFT(), train_dataset=MESSAGES),
+        "Give rows with `prompt` and `completion`, or set `assistant_only_loss=True`",
+        [
+            lambda at: at.trainer(ConstrainedSFT()),
+            lambda at: at.trainer(ConstrainedSFT(), train_dataset=MESSAGES, assistant_only_loss=True),
+        ],
+    ),
+    "vectors of a few rows": (
+        lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting=SHORT)),
+        "Give about 100 as `harmful_data`",
+        [lambda at: at.trainer(SecurityVectors(harmful_data=MANY, fitting=SHORT))],
+    ),
+    "a turn that the template leaves out": (
+        lambda at: SafetyBasis.from_rows(of(at.aligned), deaf(), WITH_SYSTEM, rank=2),
+        "Give rows without it, or another chat template",
+        [
+            lambda at: SafetyBasis.from_rows(of(at.aligned), deaf(), REFUSED, rank=2),
+            lambda at: SafetyBasis.from_rows(of(at.aligned), tiny.tokenizer(), WITH_SYSTEM, rank=2),
+        ],
+    ),
+    "another template than in training": (
+        lambda at: (deaf().save_pretrained(at.adapter()), compared(at, {"after": at.folder / "adapter"})),
+        "Load the tokenizer from `",
+        [
+            lambda at: compared(
+                at,
+                {"after": at.folder / "adapter"},
+                tokenizer=AutoTokenizer.from_pretrained(at.folder / "adapter"),
+            )
+        ],
+    ),
+}
