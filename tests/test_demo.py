@@ -9,12 +9,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from marks import exhaustive_but
 from rich.console import Console
 
-from safe_trainer import METHODS, testbed
+from safe_trainer import METHODS, SafetyMethod, testbed
 from safe_trainer.testbed import demo
 from safe_trainer.testbed.demo import SHOWN, run_demo
 from safe_trainer.testbed.experiment import (
@@ -101,6 +102,22 @@ def test_one_seed_gives_one_result() -> None:
     logs = [fine_tune(SCENARIOS["attack"], variants()["asft"](), seed=3).log for _ in range(2)]
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) >= 2
+
+
+class Interrupted(SafetyMethod):
+    """Gets Ctrl-C in the middle of a step."""
+
+    def penalty(self, model: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_is_interrupted_leaves_nothing_where_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(SCENARIOS["attack"], [Interrupted()], seed=0, steps=3)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

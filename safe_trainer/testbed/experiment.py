@@ -192,6 +192,7 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
         callbacks=[_counting_steps()],
     )
     trainer.remove_callback(PrinterCallback)  # what it prints is in the log
+    trainer.stops_gracefully = False  # a run of seconds starts again, and its checkpoint would be saved where we are
     if steps != 0:
         trainer.train()
     if output is not None:
