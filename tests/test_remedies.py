@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from remedies import artifacts, data, recipes, results, training
+from remedies import app, artifacts, data, recipes, results, resuming, training
 from remedies.room import room
 from remedies.warnings import WARNINGS
 
 TABLES = (
     data.DATA, training.METHODS, training.TRAINER, artifacts.ARTIFACTS, artifacts.ADAPTERS, results.EVALUATION,
-    recipes.RECIPES, recipes.COMMANDS,
+    recipes.RECIPES, recipes.COMMANDS, app.APP, resuming.RESUMING,
 )  # fmt: skip
 CASES = {name: case for table in TABLES for name, case in table.items()}
 SLOW = {"vectors of a few rows"}
