@@ -189,6 +189,8 @@ def test_the_alignment_script_trains_checks_and_publishes(
     benign = [{"instruction": f"Count to {number}.", "output": "One, two."} for number in range(130)]
     for name, rows in (("harmful", harmful), ("benign", benign)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(align, "BENIGN", 8)
+    monkeypatch.setattr(align, "ours", lambda kind: [f"Say {kind}."] * 4)
     monkeypatch.setattr(align.real, "dtype", lambda: "float32")
     given = {"base": testbed.UNALIGNED, "output": tmp_path / "out"}
     given |= {name: tmp_path / f"{name}.json" for name in ("harmful", "benign")}

@@ -168,7 +168,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(given.base, dtype=real.dtype())
     tokenizer = AutoTokenizer.from_pretrained(given.base)
     training, held_out = split(given.harmful)
-    chosen = training[:: len(training) // HARMFUL][:HARMFUL]
+    chosen = training[:: max(1, len(training) // HARMFUL)][:HARMFUL]
     rows = alignment_rows(model, tokenizer, chosen, short_rows(given.benign, BENIGN))
     texts = list(load_rows(given.benign)[0])[-48:]
     asked = held_out[::5][:24]
