@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from remedies import app, artifacts, data, recipes, results, resuming, training
+from remedies import app, artifacts, data, misfits, recipes, results, resuming, training
 from remedies.room import room
 from remedies.warnings import WARNINGS
 
 TABLES = (
     data.DATA, training.METHODS, training.TRAINER, artifacts.ARTIFACTS, artifacts.ADAPTERS, results.EVALUATION,
-    recipes.RECIPES, recipes.COMMANDS, app.APP, resuming.RESUMING,
+    recipes.RECIPES, recipes.COMMANDS, app.APP, resuming.RESUMING, misfits.MISFITS,
 )  # fmt: skip
 CASES = {name: case for table in TABLES for name, case in table.items()}
-SLOW = {"vectors of a few rows"}
+SLOW = {*resuming.RESUMING, "vectors of a few rows", "a card without rates"}
 assert len(CASES) == sum(map(len, TABLES)), "two cases have one name"
 
 
@@ -23,17 +23,21 @@ def pair(tmp_path_factory):
     return tiny.save_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.mark.parametrize("case", CASES)
+def marked(cases):
+    return [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in cases]
+
+
+@pytest.mark.parametrize("case", marked(CASES))
 def test_what_a_message_advises_works(case, pair, tmp_path):
     at = room(tmp_path, pair)
     refused, message, remedies = CASES[case]
-    with pytest.raises((ValueError, TypeError, OSError), match=message):
+    with pytest.raises((ValueError, TypeError, OSError, FloatingPointError), match=message):
         refused(at)
     for remedy in remedies:
         remedy(at)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in WARNINGS])
+@pytest.mark.parametrize("case", marked(WARNINGS))
 def test_what_a_warning_advises_ends_it(case, pair, tmp_path, caplog):
     at = room(tmp_path, pair)
     warned, message, remedies = WARNINGS[case]

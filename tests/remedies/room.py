@@ -231,7 +231,7 @@ def strange(at: SimpleNamespace) -> AlignmentDirection:
 
 
 def asked(tokenizer: Any, prompts: PromptSet = ASKED, **settings: Any) -> Any:
-    return evaluate(tiny.model(), tokenizer, [prompts], name="model", max_new_tokens=1, **settings)
+    return evaluate(tiny.model(), tokenizer, [prompts], **{"name": "model", "max_new_tokens": 1, **settings})
 
 
 def compared(at: SimpleNamespace, adapters: dict[str, Any], model: Any = None, tokenizer: Any = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datasets import Dataset
-from runs import HARMFUL, REFUSED, SHORT
+from runs import HARMFUL, REFUSED, SHORT, lora
 from transformers import AutoTokenizer
 
 from safe_trainer import ConstrainedSFT, ReadOptions, SafetyBasis, SaLoRA, SecurityVectors, conversation, load_rows
@@ -54,6 +54,11 @@ WARNINGS: dict[str, Case] = {
             lambda at: at.trainer(ConstrainedSFT()),
             lambda at: at.trainer(ConstrainedSFT(), train_dataset=MESSAGES, assistant_only_loss=True),
         ],
+    ),
+    "weights that a method does not reach": (
+        lambda at: at.trainer(PLAIN, peft_config=lora(modules_to_save=["embed_tokens"])),
+        "Train linear layers only",
+        [lambda at: at.trainer(PLAIN, peft_config=lora())],
     ),
     "vectors of a few rows": (
         lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting=SHORT)),

@@ -1,0 +1,192 @@
+"""What does not fit, is damaged or cannot be written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import tiny
+from peft import PeftModel
+from runs import HARMFUL, REFUSED, SHORT, lora
+
+from safe_trainer import (
+    AlignmentDirection,
+    Comparison,
+    SafetyBasis,
+    SaLoRA,
+    SecurityVectors,
+    load_model,
+    load_rows,
+    measure_drift,
+    merge_adapter,
+    score_rows,
+)
+from safe_trainer.recipe import load_data
+from safe_trainer.recipe.run import check_output
+
+from .recipes import short
+from .room import CSV, PLAIN, Case, asked, changed, command, direction, of, recipe, saved
+
+
+def configured(at: SimpleNamespace, model: str = "aligned", **values: Any) -> str:
+    """A copy of a model whose config.json says something else."""
+    folder = at.folder / model
+    shutil.copytree(getattr(at, model), folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    return str(folder)
+
+
+def damaged_basis(at: SimpleNamespace) -> Path:
+    saved_to = at.measured(rank=2).save(at.folder / "basis.safetensors")
+    return changed(saved_to, lambda content: content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def dataset(at: SimpleNamespace) -> str:
+    (at.folder / "dataset").mkdir(exist_ok=True)
+    for name in ("dataset/train.csv", "dataset/test.csv"):
+        at.written(CSV, name)
+    return f"hf:{at.folder}/dataset"
+
+
+def scores(at: SimpleNamespace, model: Any) -> list[Any]:
+    return list(score_rows(HARMFUL, model, at.vectors(), tiny.tokenizer()))
+
+
+def data_of(at: SimpleNamespace, asked_for: str, **values: Any) -> None:
+    """Refuse a recipe whose data is told of in these words."""
+    said = load_data(recipe(at, **values)).messages()
+    if any(asked_for in message for message in said):
+        raise ValueError(said)
+
+
+def asking(at: SimpleNamespace, prompt: str) -> dict[str, Any]:
+    path = at.written(json.dumps({"prompt": prompt}).encode(), "asked.jsonl")
+    return {"prompts": [{"kind": "benign", "path": path}]}
+
+
+def labelled(at: SimpleNamespace, **part: Any) -> dict[str, Any]:
+    rows = [{"prompt": f"Say {n}.", "completion": "One.", "is_safe": n > 1} for n in range(4)]
+    path = at.written("\n".join(map(json.dumps, rows)).encode(), "labelled.jsonl")
+    return {"data": [{"path": path, **part}]}
+
+
+TASK = b"question,answer\n1+1?,2\n"
+MISFITS: dict[str, Case] = {
+    "a file that is not there": (
+        lambda at: load_rows(at.folder / "absent.csv"), "Check the path", [lambda at: load_rows(at.written(CSV))]
+    ),
+    "a dataset with splits": (
+        lambda at: load_rows(dataset(at)),
+        "Name one of them, as in hf:.*/dataset:train",
+        [lambda at: load_rows(f"{dataset(at)}:train")],
+    ),
+    "a drift from another model": (
+        lambda at: measure_drift(saved(at, hidden=64), at.adapter()),
+        "Give the model that it was trained from",
+        [lambda at: measure_drift(at.aligned, at.adapter())],
+    ),
+    "weights of another configuration": (
+        lambda at: AlignmentDirection.from_checkpoints(
+            configured(at, intermediate_size=32), configured(at, "unaligned", intermediate_size=32)
+        ),
+        "Its weights do not belong to its config.json, or are quantized; give the full-precision checkpoint",
+        [lambda at: direction(at)],
+    ),
+    "a quantized checkpoint": (
+        lambda at: AlignmentDirection.from_checkpoints(
+            configured(at, quantization_config={"quant_method": "awq"}), at.unaligned
+        ),
+        "Give the full-precision checkpoint that it was made from",
+        [lambda at: direction(at)],
+    ),
+    "a merge into a quantized base": (
+        lambda at: merge_adapter(
+            at.adapter(), at.folder / "out", configured(at, quantization_config={"quant_method": "awq"})
+        ),
+        "Give the full-precision model that it was made from as the base",
+        [lambda at: merge_adapter(at.adapter(), at.folder / "out", at.aligned)],
+    ),
+    "a fit that diverges": (
+        lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting={**SHORT, "learning_rate": 1e30})),
+        "try again with a lower `learning_rate`",
+        [lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting=SHORT))],
+    ),
+    "a damaged basis": (
+        lambda at: SafetyBasis.load(damaged_basis(at)),
+        "or copy it again",
+        [lambda at: SafetyBasis.load(at.measured(rank=2).save(at.folder / "basis.safetensors"))],
+    ),
+    "a scan of a model that has the vectors": (
+        lambda at: scores(at, PeftModel.from_pretrained(of(at.aligned), at.vectors())),
+        "Give its base model",
+        [lambda at: scores(at, of(at.aligned))],
+    ),
+    "a direction that cannot be saved": (
+        lambda at: direction(at).save("/proc/nowhere/direction.safetensors"),
+        "choose another path",
+        [lambda at: direction(at).save(at.folder / "new" / "direction.safetensors")],
+    ),
+    "a model that is none": (
+        lambda at: load_model(at.folder), "Give a folder or a Hub id", [lambda at: load_model(at.aligned)]
+    ),
+    "an adapter of the Hub that is not here": (
+        lambda at: merge_adapter("me/absent", at.folder / "out"),
+        "offline, download it beforehand",
+        [lambda at: merge_adapter(at.adapter(), at.folder / "out")],
+    ),
+    "a LoRA in protected directions": (
+        lambda at: at.trainer(
+            SaLoRA(safety_data=REFUSED, rank=4, task_rank=4),
+            model=PeftModel.from_pretrained(of(at.aligned), at.adapter(), is_trainable=True),
+            peft_config=None,
+        ),
+        "or start a new adapter: pass the base model and `peft_config`",
+        [lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=4, task_rank=4))],
+    ),
+    "a variant of LoRA": (
+        lambda at: at.trainer(PLAIN, peft_config=lora(alora_invocation_tokens=[1], task_type="CAUSAL_LM")),
+        "Remove the option that asks for it from `LoraConfig`",
+        [lambda at: at.trainer(PLAIN, peft_config=lora(task_type="CAUSAL_LM"))],
+    ),
+    "answers of other lengths": (
+        lambda at: Comparison((asked(tiny.tokenizer()), asked(tiny.tokenizer(), name="after", max_new_tokens=2))),
+        "Evaluate both in the same way",
+        [lambda at: Comparison((asked(tiny.tokenizer()), asked(tiny.tokenizer(), name="after")))],
+    ),
+    "a run that cannot be written": (
+        lambda at: check_output("/proc/nowhere", False),
+        "Choose another folder with --set output=FOLDER",
+        [lambda at: check_output(str(at.folder / "run"), False)],
+    ),
+    "a token in a recipe": (
+        lambda at: recipe(at, training={"hub_token": "hf_x"}), "must not be in a file", [lambda at: recipe(at)]
+    ),
+    "a model of a recipe that is not here": (
+        lambda at: load_data(recipe(at, model={"path": "me/absent"})),
+        "Give a Hub id, or a folder that begins with ./, ../ or /",
+        [lambda at: load_data(recipe(at, model={"path": at.aligned}))],
+    ),
+    "rows that ask what is asked": (
+        lambda at: data_of(at, "memory", evaluation=asking(at, "Say one.")),
+        "Remove them from one or the other",
+        [lambda at: data_of(at, "memory", evaluation=asking(at, "Say two."))],
+    ),
+    "rows of a recipe that are labelled harmful": (
+        lambda at: data_of(at, "labelled harmful", **labelled(at)),
+        "leave them out with `where`",
+        [lambda at: data_of(at, "labelled harmful", **labelled(at, where={"is_safe": True}))],
+    ),
+    "a task that is not built in": (
+        lambda at: command("evaluate", at.aligned, "--prompts", "task=general", *short(at)),
+        "give a file of questions with answers",
+        [
+            lambda at: command(
+                "evaluate", at.aligned, "--prompts", f"task={at.written(TASK)}", *short(at)
+            )
+        ],
+    ),
+}  # fmt: skip
