@@ -18,6 +18,7 @@ from safe_trainer import (
     SafetyBasis,
     SaLoRA,
     SecurityVectors,
+    compact_adapter,
     load_model,
     load_rows,
     measure_drift,
@@ -72,6 +73,11 @@ def labelled(at: SimpleNamespace, **part: Any) -> dict[str, Any]:
     rows = [{"prompt": f"Say {n}.", "completion": "One.", "is_safe": n > 1} for n in range(4)]
     path = at.written("\n".join(map(json.dumps, rows)).encode(), "labelled.jsonl")
     return {"data": [{"path": path, **part}]}
+
+
+def planned(at: SimpleNamespace, **training: Any) -> str:
+    recipe(at, training=training)
+    return command("train", at.folder / "recipe.yaml", "--dry-run")
 
 
 TASK = b"question,answer\n1+1?,2\n"
@@ -188,5 +194,34 @@ MISFITS: dict[str, Case] = {
                 "evaluate", at.aligned, "--prompts", f"task={at.written(TASK)}", *short(at)
             )
         ],
+    ),
+    "a folder of a dataset that is not there": (
+        lambda at: load_rows(f"hf:{at.folder}/absent"),
+        "There is no folder .*Check the path",
+        [lambda at: load_rows(f"{dataset(at)}:train")],
+    ),
+    "a dataset of the Hub that is not here": (
+        lambda at: load_rows("hf:me/absent"),
+        "Write hf:owner/name, then @revision, /subset, :split and :column as needed",
+        [lambda at: load_rows(f"{dataset(at)}:train")],
+    ),
+    "a drift by a direction of other sizes": (
+        lambda at: measure_drift(
+            at.aligned,
+            at.adapter(),
+            direction=AlignmentDirection.from_checkpoints(*tiny.save_pair(at.folder, hidden=64)),
+        ),
+        "Make them for the one that was fine-tuned",
+        [lambda at: measure_drift(at.aligned, at.adapter(), direction=direction(at))],
+    ),
+    "a folder of nothing to make small": (
+        lambda at: compact_adapter(at.folder, at.folder / "out"),
+        "Give the folder that an adapter was saved to",
+        [lambda at: compact_adapter(at.adapter(), at.folder / "out")],
+    ),
+    "a recipe whose rows are too long": (
+        lambda at: planned(at, max_length=4),
+        "Raise `training.max_length`, or shorten the prompts",
+        [lambda at: planned(at, max_length=64)],
     ),
 }  # fmt: skip

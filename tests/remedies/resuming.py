@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,16 @@ def begun(at: SimpleNamespace, **changes: Any) -> Path:
 def halved(checkpoint: Path, file: str) -> Path:
     changed(checkpoint / file, lambda content: content[: len(content) // 2])
     return checkpoint
+
+
+def cut_all(at: SimpleNamespace) -> None:
+    halved(begun(at), "trainer_state.json")
+    halved(at.folder / "checkpoint-1", "trainer_state.json")
+
+
+def removed(at: SimpleNamespace) -> None:
+    for checkpoint in at.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def of_checkpoint(at: SimpleNamespace) -> Any:
@@ -71,5 +82,15 @@ RESUMING: dict[str, Case] = {
         lambda at: (begun(at, callbacks=[AdapterEMA(0.5)]), run(at, callbacks=[AdapterEMA(0.9)])),
         "Resume with the same",
         [lambda at: run(at, callbacks=[AdapterEMA(0.5)])],
+    ),
+    "no checkpoint that is complete": (
+        lambda at: (cut_all(at), run(at)),
+        "Remove it, and start the run again without resuming",
+        [lambda at: (removed(at), run(at, resume=False))],
+    ),
+    "an only checkpoint that is incomplete": (
+        lambda at: (cut_all(at), run(at, resume=at.folder / "checkpoint-2")),
+        "Start the run again without resuming, and remove this one",
+        [lambda at: (removed(at), run(at, resume=False))],
     ),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 from datasets import Dataset
 from runs import HARMFUL, REFUSED, SHORT, lora
 from transformers import AutoTokenizer
@@ -17,6 +20,16 @@ BRIEF = {"role": "system", "content": "Be brief."}
 WITH_SYSTEM = [{**row, "prompt": [BRIEF, *row["prompt"]]} for row in REFUSED]
 COMPLIED = [conversation(f"Make it {n}.", "Sure, here is how: first you take two of them.") for n in range(8)]
 MANY = [conversation(f"Make a bad thing {n}.", "Sure: a bad thing.") for n in range(100)]
+
+
+def loud(at: SimpleNamespace) -> Any:
+    """A model whose logits can be as far apart as a target needs, which those of a random head cannot."""
+    model = of(at.aligned)
+    model.lm_head.weight.data *= 20
+    return model
+
+
+LONGER = {"rank": 16, "learning_rate": 0.02, "max_passes": 200}
 
 WARNINGS: dict[str, Case] = {
     "harmful rows in training": (
@@ -59,6 +72,11 @@ WARNINGS: dict[str, Case] = {
         lambda at: at.trainer(PLAIN, peft_config=lora(modules_to_save=["embed_tokens"])),
         "Train linear layers only",
         [lambda at: at.trainer(PLAIN, peft_config=lora())],
+    ),
+    "vectors that do not reach their target": (
+        lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting=SHORT), model=loud(at)),
+        "Raise `max_passes`, `learning_rate` or `rank` in `fitting`",
+        [lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting=LONGER), model=loud(at))],
     ),
     "vectors of a few rows": (
         lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting=SHORT)),
