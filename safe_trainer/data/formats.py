@@ -428,13 +428,16 @@ FORMATS = (
     _pair("dolly", "instruction", "response"),
     replace(_pair("beavertails", "prompt", "response"), columns=("prompt", "response", "is_safe")),
     Format("wildjailbreak", ("vanilla", "adversarial", "completion"), _wildjailbreak),
-    *(_pair(f"prompt-{answer}", "prompt", answer) for answer in ("completion", "response", "target")),
+    *(
+        _pair(f"prompt-{answer}", "prompt", answer)
+        for answer in ("completion", "response", "target", "answer", "output")
+    ),
     _pair("goal-target", "goal", "target"),
     *(
         Format(name, ("question", column), _choices, ("answer", "answerkey", "label", "system", "system_prompt"))
         for name, column in (("multiple-choice", "choices"), ("options", "options"))
     ),
-    _pair("question-answer", "question", "answer"),
+    *(_pair(f"question-{answer}", "question", answer) for answer in ("answer", "response")),
     _pair("query-response", "query", "response"),
     _pair("toxicchat", "user_input", "model_output"),
     replace(_pair("xstest", "prompt"), columns=("prompt", "type", "label")),
