@@ -132,6 +132,7 @@ def labelled_harmful(rows: Dataset) -> int:
     """Return how many rows of a dataset have a column that labels their answer harmful, whatever it is called."""
     from datasets import Value
 
+    rows = rows.with_format(None)  # as it is stored: a transform may give other columns
     plain = [name for name, feature in rows.features.items() if isinstance(feature, Value)]
     first = rows.select_columns(plain).select(range(min(_FIRST, len(rows))))
     labels = [name for name in plain if any(safety_label({name.lower(): v}) is not None for v in first[name])]
