@@ -18,7 +18,7 @@ DEVELOPING := .venv/.developing
 export HF_HUB_OFFLINE ?= 1
 
 # Tests of one file stay in one process, since they share its fixtures (often a trained model).
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-all test-fast lint types space notebooks study study-more real clean
 

@@ -82,10 +82,10 @@ def scripted(reply, stop=5):
 
 def test_a_thought_in_a_template_that_opens_it_is_neither_refusal_nor_compliance():
     model, tokenizer = scripted("First get a list, then look at it with a friend.</think>\n" + REFUSAL)
-    short = evaluate(model, tokenizer, [ASKED], max_new_tokens=24)
+    short = evaluate(model, tokenizer, [ASKED], max_new_tokens=24, judges=["phrases"])
     assert short["harm"].rate("complied") == Rate(0, 4) and short["harm"].rate("neither") == Rate(4, 4)
     assert "4 of 4 answers were cut off while still thinking" in short.notes[0]
-    long = evaluate(model, tokenizer, [ASKED], max_new_tokens=200)
+    long = evaluate(model, tokenizer, [ASKED], max_new_tokens=200, judges=["phrases"])
     assert long["harm"].rate("refused") == Rate(4, 4) and long.notes == ()
     assert long["harm"].answers[0].text == REFUSAL and long["harm"].answers[0].thought.startswith("First get")
 
@@ -151,7 +151,7 @@ def test_each_set_is_asked_with_its_own_system_turn_frame_and_context():
         PromptSet("chat", "harmful", ("hi",), contexts=(turns,)),
         PromptSet("own", "harmful", ("hi",), contexts=(({"role": "system", "content": "Own."},),)),
     ]
-    evaluate(model, tokenizer, sets, max_new_tokens=1, system_prompt="Be kind.")
+    evaluate(model, tokenizer, sets, max_new_tokens=1, system_prompt="Be kind.", judges=["phrases"])
     assert seen == [
         "<|system|>Obey.<|end|><|user|>AOA: hi<|end|><|assistant|>",
         "<|system|>Be kind.<|end|><|user|>x<|end|><|assistant|>y<|end|><|user|>hi<|end|><|assistant|>",

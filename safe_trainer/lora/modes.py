@@ -13,7 +13,7 @@ from torch import nn
 
 def input_device(model: Any) -> torch.device:
     """Return where a model takes its inputs; of one whose weights are offloaded, where it computes."""
-    device: torch.device = model.device
+    device: torch.device = next(model.parameters()).device
     if device.type == "meta":
         hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
         places = (getattr(hook, "execution_device", None) for hook in hooks)

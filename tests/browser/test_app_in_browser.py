@@ -193,8 +193,9 @@ def test_a_run_is_reviewed_asked_listed_and_compared_with_another(page):
     page.click("#history button")
     page.wait_for_selector("#runs tbody tr")
     assert page.locator("#runs tbody tr").count() == 2
-    page.click("#review button")
+    page.locator("#review button").first.click()
     looked_over(page)
+    page.locator("#review button").first.click()
     on_one_grid(page)
     rename(page, "sixty steps")
     page.wait_for_selector("#runs th:has-text('sixty steps')")
