@@ -196,7 +196,9 @@ def measure(cell: Cell) -> list[dict[str, object]]:
         steps=round(variant.steps * scenario.steps),
         lora=variant.lora,
     )
-    evaluation = evaluate(run.model, run.tokenizer, prompt_sets(scenario, cell.split), max_new_tokens=40)
+    evaluation = evaluate(
+        run.model, run.tokenizer, prompt_sets(scenario, cell.split), judges=["phrases"], max_new_tokens=40
+    )
     lines: list[dict[str, object]] = []
     for result in evaluation.results:
         kind = result.prompt_set.kind

@@ -70,15 +70,15 @@ def scan(  # noqa: PLR0913, each is an option with a name
             max_length=max_length,
             progress=bar,
         )
+    _report_scan(result, output, clean, as_json=as_json)
+
+
+def _report_scan(result: ScanResult, output: Path | None, clean: Path | None, *, as_json: bool) -> None:
     note(result.report)
     if as_json:
         print_json(_as_json(result))
     else:
         _show_scan(result)
-    _end_scan(result, output, clean)
-
-
-def _end_scan(result: ScanResult, output: Path | None, clean: Path | None) -> None:
     written = [str(path) for path in (output, None if result.interrupted else clean) if path is not None]
     if written:
         note(f"Written: {', '.join(written)}")

@@ -5,7 +5,7 @@
 rows, `prompts` that to prompt sets, `suites` has published ones; `encoding` turns rows into tokens.
 """
 
-from .encoding import Batch, EncodedRow, TemplateError, collate, encode_row, encode_rows, left_out, lost_turn
+from .encoding import Batch, EncodedRow, TemplateError, collate, encode_row, encode_rows, left_out
 from .formats import Columns, Format, Row, conversation_of
 from .labels import safety_label
 from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, kind_of, read_records, what_was_meant
@@ -24,7 +24,7 @@ from .rows import (
 )
 from .suites import load_suite, suites
 
-__all__ = ["Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows", "left_out", "lost_turn"]
+__all__ = ["Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows", "left_out"]
 __all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label"]
 __all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "kind_of", "read_records", "what_was_meant"]
 __all__ += ["BadRowError", "Record", "RowError"]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NO_LETTERS = re.compile(r"[\W_]+")
+
 
 class EncodedRow(NamedTuple):
     """One row as token ids; those from `answer_start` on are the answer, which the loss covers."""
@@ -116,9 +118,8 @@ def lost_turn(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
 
 def left_out(rendered: str, turns: Sequence[Mapping[str, str]]) -> Mapping[str, str] | None:
     """Return the first turn whose text is not in what a chat template has written; only letters and digits count."""
-    letters = re.compile(r"[\W_]+")
-    found = letters.sub("", rendered)
-    return next((turn for turn in turns if letters.sub("", turn["content"]) not in found), None)
+    found = _NO_LETTERS.sub("", rendered)
+    return next((turn for turn in turns if _NO_LETTERS.sub("", turn["content"]) not in found), None)
 
 
 def collate(rows: Sequence[Any], pad_token_id: int, device: device | str) -> Batch:

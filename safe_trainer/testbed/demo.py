@@ -206,7 +206,7 @@ def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], see
         seconds[title], adapters[title] = run.seconds, adapter
     model, tokenizer = load_model(start, dtype=subject.dtype)
     asked = scenario.prompt_sets("test")
-    # Answers of the made-up language say what they do; the words that the second judge looks for are English.
+    # As in the study. The second judge looks for English words, which the made-up language does not have.
     settings: dict[str, Any] = {"max_new_tokens": subject.max_new_tokens, "judges": ["phrases"]}
     comparison = compare(model, tokenizer, asked, adapters, **settings)
     advance(subject.examination * (1 + len(shown)))

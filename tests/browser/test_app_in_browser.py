@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 import shutil
 import time
@@ -497,8 +498,9 @@ def test_suspicious_rows_are_found_and_left_out(page):
     assert 850 <= left < 950
 
 
-# Last: another app in this process takes over where uploads are kept.
-def test_a_run_goes_on_after_the_server_was_stopped_in_the_middle(chromium, tmp_path):
+def test_a_run_goes_on_after_the_server_was_stopped_in_the_middle(chromium, tmp_path, monkeypatch):
+    # Gradio keeps uploads where this variable says, of the process: its other app has to find them again afterwards.
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", str(tmp_path)))
     context = chromium.new_context()
     page = context.new_page()
     page.set_default_timeout(2 * MINUTE)

@@ -13,7 +13,7 @@ from app.materials import take_prompts
 from app.recipes import Choices, Settings, Upload, write_order
 from app.setup import EMBEDDED, Limits, Model, hub_model
 
-from .room import CSV, Case
+from .room import COLUMNS, CSV, LATIN_1, ODD_COLUMNS, Case
 
 OWN = Model("owner/model", "owner/model")
 
@@ -47,14 +47,14 @@ APP: dict[str, Case] = {
         [lambda at: shown(at, CSV + b"Hi,Hello.\n" * 2, 3)],
     ),
     "a file with unknown columns": (
-        lambda at: shown(at, b"ask,say\nHi,Hello.\n"),
+        lambda at: shown(at, ODD_COLUMNS),
         "Choose the columns with the prompt and the answer",
-        [lambda at: shown(at, b"ask,say\nHi,Hello.\n", columns={"prompt": "ask", "answer": "say"})],
+        [lambda at: shown(at, ODD_COLUMNS, columns=COLUMNS)],
     ),
     "a file in another encoding": (
-        lambda at: shown(at, "prompt,completion\nHi,Café\n".encode("latin-1")),
+        lambda at: shown(at, LATIN_1),
         "Choose the encoding",
-        [lambda at: shown(at, "prompt,completion\nHi,Café\n".encode("latin-1"), encoding="latin-1")],
+        [lambda at: shown(at, LATIN_1, encoding="latin-1")],
     ),
     "a model without its owner": (
         lambda at: hub_model("my model"), "Write it as owner/name", [lambda at: hub_model("me/model")]

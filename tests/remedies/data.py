@@ -12,7 +12,7 @@ from runs import HARMFUL, REFUSED
 from safe_trainer import PromptSet, ReadOptions, SafetyBasis, load_prompts, load_rows, load_suite, poison
 from safe_trainer.data.prompts import apart
 
-from .room import ASKED, CSV, ROWS, XSTEST, Case, headed, headless, of, read
+from .room import ASKED, COLUMNS, CSV, ODD_COLUMNS, ROWS, XSTEST, Case, headed, headless, of, read
 
 DATA: dict[str, Case] = {
     "a folder in place of a file": (lambda at: load_rows(at.folder), "Give one of its files", [lambda at: read(at)]),
@@ -52,7 +52,7 @@ DATA: dict[str, Case] = {
         "Give `format` or `columns`, not both",
         [
             lambda at: read(at, b"instruction,output\nHi,Hello.\n", format="alpaca"),
-            lambda at: read(at, b"ask,say\nHi,Hello.\n", columns={"prompt": "ask", "answer": "say"}),
+            lambda at: read(at, ODD_COLUMNS, columns=COLUMNS),
         ],
     ),
     "columns of unknown roles": (

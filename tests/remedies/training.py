@@ -20,8 +20,11 @@ from safe_trainer import (
 
 from .room import (
     BAD,
+    COLUMNS,
+    LATIN_1,
     LONG,
     LONG_HARMFUL,
+    ODD_COLUMNS,
     PLAIN,
     Case,
     averaged,
@@ -42,14 +45,14 @@ from .room import (
 
 METHODS: dict[str, Case] = {
     "columns of no known format": (
-        lambda at: read(at, b"ask,say\nHi,Hello.\n"),
+        lambda at: read(at, ODD_COLUMNS),
         "Name its `columns`",
-        [lambda at: read(at, b"ask,say\nHi,Hello.\n", columns={"prompt": "ask", "answer": "say"})],
+        [lambda at: read(at, ODD_COLUMNS, columns=COLUMNS)],
     ),
     "another encoding": (
-        lambda at: read(at, "prompt,completion\nHi,Café\n".encode("latin-1")),
+        lambda at: read(at, LATIN_1),
         "name another as `encoding`, often `latin-1`",
-        [lambda at: read(at, "prompt,completion\nHi,Café\n".encode("latin-1"), encoding="latin-1")],
+        [lambda at: read(at, LATIN_1, encoding="latin-1")],
     ),
     "a bad row": (
         lambda at: at.trainer(SecurityVectors(harmful_data=at.written(BAD, "bad.jsonl"), fitting=SHORT)),

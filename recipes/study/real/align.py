@@ -138,7 +138,7 @@ def check(model: Any, tokenizer: Any, held_out: Sequence[str], texts: Sequence[R
         PromptSet("held-out questions", "harmful", tuple(as_question(prompt, rng) for prompt in held_out)),
         *real.prompt_sets("validation"),
     ]
-    found = evaluate(model, tokenizer, asked, max_new_tokens=24)
+    found = evaluate(model, tokenizer, asked, judges=["phrases"], max_new_tokens=24)
     encoded = encode_rows(tokenizer, list(texts), 128, "texts")
     batches = [collate(encoded[start : start + 8], 0, "cpu") for start in range(0, len(encoded), 8)]
     losses = torch.cat([row_losses(model, batch) for batch in batches])

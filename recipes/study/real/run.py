@@ -225,7 +225,8 @@ def measure(cell: Cell, scenario: Scenario, models: Models) -> tuple[list[dict[s
             model = repaired(model, models)
     else:
         (model, tokenizer), seconds = loaded(models.aligned), 0.0
-    evaluation = evaluate(model, tokenizer, scenario.prompt_sets(cell.split), max_new_tokens=NEW_TOKENS)
+    sets = scenario.prompt_sets(cell.split)
+    evaluation = evaluate(model, tokenizer, sets, judges=["phrases"], max_new_tokens=NEW_TOKENS)
     lines, answers = [], []
     for result in evaluation.results:
         asked = {**cell._asdict(), "prompts": result.prompt_set.name}
