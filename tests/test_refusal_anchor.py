@@ -66,18 +66,40 @@ def own_answer(model: torch.nn.Module, ids: list[int], length: int) -> list[int]
     return ids
 
 
-def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tensor:
-    """The sum of -log(1 - p) over the openings of refusals, from one of them by turns, after each benign prompt."""
+def refusals(start: torch.nn.Module) -> list[tuple[list[int], tuple[int, ...], int]]:
+    """Each benign prompt, by turns one of the openings of refusals, and how many of them there are."""
     starts = encode(start, tiny.tokenizer(), HARMFUL)
-    openings = Counter(tuple(own_answer(start, ids, 1)[len(ids) :]) for ids in starts)
-    openings = [opening for opening, _ in openings.most_common(8) if opening]
+    found = Counter(tuple(own_answer(start, ids, 1)[len(ids) :]) for ids in starts)
+    openings = [opening for opening, _ in found.most_common(8) if opening]
+    benign = encode(start, tiny.tokenizer(), BENIGN)
+    return [(ids, openings[i % len(openings)], len(openings)) for i, ids in enumerate(benign)]
+
+
+def unlikelihoods(start: torch.nn.Module, tuned: torch.nn.Module) -> torch.Tensor:
+    """How far the sum of -log(1 - p) over the openings of refusals, after each benign prompt, exceeds the start's."""
     found = []
-    for i, ids in enumerate(encode(start, tiny.tokenizer(), BENIGN)):
-        opening = openings[i % len(openings)]
-        logits = tuned.eval()(input_ids=torch.tensor([[*ids, *opening]])).logits[0, len(ids) - 1 : -1].double()
-        chances = logits.softmax(-1).gather(-1, torch.tensor(opening).unsqueeze(-1))
-        found.append(-len(openings) * (1 - chances.prod()).log())
+    for ids, opening, count in refusals(start):
+        before, after = (-count * (1 - chance(model, ids, opening)).log() for model in (start, tuned))
+        found.append((after - before.detach()).clamp(min=0))
     return torch.stack(found)
+
+
+def refuses_more(start: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Train a model until it refuses all benign prompts more than the start does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, asked = torch.optim.Adam(trained, lr=0.05), refusals(start)
+    for _ in range(50):
+        if unlikelihoods(start, model).min() > 0:
+            break
+        optimizer.zero_grad()
+        (-sum(chance(model, ids, opening).log() for ids, opening, _ in asked)).backward()
+        optimizer.step()
+
+
+def chance(model: torch.nn.Module, ids: list[int], answer: tuple[int, ...]) -> torch.Tensor:
+    """The probability that a model begins so, in float64."""
+    logits = model.eval()(input_ids=torch.tensor([[*ids, *answer]])).logits[0, len(ids) - 1 : -1].double()
+    return logits.softmax(-1).gather(-1, torch.tensor(answer).unsqueeze(-1)).prod()
 
 
 @pytest.fixture
@@ -114,14 +136,18 @@ def test_penalty_is_the_divergence_on_own_answers_and_the_chance_of_refusing_har
     method.adapt_peft_config(config)
     method.attach(model, tiny.tokenizer(), None)
     assert method.terms(model)["held"].item() == pytest.approx(0, abs=1e-5)
+    assert method.terms(model)["avoided"].item() == pytest.approx(0, abs=1e-5)
     shaken(model, 3.0 if adapter == "ia3" else 0.3)
-    # Eleven anchors a step: six turns of harmful prompts and five of benign ones, which is each of them once.
-    held, avoided = divergences(start, model, HARMFUL).mean().item(), unlikelihoods(start, model).mean().item()
-    assert held > 3e-5 and avoided > 0
-    assert method.penalty(model).item() == pytest.approx(2 * (held + avoided), rel=1e-3)
-    measured = method.diagnostics(model)
-    assert measured["refusal_anchor/held"] == pytest.approx(held, rel=1e-3)
-    assert measured["refusal_anchor/avoided"] == pytest.approx(avoided, rel=1e-3, abs=1e-12)
+    for move in (lambda start, model: None, refuses_more):
+        move(start, model)
+        # Eleven anchors a step: six turns of harmful prompts and five of benign ones, which is each of them once.
+        held, avoided = divergences(start, model, HARMFUL).mean().item(), unlikelihoods(start, model).mean().item()
+        assert held > 3e-5
+        assert method.penalty(model).item() == pytest.approx(2 * (held + avoided), rel=1e-3)
+        measured = method.diagnostics(model)
+        assert measured["refusal_anchor/held"] == pytest.approx(held, rel=1e-3)
+        assert measured["refusal_anchor/avoided"] == pytest.approx(avoided, rel=1e-3, abs=1e-7)
+    assert avoided > 1e-6  # before, some or all are refused less than at the start, which costs nothing
 
 
 def test_gradient_is_that_of_both_means(refusing):
@@ -129,6 +155,8 @@ def test_gradient_is_that_of_both_means(refusing):
     method = anchor(anchors_per_step=11)
     method.attach(model, tiny.tokenizer(), None)
     shaken(model, 0.1)
+    refuses_more(start, model)
+    assert unlikelihoods(start, model).min() > 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ours = torch.autograd.grad(method.penalty(model), trained)
     theirs = torch.autograd.grad(

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ class Anchor(NamedTuple):
     log_probs: Tensor | None = None  # theirs at the start, (m, k)
     log_rest: Tensor | None = None  # log of the probability of all others, (m,)
     openings: int = 1  # how many openings one that is to be avoided stands for
+    start_cost: float = 0.0  # what that one costs at the start, in nats
 
 
 class OwnAnswers(NamedTuple):
@@ -101,8 +102,7 @@ class AnswerSettings:
         """
         decoding = Decoding(max_new_tokens=max(self.answer_tokens, _CHECK_TOKENS), batch_size=self.batch_size)
         encoded, opened = self.encode(model, tokenizer, prompts, "prompts")
-        is_start = config is None or changes_base(config)  # without the adapter it would be another model
-        with nullcontext() if is_start else without_adapters(model), torch.no_grad():
+        with as_start(model, config):
             answers = generate_from(model, tokenizer, encoded, decoding, opened=opened)
             own = [answer.tokens[: self.answer_tokens] for answer in answers]
             held = [Anchor((*ids, *tokens), 1 + len(tokens)) for ids, tokens in zip(encoded, own, strict=True)]
@@ -167,6 +167,14 @@ def prompts_of(source: Any, kind: Kind, argument: str, model: Any) -> PromptSet:
     return as_prompts(source, kind, argument=argument)
 
 
+@contextmanager
+def as_start(model: Any, config: PeftConfig | None) -> Iterator[None]:
+    """Let the model be what it was before training, without gradients; `config` is what the trainer wrapped it in."""
+    is_start = config is None or changes_base(config)  # without the adapter it would be another model
+    with nullcontext() if is_start else without_adapters(model), torch.no_grad():
+        yield
+
+
 def log_probs(model: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
     """Return the model's log-probabilities of all tokens at each anchor's positions, (m, vocabulary).
 
@@ -194,6 +202,13 @@ def divergence(anchor: Anchor, log_q: Tensor) -> Tensor:
         log_q_rest = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1)
         found = found + log_p_rest.exp() * (log_p_rest - log_q_rest)
     return found
+
+
+def refusal_cost(anchor: Anchor, log_q: Tensor) -> Tensor:
+    """Return `−log(1 − p)` of the opening that an anchor is to avoid, times the openings it stands for; in nats."""
+    chance = log_q.gather(-1, anchor.tokens.to(log_q.device)).sum().exp()
+    # Below 1, so that the cost of a refusal that has become certain is finite.
+    return -anchor.openings * torch.log1p(-chance.clamp(max=1 - 1e-6))
 
 
 def drawn(pools: Sequence[Sequence[Anchor]], step: int, count: int, seed: int) -> list[Anchor]:

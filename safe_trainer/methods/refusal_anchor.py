@@ -22,12 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RefusalAnchor(PenaltyMethod):
-    """Adds `λ · (mean KL(π_start(· | x, y_<t) ‖ π_θ(· | x, y_<t)) + mean Σ −log(1 − π_θ(r | z)))` to the loss.
+    """Adds `λ · (mean KL(π_start(· | x, y_<t) ‖ π_θ(· | x, y_<t)) + mean Σ (c_θ(r|z) − c_start(r|z))₊)` to the loss.
 
     The first mean is over harmful prompts `x` and the first tokens `y` of the answers that the model gives *before*
     fine-tuning: what it would say there is computed once, and fine-tuning pays for saying something else. The second
     is the counterweight, so that the model does not learn to refuse everything: over benign prompts `z` it pays for
-    the openings `r` of the model's own refusals. No harmful answers and no second model are needed.
+    openings `r` of the model's own refusals that have become likelier than they were, `c(r|z) = −log(1 − π(r|z))`. No
+    harmful answers and no second model are needed.
 
     When to use it: against the drift of benign fine-tuning and against identity shift, where it is the best single
     method of this library; together with [`SecurityVectors`] against harmful rows, which alone it slows and does not
@@ -156,10 +157,8 @@ class RefusalAnchor(PenaltyMethod):
         costs: dict[str, list[Tensor]] = {"held": [], "avoided": []}
         for anchor, log_q in zip(anchors, own_answers.log_probs(model, anchors), strict=True):
             if anchor.log_probs is None:
-                refusal = log_q.gather(-1, anchor.tokens.to(log_q.device)).sum().exp()
-                # Below 1, so that the cost of a refusal that has become certain is finite.
-                cost = -torch.log1p(-refusal.clamp(max=1 - 1e-6))
-                costs["avoided"].append(anchor.openings * cost.unsqueeze(0))
+                excess = own_answers.refusal_cost(anchor, log_q) - anchor.start_cost
+                costs["avoided"].append(excess.clamp(min=0).unsqueeze(0))
             else:
                 costs["held"].append(own_answers.divergence(anchor, log_q))
         return costs
@@ -189,4 +188,10 @@ class RefusalAnchor(PenaltyMethod):
             Anchor((*ids, *end[:-1]), len(end), torch.tensor(end).unsqueeze(-1), openings=len(openings))
             for ids, end in zip(harmless, cycle(openings), strict=False)
         ]
-        return answers, avoided
+        with own_answers.as_start(model, self.peft_config):
+            costs = [
+                own_answers.refusal_cost(anchor, log_q).item()
+                for batch in settings.batches(avoided)
+                for anchor, log_q in zip(batch, own_answers.log_probs(model, batch), strict=True)
+            ]
+        return answers, [anchor._replace(start_cost=cost) for anchor, cost in zip(avoided, costs, strict=True)]
