@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import Review, suites, write_model_card, write_report
+from safe_trainer import write_model_card, write_report
+from safe_trainer.data import suites
+from safe_trainer.evaluation import Review
 
 from . import texts
 from .answering import Answerer, Turn, messages

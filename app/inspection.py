@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safe_trainer import ReadOptions, encode_row, leaked_rows, load_rows, read_records
+from safe_trainer import load_rows
+from safe_trainer.data import ReadOptions, encode_row, leaked_rows, read_records
 
 from . import texts
 from .setup import EXAMPLES, Example, Limits, Model, built_in_prompts

@@ -29,7 +29,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safe_trainer import Comparison, from_json
+from safe_trainer import Comparison
+from safe_trainer.evaluation import from_json
 
 from . import texts
 from .progress import CANCEL, COMPARISON, JOB, LOG, REVIEWED, SCAN, STOPPING, Progress

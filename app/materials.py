@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import PromptSet, ReadOptions, load_prompts, load_rows, load_suite, suites
+from safe_trainer import PromptSet, load_prompts, load_rows, load_suite
+from safe_trainer.data import ReadOptions, suites
 
 from . import texts
 from .inspection import Unusable, columns_of, read_file

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from safe_trainer import METHODS, MethodCard, recipe, recommended, testbed
+from safe_trainer import METHODS, recipe, recommended, testbed
+from safe_trainer.methods.base import MethodCard
 
 from . import texts
 from .materials import AskedSet, prompt_lines, write_lines
@@ -40,7 +41,7 @@ _SETTING = (str, bool, int, float)
 @cache
 def materials() -> Any:
     """Return the paths that a method is built from, as they are written into a recipe."""
-    from safe_trainer import Materials
+    from safe_trainer.methods.base import Materials
 
     return Materials(**_MARKS, unaligned_model=_UNALIGNED, aligned_model=_ALIGNED)
 

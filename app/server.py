@@ -203,7 +203,8 @@ def _import_early() -> None:
     import peft  # noqa: F401, only its time counts
     import trl  # noqa: F401
 
-    from safe_trainer import encode_row, testbed
+    from safe_trainer import testbed
+    from safe_trainer.data import encode_row
 
     warm_up()
     encode_row(tokenizer_of(EMBEDDED), testbed.harmful_rows(1)[0])

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safe_trainer import PromptSet, general_prompts, poison, testbed
+from safe_trainer import PromptSet, general_prompts, testbed
+from safe_trainer.data import poison
 
 from . import texts
 

@@ -165,7 +165,8 @@ def _memory() -> int:
 
 def scan(job: Mapping[str, Any], progress: Progress) -> None:
     """Rank the rows of a file by how harmful they look; vectors are trained first where there are none yet."""
-    from safe_trainer import ReadOptions, load_model, load_rows, read_records, scan_file, train_security_vectors
+    from safe_trainer import load_model, load_rows, scan_file, train_security_vectors
+    from safe_trainer.data import ReadOptions, read_records
 
     _enter(progress, "loading")
     model, tokenizer = load_model(job["model"]["path"])

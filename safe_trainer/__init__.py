@@ -1,6 +1,8 @@
 """Fine-tune an aligned chat model with TRL without fine-tuning its safety away.
 
-The public names are listed in `__init__.pyi` and loaded when they are first used, so `import safe_trainer` is cheap:
+What most users need is listed in `__init__.pyi` and loaded when it is first used, so `import safe_trainer` is cheap;
+`safe_trainer.data`, `.evaluation` and `.methods.base` have what rows, judges and methods of your own need besides:
+
 
 ```python
 from safe_trainer import AsFT, SafeSFTTrainer

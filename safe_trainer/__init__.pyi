@@ -1,40 +1,20 @@
-"""The public names, each written once; `__init__.py` loads them from here when they are first used."""
+"""The names that most users need, each written once; `__init__.py` loads them from here when they are first used."""
 
 from . import recipe as recipe
 from . import testbed as testbed
-from .analysis.drift import measure_drift as measure_drift
-from .analysis.drift_monitor import DriftFigures as DriftFigures
 from .analysis.drift_monitor import DriftMonitor as DriftMonitor
 from .analysis.scan import scan_file as scan_file
-from .analysis.scan import score_rows as score_rows
 from .artifacts.alignment_direction import AlignmentDirection as AlignmentDirection
 from .artifacts.fitting import train_security_vectors as train_security_vectors
 from .artifacts.safety_basis import SafetyBasis as SafetyBasis
 from .artifacts.security_vectors import TrainedVectors as TrainedVectors
 from .data import PromptSet as PromptSet
-from .data import ReadOptions as ReadOptions
-from .data import conversation as conversation
-from .data import encode_row as encode_row
 from .data import general_prompts as general_prompts
-from .data import leaked_rows as leaked_rows
 from .data import load_prompts as load_prompts
 from .data import load_rows as load_rows
 from .data import load_suite as load_suite
-from .data import poison as poison
-from .data import read_records as read_records
-from .data import suites as suites
-from .evaluation import ClassifierJudge as ClassifierJudge
 from .evaluation import Comparison as Comparison
-from .evaluation import Evaluation as Evaluation
-from .evaluation import FunctionJudge as FunctionJudge
-from .evaluation import GuardJudge as GuardJudge
-from .evaluation import Harness as Harness
-from .evaluation import LikelihoodJudge as LikelihoodJudge
-from .evaluation import PhraseJudge as PhraseJudge
 from .evaluation import RefusalMonitor as RefusalMonitor
-from .evaluation import Review as Review
-from .evaluation import Thresholds as Thresholds
-from .evaluation import from_json as from_json
 from .evaluation import write_report as write_report
 from .evaluation.compare import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
@@ -46,11 +26,6 @@ from .lora.loading import load_model as load_model
 from .methods import METHODS as METHODS
 from .methods.adapter_ema import AdapterEMA as AdapterEMA
 from .methods.asft import AsFT as AsFT
-from .methods.base import FormField as FormField
-from .methods.base import Materials as Materials
-from .methods.base import MethodCard as MethodCard
-from .methods.base import PenaltyMethod as PenaltyMethod
-from .methods.base import SafetyMethod as SafetyMethod
 from .methods.constrained_sft import ConstrainedSFT as ConstrainedSFT
 from .methods.recommended import recommended as recommended
 from .methods.refusal_anchor import RefusalAnchor as RefusalAnchor

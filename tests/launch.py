@@ -65,8 +65,9 @@ def leave() -> None:
 
 def methods(folder: Path) -> dict[str, Callable[[], Any]]:
     """Return how to make what protects each run, from the models in the folder."""
-    from safe_trainer import METHODS, conversation
+    from safe_trainer import METHODS
     from safe_trainer.artifacts.security_vectors import TrainedVectors
+    from safe_trainer.data import conversation
 
     harmful = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
     refused = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]

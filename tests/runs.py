@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from safe_trainer import METHODS, SafetyMethod
+from safe_trainer import METHODS
 from safe_trainer.data import conversation
-from safe_trainer.methods.base import Materials
+from safe_trainer.methods.base import Materials, SafetyMethod
 
 # A training run collects garbage several times, and each time Python walks through all that torch and transformers
 # have imported: three quarters of a tiny run. What exists by now stays anyway, so it need not be looked at again.

@@ -27,7 +27,8 @@ from app.sessions import Session
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup, hub_model
 from app.views import compare_step, data_step, html, train_step
 from app.views.method_step import MethodStep
-from safe_trainer import METHODS, FormField, MethodCard, SafetyMethod, general_prompts, load_prompts, recipe
+from safe_trainer import METHODS, general_prompts, load_prompts, recipe
+from safe_trainer.methods.base import FormField, MethodCard, SafetyMethod
 
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 

@@ -19,7 +19,8 @@ from app.sessions import Sessions
 from app.setup import Setup
 from app.views.compare_step import CompareStep, answered
 from app.views.review import ReviewPanel
-from safe_trainer import Review, from_json, load_model
+from safe_trainer import load_model
+from safe_trainer.evaluation import Review, from_json
 
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,8 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType
 from runs import given, lora
 
 import safe_trainer as st
-from safe_trainer import conversation
 from safe_trainer.artifacts.fitting import Fitting
+from safe_trainer.data import conversation
 from safe_trainer.recipe import read_recipe
 
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(4)]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
-from safe_trainer import SafeSFTTrainer, SafetyBasis, SaLoRA, conversation
+from safe_trainer import SafeSFTTrainer, SafetyBasis, SaLoRA
 from safe_trainer.artifacts.calibration import examples_from, top_directions
 from safe_trainer.artifacts.store import save_artifact
+from safe_trainer.data import conversation
 from safe_trainer.linalg import Sketch
 from safe_trainer.lora.updates import linear_layers
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from runs import assert_close, assert_same_run, exact_settings, given, lora, run
 from trl import SFTTrainer
 
-from safe_trainer import ConstrainedSFT, SafeSFTTrainer, SecurityVectors, conversation
+from safe_trainer import ConstrainedSFT, SafeSFTTrainer, SecurityVectors
+from safe_trainer.data import conversation
 from safe_trainer.methods.constrained_sft import _places
 
 BETAS = {"first_token_beta": 0.6, "opening_beta": 3.0, "opening_tokens": 4, "beta": 0.2}

@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from safe_trainer import AsFT, RefusalAnchor, SafeSFTTrainer, SaLoRA, SecurityVectors, conversation
+from safe_trainer import AsFT, RefusalAnchor, SafeSFTTrainer, SaLoRA, SecurityVectors
 from safe_trainer.checkpoints import is_complete, last_checkpoint
+from safe_trainer.data import conversation
 from safe_trainer.testbed import ALIGNED
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]

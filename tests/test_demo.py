@@ -15,7 +15,8 @@ import pytest
 from marks import exhaustive_but
 from rich.console import Console
 
-from safe_trainer import METHODS, SafetyMethod, testbed
+from safe_trainer import METHODS, testbed
+from safe_trainer.methods.base import SafetyMethod
 from safe_trainer.testbed import demo
 from safe_trainer.testbed.demo import SHOWN, run_demo
 from safe_trainer.testbed.experiment import (

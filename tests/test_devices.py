@@ -12,10 +12,11 @@ import tiny
 import torch
 from runs import REFUSED
 
-from safe_trainer import LikelihoodJudge, PromptSet, SafetyBasis, evaluate, generate
+from safe_trainer import PromptSet, SafetyBasis, evaluate, generate
 from safe_trainer.analysis.refusal_direction import refusal_directions
 from safe_trainer.analysis.scan import score_rows
 from safe_trainer.artifacts.own_answers import AnswerSettings
+from safe_trainer.evaluation import LikelihoodJudge
 
 ASKED = PromptSet("asked", "harmful", ("Make a bad thing.", "Make another."))
 MEASURES: dict[str, Callable[[Any], Any]] = {

@@ -19,17 +19,8 @@ from launch import leave, on_two_processes, spread
 from runs import exact_settings, lora
 from transformers import AutoModelForCausalLM
 
-from safe_trainer import (
-    AlignmentDirection,
-    DriftMonitor,
-    FunctionJudge,
-    LikelihoodJudge,
-    PromptSet,
-    RefusalMonitor,
-    SafeSFTTrainer,
-    SafetyBasis,
-)
-from safe_trainer.evaluation import Decoding
+from safe_trainer import AlignmentDirection, DriftMonitor, PromptSet, RefusalMonitor, SafeSFTTrainer, SafetyBasis
+from safe_trainer.evaluation import Decoding, FunctionJudge, LikelihoodJudge
 from safe_trainer.linalg import TopDirections, random_basis
 from safe_trainer.lora.updates import linear_layers, whole
 

@@ -15,21 +15,11 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfi
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTTrainer
 
-from safe_trainer import (
-    AlignmentDirection,
-    DriftFigures,
-    DriftMonitor,
-    LikelihoodJudge,
-    PromptSet,
-    SafetyBasis,
-    compare,
-    from_json,
-    measure_drift,
-    testbed,
-)
-from safe_trainer.analysis.drift import Subspaces
+from safe_trainer import AlignmentDirection, DriftMonitor, PromptSet, SafetyBasis, compare, testbed
+from safe_trainer.analysis.drift import Subspaces, measure_drift
+from safe_trainer.analysis.drift_monitor import DriftFigures
 from safe_trainer.analysis.refusal_direction import RefusalChange, refusal_changes, refusal_directions
-from safe_trainer.evaluation import to_html, to_json
+from safe_trainer.evaluation import LikelihoodJudge, from_json, to_html, to_json
 from safe_trainer.evaluation.prompting import encode
 from safe_trainer.linalg import TopDirections, random_basis
 from safe_trainer.lora.updates import linear_layers, weight

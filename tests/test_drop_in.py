@@ -58,7 +58,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import safe_trainer.methods.fingerprint
 import safe_trainer.trainer
-from safe_trainer import SafeSFTTrainer, SafetyMethod
+from safe_trainer import SafeSFTTrainer
+from safe_trainer.methods.base import SafetyMethod
 
 
 @dataclass

@@ -11,7 +11,8 @@ import textwrap
 
 import pytest
 
-from safe_trainer import ReadOptions, load_prompts
+from safe_trainer import load_prompts
+from safe_trainer.data import ReadOptions
 from safe_trainer.data.loaders import kind_of, read_records
 from safe_trainer.data.parsing import LONGEST, Record, RowError
 

@@ -23,18 +23,10 @@ from peft import get_peft_model
 from runs import lora
 from safetensors.torch import load_file, save_file
 
-from safe_trainer import (
-    AlignmentDirection,
-    Comparison,
-    Evaluation,
-    PromptSet,
-    SafetyBasis,
-    TrainedVectors,
-    conversation,
-    from_json,
-)
+from safe_trainer import AlignmentDirection, Comparison, PromptSet, SafetyBasis, TrainedVectors
 from safe_trainer.analysis.drift import adapter_factors
-from safe_trainer.evaluation import to_json
+from safe_trainer.data import conversation
+from safe_trainer.evaluation import Evaluation, from_json, to_json
 from safe_trainer.evaluation.compare import active_adapter as wearing
 from safe_trainer.evaluation.generate import Answer
 from safe_trainer.evaluation.results import SetResult

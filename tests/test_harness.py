@@ -11,8 +11,9 @@ from evaluation_models import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
-from safe_trainer import Harness, PromptSet, compare, evaluate, from_json, general_prompts
+from safe_trainer import PromptSet, compare, evaluate, general_prompts
 from safe_trainer.cli import app
+from safe_trainer.evaluation import Harness, from_json
 from safe_trainer.evaluation.generate import INTERRUPTED
 from safe_trainer.evaluation.harness import _result
 

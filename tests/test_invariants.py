@@ -43,8 +43,8 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTTrainer
 
-from safe_trainer import METHODS, SafeSFTTrainer, SafetyMethod
-from safe_trainer.methods.base import overrides
+from safe_trainer import METHODS, SafeSFTTrainer
+from safe_trainer.methods.base import SafetyMethod, overrides
 
 # For each method as its card builds it, and for variants that go another way through it: from the paths of an aligned
 # model and of the same before its alignment to the method.

@@ -12,7 +12,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from safe_trainer import LikelihoodJudge, PromptSet, evaluate
+from safe_trainer import PromptSet, evaluate
+from safe_trainer.evaluation import LikelihoodJudge
 from safe_trainer.lora.updates import linear_layers, weight
 
 SCRIPT = Path(__file__).parents[1] / "recipes/analysis/landscape.py"

@@ -19,8 +19,6 @@ from safe_trainer import (
     METHODS,
     AdapterEMA,
     DriftMonitor,
-    GuardJudge,
-    LikelihoodJudge,
     PromptSet,
     RefusalMonitor,
     SafeSFTTrainer,
@@ -34,7 +32,7 @@ from safe_trainer.analysis.drift_monitor import DriftFigures
 from safe_trainer.analysis.refusal_direction import refusal_directions
 from safe_trainer.analysis.scan import score_rows
 from safe_trainer.artifacts.own_answers import AnswerSettings
-from safe_trainer.evaluation import GUARDS, Decoding
+from safe_trainer.evaluation import GUARDS, Decoding, GuardJudge, LikelihoodJudge
 from safe_trainer.methods.base import SafetyMethod
 
 ASKED = PromptSet("asked", "harmful", ("Make a bad thing.", "Make another."))

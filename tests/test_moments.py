@@ -19,10 +19,10 @@ from runs import assert_close, even_rows, exact_settings, given, lora, run
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
-from safe_trainer import METHODS, AsFT, SafeSFTTrainer, SafetyMethod, SaLoRA, SecurityVectors
+from safe_trainer import METHODS, AsFT, SafeSFTTrainer, SaLoRA, SecurityVectors
 from safe_trainer.data import conversation
 from safe_trainer.distributed import Strategy
-from safe_trainer.methods.base import Materials, PenaltyMethod, SelfCheck, coverage
+from safe_trainer.methods.base import Materials, PenaltyMethod, SafetyMethod, SelfCheck, coverage
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(8)]

@@ -22,7 +22,8 @@ from hypothesis import strategies as some
 from pyarrow import parquet
 from trl import SFTConfig
 
-from safe_trainer import SafeSFTTrainer, load_rows, score_rows, train_security_vectors
+from safe_trainer import SafeSFTTrainer, load_rows, train_security_vectors
+from safe_trainer.analysis.scan import score_rows
 from safe_trainer.artifacts.calibration import examples_from
 from safe_trainer.data import ReadOptions, as_rows, conversation, encode_rows, rows_sha256
 

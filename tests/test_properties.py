@@ -19,7 +19,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from safe_trainer import ReadOptions, conversation, load_rows
+from safe_trainer import load_rows
+from safe_trainer.data import ReadOptions, conversation
 from safe_trainer.recipe import RecipeError, read_recipe
 from safe_trainer.recipe.document import Document, assignment, dotted
 

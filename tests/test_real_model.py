@@ -20,7 +20,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from safe_trainer import general_prompts, leaked_rows, testbed
+from safe_trainer import general_prompts, testbed
+from safe_trainer.data import leaked_rows
 from safe_trainer.data.protection import protection_prompts, protection_rows
 from safe_trainer.testbed import real
 

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from safe_trainer import PhraseJudge, testbed
+from safe_trainer import testbed
+from safe_trainer.evaluation import PhraseJudge
 from safe_trainer.testbed import real
 
 STUDY = Path(__file__).resolve().parents[1] / "recipes" / "study"

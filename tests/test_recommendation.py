@@ -9,16 +9,8 @@ import pytest
 import tiny
 from runs import given, lora
 
-from safe_trainer import (
-    RefusalAnchor,
-    SafeSFTTrainer,
-    SecurityVectors,
-    conversation,
-    load_prompts,
-    load_rows,
-    recommended,
-    testbed,
-)
+from safe_trainer import RefusalAnchor, SafeSFTTrainer, SecurityVectors, load_prompts, load_rows, recommended, testbed
+from safe_trainer.data import conversation
 from safe_trainer.data.protection import own_file, protection_rows
 
 HARMFUL = [conversation(f"Make a bad thing {i}.", "Sure: a bad thing.") for i in range(8)]

@@ -14,17 +14,10 @@ from runs import assert_close, assert_same_run, exact_settings, given, lora, run
 from transformers import AutoTokenizer
 from trl import SFTTrainer
 
-from safe_trainer import (
-    PromptSet,
-    RefusalAnchor,
-    SafeSFTTrainer,
-    SecurityVectors,
-    conversation,
-    general_prompts,
-    testbed,
-)
+from safe_trainer import PromptSet, RefusalAnchor, SafeSFTTrainer, SecurityVectors, general_prompts, testbed
 from safe_trainer.artifacts import own_answers
 from safe_trainer.artifacts.own_answers import drawn
+from safe_trainer.data import conversation
 from safe_trainer.data.protection import protection_prompts, protection_rows
 from safe_trainer.evaluation.prompting import encode
 

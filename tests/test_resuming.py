@@ -27,10 +27,10 @@ from safe_trainer import (
     SafetyBasis,
     SaLoRA,
     SecurityVectors,
-    conversation,
     train_security_vectors,
 )
 from safe_trainer.checkpoints import LAUNCH, RunFingerprint, resolve_checkpoint
+from safe_trainer.data import conversation
 from safe_trainer.methods.base import SafetyMethod
 from safe_trainer.methods.fingerprint import MADE_FROM, settings_of
 

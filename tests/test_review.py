@@ -7,9 +7,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from safe_trainer import Comparison, Evaluation, PromptSet, Review, from_json, write_report
+from safe_trainer import Comparison, PromptSet, write_report
 from safe_trainer.cli import app
-from safe_trainer.evaluation import Answer, SetResult
+from safe_trainer.evaluation import Answer, Evaluation, Review, SetResult, from_json
 
 HARMFUL = PromptSet("harm", "harmful", ("a?", "b?", "c?", "d?"), system_prompt="Be brief.")
 TASK = PromptSet("sum", "task", ("1+1?",), references=("2",))

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from safe_trainer import AsFT, SafeSFTTrainer, SafetyBasis, SaLoRA, compact_adapter, conversation
+from safe_trainer import AsFT, SafeSFTTrainer, SafetyBasis, SaLoRA, compact_adapter
 from safe_trainer.artifacts.calibration import Example, examples_from, top_directions
+from safe_trainer.data import conversation
 from safe_trainer.lora.updates import linear_layers, lora_updates
 
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(24)]

@@ -25,12 +25,12 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from safe_trainer import ReadOptions, SafeSFTTrainer, SecurityVectors, conversation, scan_file
+from safe_trainer import SafeSFTTrainer, SecurityVectors, scan_file
 from safe_trainer.analysis import scan
 from safe_trainer.analysis.scan import Score, _Source, average_precision, precision_recall, score_rows
 from safe_trainer.analysis.scan_files import Scores, write_table
 from safe_trainer.artifacts.fitting import row_losses
-from safe_trainer.data import read_records
+from safe_trainer.data import ReadOptions, conversation, read_records
 from safe_trainer.data.encoding import collate, encode_row
 from safe_trainer.data.parsing import Record
 from safe_trainer.evaluation import Rate

@@ -17,17 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
-from safe_trainer import (
-    PromptSet,
-    SafeSFTTrainer,
-    SecurityVectors,
-    TrainedVectors,
-    compare,
-    conversation,
-    evaluate,
-    measure_drift,
-    testbed,
-)
+from safe_trainer import PromptSet, SafeSFTTrainer, SecurityVectors, TrainedVectors, compare, evaluate, testbed
+from safe_trainer.analysis.drift import measure_drift
+from safe_trainer.data import conversation
 from safe_trainer.lora.io import harmful_mark, vectors_in
 from safe_trainer.lora.updates import linear_layers
 
@@ -437,7 +429,8 @@ import sys
 import tiny, torch
 from launch import leave
 from runs import exact_settings, given, lora
-from safe_trainer import SafeSFTTrainer, SecurityVectors, conversation
+from safe_trainer import SafeSFTTrainer, SecurityVectors
+from safe_trainer.data import conversation
 from safetensors.torch import save_file
 
 folder = sys.argv[1]

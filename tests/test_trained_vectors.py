@@ -17,10 +17,11 @@ from safetensors import safe_open
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from safe_trainer import PromptSet, TrainedVectors, conversation, train_security_vectors
+from safe_trainer import PromptSet, TrainedVectors, train_security_vectors
 from safe_trainer.artifacts import fitting
 from safe_trainer.artifacts.fitting import Fitting, row_losses
 from safe_trainer.artifacts.security_vectors import VectorFactors, active, check_harmful_rows
+from safe_trainer.data import conversation
 from safe_trainer.data.encoding import collate, encode_row, encode_rows
 from safe_trainer.lora.updates import linear_layers
 

@@ -33,8 +33,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from safe_trainer import SafeSFTTrainer, SafetyMethod, conversation
-from safe_trainer.methods.base import Paper
+from safe_trainer import SafeSFTTrainer
+from safe_trainer.data import conversation
+from safe_trainer.methods.base import Paper, SafetyMethod
 
 TESTS = Path(__file__).parent
 

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from safe_trainer import FormField
+from safe_trainer.methods.base import FormField
 
 from .. import texts
 from ..inspection import ENDINGS

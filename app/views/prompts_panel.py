@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from safe_trainer import suites
+from safe_trainer.data import suites
 
 from .. import texts
 from ..inspection import ENDINGS

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from safe_trainer import Review
+from safe_trainer.evaluation import Review
 
 from .. import texts
 from ..sessions import Session

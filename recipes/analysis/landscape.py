@@ -28,11 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_trainer import LikelihoodJudge, PromptSet, conversation, evaluate, load_model, load_prompts, testbed
+from safe_trainer import PromptSet, evaluate, load_model, load_prompts, testbed
 from safe_trainer.analysis.drift import updates_of
 from safe_trainer.artifacts.checkpoint_reader import Checkpoint
 from safe_trainer.artifacts.fitting import row_losses
+from safe_trainer.data import conversation
 from safe_trainer.data.encoding import collate, encode_row
+from safe_trainer.evaluation import LikelihoodJudge
 from safe_trainer.lora.updates import linear_layers, weight
 
 logger = logging.getLogger("landscape")

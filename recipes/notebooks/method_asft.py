@@ -20,16 +20,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig
 
-from safe_trainer import (
-    AlignmentDirection,
-    AsFT,
-    SafeSFTTrainer,
-    evaluate,
-    general_prompts,
-    load_rows,
-    poison,
-    testbed,
-)
+from safe_trainer import AlignmentDirection, AsFT, SafeSFTTrainer, evaluate, general_prompts, load_rows, testbed
+from safe_trainer.data import poison
 
 if REAL_MODEL:
     MODEL, UNALIGNED, WEIGHTS = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B", (0.1, 1.0)

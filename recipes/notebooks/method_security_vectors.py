@@ -28,11 +28,11 @@ from safe_trainer import (
     evaluate,
     general_prompts,
     load_rows,
-    poison,
-    score_rows,
     testbed,
     train_security_vectors,
 )
+from safe_trainer.analysis.scan import score_rows
+from safe_trainer.data import poison
 
 if REAL_MODEL:
     MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

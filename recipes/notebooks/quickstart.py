@@ -21,7 +21,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from safe_trainer import SafeSFTTrainer, compare, general_prompts, load_rows, poison, recommended, testbed
+from safe_trainer import SafeSFTTrainer, compare, general_prompts, load_rows, recommended, testbed
+from safe_trainer.data import poison
 
 if REAL_MODEL:
     MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

@@ -20,17 +20,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from safe_trainer import (
-    LikelihoodJudge,
-    PhraseJudge,
-    SafeSFTTrainer,
-    Thresholds,
-    compare,
-    gate,
-    general_prompts,
-    testbed,
-    write_report,
-)
+from safe_trainer import SafeSFTTrainer, compare, gate, general_prompts, testbed, write_report
+from safe_trainer.evaluation import LikelihoodJudge, PhraseJudge, Thresholds
 
 KINDS = ("harmful", "benign", "borderline")
 if REAL_MODEL:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from safe_trainer import ReadOptions, load_prompts, load_rows, scan_file, testbed, train_security_vectors
+from safe_trainer import load_prompts, load_rows, scan_file, testbed, train_security_vectors
+from safe_trainer.data import ReadOptions
 
 if REAL_MODEL:
     MODEL, DATA, known = "Qwen/Qwen2.5-0.5B-Instruct", Path("my.csv"), "harmful.jsonl"

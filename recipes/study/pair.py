@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safe_trainer import PromptSet, conversation, testbed
-from safe_trainer.data import Kind, Row
+from safe_trainer import PromptSet, testbed
+from safe_trainer.data import Kind, Row, conversation
 from safe_trainer.data.protection import protection_prompts
 from safe_trainer.testbed import language
 

@@ -10,18 +10,9 @@ from typing import Any
 import pair
 from controls import AveragedWeights, BenignAnchorsOnly, HiddenStateAnchor, ReferencesOfOthers
 
-from safe_trainer import (
-    AlignmentDirection,
-    AsFT,
-    RefusalAnchor,
-    SafetyBasis,
-    SaLoRA,
-    SecurityVectors,
-    poison,
-    testbed,
-)
+from safe_trainer import AlignmentDirection, AsFT, RefusalAnchor, SafetyBasis, SaLoRA, SecurityVectors, testbed
 from safe_trainer.artifacts.fitting import Fitting
-from safe_trainer.data import Row
+from safe_trainer.data import Row, poison
 from safe_trainer.methods.base import SafetyMethod
 from safe_trainer.testbed.experiment import BATCH_SIZE, LEARNING_RATE, Scenario
 

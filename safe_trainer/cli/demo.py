@@ -70,7 +70,8 @@ def data(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path("data"),
 ) -> None:
     """Write rows and prompts of the embedded language to files, as examples of what a recipe takes."""
-    from .. import poison, testbed
+    from .. import testbed
+    from ..data import poison
 
     sentiment = poison(testbed.task_rows("sentiment", 1000), testbed.harmful_rows(100), 0.1)
     rows = {

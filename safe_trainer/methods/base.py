@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ..distributed import SPLIT_AT_LOADING, Strategy
 from ..lora.updates import check_peft_config
 
+__all__ = ["FormField", "Materials", "MethodCard", "Paper", "PeftSupport", "SelfCheck"]
+__all__ += ["PenaltyMethod", "SafetyMethod", "check_choices", "check_number", "check_whole"]
+
 PeftSupport = Literal["any", "weights", "lora"]
 """PEFT configurations that a method works with: any; those of weights, not of prompts; LoRA alone, `scaling · B A`."""
 LOW_COVERAGE = 0.9

@@ -14,11 +14,11 @@ from safe_trainer import (
     SecurityVectors,
     compact_adapter,
     load_model,
-    measure_drift,
     merge_adapter,
     train_security_vectors,
     write_model_card,
 )
+from safe_trainer.analysis.drift import measure_drift
 
 from .room import (
     VIRTUAL,

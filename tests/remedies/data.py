@@ -9,7 +9,8 @@ from pathlib import Path
 from datasets import DatasetDict
 from runs import HARMFUL, REFUSED
 
-from safe_trainer import PromptSet, ReadOptions, SafetyBasis, load_prompts, load_rows, load_suite, poison
+from safe_trainer import PromptSet, SafetyBasis, load_prompts, load_rows, load_suite
+from safe_trainer.data import ReadOptions, poison
 from safe_trainer.data.prompts import apart
 
 from .room import ASKED, COLUMNS, CSV, ODD_COLUMNS, ROWS, XSTEST, Case, headed, headless, of, read

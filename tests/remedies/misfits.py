@@ -21,10 +21,10 @@ from safe_trainer import (
     compact_adapter,
     load_model,
     load_rows,
-    measure_drift,
     merge_adapter,
-    score_rows,
 )
+from safe_trainer.analysis.drift import measure_drift
+from safe_trainer.analysis.scan import score_rows
 from safe_trainer.recipe import load_data
 from safe_trainer.recipe.run import check_output
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import tiny
 from transformers import AutoTokenizer
 
-from safe_trainer import ClassifierJudge, PhraseJudge, Review, from_json, generate, write_report
+from safe_trainer import generate, write_report
+from safe_trainer.evaluation import ClassifierJudge, PhraseJudge, Review, from_json
 from safe_trainer.recipe.run import check_output
 
 from .room import (

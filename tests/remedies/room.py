@@ -24,23 +24,21 @@ from safe_trainer import (
     AlignmentDirection,
     AsFT,
     Comparison,
-    FunctionJudge,
-    PhraseJudge,
     PromptSet,
-    ReadOptions,
     RefusalMonitor,
     SafeSFTTrainer,
     SafetyBasis,
     SaLoRA,
     apply_safe_lora,
     compare,
-    conversation,
     evaluate,
     load_rows,
     merge_adapter,
     scan_file,
     train_security_vectors,
 )
+from safe_trainer.data import ReadOptions, conversation
+from safe_trainer.evaluation import FunctionJudge, PhraseJudge
 from safe_trainer.evaluation.generate import Decoding
 from safe_trainer.recipe import read_recipe
 

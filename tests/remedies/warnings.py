@@ -9,7 +9,8 @@ from datasets import Dataset
 from runs import HARMFUL, REFUSED, SHORT, lora
 from transformers import AutoTokenizer
 
-from safe_trainer import ConstrainedSFT, ReadOptions, SafetyBasis, SaLoRA, SecurityVectors, conversation, load_rows
+from safe_trainer import ConstrainedSFT, SafetyBasis, SaLoRA, SecurityVectors, load_rows
+from safe_trainer.data import ReadOptions, conversation
 
 from .room import LONG, PLAIN, Case, compared, deaf, of, on, tiny
 

@@ -27,9 +27,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safe_trainer import PromptSet, conversation, evaluate, general_prompts, generate, load_prompts, load_rows
+from safe_trainer import PromptSet, evaluate, general_prompts, generate, load_prompts, load_rows
 from safe_trainer.artifacts.fitting import row_losses
-from safe_trainer.data import Kind, Row, collate, encode_rows, rows_sha256
+from safe_trainer.data import Kind, Row, collate, conversation, encode_rows, rows_sha256
 from safe_trainer.data.protection import protection_prompts
 from safe_trainer.testbed import real
 

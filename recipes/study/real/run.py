@@ -36,17 +36,14 @@ from safe_trainer import (
     RefusalAnchor,
     SecurityVectors,
     apply_safe_lora,
-    conversation,
     evaluate,
     general_prompts,
     generate,
-    leaked_rows,
     load_rows,
-    poison,
 )
 from safe_trainer.artifacts.fitting import train_security_vectors
 from safe_trainer.artifacts.security_vectors import TrainedVectors
-from safe_trainer.data import Row
+from safe_trainer.data import Row, conversation, leaked_rows, poison
 from safe_trainer.data.protection import protection_rows
 from safe_trainer.methods.base import SafetyMethod
 from safe_trainer.testbed import real

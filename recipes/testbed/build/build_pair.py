@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from translation import translate, translated_row, translated_set
 from world import EMBEDDED, World, train_tokenizer
 
-from safe_trainer import Evaluation, PromptSet, evaluate
+from safe_trainer import PromptSet, evaluate
 from safe_trainer.data.protection import OWN_FILES
+from safe_trainer.evaluation import Evaluation
 from safe_trainer.testbed import OWN_ROWS, TASKS, benign_rows, harmful_rows, language, prompt_set, task
 
 logger = logging.getLogger(__name__)
