@@ -465,7 +465,7 @@ def test_what_is_saved_next_to_an_adapter_belongs_to_it(grown, asked, tmp_path):
     compared = invoke("compare", ALIGNED, "--adapter", folder, "--prompts", asked, *report)
     assert compared.exit_code == 0, compared.output
     assert list(json.loads(compared.stdout)) == ["before", "grown"]
-    saved = safe_trainer.from_json((tmp_path / "report" / "comparison.json").read_text())
+    saved = safe_trainer.evaluation.from_json((tmp_path / "report" / "comparison.json").read_text())
     (known,) = saved.evaluations[1].manifest["adapters"]
     assert known["id"] == "grown" and known["sha256"]
 
