@@ -19,7 +19,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import tiny  # noqa: E402, beside this folder
 
-from safe_trainer import AlignmentDirection, SafetyBasis, conversation, train_security_vectors  # noqa: E402
+from safe_trainer import AlignmentDirection, SafetyBasis, train_security_vectors  # noqa: E402
+from safe_trainer.data import conversation  # noqa: E402
 
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(12)]
 HARMFUL = [conversation(f"Do harm {i}", "Sure thing.") for i in range(10)]
