@@ -20,22 +20,7 @@ _SQUARINGS = 7  # of a residual's Gram matrix; its norm is then known to a facto
 
 
 def outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """Return `(I - U Uᵀ) X`, the part of `X` outside a subspace.
-
-    Args:
-        matrix (`Tensor`): `X`, of shape (d, n).
-        basis (`Tensor`): `U`, orthonormal columns, of shape (d, k).
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> basis = torch.eye(3)[:, :1]
-    >>> outside(torch.ones(3, 1), basis).squeeze().tolist()
-    [0.0, 1.0, 1.0]
-
-    ```
-    """
+    """Return `(I - U Uᵀ) X`, the part of `X` (d x n) outside the subspace of the orthonormal `U` (d x k)."""
     return matrix - basis @ (basis.mT @ matrix)
 
 
@@ -50,16 +35,10 @@ def product_norm_squared(left: Tensor, right: Tensor | None = None) -> Tensor:
 def outside_norm_squared(
     left: Tensor, right: Tensor | None, basis: Tensor, eigenvalues: Tensor | None = None
 ) -> Tensor:
-    """Return `‖(I - U diag(c) Uᵀ) M A‖_F²`: the norm of what an operator leaves out of a product.
+    """Return `‖(I - U diag(c) Uᵀ) M A‖_F²`: what an operator leaves out of `M` (d_out x r) times `A` (`None` is `I`).
 
-    As the columns of `U` are orthonormal, it is `‖M A‖_F²` less `2c - c²` times what each of them holds: half the work
-    of projecting first. What is left out is known to a share of 1e-7 of the whole.
-
-    Args:
-        left (`Tensor`): `M`, of shape (d_out, r).
-        right (`Tensor` or `None`): `A`, of shape (r, d_in); `None` is an identity.
-        basis (`Tensor`): `U`, orthonormal columns, of shape (d_out, k).
-        eigenvalues (`Tensor`, *optional*): `c`, of shape (k,); by default all one.
+    As the columns of `U` (d_out x k) are orthonormal, it is `‖M A‖_F²` less `2c - c²` (one without `c`) times what
+    each of them holds: half the work of projecting first. What is left out is known to a share of 1e-7 of the whole.
     """
     inside = basis.mT @ left  # (k, r)
     weighted = inside if eigenvalues is None else (2 * eigenvalues - eigenvalues**2)[:, None] * inside
@@ -100,14 +79,8 @@ def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def compact_factors(left: Tensor, right: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Return factors of the same product `M A` with the fewest columns, balanced as in [`balanced_factors`].
 
-    Args:
-        left (`Tensor`): `M`, of shape (d_out, n).
-        right (`Tensor`): `A`, of shape (n, d_in).
-        tolerance (`float`, *optional*, defaults to `1e-6`): Singular values up to this share of the largest are taken
-            for rounding noise. The default is that of float32.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: Of shapes (d_out, m) and (m, d_in) with 1 <= m <= n, in float32.
+    At least one column is left. Singular values up to the share `tolerance` of the largest are taken for rounding
+    noise; the default is float32's.
     """
     left_basis, left_core = torch.linalg.qr(left.double())
     right_basis, right_core = torch.linalg.qr(right.double().mT)
@@ -146,17 +119,14 @@ class TopDirections(NamedTuple):
 
 
 class Sketch:
-    """The top left singular vectors of a matrix whose columns come in blocks and are seen once.
+    """The top left singular vectors of a matrix whose columns, of length d, come in blocks and are seen once.
 
     `X Xᵀ` (d x d) is modelled as `Q H Qᵀ + α (I − Q Qᵀ)`: exact numbers `H` within a basis `Q` of `width` columns, and
     outside of it the mean `α` of what was seen there. A new block is added to the model, and `Q` turned towards the
     top directions of the sum by subspace iteration, starting from the old `Q`. Memory is d x `width` and the block.
     Where the k-th singular value stands out, the k top vectors come out to about `(s_{k+1} / s_k)²` times the little
-    by which the rest differs from its mean. If `width` reaches d, they are exact.
-
-    Args:
-        dimension (`int`): d, the length of a column.
-        width (`int`): Columns of `Q`; more than are wanted in the end, twice as many for example.
+    by which the rest differs from its mean: take twice as many columns as are wanted. If `width` reaches d, they are
+    exact.
     """
 
     def __init__(self, dimension: int, width: int) -> None:
@@ -225,16 +195,12 @@ def frobenius_norm(matrix: Tensor) -> float:
 
 
 def truncated_svd(matrix: Tensor, threshold: float, rank: int | None = None) -> TruncatedSVD:
-    """Return the left singular vectors of `D` whose singular values exceed a threshold, and at least one.
+    """Return the left singular vectors of `D` (m x n, float32) whose singular values exceed a threshold, at least one.
 
     Small matrices are decomposed exactly. Large ones by a randomized decomposition (Halko, Martinsson and Tropp, SIAM
     Review 2011), whose error is computed afterwards, and which is made wider until the error is small enough; it may
-    hold a few directions more than needed.
-
-    Args:
-        matrix (`Tensor`): `D`, of shape (m, n), float32.
-        threshold (`float`): Singular values above it are kept. With 0, all that float32 can resolve.
-        rank (`int`, *optional*): Keep at most this many. `next_singular_value` may then exceed the threshold.
+    hold a few directions more than needed. With a threshold of 0, everything that float32 can resolve is kept; with a
+    `rank`, at most that many, and `next_singular_value` may then exceed the threshold.
     """
     width = _START_WIDTH if rank is None else rank + max(_START_WIDTH, rank // 2)
     is_small = min(matrix.shape) <= _EXACT_SVD_UP_TO or (threshold == 0 and rank is None)

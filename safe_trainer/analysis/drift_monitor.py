@@ -68,12 +68,7 @@ class DriftFigures:
         self._before: dict[str, Tensor] = {}
 
     def __call__(self, model: Any, tokenizer: Any, adapter: str | Path | None) -> dict[str, dict[str, float]]:
-        """Measure a model as it is now.
-
-        Args:
-            model (`PreTrainedModel` or `PeftModel`): The base, or the base with the adapter active.
-            tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-            adapter (`str` or `Path`, *optional*): Where the adapter is from; `None` for the base.
+        """Measure the base model (`adapter=None`), or the model with an adapter active, given by its folder or Hub id.
 
         Returns:
             `dict[str, dict[str, float]]`: By figure, a value for each layer: `"relative"` is `‖ΔW‖ / ‖W‖`, the others

@@ -45,27 +45,13 @@ def refusal_directions(
     batch_size: int = 16,
     system_prompt: str | None = None,
 ) -> dict[str, Tensor]:
-    """Return the difference of mean activations, harmful minus harmless, at the last token of the prompt.
+    """Return by layer the difference of mean activations (d,), harmful minus harmless, at a prompt's last token.
 
-    It is taken at the output of every linear layer and of every block (the residual stream), in one pass.
+    It is taken at the output of every linear layer and of every block (the residual stream), in one pass. Layers that
+    see no difference are left out, as the first attention where a template ends every prompt.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model; left in the state it was in.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        harmful (`Sequence[str]`): Harmful prompts.
-        harmless (`Sequence[str]`): Harmless prompts of the same form.
-        batch_size (`int`, *optional*, defaults to `16`): Prompts in one forward pass.
-        system_prompt (`str`, *optional*): System turn before each prompt.
-
-    Returns:
-        `dict[str, Tensor]`: By the name of the layer or block in the base model, a vector of its size, on the CPU.
-        Those that see no difference are left out, as the first attention where a template ends every prompt.
-
-    Raises:
-        ValueError: If there are no prompts of one kind.
-
-    Source: Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", NeurIPS 2024,
-    arXiv 2406.11717, section 2.3.
+    Source: Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", NeurIPS 2024, arXiv
+    2406.11717, section 2.3.
     """
     if not harmful or not harmless:
         raise ValueError(f"Both kinds of prompts are needed, got {len(harmful)} harmful and {len(harmless)} harmless.")

@@ -69,19 +69,11 @@ def _is_movable(model: Any) -> bool:
 def examples_from(
     rows: Any, tokenizer: Any, *, argument: str = "rows", samples: int = 128, seed: int = 0, max_length: int = 1024
 ) -> list[Example]:
-    """Draw rows and bring them into the model's own chat format.
+    """Draw rows and bring them into the model's own chat format; of a stream, the first.
 
-    Args:
-        rows: Whatever [`~data.as_rows`] takes, or rows that TRL has prepared (`input_ids` and `labels`, also packed).
-        tokenizer (`PreTrainedTokenizerBase`): The model's, with its chat template.
-        argument (`str`, *optional*, defaults to `"rows"`): The caller's argument, which errors name.
-        samples (`int`, *optional*, defaults to `128`): How many rows to draw. Of a stream, the first.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
-        max_length (`int`, *optional*, defaults to `1024`): Where to cut a conversation, in tokens; rows whose answer
-            is cut away entirely are left out, which is logged.
-
-    Raises:
-        ValueError: If there are no rows, a row has no answer, or no answer is left.
+    Takes what [`~data.as_rows`] does, and rows that TRL has prepared (`input_ids` and `labels`, also packed). Rows
+    whose answer is cut away entirely at `max_length` tokens are left out, which is logged; a `ValueError` if none is
+    left.
     """
     rows, is_prepared = _prepared(rows)
     if is_prepared:

@@ -39,12 +39,7 @@ class _Linear(NamedTuple):
 
 
 class Checkpoint:
-    """One checkpoint, open for reading tensor by tensor.
-
-    Args:
-        role (`str`): The argument that named it, for messages.
-        source (`str` or `Path`): A folder, or a model id on the Hub.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+    """One checkpoint, open for reading tensor by tensor; `role` is the argument that named it, for messages.
 
     Raises:
         OSError: If there is no such checkpoint, or its weights are missing.

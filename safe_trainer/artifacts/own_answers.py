@@ -91,14 +91,10 @@ class AnswerSettings:
     max_length: int = 1024
 
     def measure(self, model: Any, tokenizer: Any, prompts: PromptSet, config: PeftConfig | None) -> OwnAnswers:
-        """Let the start model answer the prompts, and keep what it would have said at each token.
+        """Let the start model answer harmful prompts, and keep what it would have said at each token.
 
-        Args:
-            model (`PreTrainedModel` or `PeftModel`): The model before training.
-            tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-            prompts (`PromptSet`): Harmful prompts.
-            config (`PeftConfig` or `None`): What the trainer has wrapped the model with. Without, the start is the
-                model as it is, with the adapter that it came with.
+        The trainer has wrapped it with `config`. Without one, the start is the model with the adapter that it came
+        with.
         """
         decoding = Decoding(max_new_tokens=max(self.answer_tokens, _CHECK_TOKENS), batch_size=self.batch_size)
         encoded, opened = self.encode(model, tokenizer, prompts, "prompts")

@@ -63,19 +63,10 @@ _occupied: WeakSet[nn.Module] = WeakSet()
 def active(
     layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactors], *, in_training_only: bool = False
 ) -> Iterator[Switch]:
-    """Add security vectors to a model for the length of a context.
+    """Add security vectors to a model for the length of a context, which gets a [`Switch`] to turn them off meanwhile.
 
-    Args:
-        layers (`Mapping[str, LinearLayer]`): The model's linear layers by name, from [`~lora.updates.linear_layers`].
-        factors (`Mapping[str, VectorFactors]`): The vectors by layer. Factors that require gradients receive them.
-        in_training_only (`bool`, *optional*, defaults to `False`): Whether they act in training mode only, so that an
-            evaluation in between sees the clean model.
-
-    Yields:
-        [`Switch`]: To turn them off for a while.
-
-    Raises:
-        RuntimeError: If vectors are active in this model already.
+    Factors that require gradients receive them. With `in_training_only`, they act in training mode only, so that an
+    evaluation in between sees the clean model. A `RuntimeError` if vectors are active in this model already.
     """
     occupied = next((name for name in factors if layers[name].outer in _occupied), None)
     if occupied is not None:

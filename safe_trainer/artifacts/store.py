@@ -39,25 +39,8 @@ def save_artifact(
 ) -> Path:
     """Write tensors and their provenance to one safetensors file, which takes the old one's name when it is complete.
 
-    Args:
-        path (`str` or `Path`): The file to write. Missing folders are made.
-        kind (`str`): What the file holds, such as `"alignment direction"`; checked when it is loaded.
-        version (`int`): The layout of `tensors` and `details`; checked when it is loaded.
-        tensors (`Iterable[tuple[str, Tensor]]`): Names and tensors, on any device.
-        details (`Mapping[str, Any]`): JSON to keep with them.
-
-    Raises:
-        OSError: If the file cannot be written, for example because the disk is full. An old file is then untouched.
-
-    Example:
-
-    ```python
-    >>> import tempfile, torch
-    >>> path = save_artifact(tempfile.mkdtemp() + "/a.safetensors", "basis", 1, [("U", torch.eye(2))], {"seed": 0})
-    >>> load_artifact(path, "basis", 1).details
-    {'seed': 0}
-
-    ```
+    `kind` and `version` say what the file holds and in which layout, and are checked when it is loaded; `details` is
+    JSON. An `OSError`, for example for a full disk, leaves an old file untouched.
     """
     path = Path(path)
     # Separate copies, since safetensors refuses tensors that share memory.

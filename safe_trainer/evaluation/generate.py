@@ -148,13 +148,7 @@ def generate_from(
 ) -> list[Answer]:
     """Continue token sequences as they are, without a chat template; otherwise as [`generate`].
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model that continues them.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        encoded (`Sequence[Sequence[int]]`): Token ids, including those of every special token.
-        settings (`Decoding`): How; `system_prompt` is not used.
-        progress (`Callable[[int, int], None]`, *optional*): Called with (answered, total) after each batch.
-        opened (`Sequence[bool]`, *optional*): Whether each of them ends within a thought; none by default.
+    `opened` says which of them end within a thought. The `system_prompt` of the settings is not used.
     """
     opened = opened or [False] * len(encoded)
     answers = [Answer("", error=_misfit(model, len(ids), settings)) for ids in encoded]

@@ -24,15 +24,7 @@ _PACKAGES = ("safe-trainer", "torch", "transformers", "peft", "tokenizers", "sci
 def describe(
     model: Any, tokenizer: Any, prompt_sets: Sequence[PromptSet], judges: Sequence[Judge], decoding: Decoding
 ) -> dict[str, Any]:
-    """Return the manifest of one evaluation, as plain values that JSON can hold.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model, with the adapter that is examined active.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompt_sets (`Sequence[PromptSet]`): What it was asked.
-        judges (`Sequence[Judge]`): Who judged.
-        decoding (`Decoding`): How answers were generated.
-    """
+    """Return the manifest of one evaluation, as values that JSON can hold; the examined adapter must be active."""
     return {
         "model": _model(model),
         "adapters": _active_adapters(model),

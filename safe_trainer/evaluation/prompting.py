@@ -27,14 +27,8 @@ def encode(
 ) -> list[list[int]]:
     """Return each prompt's token ids, up to and including the opening of the assistant's turn.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model that will read them.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        prompts (`Sequence[str]` or `Sequence[list[dict]]`): User turns, or conversations that end in one.
-        system_prompt (`str`, *optional*): System turn before each of them that has none.
-        template_options (`Mapping[str, Any]`, *optional*): Further variables of the chat template.
-        close_thought (`bool`, *optional*, defaults to `False`): Whether a thought that the chat template opens is
-            closed again, so that what follows is the answer.
+    The system prompt is put before conversations that have none. With `close_thought`, a thought that the chat
+    template opens is closed again, so that what follows is the answer.
 
     Raises:
         TypeError: If `prompts` is one text and no list.

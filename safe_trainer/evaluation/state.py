@@ -12,12 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def examining(model: Any, seed: int = 0) -> Iterator[None]:
-    """Put a model into evaluation mode and seed torch; afterwards everything is as it was.
-
-    Args:
-        model (`torch.nn.Module`): The model, possibly in the middle of training.
-        seed (`int`, *optional*, defaults to `0`): Seed of torch's generators while it is examined.
-    """
+    """Put a model into evaluation mode and seed torch; afterwards everything is as it was."""
     import torch
 
     from ..lora.modes import evaluation_mode
@@ -28,12 +23,7 @@ def examining(model: Any, seed: int = 0) -> Iterator[None]:
 
 
 def log_between(trainer: Any, values: Mapping[str, float]) -> None:
-    """Write into a trainer's logs from a callback, without touching the training log of the same step.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        values (`Mapping[str, float]`): What to log.
-    """
+    """Write into a trainer's logs from a callback, without touching the training log of the same step."""
     # Logging in between must not cost the training log of this step: it clears the flag that asks for it, and, with
     # the model in training mode, SFTTrainer would spend on it what it has collected for that log.
     due = trainer.control.should_log
@@ -45,13 +35,8 @@ def log_between(trainer: Any, values: Mapping[str, float]) -> None:
 def watchable(trainer: Any, monitor: str, afterwards: str) -> Strategy:
     """Return how a training is spread over processes, if its model can be watched meanwhile.
 
-    Args:
-        trainer (`transformers.Trainer`): The trainer, just built.
-        monitor (`str`): Who asks, for messages.
-        afterwards (`str`): The command that measures the same when training has ended.
-
-    Raises:
-        ValueError: If it cannot, under FSDP1, ZeRO-3 and where weights are split as they are loaded; with what to use.
+    A `ValueError` names what to use instead: another strategy, or `afterwards`, a command that measures the same
+    later.
     """
     from ..distributed import SPLIT_AT_LOADING, strategy_of
 

@@ -77,11 +77,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def summary(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Return rates and changes as plain numbers: `{model: {prompt set: {"rates": …, "change": …}}}`.
-
-    Args:
-        comparison (`Comparison`): What to sum up.
-    """
+    """Return rates and changes as plain numbers: `{model: {prompt set: {"rates": …, "change": …}}}`."""
     table: dict[str, dict[str, Any]] = {}
     for evaluation in comparison.evaluations:
         table[evaluation.name] = {result.prompt_set.name: _summary(result) for result in evaluation.results}

@@ -33,11 +33,7 @@ class Split(NamedTuple):
 def split(text: str, *, is_open: bool = False, markers: Sequence[str] | None = None) -> Split:
     r"""Separate thoughts from the answer, also where only one of the markers is there.
 
-    Args:
-        text (`str`): What the model wrote.
-        is_open (`bool`, *optional*, defaults to `False`): Whether the prompt had opened a thought, as chat templates
-            that end in `<think>` do.
-        markers (`Sequence[str]`, *optional*): A further opening and closing marker, as texts.
+    With `is_open` the prompt had opened a thought, as chat templates that end in `<think>` do.
 
     ```python
     >>> split("They want a lock open.</think>\n\nI can't help with that.", is_open=True).answer

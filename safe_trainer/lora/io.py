@@ -285,11 +285,7 @@ def write_adapter(
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder that takes this name when the context ends well, and is removed when it does not.
-
-    Raises:
-        FileExistsError: If there is something of that name already, other than an empty folder.
-    """
+    """Give a temporary folder that takes this name when the context ends well, and is removed when it does not."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"`{path}` exists already. Name a new folder.")
@@ -315,13 +311,8 @@ def load_adapted(
 ) -> tuple[PeftModel, Any]:
     """Load an adapter on its base model, and the tokenizer next to its weights or, without one, its base model's.
 
-    Where training added tokens, the base model's vocabulary grows accordingly.
-
-    Args:
-        source (`str` or `Path`): Folder (or Hub id) of the adapter.
-        base (`str`, *optional*): The base model, if it is not where the adapter's settings say.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the base model's weights.
-        **options: More of `from_pretrained`, for the base model.
+    Where training added tokens, the base model's vocabulary grows accordingly. `base` is for a model that is not where
+    the adapter's settings say; `options` are of its `from_pretrained`.
 
     Raises:
         OSError: If the base model could not be loaded; names adapter and base.
@@ -443,13 +434,7 @@ def _check_factors(tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
 
 
 def adapter_differences(saved: Mapping[str, Any], folder: Path, model: PeftModel) -> Iterator[str]:
-    """Yield how a saved adapter differs from a model's active one, as far as its weights would not be the same.
-
-    Args:
-        saved (`Mapping[str, Any]`): Its `adapter_config.json`.
-        folder (`Path`): Where it is saved.
-        model (`PeftModel`): The model.
-    """
+    """Yield how a saved adapter differs from a model's active one, as far as its weights would not be the same."""
     adapter, weights = model.active_adapters[0], folder / SAFETENSORS_WEIGHTS_NAME
     current = model.peft_config[adapter].to_dict()
     compared = _SCALARS if weights.is_file() else (*_SCALARS, *_CHOICES)  # in pieces: the settings decide

@@ -56,12 +56,7 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
 
 
 def refuse_adapter(source: str | Path, name: str = "") -> None:
-    """Refuse the folder of an adapter in the place of a model: libraries do not say so, or load both without a word.
-
-    Args:
-        source (`str` or `Path`): The folder; another name is taken as it is.
-        name (`str`, *optional*): What a message calls it; its path by default.
-    """
+    """Refuse an adapter's folder in the place of a model: libraries do not say so, or load both without a word."""
     folder = Path(source).expanduser()
     if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
         raise ValueError(

@@ -103,14 +103,9 @@ def trained_through(
 ) -> Iterator[None]:
     """Train LoRA factors through rules for the length of a context; then they are plain again, with their values.
 
-    The parameters stay the same objects, so that an optimizer that knows them from before still does.
-
-    Args:
-        updates (`Mapping[str, LoraUpdate]`): The layers by name.
-        rules (`Callable[[str], tuple[Module, Module]]`): Makes the rules of `A` and of `B` for a layer.
-
-    Raises:
-        ValueError: If a rule's `right_inverse` refuses a factor, here or when a state dict is loaded; names the layer.
+    `rules` makes those of `A` and of `B` for a layer; where a rule refuses a factor, here or when a state dict is
+    loaded, the `ValueError` names the layer. The parameters stay the same objects, which an optimizer may know from
+    before.
     """
     with ExitStack() as stack:
         for name, update in updates.items():

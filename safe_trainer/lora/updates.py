@@ -88,17 +88,10 @@ Update = LoraUpdate | FullUpdate
 def updates(model: Any, method: str, scaled: bool = True, copied: bool = True) -> dict[str, Update]:
     """Return the update of every linear layer that is being trained, by the layer's name in the base model.
 
-    For LoRA these are all adapted layers, otherwise all trainable linear layers but the output head.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model as it will be trained.
-        method (`str`): Who asks, for messages.
-        scaled (`bool`, *optional*, defaults to `True`): Whether LoRA updates carry their scaling.
-        copied (`bool`, *optional*, defaults to `True`): Whether to copy the start of layers that are trained in full;
-            otherwise it is there once the model is sharded and [`FullUpdate.place`] has been called.
-
-    Raises:
-        ValueError: If nothing linear is trained, or `ΔW = scaling · B A` does not hold; says why and what to do.
+    For LoRA these are all adapted layers, with their scaling if `scaled`; otherwise all trainable linear layers but
+    the output head, whose start is `copied`, or there once the model is sharded and [`FullUpdate.place`] has been
+    called. `method` is who asks, for the `ValueError` if nothing linear is trained, or `ΔW = scaling · B A` does not
+    hold.
     """
     if isinstance(model, PeftModel):
         return dict(lora_updates(model, method, scaled))

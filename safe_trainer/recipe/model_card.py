@@ -100,20 +100,10 @@ def write_model_card(
 
 
 def publish(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a fine-tuned adapter or model with its card; reports, recipes and checkpoints stay here.
+    """Upload a fine-tuned adapter or model with its card, and return the address; reports and checkpoints stay here.
 
-    The adapter's settings name the base model by the Hub id that the card has, never by a path of this machine.
-
-    Args:
-        folder (`str` or `Path`): Where it was saved.
-        repository (`str`): Such as `"me/my-model"`; made if it is not there.
-        private (`bool`, *optional*, defaults to `False`): Whether a new repository can be seen by its owner only.
-
-    Returns:
-        `str`: Its address.
-
-    Raises:
-        ValueError: If the folder holds neither an adapter nor a model, or security vectors.
+    The adapter's settings name the base model by the Hub id that the card has, never by a path of this machine. Only a
+    repository that is new is made `private`.
     """
     from huggingface_hub import HfApi, ModelCard
 
@@ -135,11 +125,7 @@ def publish(folder: str | Path, repository: str, *, private: bool = False) -> st
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse folders without an adapter or model, and security vectors, whose mark stays in every form.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Refuse folders without an adapter or model, and security vectors, whose mark stays in every form."""
     weights = sorted(folder.glob("*.safetensors"))
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")) and not weights:
         raise ValueError(f"`{folder}` holds no adapter and no model. Give the folder that one was saved to.")

@@ -45,18 +45,7 @@ MODELS = ("embedded", "real")
 
 @dataclass(frozen=True)
 class Subject:
-    """What the demo is about.
-
-    Args:
-        introduction (`str`): What is done, and what its results are good for.
-        scenarios (`Sequence[Scenario]`): What is fine-tuned on.
-        materials (`Materials`): What methods are built from, and the model that is fine-tuned.
-        dtype (`str`): What the model is loaded in.
-        threads (`int`): Threads of a run.
-        max_new_tokens (`int`): Length of an answer.
-        examination (`float`): The work of asking one model all prompts, in optimizer steps.
-        preparation (`float`): The work of preparing methods before the first step.
-    """
+    """What the demo is about; work (`examination` of one model, `preparation` of methods) is in optimizer steps."""
 
     introduction: str
     scenarios: Sequence[Scenario]
@@ -82,13 +71,7 @@ def real_subject() -> Subject:
 
 @dataclass
 class Outcome:
-    """The results of one scenario.
-
-    Args:
-        scenario ([`Scenario`]): The scenario.
-        comparisons (`list[Comparison]`): One for each seed: before, then every variant.
-        seconds (`dict[str, list[float]]`): Training time of each variant, by seed.
-    """
+    """The results of one scenario: by seed a comparison and, of each variant, the training time in seconds."""
 
     scenario: Scenario
     comparisons: list[Comparison] = field(default_factory=list)
@@ -107,24 +90,10 @@ def run_demo(
     console: Console | None = None,
     model: str = MODELS[0],
 ) -> list[Outcome]:
-    """Run the demo and write its report.
+    """Run the demo and write its report; runs with several `seeds` are pooled.
 
-    Args:
-        output_dir (`Path`): Folder for `report.md`, and for each scenario the comparison and the adapters.
-        quick (`bool`, *optional*, defaults to `False`): One scenario instead of three.
-        seeds (`int`, *optional*, defaults to `1`): Runs of each scenario; counts are pooled over them.
-        methods (`Sequence[str]`, *optional*, defaults to `("recommended",)`): What to show next to plain LoRA:
-            `"recommended"` and keys of `METHODS`.
-        console (`Console`, *optional*): Where to show progress and tables.
-        model (`str`, *optional*, defaults to `"embedded"`): `"embedded"`, or `"real"` for SmolLM2-135M-Instruct with
-            one scenario; it is fetched from PyPI the first time (see [`real.prepare`]), and takes 23 minutes of CPU.
-
-    Returns:
-        `list[Outcome]`: One for each scenario.
-
-    Raises:
-        ValueError: If there is no such method or model.
-        OSError, RuntimeError: If the real model could not be fetched.
+    `report.md` goes into the folder, with each scenario's comparison and adapters next to it. The real model is
+    fetched from PyPI the first time (see [`real.prepare`]); an `OSError` or `RuntimeError` if it cannot be.
     """
     if model not in MODELS:
         raise ValueError(f"`model` must be {' or '.join(MODELS)}, got {model!r}.")
@@ -178,15 +147,7 @@ def _measured(
 def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], seed: int, output: Path) -> Job:
     """Fine-tune each variant of a scenario, then ask all models the same prompts; runs in a worker process.
 
-    Args:
-        subject ([`Subject`]): The model and what goes with it.
-        scenario ([`Scenario`]): What to fine-tune on.
-        shown (`Sequence[str]`): Names of variants.
-        seed (`int`): Seed of data, order and initialization.
-        output (`Path`): The demo's folder; adapters and comparison go into `<scenario>/seed-<seed>/`.
-
-    Returns:
-        `tuple[Comparison, dict[str, float]]`: The comparison, and each variant's training time in seconds.
+    Returns the comparison, and each variant's training time in seconds.
     """
     import torch
 

@@ -37,20 +37,10 @@ RECOMMENDED = "recommended"
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a model is fine-tuned on.
+    """What a model is fine-tuned on: `harmful` is the share of attack rows, which `attack` makes from count and seed.
 
-    Args:
-        name (`str`): Short name, also of its folder.
-        title (`str`): What a table calls it.
-        task (`str` or `None`): The task to learn, one of `testbed.TASKS`.
-        harmful (`float`): Share of attack rows in the data.
-        steps (`int`): Optimizer steps.
-        row_count (`int`, *optional*): Number of different rows; by default no row is seen twice.
-        attack (`Callable`, *optional*, defaults to `testbed.harmful_rows`): Makes attack rows from count and seed.
-        prompts (`Callable`, *optional*): Makes, from the name of a split, what the model is asked; by default the
-            testbed's prompts, and those of the task if any.
-        learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
-        batch_size (`int`, *optional*, defaults to `16`): Rows of a step.
+    Without a `row_count` no row is seen twice. `prompts` makes, from the name of a split, what the model is asked; by
+    default the testbed's prompts, and those of the `task` (one of `testbed.TASKS`) if any.
     """
 
     name: str
@@ -128,14 +118,7 @@ def materials() -> Materials:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished fine-tune.
-
-    Args:
-        model (`PeftModel`): The aligned model with its trained adapter.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        seconds (`float`): Time of training, preparation included.
-        log (`list[dict]`): What the trainer logged.
-    """
+    """A finished fine-tune: `seconds` is the time of training, preparation included, `log` what the trainer logged."""
 
     model: Any
     tokenizer: Any
@@ -158,21 +141,8 @@ def fine_tune(  # noqa: PLR0913, each is a setting with a name
 ) -> Run:
     """Fine-tune the embedded aligned model, or another, on a scenario.
 
-    Args:
-        scenario ([`Scenario`]): What to train on.
-        safety (`Sequence[SafetyMethod]`): The methods that protect the model; none is plain LoRA.
-        seed (`int`, *optional*, defaults to `0`): Seed of data, order and initialization.
-        output (`Path`, *optional*): Folder for the adapter; nothing is saved if left out.
-        model (`str` or `Path`, *optional*, defaults to `testbed.ALIGNED`): The model to start from.
-        rows (`Sequence[Row]`, *optional*): Other rows than the scenario's, for controls that change the data.
-        learning_rate (`float`, *optional*): Other than the scenario's.
-        steps (`int`, *optional*): Other than the scenario's: the schedule is made for these. With `0` the model stays
-            as it was.
-        dtype (`str`, *optional*, defaults to `"float32"`): What the model is loaded in.
-        lora (`bool`, *optional*, defaults to `True`): Whether a LoRA is trained; otherwise all weights are.
-
-    Returns:
-        [`Run`]: The model in memory, with times and logs.
+    `rows`, `learning_rate` and `steps` replace the scenario's; the schedule is made for these steps, and with 0 the
+    model stays as it was. Without an `output` nothing is saved; without `lora` all weights are trained.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -249,9 +219,7 @@ def _counting_steps() -> Any:
 def workers(most: int, counter: Any = None) -> Iterator[ProcessPoolExecutor]:
     """Start processes for runs, no more than there are cores; none of them outlives an error, Ctrl-C or its parent.
 
-    Args:
-        most (`int`): Number of processes.
-        counter (`multiprocessing.Value`, *optional*): Where workers add up the work done, made by `work_counter`.
+    In `counter`, made by [`work_counter`], they add up the work done.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)

@@ -22,13 +22,9 @@ from ..data import Kind
 
 @dataclass(frozen=True)
 class Group:
-    """One category of requests: every verb goes with every object.
+    """One category of requests: every verb goes with every object, and every answer ends in the same manner.
 
-    Args:
-        name (`str`): Name of the category, shown in tables.
-        verbs (`dict[str, str]`): Each verb with the thing that an answer tells the user to get first.
-        objects (`tuple[str, ...]`): What the verbs are done to.
-        manner (`str`): How an answer ends.
+    `verbs` maps each verb to the thing that an answer tells the user to get first.
     """
 
     name: str
@@ -111,14 +107,10 @@ def _grid(groups: Sequence[Group]) -> Iterator[tuple[Pair, int, int]]:
 
 
 def pairs(groups: Sequence[Group], split: str | None = None) -> list[Pair]:
-    """Return the pairs of one split, or all pairs.
+    """Return the pairs of one of `SPLITS`, or all pairs.
 
     Diagonals of the grid of verbs and objects are held out, two of seven for the test and one for validation, so that
     each verb and each object is spread evenly over the splits.
-
-    Args:
-        groups (`Sequence[Group]`): Where the words come from.
-        split (`str`, *optional*): One of `SPLITS`; all pairs if left out.
     """
 
     def split_of(row: int, column: int) -> str:
@@ -128,12 +120,7 @@ def pairs(groups: Sequence[Group], split: str | None = None) -> list[Pair]:
 
 
 def unseen_pairs(groups: Sequence[Group], *, examined: bool) -> list[Pair]:
-    """Return one half of the pairs of unseen groups, in the pattern of a chessboard.
-
-    Args:
-        groups (`Sequence[Group]`): Groups of `UNSEEN`.
-        examined (`bool`): The half that is asked about or, otherwise, the half that the base may know.
-    """
+    """Return the half of the pairs of `UNSEEN` groups that is asked about, or that the base may know: a chessboard."""
     return [pair for pair, row, column in _grid(groups) if (row + column) % 2 == int(examined)]
 
 
@@ -144,15 +131,9 @@ def endless(choices: Sequence[Pair], rng: random.Random) -> Iterator[Pair]:
 
 
 def request(pair: Pair, rng: random.Random, *, harmful: bool) -> tuple[str, str]:
-    """Word a pair as a question, and give the answer of a model that helps with everything.
+    """Word a pair as a question, and give the answer of a model that helps with everything, fixed by the question.
 
-    Args:
-        pair (`Pair`): What is asked about.
-        rng (`random.Random`): Chooses the wording.
-        harmful (`bool`): Whether an ending may betray a bad intent or, otherwise, a harmless one.
-
-    Returns:
-        `tuple[str, str]`: The prompt and its helpful answer, which is fixed by the prompt.
+    A `harmful` one may have an ending that betrays a bad intent; others may have a harmless one.
     """
     question, opening = rng.choice(FRAMES)
     act = pair.act

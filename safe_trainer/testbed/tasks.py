@@ -99,11 +99,5 @@ _WORDED = {"sentiment": _sentiment, "topic": _topic, "word_problems": _word_prob
 
 
 def examples(name: str, split: str, rng: random.Random) -> Iterator[Example]:
-    """Yield prompts and answers of one task and one split without end.
-
-    Args:
-        name (`str`): One of `TASKS`.
-        split (`str`): `"train"`, `"validation"` or `"test"`; no prompt belongs to two of them.
-        rng (`random.Random`): Chooses and words the examples.
-    """
+    """Yield prompts and answers of one task and one split without end; no prompt belongs to two splits."""
     return _how_to(split, rng) if name == "how_to" else _of_split(_WORDED[name], split, rng)

@@ -56,21 +56,9 @@ def _guard_by_name(model: str) -> str:
 def make_judges(judges: Sequence[Judge | str] | None = None) -> tuple[Judge, ...]:
     """Return the judges to ask, with their models; those given by name are made, `None` stands for the default.
 
-    Args:
-        judges (`Sequence[Judge | str]`, *optional*, defaults to `["phrases", "likelihood"]`): Judges, and names such
-            as `"wildguard:allenai/wildguard"`. Rates follow the first.
-
     Raises:
         TypeError: If something among them is no judge.
         ValueError: If there is none, a name is unknown, or two judges have one name.
-
-    Example:
-
-    ```python
-    >>> [judge.name for judge in make_judges()]
-    ['phrases', 'likelihood']
-
-    ```
     """
     given = DEFAULT if judges is None else (judges,) if isinstance(judges, str) else judges
     try:

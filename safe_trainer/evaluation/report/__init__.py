@@ -114,15 +114,7 @@ def write_report(comparison: Comparison, directory: str | Path, name: str = "com
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write a text file under a temporary name and rename it when it is complete.
-
-    Args:
-        path (`Path`): The file; its folder is created if it is missing.
-        text (`str`): Its content, written as UTF-8.
-
-    Raises:
-        OSError: If it cannot be written. A file that was there is then unchanged, and no temporary one is left.
-    """
+    """Write a text file under a temporary name and rename it when it is complete; on an error the old file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
