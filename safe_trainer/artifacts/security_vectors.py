@@ -63,7 +63,7 @@ _occupied: WeakSet[nn.Module] = WeakSet()
 def active(
     layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactors], *, in_training_only: bool = False
 ) -> Iterator[Switch]:
-    """Add security vectors to a model for the length of a context, which gets a [`Switch`] to turn them off meanwhile.
+    """Add security vectors to a model for the length of a context; its [`Switch`] turns them off for a while.
 
     Factors that require gradients receive them. With `in_training_only`, they act in training mode only, so that an
     evaluation in between sees the clean model. A `RuntimeError` if vectors are active in this model already.
