@@ -22,8 +22,10 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType
 from runs import given, lora
 
 import safe_trainer as st
+from safe_trainer.analysis.scan import score_rows
 from safe_trainer.artifacts.fitting import Fitting
-from safe_trainer.data import conversation
+from safe_trainer.data import ReadOptions, conversation, encode_row, poison
+from safe_trainer.evaluation import PhraseJudge, Thresholds, from_json
 from safe_trainer.recipe import read_recipe
 
 REFUSED = [conversation(f"Make a bad thing {i}.", "I will not do that.") for i in range(4)]
@@ -72,7 +74,7 @@ Case = tuple[Callable[[Room], Any], type[BaseException], str]
 
 
 def rows(room: Room, name: str, content: str | bytes, **reading: Any) -> Any:
-    return st.load_rows(room.file(name, content), st.ReadOptions(**reading))
+    return st.load_rows(room.file(name, content), ReadOptions(**reading))
 
 
 def vectors() -> Any:
@@ -350,8 +352,8 @@ DATA: dict[str, Case] = {
         ValueError,
         "alpaca",
     ),
-    "format and columns": (lambda r: st.ReadOptions(format="alpaca", columns={"prompt": "a"}), ValueError, "not both"),
-    "another word for a bad row": (lambda r: st.ReadOptions(on_bad_row="ignore"), ValueError, "'raise' or 'skip'"),
+    "format and columns": (lambda r: ReadOptions(format="alpaca", columns={"prompt": "a"}), ValueError, "not both"),
+    "another word for a bad row": (lambda r: ReadOptions(on_bad_row="ignore"), ValueError, "'raise' or 'skip'"),
     "a filter that lets nothing through": (
         lambda r: rows(r, "rows.csv", "instruction,output\na,b", where={"output": "c"}),
         ValueError,
@@ -377,10 +379,10 @@ DATA: dict[str, Case] = {
     ),
     "prompts of an unknown kind": (lambda r: st.PromptSet("mine", "evil", ("a",)), ValueError, "harmful, benign"),
     "one prompt instead of several": (lambda r: st.PromptSet("mine", "benign", "Say one."), TypeError, "tuple"),
-    "more poison than there is": (lambda r: st.poison(REFUSED, HARMFUL[:1], 0.5), ValueError, "lower `fraction`"),
-    "a share above one": (lambda r: st.poison(REFUSED, HARMFUL, 50), ValueError, "between 0 and 1, got 50"),
+    "more poison than there is": (lambda r: poison(REFUSED, HARMFUL[:1], 0.5), ValueError, "lower `fraction`"),
+    "a share above one": (lambda r: poison(REFUSED, HARMFUL, 50), ValueError, "between 0 and 1, got 50"),
     "a row that is none": (
-        lambda r: st.encode_row(tiny.tokenizer(), {"question": "a"}, 64),
+        lambda r: encode_row(tiny.tokenizer(), {"question": "a"}, 64),
         ValueError,
         "prompt",
     ),
@@ -480,13 +482,13 @@ EVALUATION: dict[str, Case] = {
         ValueError,
         "phrases",
     ),
-    "a judge of no sentences": (lambda r: st.PhraseJudge(sentences=0), ValueError, "at least 1, got 0"),
-    "answers without prompts": (lambda r: st.PhraseJudge()(["a"], []), ValueError, "Give one for each"),
-    "a limit below zero": (lambda r: st.Thresholds(harmful_rise=-1), ValueError, "0 percentage points or more"),
-    "a comparison that is no JSON": (lambda r: st.from_json("{"), ValueError, "Was writing it interrupted"),
-    "a comparison that is something else": (lambda r: st.from_json("{}"), ValueError, "no comparison"),
+    "a judge of no sentences": (lambda r: PhraseJudge(sentences=0), ValueError, "at least 1, got 0"),
+    "answers without prompts": (lambda r: PhraseJudge()(["a"], []), ValueError, "Give one for each"),
+    "a limit below zero": (lambda r: Thresholds(harmful_rise=-1), ValueError, "0 percentage points or more"),
+    "a comparison that is no JSON": (lambda r: from_json("{"), ValueError, "Was writing it interrupted"),
+    "a comparison that is something else": (lambda r: from_json("{}"), ValueError, "no comparison"),
     "a comparison without its parts": (
-        lambda r: st.from_json('{"kind": "safe_trainer comparison", "format": 1}'),
+        lambda r: from_json('{"kind": "safe_trainer comparison", "format": 1}'),
         ValueError,
         "damaged",
     ),
@@ -496,7 +498,7 @@ EVALUATION: dict[str, Case] = {
         "Check the path",
     ),
     "a scan with vectors of another model": (
-        lambda r: list(st.score_rows(HARMFUL, other_model(), vectors(), tiny.tokenizer())),
+        lambda r: list(score_rows(HARMFUL, other_model(), vectors(), tiny.tokenizer())),
         ValueError,
         "do not fit the model",
     ),
@@ -512,7 +514,7 @@ EVALUATION: dict[str, Case] = {
         ".csv, .jsonl",
     ),
     "a scan in batches of nothing": (
-        lambda r: list(st.score_rows(HARMFUL, tiny.model(), vectors(), tiny.tokenizer(), batch_size=0)),
+        lambda r: list(score_rows(HARMFUL, tiny.model(), vectors(), tiny.tokenizer(), batch_size=0)),
         ValueError,
         "`batch_size`",
     ),
