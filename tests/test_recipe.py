@@ -114,7 +114,9 @@ def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, message):
         ("training.num_train_epochs=0", "must be above 0, got 0"),
         ("training.per_device_train_batch_size=0", "must be at least 1, got 0"),
         ("training.seed=-1", "must be a number from 0 to 4,294,967,295, got -1"),
-        ("training.eval_strategy=steps", "a recipe has no rows to take a loss on"),
+        ("training.eval_strategy=steps", "there are no rows to take a loss on"),
+        ("training.load_best_model_at_end=true", "there are no rows to take a loss on"),
+        ("eval_share=1", "input should be less than 1, got 1"),
         ("peft.r=0", "must be at least 1, got 0"),
         ("peft.lora_dropout=1.5", "must be a number from 0 to 1, got 1.5"),
     ],
@@ -789,6 +791,47 @@ def test_rows_that_the_evaluation_asks_are_pointed_out(recipe):
     path = recipe({"evaluation": {"prompts": [{"path": "leak.csv", "kind": "benign"}]}})
     result = invoke("train", path, "--dry-run")
     assert "1 training rows ask a prompt of `leak`" in result.stderr.replace("\n", " ")
+
+
+def test_rows_of_their_own_are_evaluated_and_those_that_are_trained_on_as_well_are_counted(recipe, tmp_path):
+    others = [{"prompt": "Name a letter.", "completion": letter} for letter in "ab"]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:3], *others])))
+    loaded = load_data(read_recipe(recipe({"eval_data": [{"path": "held.jsonl"}]})))
+    assert (len(loaded.rows), len(loaded.eval_rows)) == (len(ROWS), 5)
+    assert any("3 of 5 evaluation rows are trained on as well" in text for text in loaded.messages())
+
+
+def test_a_share_of_each_source_is_held_out_the_same_for_a_seed_and_not_trained_on(recipe):
+    sources = [{"path": "rows.jsonl", "weight": 2}]
+    first, again, other = (
+        load_data(read_recipe(recipe({"data": sources, "eval_share": 0.25}), [f"training.seed={seed}"]))
+        for seed in (7, 7, 8)
+    )
+    held = [row["prompt"] for row in first.eval_rows]
+    assert len(held) == len(ROWS) // 4 and len(first.rows) == 2 * (len(ROWS) - len(held))
+    assert held == [row["prompt"] for row in again.eval_rows] != [row["prompt"] for row in other.eval_rows]
+    assert not any(row["prompt"] in held for row in first.rows)
+    assert any(f"{len(held)} of them are held out" in text for text in first.messages())
+
+
+def test_rows_that_would_never_be_evaluated_and_two_kinds_of_them_are_refused(recipe):
+    assert "never used" in problems(recipe({"eval_share": 0.5}), "training.eval_strategy=no")[0]
+    (found,) = problems(recipe({"eval_share": 0.5, "eval_data": [{"path": "rows.jsonl"}]}))
+    assert "either `eval_data`" in found and "`eval_share`" in found
+
+
+@pytest.mark.slow
+def test_the_loss_of_evaluation_rows_is_shown_and_chooses_the_best_checkpoint(recipe, tmp_path):
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "load_best_model_at_end": True, **evaluating}
+    path = recipe({"eval_share": 0.25, "training": training})
+    planned = invoke("train", path, "--dry-run", "--json")
+    assert json.loads(planned.stdout)["eval_rows"] == len(ROWS) // 4
+    result = invoke("train", path)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("eval loss") == 2
+    (state,) = (tmp_path / "out" / "checkpoint-2").glob("trainer_state.json")
+    assert json.loads(state.read_text())["best_model_checkpoint"] is not None
 
 
 @pytest.mark.parametrize(("weight", "rows"), [(0.25, 5), (1, 20), (2.5, 50)])

@@ -95,7 +95,7 @@ def _log_line(entry: Mapping[str, float]) -> str:
     """Return one line for an entry that has a loss or what a monitor measured; an empty text for others."""
     from ..evaluation import Rate
 
-    named = _SHOWN if "loss" in entry else ()
+    named = _SHOWN if "loss" in entry else ("eval_loss", "eval_mean_token_accuracy")
     shown = [f"{name.replace('_', ' ')} {entry[name]:.4g}" for name in named if name in entry]
     for name, value in entry.items():
         if name == "drift/relative":
@@ -129,7 +129,7 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
     facts = {
         "model": recipe.parts.model.path,
         "protected by": "\n".join(protected) or "nothing: plain fine-tuning",
-        "rows": f"{made.rows:,}",
+        "rows": f"{made.rows:,}" + (f", and {made.eval_rows:,} whose loss is taken" if made.eval_rows else ""),
         "tokens": f"{made.tokens:,} per epoch; {learned} of the answers' tokens are learned; "
         f"{made.cut:.1%} of the rows are cut off at `max_length`",
         "steps": f"{made.steps:,} on {made.processes} process{'es' if made.processes > 1 else ''}",

@@ -21,6 +21,7 @@ class Plan:
 
     Args:
         rows (`int`): Training rows in an epoch.
+        eval_rows (`int`): Rows whose loss is taken while training.
         tokens (`int`): Their tokens, cut at `max_length`; an estimate if there are more than 2,000 rows.
         cut (`float`): Share of the rows that are cut off at `max_length`.
         learned (`float`, *optional*): Share of the answers' tokens that the loss covers, where it can be known.
@@ -36,6 +37,7 @@ class Plan:
     """
 
     rows: int
+    eval_rows: int
     tokens: int
     cut: float
     learned: float | None
@@ -73,6 +75,7 @@ def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
     frozen = 0 if recipe.peft is None else parameters
     return Plan(
         rows=len(loaded.rows),
+        eval_rows=0 if loaded.eval_rows is None else len(loaded.eval_rows),
         tokens=tokens,
         cut=sum(length > counted.limit for length in counted.lengths) / len(kept),
         learned=counted.learned / counted.answers if counted.answers else None,

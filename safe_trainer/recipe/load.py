@@ -154,11 +154,23 @@ def _check_artifacts(values: dict[str, Any], document: Document) -> None:
 def _check_classes(values: dict[str, Any], document: Document) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
     """Check the settings of TRL's, PEFT's and the methods' classes, as far as these are known."""
     training = _check_settings(values.get("training"), training_fields(), ("training",), document, NOT_UNDER_TRAINING)
-    if str(training.get("eval_strategy") or "no") != "no":
-        reason = "a recipe has no rows to take a loss on; ask prompts instead, with `evaluation` and `monitor`"
-        document.problem(("training", "eval_strategy"), reason)
+    _check_eval_rows(values, training, document)
     lora = _check_settings(values["peft"], peft_fields(), ("peft",), document, NOT_UNDER_PEFT)
     return training, lora, _check_entries(values, document)
+
+
+def _check_eval_rows(values: dict[str, Any], training: dict[str, Any], document: Document) -> None:
+    """Set when the loss of evaluation rows is taken; note settings that need such rows, or leave them unused."""
+    if values.get("eval_data") or values.get("eval_share"):
+        training.setdefault("eval_strategy", "epoch")
+        if str(training["eval_strategy"]) == "no":
+            reason = "with `no` the rows of `eval_data` or `eval_share` are never used; leave it out, or those rows"
+            document.problem(("training", "eval_strategy"), reason)
+        return
+    for name in ("eval_strategy", "load_best_model_at_end"):
+        if str(training.get(name) or "no") != "no":
+            reason = "there are no rows to take a loss on; give some, with `eval_data` or `eval_share`"
+            document.problem(("training", name), reason)
 
 
 def _check_settings(

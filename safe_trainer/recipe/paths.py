@@ -14,7 +14,10 @@ Place = tuple[str | int, ...]
 """Where a value is: the keys and positions that lead to it, such as `("data", 0, "path")`."""
 ARTIFACTS = {"direction": "alignment direction", "basis": "safety basis", "vectors": "security vectors"}
 """What a file must hold that a recipe gives under one of these keys."""
-_FILES = (["data", "path"], ["evaluation", "prompts", "path"], ["monitor", "direction"], ["monitor", "basis"])
+_FILES = (
+    *(["data", "path"], ["eval_data", "path"], ["evaluation", "prompts", "path"]),
+    *(["monitor", "direction"], ["monitor", "basis"]),
+)
 
 
 def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
@@ -51,7 +54,8 @@ def _is_path(value: str, place: Place, folder: Path) -> bool:
         named = Path(value.lower().removesuffix(".gz")).suffix in (*KINDS, ".safetensors", ".jinja", ".j2")
         is_source = keys[0] == "safety" or keys[-1] == "chat_template_path"
         return named or (is_source and exists(folder / value))
-    return keys in (["model", "path"], ["data", "hub"], ["safe_lora", "unaligned"]) and exists(folder / value)
+    models_and_datasets = (["model", "path"], ["data", "hub"], ["eval_data", "hub"], ["safe_lora", "unaligned"])
+    return keys in models_and_datasets and exists(folder / value)
 
 
 def exists(path: str | Path) -> bool:

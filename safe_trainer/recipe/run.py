@@ -124,7 +124,7 @@ def run_recipe(
     for text in [*loaded.messages(), *tokens.messages()]:
         callbacks.message(text)
     callbacks.stage("preparing")
-    trainer = make_trainer(recipe, loaded.rows)
+    trainer = make_trainer(recipe, loaded.rows, loaded.eval_rows)
     add_callbacks(recipe, trainer, loaded.prompt_sets)
     callbacks.stage("training")
     metrics, stopped = _train(recipe, trainer, asked, callbacks, resume)

@@ -196,6 +196,12 @@ class RecipePart(Part):
 
     model: ModelPart
     data: list[DataPart] = Field(min_length=1)
+    eval_data: list[DataPart] | None = Field(
+        None, min_length=1, description="Sources of rows, as under `data`, whose loss is taken while training."
+    )
+    eval_share: float | None = Field(
+        None, gt=0, lt=1, description="Instead, the share of the rows of `data` to hold out for it, such as 0.1."
+    )
     peft: dict[str, Any] | None = Field(
         default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
         description="Settings of PEFT's LoraConfig; null trains all weights.",
@@ -215,6 +221,12 @@ class RecipePart(Part):
         description="Folder for the adapter, checkpoints and report, relative to the working directory."
     )
 
+    @model_validator(mode="after")
+    def _one_kind_of_evaluation_rows(self) -> RecipePart:
+        if self.eval_data and self.eval_share:
+            raise ValueError("give either `eval_data` (rows of their own) or `eval_share` (a part of `data`)")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _one_method_is_a_list(cls, values: Any) -> Any:
@@ -230,7 +242,6 @@ NOT_UNDER_TRAINING = {
     "model_init_kwargs": "is `model` in a recipe",
     "dataset_text_field": "is always `text` in a recipe",
     "dataset_kwargs": "is for rows that are prepared already, which those of a recipe are not",
-    "load_best_model_at_end": "needs rows to take a loss on, which a recipe does not have",
     "resume_from_checkpoint": "is `safe-trainer train --resume`",
     "trust_remote_code": "must not be in a file, since it runs code that others have written; in Python, load the "
     "model yourself and give it to `SafeSFTTrainer`",
@@ -245,6 +256,7 @@ PARTS: dict[tuple[str, ...], type[Part]] = {
     (): RecipePart,
     ("model",): ModelPart,
     ("data",): DataPart,
+    ("eval_data",): DataPart,
     ("evaluation",): EvaluationPart,
     ("monitor",): MonitorPart,
     ("safe_lora",): SafeLoraPart,

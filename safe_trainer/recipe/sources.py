@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from .trainer import check_model
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .schema import DataPart
+
 _SAMPLE = 2000  # rows whose tokens are counted
 
 
@@ -37,13 +40,15 @@ class LoadedData:
 
     Args:
         rows (`Dataset`): What is trained on, all sources together, as often as their weights say.
+        eval_rows (`Dataset`, *optional*): Whose loss is taken while training.
         prompt_sets (`list[PromptSet]`): What the model is examined with; empty without an evaluation.
         reports (`list[DataReport]`): What was found in each source.
         leaked (`dict[str, int]`): How many training rows ask what a prompt set will ask, by the set's name.
-        notes (`list[str]`): What to know about system turns of the rows.
+        notes (`list[str]`): What to know about evaluation rows and about system turns of the rows.
     """
 
     rows: Dataset
+    eval_rows: Dataset | None
     prompt_sets: list[PromptSet]
     reports: list[DataReport]
     leaked: dict[str, int]
@@ -68,7 +73,7 @@ def load_data(recipe: Recipe) -> LoadedData:
     """
     check_model(recipe)
     reports: list[DataReport] = []
-    rows = _training_rows(recipe, reports)
+    rows, eval_rows = _training_rows(recipe, reports)
     reports += _method_reports(recipe)
     sets = []
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
@@ -84,7 +89,10 @@ def load_data(recipe: Recipe) -> LoadedData:
     sets = apart(sets)
     leaked = {prompts.name: len(leaked_rows(rows, prompts)) for prompts in sets}
     more, notes = _with_training_prompts(recipe, sets)
-    return LoadedData(rows, sets + more, reports, {name: count for name, count in leaked.items() if count}, notes)
+    if eval_rows is not None:
+        notes = [*_also_trained(rows, eval_rows), *notes]
+    leaks = {name: count for name, count in leaked.items() if count}
+    return LoadedData(rows, eval_rows, sets + more, reports, leaks, notes)
 
 
 def _with_training_prompts(recipe: Recipe, sets: list[PromptSet]) -> tuple[list[PromptSet], list[str]]:
@@ -116,28 +124,57 @@ def _with_training_prompts(recipe: Recipe, sets: list[PromptSet]) -> tuple[list[
     return more, notes
 
 
-def _training_rows(recipe: Recipe, reports: list[DataReport]) -> Dataset:
-    from datasets import concatenate_datasets
-
-    parts: list[Dataset] = []
+def _training_rows(recipe: Recipe, reports: list[DataReport]) -> tuple[Dataset, Dataset | None]:
+    """Return the rows to train on, and those whose loss is taken: of sources of their own, or held out of the same."""
+    seed, share = recipe.training.get("seed", 42), recipe.parts.eval_share
+    trained: list[Dataset] = []
+    held: list[Dataset] = []
     for source in recipe.parts.data:
-        rows, report = load_rows(source.source(), source.options())
+        rows, report = _read(source, reports)
+        if share:
+            apart = rows.train_test_split(test_size=share, seed=seed)
+            rows = apart["train"]
+            held.append(apart["test"])
+            report.notes.append(f"{len(held[-1]):,} of them are held out by `eval_share`")
         if harmful := labelled_harmful(rows):
             report.notes.append(
                 f"{harmful:,} of {len(rows):,} rows are labelled harmful, and are learned; leave them out with `where`"
             )
-        if "is_safe" in rows.column_names:  # of all sources together only some may have labels
-            rows = rows.remove_columns("is_safe")
-        reports.append(report)
         complete, rest = divmod(source.weight, 1)
-        parts += [rows] * int(complete)
+        trained += [rows] * int(complete)
         if rest:
-            shuffled = rows.shuffle(seed=recipe.training.get("seed", 42))
-            parts.append(shuffled.select(range(max(1, round(rest * len(rows))))))
+            trained.append(rows.shuffle(seed=seed).select(range(max(1, round(rest * len(rows))))))
+    held += [_read(source, reports)[0] for source in recipe.parts.eval_data or ()]
+    return _together(trained, reports), _together(held, reports) if held else None
+
+
+def _read(source: DataPart, reports: list[DataReport]) -> tuple[Dataset, DataReport]:
+    rows, report = load_rows(source.source(), source.options())
+    reports.append(report)
+    return rows, report
+
+
+def _together(parts: list[Dataset], reports: list[DataReport]) -> Dataset:
+    """Return the rows of several sources as one dataset, without labels, which only some of them may have."""
+    from datasets import concatenate_datasets
+
+    parts = [part.remove_columns("is_safe") if "is_safe" in part.column_names else part for part in parts]
     if len({tuple(part.column_names) for part in parts}) > 1:
         formats = ", ".join(f"{report.source} ({report.format})" for report in reports)
         raise ValueError(f"Texts and conversations cannot be mixed in one run: {formats}. Bring them into one form.")
     return concatenate_datasets(parts)
+
+
+def _also_trained(rows: Dataset, eval_rows: Dataset) -> list[str]:
+    """Return a note on how many evaluation rows are trained on as well."""
+    trained = {json.dumps(row) for row in rows}
+    count = sum(json.dumps(row) in trained for row in eval_rows)
+    if not count:
+        return []
+    return [
+        f"{count:,} of {len(eval_rows):,} evaluation rows are trained on as well: their loss will show memory. Remove "
+        "them from one or the other."
+    ]
 
 
 def _method_reports(recipe: Recipe) -> list[DataReport]:

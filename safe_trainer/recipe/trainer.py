@@ -125,7 +125,7 @@ def arguments(recipe: Recipe) -> Any:
         raise
 
 
-def make_trainer(recipe: Recipe, rows: Dataset) -> SafeSFTTrainer:
+def make_trainer(recipe: Recipe, rows: Dataset, eval_rows: Dataset | None = None) -> SafeSFTTrainer:
     """Build the trainer of a recipe: loads the model and lets the methods prepare."""
     from ..trainer import SafeSFTTrainer
 
@@ -137,6 +137,7 @@ def make_trainer(recipe: Recipe, rows: Dataset) -> SafeSFTTrainer:
         model=model.path,
         args=args,
         train_dataset=rows,
+        eval_dataset=eval_rows,
         quantization_config=_quantization(model.quantization, args.bf16),
         peft_config=recipe.peft,
         safety=recipe.safety,

@@ -35,8 +35,11 @@ RECIPES: dict[str, Case] = {
     ),
     "a loss on no rows": (
         lambda at: recipe(at, training={"eval_strategy": "steps"}),
-        "ask prompts instead, with `evaluation` and `monitor`",
-        [lambda at: recipe(at, evaluation=asking(at), monitor={"every": 5})],
+        "give some, with `eval_data` or `eval_share`",
+        [
+            lambda at: recipe(at, training={"eval_strategy": "steps"}, eval_share=0.5),
+            lambda at: recipe(at, training={"eval_strategy": "steps"}, eval_data=[{"path": "rows.jsonl"}]),
+        ],
     ),
     "an adapter as the model of a recipe": (
         lambda at: recipe(at, model={"path": at.adapter()}),
