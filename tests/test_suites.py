@@ -155,9 +155,9 @@ def test_what_is_downloaded_is_pinned_or_its_commit_is_reported(monkeypatch):
 
 def test_the_suites_whose_commit_is_not_pinned_are_named_in_the_documentation():
     page = " ".join((Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().split())
-    unpinned = [f"`{name}`" for name, suite in suites().items() if "revision" not in suite]
-    assert f"No commit is known here of {unpinned[0]} and {unpinned[1]}" in page
-    assert f"{unpinned[2]} has no prompts of its own" in page and len(unpinned) == 3
+    newest, without_prompts = (f"`{name}`" for name, suite in suites().items() if "revision" not in suite)
+    assert f"of {newest} the newest version is read" in page
+    assert f"{without_prompts} has no prompts of its own" in page
 
 
 def test_a_local_copy_is_read_as_the_options_say(tmp_path):
