@@ -479,7 +479,7 @@ def test_a_second_judge_that_fails_costs_its_verdicts_and_nothing_else(caplog):
     first, second = PhraseJudge(), FunctionJudge(fail, "broken", "1")
     found = judged(HARMFUL, [Answer(REFUSAL)] * 4, [first, second])
     assert found.rate("refused") == Rate(4, 4) and found.rate("refused", judge="broken") == Rate(0, 0)
-    assert "`broken` failed on `harm`, without verdicts: no such cache" in caplog.text
+    assert "`broken` failed on `harm` and gave no verdicts: no such cache" in caplog.text
     assert "harm: broken gave no verdict on 4 of 4 answers" in found.observations()[0]
     with pytest.raises(RuntimeError, match="no such cache"):
         judged(HARMFUL, [Answer(REFUSAL)] * 4, [second, first])

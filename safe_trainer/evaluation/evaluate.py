@@ -144,7 +144,7 @@ def judged(prompt_set: PromptSet, answers: Sequence[Answer], judges: Sequence[Ju
                     raise
                 # Answers and the first judge's verdicts are not thrown away for a second opinion.
                 logger.warning(
-                    "The judge `%s` failed on `%s`, without verdicts: %s", judge.name, prompt_set.name, error
+                    "The judge `%s` failed on `%s` and gave no verdicts: %s", judge.name, prompt_set.name, error
                 )
                 verdicts[judge.name] = [None] * len(answered)
     everywhere: list[dict[str, Any]] = [

@@ -24,7 +24,9 @@ def check_judges(listed: Sequence[str]) -> list[tuple[str, str]]:
     found = [_parsed(written) for written in listed]
     kinds = [kind for kind, _ in found]
     if not found or len(set(kinds)) < len(kinds):
-        raise ValueError(f"each may be given once, and at least one, got {', '.join(kinds) or 'none'}.")
+        raise ValueError(
+            f"each may be given only once, and there must be at least one, got {', '.join(kinds) or 'none'}."
+        )
     return found
 
 
@@ -50,7 +52,7 @@ def _guard_by_name(model: str) -> str:
         if name.replace("-", "") in plain:
             return name
     known = ", ".join(f"{name}:{model}" for name in GUARDS)
-    raise ValueError(f"how {model} is asked cannot be told from its name; write one of {known}.")
+    raise ValueError(f"which guard {model} is cannot be told from its name; say it: one of {known}.")
 
 
 def make_judges(judges: Sequence[Judge | str] | None = None) -> tuple[Judge, ...]:
