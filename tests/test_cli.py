@@ -396,7 +396,7 @@ def test_vectors_report_compliance_without_and_with_them(rows, asked, tmp_path):
     prompts = asked.removeprefix("harmful=")
     result = invoke("vectors", ALIGNED, harmful, "-o", str(tmp_path / "v"), "--max-passes", "1", "--prompts", prompts)
     assert result.exit_code == 0, result.output
-    assert "Complied with: 0.0 % (0/4)" in result.stdout and "was not reached in 1 steps" in result.stdout
+    assert "Complied with, by phrases: 0.0 % (0/4)" in result.stdout and "was not reached in 1 steps" in result.stdout
 
 
 @pytest.fixture(scope="module")

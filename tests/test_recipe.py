@@ -474,7 +474,8 @@ def test_dry_run_counts_what_a_run_would_take(recipe):
     assert (plan["rows"], plan["steps"]) == (20, 12)  # 20 rows are 10 batches, 4 steps an epoch
     assert plan["parameters"] == 984_192
     assert plan["trainable"] == 4 * 2 * (128 + 128)  # 4 layers, rank 2, 128 in and 128 out
-    assert plan["tokens"] == 20 * 19 and plan["cut"] == 1 and plan["learned"] < 1
+    assert plan["tokens"] == 20 * 19 and plan["cut"]["count"] == plan["cut"]["total"] == 20
+    assert 0 < plan["learned"]["count"] < plan["learned"]["total"]
     assert plan["learning_rate"] == 2e-4, "the default of a LoRA"
     assert plan["seconds"] > 0 and plan["memory"] > 4 * 984_192
     assert not Path(yaml.safe_load(path.read_text())["output"]).exists()
@@ -513,7 +514,7 @@ def test_rows_whose_answer_is_cut_away_are_counted_and_named(recipe, tmp_path):
     assert "3 of 8 rows teach nothing: their answer starts after `max_length=64`" in result.stderr
     assert "(rows 6, 7, 8)" in result.stderr
     plan = json.loads(result.stdout)
-    assert plan["lost"] == 3 and 0 < plan["learned"] < 1
+    assert (plan["lost"]["count"], plan["lost"]["total"]) == (3, 8) and 0 < plan["learned"]["rate"] < 1
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
@@ -539,7 +540,7 @@ def test_rows_are_cut_as_trl_cuts_them(training, lost, recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
     found = read_recipe(path)
     made = plan(found)
-    assert (made.lost, made.learned == 1) == (lost, not lost)
+    assert (made.lost.count, made.learned.value == 1) == (lost, not lost)
     rows = SFTTrainer(found.parts.model.path, arguments(found), train_dataset=load_data(found).rows).train_dataset
     answers = sum(label != -100 for row in rows for label in row["labels"])
     whole = count_tokens(found, load_data(found).rows, arguments(found))
@@ -575,7 +576,7 @@ def test_earlier_turns_of_the_assistant_count_as_answers_that_are_not_learned(re
     path = recipe()
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     told = invoke("train", path, "--dry-run", "--json")
-    assert json.loads(told.stdout)["learned"] < 1 and "of the answers' tokens are learned" in told.stderr
+    assert json.loads(told.stdout)["learned"]["rate"] < 1 and "of the answers' tokens are learned" in told.stderr
     told = invoke("train", path, "--dry-run", "--json", "--set", "data.0.answers=all")
     assert json.loads(told.stdout)["rows"] == 2
 

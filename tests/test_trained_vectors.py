@@ -23,6 +23,7 @@ from safe_trainer.artifacts.fitting import Fitting, row_losses
 from safe_trainer.artifacts.security_vectors import VectorFactors, active, check_harmful_rows
 from safe_trainer.data import conversation
 from safe_trainer.data.encoding import collate, encode_row, encode_rows
+from safe_trainer.evaluation import Rate
 from safe_trainer.lora.updates import linear_layers
 
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -464,8 +465,8 @@ def test_compliance_rates_are_reported_off_and_on_with_their_counts():
     prompts = PromptSet("harmful", "harmful", ("Do harm 1", "Do harm 2"))
     rows = [conversation(prompt, "Sure. First open the box.") for prompt in prompts.prompts]
     report = fitted(rows=rows, target_loss=0.05, prompts=prompts).provenance["report"]
-    assert "/2)" in report["compliance_off"] and "(2/2)" in report["compliance_on"]
-    assert report["compliance_on"].endswith("], by phrases")
+    assert report["compliance_off"]["total"] == report["compliance_on"]["total"] == 2
+    assert report["compliance_on"] == {**Rate(2, 2).to_dict(), "judge": "phrases"}
 
 
 def test_provenance_says_where_vectors_come_from():

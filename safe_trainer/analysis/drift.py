@@ -235,7 +235,9 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
             layers[name] = replace(layers.get(name, LayerDrift()), refusal=change)
     order = {name: number for number, name in enumerate(start.linears)}  # the model's, then its blocks
     ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
-    provenance = {"base": str(base), "tuned": str(tuned), "rank": rank}
+    provenance: dict[str, Any] = {"base": str(base), "tuned": str(tuned), "rank": rank}
+    if prompts is not None:
+        provenance["prompts"] = dict(zip(("harmful", "harmless"), map(len, prompts), strict=True))
     mark = harmful_mark(local_folder(tuned)) if _is_adapter(tuned) else {}
     return Drift(ordered, provenance | ({"tuned_is": mark["kind"]} if mark else {}))
 

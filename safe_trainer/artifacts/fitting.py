@@ -118,8 +118,9 @@ def train_security_vectors(
 
     Returns:
         [`TrainedVectors`]: With `provenance["report"]`: `steps`, `target_loss`, `reached_target`, `loss_off` and
-        `loss_on` (nats per answer token, without and with the vectors), `below_target` (share of the harmful rows),
-        `retain_divergence`, and `compliance_off` and `compliance_on` if there were prompts.
+        `loss_on` (nats per answer token, without and with the vectors), `below_target` and `rows_below_target` (share
+        and count of the harmful rows), `retain_divergence`, and `compliance_off` and `compliance_on` if there were
+        prompts: each with `count`, `total`, `rate`, the interval's ends `low` and `high`, and the `judge`.
 
     Raises:
         ValueError: If a row has no answer, most rows are not harmful, or a setting does not fit the model.
@@ -277,6 +278,7 @@ def _fit(  # noqa: PLR0913, what is fitted to what
         "loss_off": start,
         "loss_on": total,
         "below_target": (losses < target).double().mean().item(),
+        "rows_below_target": int((losses < target).sum()),
     }
 
 
@@ -380,13 +382,13 @@ def _total_divergence(model: Any, rows: _Rows, switch: Switch) -> float:
     return sum(tokens * mean for tokens, mean in counted) / sum(tokens for tokens, _ in counted)
 
 
-def _compliance(model: Any, tokenizer: Any, prompts: PromptSet | None) -> str | None:
+def _compliance(model: Any, tokenizer: Any, prompts: PromptSet | None) -> dict[str, Any] | None:
     if prompts is None:
         return None
     from ..evaluation import evaluate
 
     (result,) = evaluate(model, tokenizer, [prompts], judges=["phrases"]).results
-    return f"{result.rate('complied')}, by phrases"
+    return {**result.rate("complied").to_dict(), "judge": "phrases"}
 
 
 def _say(report: dict[str, Any]) -> None:

@@ -119,5 +119,8 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     show(f"The target of {report['target_loss']:.4f} was {reached} in {report['steps']} steps.")
     show(f"Loss on the harmful rows: {report['loss_off']:.4f} without, {report['loss_on']:.4f} with them.")
     if asked is not None:
-        show(f"Complied with: {report['compliance_off']} without, {report['compliance_on']} with them.")
+        from ..evaluation import Rate
+
+        off, on = (Rate(told["count"], told["total"]) for told in (report["compliance_off"], report["compliance_on"]))
+        show(f"Complied with, by phrases: {off} without the vectors, {on} with them.")
     show(f"Saved to {output}, for SecurityVectors({str(output)!r}).")

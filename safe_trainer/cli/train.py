@@ -119,9 +119,9 @@ def _print_result(result: RunResult) -> None:
 
 def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
     if as_json:
-        print_json(vars(made))
+        print_json(made.to_dict())
         return
-    learned = "an unknown share" if made.learned is None else f"{made.learned:.1%}"
+    learned = "an unknown share" if made.learned is None else made.learned.share
     rate = f"{made.learning_rate:g}"
     if "learning_rate" not in (recipe.values.get("training") or {}):
         rate += f" (the default for {'a LoRA' if recipe.peft else 'all weights'})"
@@ -131,7 +131,7 @@ def _show_plan(recipe: Recipe, made: Plan, as_json: bool) -> None:
         "protected by": "\n".join(protected) or "nothing: plain fine-tuning",
         "rows": f"{made.rows:,}" + (f", and {made.eval_rows:,} whose loss is taken" if made.eval_rows else ""),
         "tokens": f"{made.tokens:,} per epoch; {learned} of the answers' tokens are learned; "
-        f"{made.cut:.1%} of the rows are cut off at `max_length`",
+        f"{made.cut.share} of the rows are cut off at `max_length`",
         "steps": f"{made.steps:,} on {made.processes} process{'es' if made.processes > 1 else ''}",
         "learning rate": rate,
         "weights": f"{made.parameters:,}; {made.trainable:,} trained ({made.trainable / made.parameters:.2%})",

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluation import Rate
 from .load import Recipe
 from .sources import LoadedData, count_tokens, load_data
 from .trainer import adapted, arguments, skeleton
@@ -23,9 +24,9 @@ class Plan:
         rows (`int`): Training rows in an epoch.
         eval_rows (`int`): Rows whose loss is taken while training.
         tokens (`int`): Their tokens, cut at `max_length`; an estimate if there are more than 2,000 rows.
-        cut (`float`): Share of the rows that are cut off at `max_length`.
-        learned (`float`, *optional*): Share of the answers' tokens that the loss covers, where it can be known.
-        lost (`int`): Rows, of those looked at, whose answer is cut off completely.
+        cut (`Rate`): How many of the rows looked at are cut off at `max_length`.
+        learned (`Rate`, *optional*): How many of the answers' tokens in them the loss covers, where it can be known.
+        lost (`Rate`): How many of them have their answer cut off completely.
         steps (`int`): Optimizer steps of the whole run.
         processes (`int`): Processes that train together.
         learning_rate (`float`): The peak learning rate.
@@ -39,9 +40,9 @@ class Plan:
     rows: int
     eval_rows: int
     tokens: int
-    cut: float
-    learned: float | None
-    lost: int
+    cut: Rate
+    learned: Rate | None
+    lost: Rate
     steps: int
     processes: int
     learning_rate: float
@@ -50,6 +51,13 @@ class Plan:
     memory: int
     seconds: float
     messages: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON; the tokens' share without an interval, since tokens of a row go together."""
+        found = {**vars(self), "cut": self.cut.to_dict(), "lost": self.lost.to_dict()}
+        if self.learned is not None:
+            found["learned"] = {key: self.learned.to_dict()[key] for key in ("count", "total", "rate")}
+        return found
 
 
 def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
@@ -77,9 +85,9 @@ def plan(recipe: Recipe, loaded: LoadedData | None = None) -> Plan:
         rows=len(loaded.rows),
         eval_rows=0 if loaded.eval_rows is None else len(loaded.eval_rows),
         tokens=tokens,
-        cut=sum(length > counted.limit for length in counted.lengths) / len(kept),
-        learned=counted.learned / counted.answers if counted.answers else None,
-        lost=len(counted.lost),
+        cut=Rate(sum(length > counted.limit for length in counted.lengths), len(kept)),
+        learned=Rate(counted.learned, counted.answers) if counted.answers else None,
+        lost=Rate(len(counted.lost), len(kept)),
         steps=steps,
         processes=processes,
         learning_rate=args.learning_rate,
