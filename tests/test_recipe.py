@@ -26,11 +26,11 @@ from safe_trainer import generate, load_model, testbed
 from safe_trainer.methods import METHODS
 from safe_trainer.recipe import RecipeError, plan, read_recipe
 from safe_trainer.recipe.document import Document
+from safe_trainer.recipe.model import arguments
 from safe_trainer.recipe.paths import moved
 from safe_trainer.recipe.run import barely_learned, protection, run_recipe
 from safe_trainer.recipe.schema import recipe_schema
 from safe_trainer.recipe.sources import count_tokens, load_data
-from safe_trainer.recipe.trainer import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -484,14 +484,14 @@ def test_dry_run_counts_what_a_run_would_take(recipe):
 @pytest.mark.slow
 def test_dry_run_counts_the_same_tokens_and_steps_as_a_run(recipe):
     from safe_trainer.recipe.dry_run import plan
+    from safe_trainer.recipe.run import make_trainer
     from safe_trainer.recipe.sources import load_data
-    from safe_trainer.recipe.trainer import make_trainer
 
     read = read_recipe(
         recipe({"training": {"num_train_epochs": 2, "per_device_train_batch_size": 3, "save_strategy": "no"}})
     )
     loaded = load_data(read)
-    trainer = make_trainer(read, loaded.rows)
+    trainer = make_trainer(read, loaded, arguments(read))
     trainer.train()
     made = plan(read, loaded)
     assert made.steps == trainer.state.global_step
@@ -1048,7 +1048,7 @@ def test_what_a_monitor_cannot_have_is_told_before_anything_is_loaded(recipe, tm
 
 
 def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
-    from safe_trainer.recipe.trainer import add_callbacks
+    from safe_trainer.recipe.run import add_callbacks
 
     sets = [testbed.prompt_set("harmful"), testbed.task("sentiment")]
     trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora()))
@@ -1062,7 +1062,7 @@ def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
 
 def test_a_moving_average_is_asked_for_by_one_number(recipe):
     from safe_trainer.methods.adapter_ema import AdapterEMA
-    from safe_trainer.recipe.trainer import add_callbacks
+    from safe_trainer.recipe.run import add_callbacks
 
     trainer = SimpleNamespace(added=[])
     trainer.add_callback = trainer.added.append

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..evaluation import Rate
 from .load import Recipe
+from .model import adapted, arguments, skeleton
 from .sources import LoadedData, count_tokens, load_data
-from .trainer import adapted, arguments, skeleton
 
 _BYTES = {"4bit": 0.5, "8bit": 1.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 

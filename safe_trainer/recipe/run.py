@@ -28,11 +28,13 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..data import PromptSet
 from .load import Recipe
+from .model import arguments
 from .paths import moved
 from .sources import LoadedData, count_tokens, load_data
-from .trainer import add_callbacks, arguments, make_trainer
 
 if TYPE_CHECKING:
+    from trl import SFTConfig
+
     from ..evaluation import Comparison
     from ..trainer import SafeSFTTrainer
 
@@ -117,28 +119,33 @@ def run_recipe(
     """
     asked = callbacks or RunCallbacks()
     callbacks = asked if _is_first_process() else RunCallbacks()  # the others run silently
-    check_output(recipe.parts.output, resume)
+    output = recipe.parts.output
+    check_output(output, resume)
+
     callbacks.stage("loading")
-    loaded = load_data(recipe)
-    tokens = count_tokens(recipe, loaded.rows, arguments(recipe))
-    for text in [*loaded.messages(), *tokens.messages()]:
+    loaded, args = load_data(recipe), arguments(recipe)
+    for text in [*loaded.messages(), *count_tokens(recipe, loaded.rows, args).messages()]:
         callbacks.message(text)
+
     callbacks.stage("preparing")
-    trainer = make_trainer(recipe, loaded.rows, loaded.eval_rows)
+    trainer = make_trainer(recipe, loaded, args)
     add_callbacks(recipe, trainer, loaded.prompt_sets)
+
     callbacks.stage("training")
     metrics, stopped = _train(recipe, trainer, asked, callbacks, resume)
-    result = RunResult(Path(recipe.parts.output), trainer.state.global_step, metrics, stopped=stopped)
+    result = RunResult(Path(output), trainer.state.global_step, metrics, stopped=stopped)
     if stopped:
         return result
     if unlearned := barely_learned(trainer.state.log_history, trainer.args.learning_rate):
         callbacks.message(unlearned)
-    try:
-        result = _finish(recipe, loaded, trainer, callbacks, result, compare)
-    except KeyboardInterrupt:
-        kept, go_on = _left(recipe)
-        callbacks.message(f"Stopped by Ctrl-C after training. {kept}; {go_on}")
-        raise
+
+    with _reporting_interrupts(recipe, callbacks):
+        callbacks.stage("saving")
+        with _saving(recipe):
+            trainer.save_model(output)
+        if trainer.is_world_process_zero():
+            adapters = _save_results(recipe, loaded, trainer, callbacks)
+            result = _compare(recipe, loaded, trainer, callbacks, result, adapters, compare)
     callbacks.stage("done")
     return result
 
@@ -172,6 +179,53 @@ def check_output(output: str, resume: bool) -> None:
         )
     if not resume and Path(output, "recipe.yaml").is_file():
         raise ValueError(f"`{output}` holds a finished run. Choose another with --set output=FOLDER, or remove it.")
+
+
+def make_trainer(recipe: Recipe, loaded: LoadedData, args: SFTConfig) -> SafeSFTTrainer:
+    """Build the trainer of a recipe: loads the model and lets the methods prepare."""
+    from ..trainer import SafeSFTTrainer
+
+    model = recipe.parts.model
+    args.disable_tqdm = True  # callbacks show the progress
+    args.model_init_kwargs = {"dtype": model.dtype, "revision": model.revision}
+    return SafeSFTTrainer(
+        model=model.path,
+        args=args,
+        train_dataset=loaded.rows,
+        eval_dataset=loaded.eval_rows,
+        quantization_config=_quantization(model.quantization, args.bf16),
+        peft_config=recipe.peft,
+        safety=recipe.safety,
+    )
+
+
+def _quantization(bits: str | None, bf16: bool) -> Any:
+    if bits is None:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if bf16 else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def add_callbacks(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
+    """Add the moving average that `ema` asks for, and what `monitor` measures while training, next to the loss."""
+    from ..analysis.drift_monitor import DriftMonitor
+    from ..evaluation import RefusalMonitor
+    from ..methods.adapter_ema import AdapterEMA
+
+    if recipe.parts.ema is not None:
+        trainer.add_callback(AdapterEMA(recipe.parts.ema))
+    asked = recipe.parts.monitor
+    if asked is None:
+        return
+    trainer.add_callback(DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis))
+    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
+    if sets:
+        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
 
 
 def _train(
@@ -209,75 +263,6 @@ def _train(
         raise
 
 
-def _finish(
-    recipe: Recipe,
-    loaded: LoadedData,
-    trainer: SafeSFTTrainer,
-    callbacks: RunCallbacks,
-    result: RunResult,
-    compare: bool,
-) -> RunResult:
-    """Save what was trained, compare the model before and after, and write report and card."""
-    from ..evaluation import write_report
-    from .model_card import SAFETY_REPORT, publish, write_model_card
-
-    output = recipe.parts.output
-    callbacks.stage("saving")
-    with _saving(recipe):
-        trainer.save_model(output)
-    if not trainer.is_world_process_zero():
-        return result
-    report = getattr(trainer, "safety_report", {})
-    with _saving(recipe):
-        saved = save_recipe(recipe, loaded)
-        Path(output, SAFETY_REPORT).unlink(missing_ok=True)
-        if report:
-            Path(output, SAFETY_REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    again = shlex.join(["safe-trainer", "train", str(saved), "--set", f"output={output}-again"])
-    callbacks.message(f"Saved to {output}. Run the same recipe again with: {again}")
-    adapters = {TUNED: output} | ({} if recipe.parts.safe_lora is None else {REPAIRED: _repair(recipe, callbacks)})
-    comparison, files = None, []
-    by_hand = _compare_command(recipe, loaded) if loaded.prompt_sets else None
-    if by_hand is not None and compare and _is_sharded(trainer):
-        callbacks.message(f"Each process holds a part of the model only, so compare it afterwards with:\n{by_hand}")
-    elif by_hand is not None and compare:
-        by_hand = None
-        callbacks.stage("comparing")
-        comparison = examine(recipe, trainer, loaded.prompt_sets, adapters, callbacks.progress)
-        with _saving(recipe):
-            files = list(write_report(comparison, output))
-        for name in adapters:
-            for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
-                callbacks.message(sentence)
-    with _saving(recipe):
-        files += [write_model_card(folder, comparison, name=name) for name, folder in adapters.items()]
-    callbacks.message(f"Wrote {', '.join(map(str, files))}")
-    callbacks.message(protection(report, comparison, by_hand))
-    if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
-        write_model_card(output, comparison, name=TUNED, repository=trainer.hub_model_id)
-        publish(output, trainer.hub_model_id)
-    return replace(result, comparison=comparison, files=files, compare_command=by_hand)
-
-
-def _repair(recipe: Recipe, callbacks: RunCallbacks) -> str:
-    """Repair the adapter by Safe LoRA, and return the folder of the result."""
-    from ..methods.safe_lora import apply_safe_lora, summary
-
-    asked = recipe.parts.safe_lora
-    assert asked is not None  # otherwise there is nothing to repair
-    folder = os.path.join(recipe.parts.output, "safe-lora")
-    with _saving(recipe):
-        report = apply_safe_lora(recipe.parts.output, folder, aligned=recipe.parts.model.path, **asked.model_dump())
-    callbacks.message(f"Saved a repaired adapter to {folder}: {summary(report)}.")
-    return folder
-
-
-def _is_sharded(trainer: SafeSFTTrainer) -> bool:
-    from ..distributed import strategy_of
-
-    return strategy_of(trainer.accelerator, trainer.model).is_sharded
-
-
 def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
     """Return a warning if the loss hardly fell between the first and the last entries of a trainer's log."""
     losses = [entry["loss"] - entry.get("safety_penalty", 0.0) for entry in history if "loss" in entry]
@@ -294,19 +279,15 @@ def barely_learned(history: list[dict[str, Any]], learning_rate: float) -> str:
     )
 
 
-def protection(report: Mapping[str, Any], comparison: Comparison | None, compare_command: str | None) -> str:
-    """Return one line: what protected the run (the trainer's `safety_report`) and how strongly it was tested."""
-    methods = [f"{name} (acts on {found['coverage']:.0%} of the trained weights)" for name, found in report.items()]
-    protected = f"Protected by {' and '.join(methods)}." if methods else "Nothing protected this run (`safety: null`)."
-    results = [] if comparison is None else [r for r in comparison.before.results if r.prompt_set.kind == "harmful"]
-    if comparison is None or not results:
-        why = f"compare it with: {compare_command}" if compare_command else "add harmful prompts to `evaluation`"
-        return f"{protected} Whether refusals were kept was not tested: {why}."
-    asked = []
-    for before in results:
-        rate = comparison.evaluations[1][before.prompt_set.name].rate("refused")
-        asked.append(f"{before.subject('refused')} {before.rate('refused')} before, {rate} after")
-    return f"{protected} Tested on harmful prompts: {'; '.join(asked)}."
+@contextmanager
+def _reporting_interrupts(recipe: Recipe, callbacks: RunCallbacks) -> Iterator[None]:
+    """Report what is left when Ctrl-C comes after training."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept, go_on = _left(recipe)
+        callbacks.message(f"Stopped by Ctrl-C after training. {kept}; {go_on}")
+        raise
 
 
 @contextmanager
@@ -331,6 +312,95 @@ def _left(recipe: Recipe) -> tuple[str, str]:
     if complete is not None:
         return f"The last checkpoint, `{complete}`, is intact", f"resume with: {recipe.command('--resume')}"
     return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
+
+
+def _save_results(
+    recipe: Recipe, loaded: LoadedData, trainer: SafeSFTTrainer, callbacks: RunCallbacks
+) -> dict[str, str]:
+    """Save the recipe and the methods' report next to what was trained, and return the folders to compare by name."""
+    from .model_card import SAFETY_REPORT
+
+    output, report = recipe.parts.output, getattr(trainer, "safety_report", {})
+    with _saving(recipe):
+        saved = save_recipe(recipe, loaded)
+        Path(output, SAFETY_REPORT).unlink(missing_ok=True)
+        if report:
+            Path(output, SAFETY_REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    again = shlex.join(["safe-trainer", "train", str(saved), "--set", f"output={output}-again"])
+    callbacks.message(f"Saved to {output}. Run the same recipe again with: {again}")
+    return {TUNED: output} | ({} if recipe.parts.safe_lora is None else {REPAIRED: _repair(recipe, callbacks)})
+
+
+def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
+    """Save the recipe as it was run, with versions and hashes, next to its results, so that it can be run again."""
+    from .model_card import yaml_text
+
+    output = Path(recipe.parts.output)
+    values = moved(recipe.values, (), recipe.path.parent, output)
+    made = {"seed": 42} | ({} if recipe.peft is None else {"learning_rate": recipe.training["learning_rate"]})
+    values["training"] = {**made, **(values.get("training") or {})}  # defaults, which may change
+    values.setdefault("peft", recipe.parts.peft)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+    lines = [f"# Run from {recipe.path.name} with safe_trainer {__version__}, {versions}"]
+    for report in loaded.reports:
+        source, digest = Path(report.source), ""
+        if source.is_file():
+            with source.open("rb") as file:
+                digest = f", sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        lines.append(f"# Read {source.name}: {report.format}, {report.rows} rows{digest}")
+    path = output / "recipe.yaml"
+    path.write_text("\n".join(lines) + "\n" + yaml_text(values), encoding="utf-8")
+    return path
+
+
+def _repair(recipe: Recipe, callbacks: RunCallbacks) -> str:
+    """Repair the adapter by Safe LoRA, and return the folder of the result."""
+    from ..methods.safe_lora import apply_safe_lora, summary
+
+    asked = recipe.parts.safe_lora
+    assert asked is not None  # otherwise there is nothing to repair
+    folder = os.path.join(recipe.parts.output, "safe-lora")
+    with _saving(recipe):
+        report = apply_safe_lora(recipe.parts.output, folder, aligned=recipe.parts.model.path, **asked.model_dump())
+    callbacks.message(f"Saved a repaired adapter to {folder}: {summary(report)}.")
+    return folder
+
+
+def _compare(  # noqa: PLR0913, what one run has by now
+    recipe: Recipe,
+    loaded: LoadedData,
+    trainer: SafeSFTTrainer,
+    callbacks: RunCallbacks,
+    result: RunResult,
+    adapters: dict[str, str],
+    compare: bool,
+) -> RunResult:
+    """Compare the model before and after, and write report and card."""
+    from ..distributed import strategy_of
+    from ..evaluation import write_report
+    from .model_card import publish, write_model_card
+
+    output, comparison, files = recipe.parts.output, None, []
+    by_hand = _compare_command(recipe, loaded) if loaded.prompt_sets else None
+    if by_hand is not None and compare and strategy_of(trainer.accelerator, trainer.model).is_sharded:
+        callbacks.message(f"Each process holds a part of the model only, so compare it afterwards with:\n{by_hand}")
+    elif by_hand is not None and compare:
+        by_hand = None
+        callbacks.stage("comparing")
+        comparison = examine(recipe, trainer, loaded.prompt_sets, adapters, callbacks.progress)
+        with _saving(recipe):
+            files = list(write_report(comparison, output))
+        for name in adapters:
+            for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
+                callbacks.message(sentence)
+    with _saving(recipe):
+        files += [write_model_card(folder, comparison, name=name) for name, folder in adapters.items()]
+    callbacks.message(f"Wrote {', '.join(map(str, files))}")
+    callbacks.message(protection(getattr(trainer, "safety_report", {}), comparison, by_hand))
+    if trainer.args.push_to_hub:  # the trainer has pushed before there was a report
+        write_model_card(output, comparison, name=TUNED, repository=trainer.hub_model_id)
+        publish(output, trainer.hub_model_id)
+    return replace(result, comparison=comparison, files=files, compare_command=by_hand)
 
 
 def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
@@ -376,23 +446,16 @@ def examine(
     return Comparison((before, after))
 
 
-def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
-    """Save the recipe as it was run, with versions and hashes, next to its results, so that it can be run again."""
-    from .model_card import yaml_text
-
-    output = Path(recipe.parts.output)
-    values = moved(recipe.values, (), recipe.path.parent, output)
-    made = {"seed": 42} | ({} if recipe.peft is None else {"learning_rate": recipe.training["learning_rate"]})
-    values["training"] = {**made, **(values.get("training") or {})}  # defaults, which may change
-    values.setdefault("peft", recipe.parts.peft)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    lines = [f"# Run from {recipe.path.name} with safe_trainer {__version__}, {versions}"]
-    for report in loaded.reports:
-        source, digest = Path(report.source), ""
-        if source.is_file():
-            with source.open("rb") as file:
-                digest = f", sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
-        lines.append(f"# Read {source.name}: {report.format}, {report.rows} rows{digest}")
-    path = output / "recipe.yaml"
-    path.write_text("\n".join(lines) + "\n" + yaml_text(values), encoding="utf-8")
-    return path
+def protection(report: Mapping[str, Any], comparison: Comparison | None, compare_command: str | None) -> str:
+    """Return one line: what protected the run (the trainer's `safety_report`) and how strongly it was tested."""
+    methods = [f"{name} (acts on {found['coverage']:.0%} of the trained weights)" for name, found in report.items()]
+    protected = f"Protected by {' and '.join(methods)}." if methods else "Nothing protected this run (`safety: null`)."
+    results = [] if comparison is None else [r for r in comparison.before.results if r.prompt_set.kind == "harmful"]
+    if comparison is None or not results:
+        why = f"compare it with: {compare_command}" if compare_command else "add harmful prompts to `evaluation`"
+        return f"{protected} Whether refusals were kept was not tested: {why}."
+    asked = []
+    for before in results:
+        rate = comparison.evaluations[1][before.prompt_set.name].rate("refused")
+        asked.append(f"{before.subject('refused')} {before.rate('refused')} before, {rate} after")
+    return f"{protected} Tested on harmful prompts: {'; '.join(asked)}."

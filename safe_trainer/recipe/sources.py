@@ -24,7 +24,7 @@ from ..data import (
     what_was_meant,
 )
 from .load import Recipe
-from .trainer import check_model
+from .model import check_model
 
 if TYPE_CHECKING:
     from datasets import Dataset

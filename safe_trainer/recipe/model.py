@@ -1,4 +1,4 @@
-"""From a recipe to a trainer: whether it fits its model, TRL's arguments, the methods, the monitors."""
+"""A recipe's model and arguments: whether the model is there, and whether the recipe fits it and this machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from typing import TYPE_CHECKING, Any
 from .paths import Place
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..data import PromptSet
-    from ..trainer import SafeSFTTrainer
     from .load import Recipe
 
 
@@ -123,51 +119,3 @@ def arguments(recipe: Recipe) -> Any:
         recipe.document.problem(("training", *names[:1]), str(error))
         recipe.document.raise_problems()
         raise
-
-
-def make_trainer(recipe: Recipe, rows: Dataset, eval_rows: Dataset | None = None) -> SafeSFTTrainer:
-    """Build the trainer of a recipe: loads the model and lets the methods prepare."""
-    from ..trainer import SafeSFTTrainer
-
-    model = recipe.parts.model
-    args = arguments(recipe)
-    args.disable_tqdm = True  # callbacks show the progress
-    args.model_init_kwargs = {"dtype": model.dtype, "revision": model.revision}
-    return SafeSFTTrainer(
-        model=model.path,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        quantization_config=_quantization(model.quantization, args.bf16),
-        peft_config=recipe.peft,
-        safety=recipe.safety,
-    )
-
-
-def _quantization(bits: str | None, bf16: bool) -> Any:
-    if bits is None:
-        return None
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if bf16 else torch.float32
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-
-
-def add_callbacks(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
-    """Add the moving average that `ema` asks for, and what `monitor` measures while training, next to the loss."""
-    from ..analysis.drift_monitor import DriftMonitor
-    from ..evaluation import RefusalMonitor
-    from ..methods.adapter_ema import AdapterEMA
-
-    if recipe.parts.ema is not None:
-        trainer.add_callback(AdapterEMA(recipe.parts.ema))
-    asked = recipe.parts.monitor
-    if asked is None:
-        return
-    trainer.add_callback(DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis))
-    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
-    if sets:
-        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
