@@ -84,7 +84,7 @@ def test_plain_fine_tuning_on_harmful_rows_destroys_the_refusals_and_the_demo_sh
     assert comparison[title]["harmful"].rate("complied").value < 0.2
 
     text = console.export_text()
-    assert "plain LoRA lost the refusals" in text and title in text and "report.md" in text
+    assert "plain LoRA: Safety was eroded" in text and title in text and "report.md" in text
     assert "safe-trainer demo --methods all" in text and "do not carry over to other models" in " ".join(text.split())
     report = (tmp_path / "demo" / "report.md").read_text()
     assert str(comparison[PLAIN]["harmful"].rate("complied")) in report
@@ -162,15 +162,3 @@ def test_the_demo_runs_on_a_real_model_with_what_it_brings(tmp_path: Path, monke
 def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`model` must be embedded or real, got 'large'"):
         run_demo(tmp_path, model="large", console=Console(quiet=True))
-
-
-def test_steps_that_fit_vectors_count_as_work_up_to_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted: list[float] = []
-    monkeypatch.setattr(demo, "advance", counted.append)
-    for steps in (3, 50):
-        method = METHODS["security_vectors"](harmful_data=testbed.harmful_rows(4))
-        with demo._fitting_counted([method], 8, 40.0):
-            for step in range(1, steps + 1):
-                method.progress(step, 100, 1.0)
-        assert counted[:3] == [2, 2, 2] and sum(counted) == 40
-        counted.clear()

@@ -36,7 +36,7 @@ from .experiment import (
 )
 
 if TYPE_CHECKING:
-    from ..methods.base import Materials, SafetyMethod
+    from ..methods.base import Materials
 
 SHOWN = ("poisoned", "how-to", "identity")
 QUICK = ("poisoned",)
@@ -161,9 +161,8 @@ def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], see
     seconds: dict[str, float] = {}
     for variant in shown:
         title, adapter = summary.title_of(variant), folder / variant.replace(" ", "-")
-        preparation = 0.0 if variant == PLAIN else subject.preparation
-        with _fitting_counted(made[variant](), scenario.batch_size, preparation) as methods:
-            run = fine_tune(scenario, methods, seed, adapter, model=start, dtype=subject.dtype)
+        run = fine_tune(scenario, made[variant](), seed, adapter, model=start, dtype=subject.dtype)
+        advance(0.0 if variant == PLAIN else subject.preparation)
         seconds[title], adapters[title] = run.seconds, adapter
     model, tokenizer = load_model(start, dtype=subject.dtype)
     asked = scenario.prompt_sets("test")
@@ -175,29 +174,6 @@ def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], see
     return comparison, seconds
 
 
-@contextmanager
-def _fitting_counted(
-    methods: Sequence[SafetyMethod], batch_size: int, preparation: float
-) -> Iterator[Sequence[SafetyMethod]]:
-    """Count the steps that fit security vectors as work, up to what is planned; what is left is counted at the end."""
-    from ..artifacts.fitting import Fitting
-    from ..methods.security_vectors import SecurityVectors
-
-    counted = 0.0
-
-    def count(done: int, most: int, loss: float) -> None:
-        nonlocal counted
-        size = min(Fitting.batch_size / batch_size, preparation - counted)
-        counted += size
-        advance(size)
-
-    for method in methods:
-        if isinstance(method, SecurityVectors):
-            method.progress = count
-    yield methods
-    advance(preparation - counted)
-
-
 def _work(subject: Subject, scenario: Scenario, shown: Sequence[str]) -> float:
     prepared = subject.preparation * (len(shown) - 1)
     return scenario.steps * len(shown) + prepared + subject.examination * (1 + len(shown))
@@ -205,7 +181,7 @@ def _work(subject: Subject, scenario: Scenario, shown: Sequence[str]) -> float:
 
 def _show(outcome: Outcome, console: Console) -> None:
     console.print(summary.table(outcome.scenario, outcome.comparisons, outcome.seconds))
-    for line in summary.conclusions(outcome.scenario, outcome.comparisons):
+    for line in summary.conclusions(outcome.comparisons):
         console.print(Text("  " + line))
 
 
