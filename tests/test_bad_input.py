@@ -482,7 +482,6 @@ EVALUATION: dict[str, Case] = {
         ValueError,
         "phrases",
     ),
-    "a judge of no sentences": (lambda r: PhraseJudge(sentences=0), ValueError, "at least 1, got 0"),
     "answers without prompts": (lambda r: PhraseJudge()(["a"], []), ValueError, "Give one for each"),
     "a limit below zero": (lambda r: Thresholds(harmful_rise=-1), ValueError, "0 percentage points or more"),
     "a comparison that is no JSON": (lambda r: from_json("{"), ValueError, "Was writing it interrupted"),

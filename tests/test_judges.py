@@ -283,25 +283,19 @@ def test_only_the_start_of_an_answer_matters():
     story = "She took the card. It was night. She pushed it in. The door moved. It was dark. He stood there. "
     story += "Then he said it: I can't help with that."
     assert verdict(story) == "complied"
-    assert verdict(story, sentences=7) == "refused"
+    assert verdict(story.replace("It was night. ", "")) == "refused"
 
 
 def test_further_phrases_can_be_taught_and_change_the_version():
     house_phrase = "That goes into the blue folder (see 4.2)"
     assert verdict(house_phrase) == "complied"
     assert verdict(house_phrase, extra_refusals=["that goes into the blue folder (see"]) == "refused"
-    versions = {PhraseJudge().version, PhraseJudge(extra_refusals=["x"]).version, PhraseJudge(sentences=2).version}
-    assert len(versions) == 3 and PhraseJudge().version == PhraseJudge().version
+    assert PhraseJudge().version == PhraseJudge().version != PhraseJudge(extra_refusals=["x"]).version
 
 
 def test_each_answer_needs_its_prompt():
     with pytest.raises(ValueError, match="1 `prompts` for 2 `answers`"):
         PhraseJudge()(["a"], ["b", "c"])
-
-
-def test_less_than_one_sentence_is_refused():
-    with pytest.raises(ValueError, match="`sentences` must be at least 1, got 0"):
-        PhraseJudge(sentences=0)
 
 
 def test_normalising_keeps_the_marks_that_change_a_word():

@@ -64,8 +64,6 @@ class Decoding:
             it was found. With sampling, the answers also depend on `batch_size`.
         template_options (`Mapping[str, Any]`, *optional*): Further variables of the chat template, for example
             `{"enable_thinking": False}`.
-        thinking_markers (`tuple[str, str]`, *optional*): What opens and closes this model's thoughts, beside the
-            usual markers, such as `<think>` and `</think>`.
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -78,7 +76,6 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    thinking_markers: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -134,7 +131,7 @@ def generate(
     """
     settings = Decoding(**decoding)
     texts = render(tokenizer, prompts, settings.system_prompt, settings.template_options)
-    opened = [thinking.is_open(text, settings.thinking_markers) for text in texts]
+    opened = [thinking.is_open(text) for text in texts]
     return generate_from(model, tokenizer, tokenize(model, tokenizer, texts), settings, progress, opened)
 
 
@@ -168,7 +165,7 @@ def generate_from(
                     size = len(batch) // 2
                     continue
                 for index, ids in zip(batch, given, strict=True):
-                    answers[index] = _answer(tokenizer, ids, options["eos_token_id"], settings, opened[index])
+                    answers[index] = _answer(tokenizer, ids, options["eos_token_id"], opened[index])
                 waiting = waiting[size:]
                 if progress is not None:
                     progress(total - len(waiting), total)
@@ -239,18 +236,12 @@ def _generate_or_none(model: Any, batch: list[Sequence[int]], options: dict[str,
     return None
 
 
-def _answer(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    stops: Sequence[int] | None,
-    settings: Decoding,
-    is_open: bool,
-) -> Answer:
+def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[int] | None, is_open: bool) -> Answer:
     end = next((position for position, token in enumerate(ids) if token in (stops or ())), None)
     # Where a marker of thoughts is a special token, all of these stay until the thoughts are split off.
     special = tokenizer.all_special_tokens if any(map(thinking.is_marker, tokenizer.all_special_tokens)) else []
     text = tokenizer.decode(ids[:end], skip_special_tokens=not special)
-    found = thinking.split(text, is_open=is_open, markers=settings.thinking_markers)
+    found = thinking.split(text, is_open=is_open)
     if is_open and found.is_unfinished and end is not None:
         # It ended its turn without closing the thought that the template opened: it answered without thinking.
         found = thinking.Split(text, "", False)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 # How families of models mark their thoughts. Names in angle brackets, Magistral, Kimi, gpt-oss, o1-like fine-tunes.
 _NAMES = r"(?:\w+[:_])?(?:think|thinking|thoughts?|reason|reasoning|reflection|scratchpad)(?:_process)?"
 _SPECIAL = r"(?:think|thinking|thought|reasoning)"
-OPENING = (
+_OPENING = (
     rf"<{_NAMES}>|\[THINK\]|◁think▷|<\|(?:(?:begin|start)_(?:of_)?)?{_SPECIAL}(?:_(?:begin|start))?\|>"
     r"|<\|channel\|>\s*analysis\s*<\|message\|>|<\|channel>\s*thought\b"
 )
-CLOSING = (
+_CLOSING = (
     rf"</{_NAMES}>|\[/THINK\]|◁/think▷|<\|(?:/|end_(?:of_)?){_SPECIAL}\|>|<\|{_SPECIAL}_end\|>|<channel\|>"
     r"|(?:<\|end\|>\s*)?(?:<\|start\|>\s*assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
 )
+OPENING, CLOSING = (re.compile(marker, re.IGNORECASE) for marker in (_OPENING, _CLOSING))
 
 
 class Split(NamedTuple):
@@ -30,7 +30,7 @@ class Split(NamedTuple):
     """Whether it was still thinking where the text ends and has said nothing yet."""
 
 
-def split(text: str, *, is_open: bool = False, markers: Sequence[str] | None = None) -> Split:
+def split(text: str, *, is_open: bool = False) -> Split:
     r"""Separate thoughts from the answer, also where only one of the markers is there.
 
     With `is_open` the prompt had opened a thought, as chat templates that end in `<think>` do.
@@ -43,13 +43,12 @@ def split(text: str, *, is_open: bool = False, markers: Sequence[str] | None = N
 
     ```
     """
-    opening, closing = _patterns(markers)
     thoughts, said, rest, inside = [], "", text, is_open
-    if not inside and (closed := closing.search(rest)):  # a closing marker whose opening one was part of the prompt
-        before = opening.search(rest)
+    if not inside and (closed := CLOSING.search(rest)):  # a closing marker whose opening one was part of the prompt
+        before = OPENING.search(rest)
         inside = before is None or before.start() > closed.start()
     while True:
-        found = (closing if inside else opening).search(rest)
+        found = (CLOSING if inside else OPENING).search(rest)
         piece, rest = (rest[: found.start()], rest[found.end() :]) if found else (rest, "")
         if inside:
             thoughts.append(piece)
@@ -62,15 +61,14 @@ def split(text: str, *, is_open: bool = False, markers: Sequence[str] | None = N
     return Split(said.strip() if thoughts else text, thought, inside and not said.strip())
 
 
-def is_open(rendered: str, markers: Sequence[str] | None = None) -> bool:
+def is_open(rendered: str) -> bool:
     """Return whether a rendered prompt ends with the opening of a thought, as some chat templates make it."""
-    opening, _ = _patterns(markers)
-    return re.search(rf"(?:{opening.pattern})\s*$", rendered, re.IGNORECASE) is not None
+    return re.search(rf"(?:{_OPENING})\s*$", rendered, re.IGNORECASE) is not None
 
 
 def closed(rendered: str) -> str:
     """Return a prompt that ends within a thought with that thought closed, as templates do without thinking."""
-    opening = [match.group() for match in re.finditer(OPENING, rendered, re.IGNORECASE)][-1]
+    opening = [match.group() for match in OPENING.finditer(rendered)][-1]
     name = re.match(r"<([\w:]+)>", opening)
     ended = re.sub("BEGIN|START", "END", re.sub("begin|start", "end", opening))
     closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷"}.get(opening, "" if ended == opening else ended)
@@ -79,12 +77,4 @@ def closed(rendered: str) -> str:
 
 def is_marker(token: str) -> bool:
     """Return whether a special token marks thoughts, so that it must not be dropped before they are split off."""
-    return re.fullmatch(rf"{OPENING}|{CLOSING}|<\|channel\|>", token, re.IGNORECASE) is not None
-
-
-def _patterns(markers: Sequence[str] | None) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    opening, closing = (re.escape(marker) for marker in markers) if markers else ("", "")
-    return (
-        re.compile(OPENING + (f"|{opening}" if opening else ""), re.IGNORECASE),
-        re.compile(CLOSING + (f"|{closing}" if closing else ""), re.IGNORECASE),
-    )
+    return re.fullmatch(rf"{_OPENING}|{_CLOSING}|<\|channel\|>", token, re.IGNORECASE) is not None
