@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import ReadOptions, Record, encoding_of, hub_dataset, kind_of, open_source, read_records
+from ..evaluation.report import replacing
 
 _TABLES = (".csv", ".jsonl", ".parquet")
 
@@ -95,7 +94,7 @@ def file_of(rows: Any) -> Path | None:
 
 def write_table(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     """Write a table by its suffix, under its name once all of it is written; `row` is JSON text in CSV and Parquet."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         if path.suffix.lower() == ".jsonl":
             with temporary.open("w", encoding="utf-8", errors="replace") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
@@ -128,7 +127,7 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
 def write_clean(path: Path, rows: Any, options: ReadOptions, dropped: set[int]) -> None:
     """Write all records of a source but those at some lines (or of some numbers), in its own format."""
     source = file_of(rows)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         if source is not None and kind_of(source) == "Parquet":
             return _copy_parquet(source, temporary, dropped)
         records = open_source(rows, options=options).records
@@ -180,14 +179,3 @@ def _in_folder(argument: str, path: Path) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder `{path.parent}` for `{argument}`. Make it first.")
     return path
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name, which becomes the path once all is written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

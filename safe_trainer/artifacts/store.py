@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..evaluation.report import replacing
 
 _DTYPES = {  # as the checksum of format 1 spells them
     torch.float64: "F64",
@@ -47,18 +48,14 @@ def save_artifact(
     copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors}
     metadata = {"kind": kind, "format_version": str(version), "details": json.dumps(details)}
     metadata["sha256"] = _checksum(metadata, copies)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(copies, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(copies, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         kept = "The old file of that name is as it was before." if path.is_file() else "Nothing was written."
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"Could not save `{path}`: {reason}. {kept} Free some space or choose another path.") from error
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
     return path
 
 

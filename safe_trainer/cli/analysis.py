@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,7 +139,6 @@ def drift(  # noqa: PLR0913, each is an option with a name
     ] = None,
     *,
     reading: Reading,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for drift.json.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a fine-tune changed, layer by layer: any adapter or fully fine-tuned model against its base.
@@ -155,11 +153,6 @@ def drift(  # noqa: PLR0913, each is an option with a name
     asked = _asked(prompts, base, reading) if refusal or prompts else None
     with progress_bar("Measuring the drift") as bar:
         found = measure_drift(base, tuned, direction=direction, basis=basis, rank=rank, prompts=asked, progress=bar)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / "drift.json"
-        path.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
-        note(f"Written: {path}")
     if as_json:
         print_json(found.to_dict())
     else:

@@ -278,7 +278,7 @@ def check_file(option: str, path: Path) -> None:
 
 
 def check_folder(option: str, source: str, what: str = "adapter") -> None:
-    """Refuse what can only be a folder and is none; the id of an adapter has an owner, as in `me/my-adapter`."""
+    """Refuse what can only be a folder and is not one; the id of an adapter has an owner, as in `me/my-adapter`."""
     may_be_id = source[:1] not in (".", "/", "~") and ("/" in source or what == "model")
     if not may_be_id and not Path(source).expanduser().is_dir():
         raise misused(option, f"there is no folder `{source}`. Give the folder of the {what}, or its Hub id.")

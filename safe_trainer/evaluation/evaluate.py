@@ -56,9 +56,9 @@ def evaluate(  # noqa: PLR0913, each is a setting with a name
         `notes` says.
 
     Raises:
-        TypeError: If something among the judges is none.
-        ValueError: If there is no judge, one is called what none is, a judge gives something other than a verdict, or
-            [`generate`] finds fault with the tokenizer.
+        TypeError: If something among the judges is not a judge.
+        ValueError: If there is no judge, a name is unknown, a judge gives something other than a verdict, or the
+            tokenizer does not fit (see [`generate`]).
         FloatingPointError: If the model computes NaN.
 
     Example:

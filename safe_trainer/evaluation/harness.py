@@ -21,8 +21,8 @@ class Harness:
 
     Each task is a set of the kind `"task"` in the report: right or wrong question by question, so that a change is
     paired. Questions, few-shot examples, decoding and scoring are the harness's own; the model is asked through its
-    chat template, and what it thinks is no answer. Metrics that are not right or wrong for each question, such as
-    perplexity, are left out.
+    chat template, and its thoughts do not count as an answer. Metrics that are not right or wrong for each question,
+    such as perplexity, are left out.
 
     Args:
         tasks (`Sequence[str]`): Names of tasks or groups of tasks, such as `"gsm8k"`, or files of tasks (`.yaml`).

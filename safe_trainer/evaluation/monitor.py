@@ -95,7 +95,7 @@ class RefusalMonitor(TrainerCallback):
         self._held_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the model as it comes in."""
+        """Measure the model before the first step."""
         self.seconds, self._started = 0.0, time.perf_counter()
         low = self._check(state.global_step)
         logger.info("Refusals are judged by `%s`.", self.judge.name)
@@ -126,7 +126,7 @@ class RefusalMonitor(TrainerCallback):
         )  # fmt: skip
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what the monitoring cost."""
+        """Log how long the monitoring took."""
         self._held = {}
         logger.info("Watching refusals took %.1f s, %.1f %% of the training time.", self.seconds, 100 * self.overhead)
 

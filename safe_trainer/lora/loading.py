@@ -56,7 +56,7 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
 
 
 def refuse_adapter(source: str | Path, name: str = "") -> None:
-    """Refuse an adapter's folder in the place of a model: libraries do not say so, or load both without a word."""
+    """Refuse an adapter's folder in the place of a model: libraries report it badly, or silently load both."""
     folder = Path(source).expanduser()
     if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
         raise ValueError(

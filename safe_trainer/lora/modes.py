@@ -22,7 +22,7 @@ def input_device(model: Any) -> torch.device:
 
 
 def check_trained(model: nn.Module) -> None:
-    """Refuse a model of which training would change nothing, without a word of its own."""
+    """Refuse a model in which training would change nothing, which libraries do not report."""
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError(
             "The model's adapter is merged into its weights, which compute without it, so nothing would be trained. "

@@ -72,7 +72,7 @@ def is_given(path: str) -> bool:
 
 
 def check_data_file(path: str) -> str:
-    """Return the path of a file of rows or prompts; refused if there is none, or of no kind that can be read."""
+    """Return the path of a file of rows or prompts; refused if it is missing, or of a kind that cannot be read."""
     if path.startswith(PREFIX):
         raise ValueError(f"a dataset is given under `hub`: `hub: {path.removeprefix(PREFIX)}`")
     try:

@@ -19,7 +19,7 @@ def check_judges(listed: Sequence[str]) -> list[tuple[str, str]]:
     """Return kind and model of each judge that is named, before anything is loaded.
 
     Raises:
-        ValueError: If there is none, a name is unknown, a model is missing or one too many, or a judge comes twice.
+        ValueError: If there is none, a name is unknown, a model is missing or unexpected, or a judge is listed twice.
     """
     found = [_parsed(written) for written in listed]
     kinds = [kind for kind, _ in found]
@@ -59,7 +59,7 @@ def make_judges(judges: Sequence[Judge | str] | None = None) -> tuple[Judge, ...
     """Return the judges to ask, with their models; those given by name are made, `None` stands for the default.
 
     Raises:
-        TypeError: If something among them is no judge.
+        TypeError: If something among them is not a judge.
         ValueError: If there is none, a name is unknown, or two judges have one name.
     """
     given = DEFAULT if judges is None else (judges,) if isinstance(judges, str) else judges

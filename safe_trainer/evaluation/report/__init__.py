@@ -6,6 +6,8 @@ import base64
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ..comparison import Comparison
 from ..storage import to_json
 from .figures import place
 
-__all__ = ["escape", "place", "to_html", "to_markdown", "write_atomically", "write_report"]
+__all__ = ["escape", "place", "to_html", "to_markdown", "replacing", "write_atomically", "write_report"]
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#!|~])")
@@ -116,14 +118,19 @@ def write_report(comparison: Comparison, directory: str | Path, name: str = "com
 def write_atomically(path: Path, text: str) -> Path:
     """Write a text file under a temporary name and rename it when it is complete; on an error the old file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name, whose file takes the path's place when all is written; on an error the old one stays."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
