@@ -8,17 +8,18 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..data import PromptSet
 
 if TYPE_CHECKING:
     from .generate import Decoding
     from .judges.base import Judge
 
-_PACKAGES = ("safe-trainer", "torch", "transformers", "peft", "tokenizers", "scipy")
+_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "scipy")
 
 
 def describe(
@@ -40,7 +41,11 @@ def describe(
             {"name": s.name, "source": s.source, "kind": s.kind, "prompts": len(s), "sha256": prompt_set_sha256(s)}
             for s in prompt_sets
         ],
-        "packages": {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}},
+        "packages": {
+            "python": platform.python_version(),
+            "safe-trainer": __version__,
+            **{package: version(package) for package in _PACKAGES},
+        },
         "hardware": _hardware(model),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -141,13 +146,6 @@ def _judge(judge: Judge) -> dict[str, str]:
 def _active_adapters(model: Any) -> list[str]:
     active = getattr(model, "active_adapters", None) if hasattr(model, "peft_config") else None
     return [str(name) for name in active] if isinstance(active, list) else []
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # running from a checkout that is not installed
-        return "not installed"
 
 
 def _hardware(model: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ print(result.output, result.comparison.sentences("fine-tuned"))
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import shlex
@@ -333,6 +332,7 @@ def _save_results(
 
 def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
     """Save the recipe as it was run, with versions and hashes, next to its results, so that it can be run again."""
+    from ..evaluation.manifest import file_sha256
     from .model_card import yaml_text
 
     output = Path(recipe.parts.output)
@@ -343,10 +343,8 @@ def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
     lines = [f"# Run from {recipe.path.name} with safe_trainer {__version__}, {versions}"]
     for report in loaded.reports:
-        source, digest = Path(report.source), ""
-        if source.is_file():
-            with source.open("rb") as file:
-                digest = f", sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        source = Path(report.source)
+        digest = f", sha256 {file_sha256(source)}" if source.is_file() else ""
         lines.append(f"# Read {source.name}: {report.format}, {report.rows} rows{digest}")
     path = output / "recipe.yaml"
     path.write_text("\n".join(lines) + "\n" + yaml_text(values), encoding="utf-8")
