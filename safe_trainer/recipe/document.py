@@ -12,7 +12,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
-from .fields import short
 from .paths import Place
 
 _CHANGED = sys.maxsize  # the line of what `--set` changed
@@ -170,6 +169,11 @@ def _inside(values: Any, key: str | int) -> Any:
     if isinstance(values, dict):
         return values.get(key)
     return values[key] if isinstance(values, list) and isinstance(key, int) and key < len(values) else None
+
+
+def short(value: Any) -> str:
+    """Return a value for a message, cut off if it is long."""
+    return _cut(repr(value))
 
 
 def _cut(text: str) -> str:

@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from .document import Document, RecipeError, assignment, did_you_mean
-from .fields import Hints, check_field, method_fields, peft_fields, short, training_fields
+from .document import Document, RecipeError, assignment, did_you_mean, short
 from .paths import Place, check_artifact, moved
-from .schema import NOT_UNDER_PEFT, NOT_UNDER_TRAINING, PARTS, Part, RecipePart, SourcePart
+from .schema import (
+    NOT_UNDER_PEFT,
+    NOT_UNDER_TRAINING,
+    PARTS,
+    Hints,
+    Part,
+    RecipePart,
+    SourcePart,
+    check_field,
+    method_fields,
+    peft_fields,
+    training_fields,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -134,6 +145,14 @@ def _check_part(part: type[P], values: Any, place: Place, document: Document) ->
     return None
 
 
+def _check_artifacts(values: dict[str, Any], document: Document) -> None:
+    """Note which files that methods are to read are missing, or hold something else."""
+    for place, settings in _entries(values):
+        for name, value in ((name, value) for name, value in settings.items() if isinstance(value, str)):
+            with document.noting((*place, name)):
+                check_artifact(name, value)
+
+
 def _entries(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Yield place and content of each entry of `safety`; of those that are no mapping the schema has complained."""
     listed = values.get("safety", "recommended") or []
@@ -141,14 +160,6 @@ def _entries(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
         if entry == "recommended" or isinstance(entry, dict):
             settings = {"method": entry} if entry == "recommended" else dict(entry)
             yield ("safety", position) if isinstance(listed, list) else ("safety",), settings
-
-
-def _check_artifacts(values: dict[str, Any], document: Document) -> None:
-    """Note which files that methods are to read are missing, or hold something else."""
-    for place, settings in _entries(values):
-        for name, value in ((name, value) for name, value in settings.items() if isinstance(value, str)):
-            with document.noting((*place, name)):
-                check_artifact(name, value)
 
 
 def _check_classes(values: dict[str, Any], document: Document) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
