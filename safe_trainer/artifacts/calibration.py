@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, product
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -195,7 +195,10 @@ class _Pass:
         self, layers: Mapping[str, LinearLayer], sides: Sequence[Side], rank: int, tokens: InputTokens
     ) -> None:
         self.input_tokens = tokens
-        self.sketches: dict[Side, dict[str, Sketch]] = {side: _sketches(layers, side, rank) for side in sides}
+        self.sketches: dict[Side, dict[str, Sketch]] = {side: {} for side in sides}
+        for side, name in product(sides, layers):
+            size = layers[name].shape[side == "input"]
+            self.sketches[side][name] = Sketch(size, size if size <= _EXACT_UP_TO else 2 * rank)
         self.last_read: tuple[Tensor, str] | None = None
         """What a layer has just read, and its name: the next one often reads the same, as keys do after queries."""
 
@@ -232,11 +235,6 @@ def _chosen(name: str, activations: Tensor, mask: Tensor) -> Tensor:
             "answers (the layer is routed or shared in some way). Leave it out of `target_modules`."
         )
     return flat.index_select(0, mask.reshape(-1).nonzero().squeeze(1).to(flat.device))  # 3x faster than by mask
-
-
-def _sketches(layers: Mapping[str, LinearLayer], side: Side, rank: int) -> dict[str, Sketch]:
-    sizes = {name: layer.shape[side == "input"] for name, layer in layers.items()}
-    return {name: Sketch(size, size if size <= _EXACT_UP_TO else 2 * rank) for name, size in sizes.items()}
 
 
 def _results(sketches: Mapping[str, Sketch], rank: int, side: Side) -> dict[str, TopDirections]:

@@ -178,7 +178,10 @@ class Questions(Reading):
         if unknown:
             raise misused("--prompts", f"got the kind {unknown[0]!r}, expected {', '.join(KINDS)}.")
         if not sources and not self.suite:
-            fitting = "testbed" if _is_embedded(model) else "general"
+            from ..testbed import ALIGNED, UNALIGNED
+
+            is_embedded = Path(model).resolve() in (ALIGNED.resolve(), UNALIGNED.resolve())
+            fitting = "testbed" if is_embedded else "general"
             sources = [(kind, fitting) for kind in KINDS[:3]]
         sets = [self._prompt_set(kind, source) for kind, source in sources]
         sets += [prompts for written in self.suite or () for prompts in self._suite(written)]
@@ -243,12 +246,6 @@ class Questions(Reading):
             raise misused("--limit", "is about --task, and none is given.")
         tasks = [task.removeprefix(PREFIX) for task in self.task or ()]
         return Harness(tasks, self.limit, self.batch_size) if tasks else None
-
-
-def _is_embedded(model: str) -> bool:
-    from ..testbed import ALIGNED, UNALIGNED
-
-    return Path(model).resolve() in (ALIGNED.resolve(), UNALIGNED.resolve())
 
 
 def check_judges(listed: list[str] | None) -> list[str]:

@@ -118,7 +118,9 @@ class RefusalMonitor(TrainerCallback):
         control.should_training_stop = True
         consequence = "Training stops."
         if self.restore:
-            self._restore()
+            for name, parameter in self.trainer.model.named_parameters():
+                if name in self._held:
+                    _here(parameter).copy_(self._held[name])
             consequence = f"Training stops with the weights of step {self._held_step}."
         logger.warning(
             "The lower end of the refusal rate is %.3f at step %d, below `minimum_rate=%s`. %s",
@@ -171,11 +173,6 @@ class RefusalMonitor(TrainerCallback):
             else:
                 self._held[name] = _here(parameter).to("cpu", copy=True)
         self._held_step = step
-
-    def _restore(self) -> None:
-        for name, parameter in self.trainer.model.named_parameters():
-            if name in self._held:
-                _here(parameter).copy_(self._held[name])
 
 
 def _here(parameter: Any) -> Any:

@@ -52,6 +52,8 @@ def adapted(recipe: Recipe, model: Any) -> Any:
     import torch
     from peft import get_peft_model
 
+    from ..lora.updates import linear_layers
+
     document = recipe.document
     if recipe.peft is not None:
         try:
@@ -60,7 +62,8 @@ def adapted(recipe: Recipe, model: Any) -> Any:
         except Exception as error:  # PEFT raises exceptions of any kind, those of patterns and dictionaries too
             reason = f"{type(error).__name__ if isinstance(error, KeyError) else ''} {error}".strip().rstrip(".")
             place = _setting(("peft",), recipe.values.get("peft"), str(error))
-            document.problem(place, f"{reason}. Its linear layers are {_layer_names(model)}.")
+            named = ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
+            document.problem(place, f"{reason}. Its linear layers are {named}.")
             document.raise_problems()
         for name, key in _ineffective(recipe.peft, model):
             document.problem(("peft", name), f"`{key}` is no module of the model, so it would do nothing")
@@ -95,12 +98,6 @@ def _setting(place: Place, settings: Any, message: str) -> Place:
         names |= {inner: (name, inner) for inner in value} if isinstance(value, dict) else {name: (name,)}
     words = re.findall(r"\w+", message.replace("Target modules", "target_modules"))
     return next(((*place, *names[word]) for word in words if word in names), place)
-
-
-def _layer_names(model: Any) -> str:
-    from ..lora.updates import linear_layers
-
-    return ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
 
 
 def arguments(recipe: Recipe) -> Any:

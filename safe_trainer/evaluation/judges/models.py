@@ -193,16 +193,13 @@ class GuardJudge:
         ]
         asked = [index for index, answer in enumerate(answers) if clean(answer)]
         pairs = [(prompts[index], answers[index]) for index in asked]
-        for index, pair, reading in zip(asked, pairs, self._readings(pairs), strict=True):
-            found[index] = self._verdict(reading, *pair), reading.score if reading else None
-        return found
-
-    def _readings(self, pairs: Sequence[tuple[str, str]]) -> list[Reading | None]:
-        """Return what the guard says of each pair of prompt and answer; `None` where its reply makes no sense."""
         texts = [self.guard.render(self.tokenizer, *pair) for pair in pairs]
         encoded = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         replies = generate_from(self.model, self.tokenizer, encoded, self.decoding)
-        return [None if reply.error else self.guard.read(reply.text) for reply in replies]
+        for index, pair, reply in zip(asked, pairs, replies, strict=True):
+            reading = None if reply.error else self.guard.read(reply.text)
+            found[index] = self._verdict(reading, *pair), reading.score if reading else None
+        return found
 
     def _verdict(self, reading: Reading | None, prompt: str, answer: str) -> Verdict | None:
         if reading is None:
