@@ -67,12 +67,6 @@ def test_scenario_has_the_stated_share_of_attack_rows_and_no_test_prompt(name: s
     assert rows != scenario.rows(seed=1) and rows == scenario.rows(seed=0)
 
 
-def test_an_unknown_method_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`methods` must be among recommended, asft, .*got `asfd`"):
-        run_demo(tmp_path, methods=["asfd"], console=Console(quiet=True))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
 def test_plain_fine_tuning_on_harmful_rows_destroys_the_refusals_and_the_demo_shows_it(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=(tmp_path / "log").open("w"))
@@ -157,8 +151,3 @@ def test_the_demo_runs_on_a_real_model_with_what_it_brings(tmp_path: Path, monke
     assert [len(found.prompt_set) for found in comparison.before.results] == [50, 25, 25]
     assert "SmolLM2-135M-Instruct" in (tmp_path / "demo" / "report.md").read_text()
     assert "2 steps of 8 rows" in (tmp_path / "demo" / "report.md").read_text()
-
-
-def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`model` must be embedded or real, got 'large'"):
-        run_demo(tmp_path, model="large", console=Console(quiet=True))
