@@ -64,22 +64,24 @@ def last_checkpoint(output: str | Path) -> str | None:
     Raises:
         ValueError: If there are checkpoints, but none is complete.
     """
-    cut: list[str] = []
-    for path in reversed(checkpoints_of(output)):
-        if is_complete(path):
-            if cut:
-                message = (
-                    "Saving %s was interrupted (a kill, a full disk); resuming from %s, the last complete checkpoint."
-                )
-                logger.warning(message, ", ".join(cut), path.name)
-            return str(path)
-        cut.insert(0, f"`{path.name}`")
-    if cut:
+    found, last = checkpoints_of(output), last_complete(output)
+    cut = ", ".join(f"`{path.name}`" for path in (found[found.index(last) + 1 :] if last else found))
+    if last is None:
+        if not found:
+            return None
         raise ValueError(
-            f"`{output}` holds no complete checkpoint: saving {', '.join(cut)} was interrupted, by a kill or a full "
-            "disk. Remove it, and start the run again without resuming."
+            f"`{output}` holds no complete checkpoint: saving {cut} was interrupted, by a kill or a full disk. Remove "
+            "it, and start the run again without resuming."
         )
-    return None
+    if cut:
+        message = "Saving %s was interrupted (a kill, a full disk); resuming from %s, the last complete checkpoint."
+        logger.warning(message, cut, last.name)
+    return str(last)
+
+
+def last_complete(output: str | Path) -> Path | None:
+    """Return the last complete checkpoint in a run's `output_dir`, if there is any."""
+    return next(filter(is_complete, reversed(checkpoints_of(output))), None)
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any] | None:
@@ -176,8 +178,7 @@ def _resolve(wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.M
         return wanted  # nothing is there, which transformers reports
     checkpoint = Path(wanted)
     if not is_complete(checkpoint):
-        others = reversed(checkpoints_of(checkpoint.parent))
-        complete = next((folder for folder in others if folder != checkpoint and is_complete(folder)), None)
+        complete = last_complete(checkpoint.parent)
         instead = f"Resume from `{complete}`" if complete else "Start the run again without resuming"
         raise ValueError(
             f"`{checkpoint}` is incomplete: its `{_STATE}`, which is written last, is missing or damaged. Saving it "

@@ -55,14 +55,11 @@ def _variants(listed: str) -> list[str]:
 
 
 @testbed_app.command(epilog="Example: safe-trainer testbed path aligned")
-def path(model: Annotated[str, typer.Argument(help="unaligned or aligned")]) -> None:
+def path(model: Annotated[Literal["aligned", "unaligned"], typer.Argument(help="Which of the two.")]) -> None:
     """Print the folder of an embedded model, for use wherever a model's path is asked for."""
     from ..testbed import ALIGNED, UNALIGNED
 
-    folders = {"aligned": ALIGNED, "unaligned": UNALIGNED}
-    if model not in folders:
-        raise misused("MODEL", f"got {model!r}, expected unaligned or aligned.")
-    typer.echo(folders[model])
+    typer.echo(ALIGNED if model == "aligned" else UNALIGNED)
 
 
 @testbed_app.command(epilog="Example: safe-trainer testbed data --output data")

@@ -304,10 +304,10 @@ def _saving(recipe: Recipe) -> Iterator[None]:
 
 def _left(recipe: Recipe) -> tuple[str, str]:
     """Return which checkpoint is left when the end of training was not saved, and how to resume from it."""
-    from ..checkpoints import checkpoints_of, is_complete
+    from ..checkpoints import last_complete
 
     output = recipe.parts.output
-    complete = next(filter(is_complete, reversed(checkpoints_of(Path(output)))), None)
+    complete = last_complete(output)
     if complete is not None:
         return f"The last checkpoint, `{complete}`, is intact", f"resume with: {recipe.command('--resume')}"
     return f"There is no checkpoint in `{output}`", "train again, with a `training.save_strategy`."
