@@ -126,7 +126,7 @@ def _compared(
 ) -> Comparison:
     """Examine the base with each adapter, then what has its own tokenizer and each complete model, one at a time."""
     from .. import evaluation
-    from ..evaluation.manifest import adapter_provenance
+    from ..evaluation.compare import with_adapter
     from ..lora.loading import load_model
 
     base, tokenizer = load_model(model)
@@ -144,10 +144,7 @@ def _compared(
             tuned, its_tokenizer = load_model(model, path) if name in alone else load_model(path)
             found = evaluation.evaluate(tuned, its_tokenizer, sets, name=run, **settings)
             if name in alone:
-                figures = drift(tuned, its_tokenizer, path)
-                manifest = {**found.manifest, "adapters": [adapter_provenance(path)]}
-                moved: dict[str, Any] = {"drift": figures.pop("relative", {}), "drift_shares": figures}
-                found = dataclasses.replace(found, manifest=manifest, **moved)
+                found = with_adapter(found, path, drift(tuned, its_tokenizer, path))
             evaluations.append(found)
     return dataclasses.replace(comparison, evaluations=tuple(evaluations), runs=runs)
 

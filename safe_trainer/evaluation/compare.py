@@ -93,22 +93,25 @@ def compare(  # noqa: PLR0913, each is a setting with a name
                 **decoding,
             )
             found = drift(examined, tokenizer, path) if drift is not None else {}
-        shares = {figure: dict(values) for figure, values in found.items() if figure != "relative"}
-        adapter = [adapter_provenance(path)] if path is not None else []
-        evaluations.append(
-            replace(
-                evaluation,
-                manifest={**evaluation.manifest, "adapters": adapter},
-                drift=dict(found.get("relative", {})),
-                drift_shares=shares,
-            )
-        )
+        evaluations.append(with_adapter(evaluation, path, found))
         if any(answer.error == INTERRUPTED for result in evaluation.results for answer in result.answers):
             notes.append(f"The comparison was interrupted while `{name}` answered; nothing after it was examined.")
             break
     done = {evaluation.name for evaluation in evaluations}
     finished = {name: tuple(run for run in listed if run in done) for name, listed in runs.items()}
     return Comparison(tuple(evaluations), tuple(notes), runs={name: r for name, r in finished.items() if r})
+
+
+def with_adapter(
+    evaluation: Evaluation, path: str | Path | None, drift: Mapping[str, Mapping[str, float]]
+) -> Evaluation:
+    """Return an evaluation with where the adapter is from that was examined, and what [`DriftMeasure`] found of it."""
+    return replace(
+        evaluation,
+        manifest={**evaluation.manifest, "adapters": [adapter_provenance(path)] if path is not None else []},
+        drift=dict(drift.get("relative", {})),
+        drift_shares={figure: dict(values) for figure, values in drift.items() if figure != "relative"},
+    )
 
 
 def _named(
