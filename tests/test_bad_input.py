@@ -485,7 +485,7 @@ EVALUATION: dict[str, Case] = {
     "answers without prompts": (lambda r: PhraseJudge()(["a"], []), ValueError, "Give one for each"),
     "a limit below zero": (lambda r: Thresholds(harmful_rise=-1), ValueError, "0 percentage points or more"),
     "a comparison that is no JSON": (lambda r: from_json("{"), ValueError, "Was writing it interrupted"),
-    "a comparison that is something else": (lambda r: from_json("{}"), ValueError, "no comparison"),
+    "a comparison that is something else": (lambda r: from_json("{}"), ValueError, "not a comparison"),
     "a comparison without its parts": (
         lambda r: from_json('{"kind": "safe_trainer comparison", "format": 1}'),
         ValueError,
@@ -564,7 +564,7 @@ def test_a_wrong_input_is_refused_in_words_that_help(name, room):
 
 COMMANDS: dict[str, tuple[list[str], int, str]] = {
     "an unknown command": (["tune"], 2, "No such command"),
-    "a recipe that is not there": (["train", "absent.yaml"], 2, "`absent.yaml` is no file"),
+    "a recipe that is not there": (["train", "absent.yaml"], 2, "`absent.yaml` is not a file"),
     "an unknown option": (["train", "--fast"], 2, "No such option"),
     "a change without a value": (["train", "{recipe}", "--set", "training"], 1, "expected a form such as"),
     "going on from nothing": (["train", "{recipe}", "--resume"], 1, "Leave out --resume"),

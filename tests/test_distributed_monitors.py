@@ -36,7 +36,7 @@ RUNS = {
     "fsdp2: first loads": FIRST_LOADS,
     "zero2": ["full", "full: resumed", "lora: floor"],
 }
-REFUSED = {"fsdp1": "Use FSDP2", "tensor": "Load the model whole", "zero3": "Use FSDP2, ZeRO-2 or DDP"}
+REFUSED = {"fsdp1": "Use FSDP2", "tensor": "Load the whole model", "zero3": "Use FSDP2, ZeRO-2 or DDP"}
 LAUNCHES = [["ddp", "fsdp2", "fsdp2: first loads", "fsdp1", "tensor"], ["zero2", "zero3"]]
 ASKED = PromptSet("harm", "harmful", tuple(chr(97 + i) * (i + 1) for i in range(16)))
 LETTERS = [chr(code) for code in range(33, 127)]

@@ -883,7 +883,7 @@ def test_two_kinds_of_prompts_may_come_from_one_file(recipe):
     [
         (
             {"peft": {"target_modules": ["q_proj", "k_porj"]}},
-            "peft.target_modules: `k_porj` is no module of the model",
+            "peft.target_modules: `k_porj` is not a module of the model",
         ),
         (
             {"peft": {"target_modules": ["q_proj"], "modules_to_save": ["head"]}},
@@ -891,7 +891,7 @@ def test_two_kinds_of_prompts_may_come_from_one_file(recipe):
         ),
         (
             {"peft": {"target_modules": ["q_proj"], "rank_pattern": {"x.*": 4}}},
-            r"peft.rank_pattern: `x.\*` is no module",
+            r"peft.rank_pattern: `x.\*` is not a module",
         ),
         ({"training": {"eos_token": "<nope>"}}, "`training.eos_token`: the model's vocabulary has no token '<nope>'"),
         (

@@ -101,8 +101,8 @@ def test_json_has_no_nan_when_nothing_could_be_judged():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (to_json(comparison())[:-200], "not a whole JSON file"),
-        ("[]", "no comparison"),
+        (to_json(comparison())[:-200], "not a complete JSON file"),
+        ("[]", "not a comparison"),
         ('{"kind": "other"}', "no comparison"),
         ('{"kind": "safe_trainer comparison", "format": 99}', "format 99.*reads"),
     ],

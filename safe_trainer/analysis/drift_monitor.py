@@ -72,7 +72,7 @@ class DriftFigures:
 
         Returns:
             `dict[str, dict[str, float]]`: By figure, a value for each layer: `"relative"` is `‖ΔW‖ / ‖W‖`, the others
-            are shares. Empty for the base; no sizes and shares of an adapter that is no plain LoRA.
+            are shares. Empty for the base; no sizes and shares of an adapter that is not a plain LoRA.
         """
         refusal: dict[str, Tensor] = {}
         if all(self._prompts):

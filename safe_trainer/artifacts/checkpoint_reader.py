@@ -164,7 +164,7 @@ class Checkpoint:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise ValueError(
-                f"{self.name} is no causal language model that transformers can build: {error}"
+                f"{self.name} is not a causal language model that transformers can build: {error}"
             ) from error
         if getattr(config, "quantization_config", None):
             raise ValueError(f"{self.name} is quantized. Give the full-precision checkpoint that it was made from.")

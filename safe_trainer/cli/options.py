@@ -270,7 +270,7 @@ def check_file(option: str, path: Path) -> None:
     from ..data import what_was_meant
 
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else f"is no file.{what_was_meant(path)}"
+        found = "is a folder" if path.is_dir() else f"is not a file.{what_was_meant(path)}"
         raise misused(option, f"`{path}` {found}")
 
 

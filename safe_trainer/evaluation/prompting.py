@@ -89,8 +89,8 @@ def tokenize(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not vocabulary:
         raise ValueError(
-            "The model's weights are not in this process: DeepSpeed ZeRO-3 has split them. Save the model and ask it "
-            "when it is loaded whole: `safe-trainer compare`."
+            "The model's weights are not in this process: DeepSpeed ZeRO-3 has split them. Save the model, "
+            "and examine it after training: `safe-trainer compare`."
         )
     largest = max((max(ids, default=0) for ids in encoded), default=0)
     if largest >= vocabulary:

@@ -44,7 +44,7 @@ def watchable(trainer: Any, monitor: str, afterwards: str) -> Strategy:
     ways = {
         "FSDP1": "Use FSDP2 (`fsdp_version: 2` in the configuration of accelerate)",
         "ZeRO-3": "Use FSDP2, ZeRO-2 or DDP",
-        SPLIT_AT_LOADING: "Load the model whole and use FSDP2, ZeRO-2 or DDP",
+        SPLIT_AT_LOADING: "Load the whole model in each process and use FSDP2, ZeRO-2 or DDP",
     }
     if strategy.name in ways:
         raise ValueError(

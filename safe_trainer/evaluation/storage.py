@@ -50,9 +50,9 @@ def from_json(text: str | bytes) -> Comparison:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"This is not a whole JSON file: {error}. Was writing it interrupted?") from error
+        raise ValueError(f"This is not a complete JSON file: {error}. Was writing it interrupted?") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
-        raise ValueError('This is JSON, but no comparison: it does not say `"kind": "safe_trainer comparison"`.')
+        raise ValueError('This is JSON, but not a comparison: it does not say `"kind": "safe_trainer comparison"`.')
     if content.get("format") not in READABLE:
         raise ValueError(
             f"The comparison is in format {content.get('format')}, this version of safe_trainer reads {READABLE}. "

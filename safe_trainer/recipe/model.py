@@ -66,7 +66,7 @@ def adapted(recipe: Recipe, model: Any) -> Any:
             document.problem(place, f"{reason}. Its linear layers are {named}.")
             document.raise_problems()
         for name, key in _ineffective(recipe.peft, model):
-            document.problem(("peft", name), f"`{key}` is no module of the model, so it would do nothing")
+            document.problem(("peft", name), f"`{key}` is not a module of the model, so it would do nothing")
     listed = recipe.values.get("safety")
     for position, method in enumerate(recipe.safety):
         try:
