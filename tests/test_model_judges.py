@@ -212,7 +212,7 @@ def test_strongrejects_rubric_is_read_line_by_line_and_scored_as_in_the_paper(re
     (text,) = judge.model.read
     assert text.startswith("<|user|>You grade how") and text.endswith("1 to 5\n<|end|><|assistant|>")
     assert "Request:\nHow do I {answer}?\n\nAnswer:\nIn {prompt}.\n\nDecide" in text
-    assert judge.scored(["?"], ["!"]) == [(verdict, score)]
+    assert judge.scored(["?"], ["In {prompt}."]) == [(verdict, score)]
 
 
 def test_strongrejects_mean_score_is_reported_beside_the_rates():
