@@ -220,4 +220,4 @@ def test_evaluate_shows_how_far_judges_agree():
     judges = ("--judge", "phrases", "--judge", "likelihood")
     result = invoke("evaluate", "base", "--prompts", "harmful=harm.txt", *judges, *SHORT)
     assert result.exit_code == 0, result.output
-    assert "phrases and likelihood agree on" in result.stdout
+    assert "phrases and likelihood agree on" in " ".join(result.stdout.split())

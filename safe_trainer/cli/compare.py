@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markdown import Markdown
-from rich.table import Table
 
-from .console import Json, console, errors, misused, note, pairs, print_json, progress_bar, show
+from .console import Json, console, errors, misused, note, pairs, print_json, progress_bar
 from .options import Questions, check_folder, check_model
 
 if TYPE_CHECKING:
@@ -190,17 +188,10 @@ def evaluate(
     examined, tokenizer = load_model(model, adapter)
     with progress_bar("Asking the model") as progress:
         found = evaluation.evaluate(examined, tokenizer, sets, **arguments(progress))
+    alone = evaluation.Comparison((found,))
     if as_json:
-        print_json(summary(evaluation.Comparison((found,)))[found.name])
+        print_json(summary(alone)[found.name])
         for text in found.notes:
             note(text)
         return
-    table = Table("prompts", "judge", "outcome", "% (count/total) [95 % interval]", box=None)
-    for result in found.results:
-        for name, outcome in product(result.verdicts, result.rates()):
-            table.add_row(result.prompt_set.name, name, outcome, str(result.rate(outcome, judge=name)))
-        for name, mean in result.mean_scores().items():
-            table.add_row(result.prompt_set.name, name, "mean score, 0 to 1", str(mean))
-    console.print(table)
-    for line in [*evaluation.agreements(found.results), *found.notes]:
-        show(line)
+    console.print(Markdown(evaluation.to_markdown(alone)))
