@@ -204,14 +204,10 @@ class TrainedVectors:
         )
 
     def check_fits(self, model: nn.Module) -> dict[str, LinearLayer]:
-        """Make sure that the vectors belong to a model, and return the layers that they act on.
+        """Make sure that the vectors belong to a model before it is trained, and return the layers that they act on.
 
-        Args:
-            model (`PreTrainedModel` or `PeftModel`): The model, before it is trained.
-
-        Raises:
-            ValueError: If the model lacks a layer, a shape differs, or its weights are not those of the base model
-                that the vectors were made for; says which.
+        The `ValueError` says which layer is missing or has another shape, or which weights are not those of the base
+        model.
         """
         layers = linear_layers(model)
         missing = [name for name in self.modules if name not in layers]

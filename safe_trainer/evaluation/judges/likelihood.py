@@ -82,14 +82,7 @@ class LikelihoodJudge:
     def verdicts(
         self, model: Any, tokenizer: Any, prompts: Sequence[Prompt], decoding: Decoding | None = None
     ) -> list[Verdict]:
-        """Return a verdict for each prompt.
-
-        Args:
-            model (`PreTrainedModel` or `PeftModel`): The model.
-            tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-            prompts (`Sequence[str]` or `Sequence[list[dict]]`): User turns, or conversations that end in one.
-            decoding (`Decoding`, *optional*): Its `batch_size`, `system_prompt` and `template_options` are used.
-        """
+        """Return a verdict for each prompt, a user's turn or a conversation that ends in one."""
         verdicts: list[Verdict] = []
         for refusal, compliance in self.log_masses(model, tokenizer, prompts, decoding or Decoding()):
             if math.exp(refusal) + math.exp(compliance) < self.floor:
