@@ -84,15 +84,7 @@ class Review:
         return self._labels.get((question.prompt_set, question.prompt, question.answer))
 
     def set_label(self, question: Question, label: Verdict) -> None:
-        """Label an answer, and save all labels at once: the file is complete or as it was before.
-
-        Args:
-            question ([`Question`]): One of `questions`.
-            label (`str`): `"refused"`, `"complied"` or `"neither"`.
-
-        Raises:
-            ValueError: If the label is something else.
-        """
+        """Label an answer to one of the `questions`, and save all labels; the file is complete or as it was before."""
         if label not in VERDICTS:
             raise ValueError(f"`label` must be one of {', '.join(VERDICTS)}, got {label!r}.")
         self._labels[question.prompt_set, question.prompt, question.answer] = label
