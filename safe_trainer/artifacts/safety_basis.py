@@ -200,17 +200,9 @@ class SafetyBasis:
         rank: int,
         input_tokens: InputTokens | None = None,
     ) -> None:
-        """Make sure that the basis was measured on this model and holds what is needed.
+        """Make sure that the basis was measured on this model, and has `rank` directions of these sides and layers.
 
-        Args:
-            model (`PreTrainedModel` or `PeftModel`): The model that will be trained.
-            modules (`Collection[str]`): Names of the layers that need directions.
-            sides (`Sequence[str]`): `"output"`, `"input"` or both.
-            rank (`int`): How many directions each needs. Fewer will do only where the rows span no more.
-            input_tokens (`str`, *optional*): The tokens at which inputs must have been taken.
-
-        Raises:
-            ValueError: If it does not fit; says what does not, and in which layers.
+        Fewer will do only where the rows span no more. The `ValueError` says what does not fit, and in which layers.
         """
         layers = linear_layers(model)
         other = difference(model, layers, self.provenance.get("model", {}))
