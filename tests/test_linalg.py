@@ -14,12 +14,10 @@ def dense_operator(basis: torch.Tensor, eigenvalues: torch.Tensor) -> torch.Tens
 def test_outside_equals_the_dense_operator(shape: tuple[int, int, int]) -> None:
     d, n, k = shape
     torch.manual_seed(0)
-    matrix, basis = torch.randn(d, n).double(), subspace.random_basis(d, k, seed=1).double()
+    matrix, basis = torch.randn(d, n).double(), torch.linalg.qr(subspace.random_basis(d, k, seed=1).double()).Q
     projected = subspace.outside(matrix, basis)
     assert torch.allclose(projected, dense_operator(basis, torch.ones(k).double()) @ matrix)
-    assert torch.allclose(subspace.outside(projected, basis), projected, atol=1e-6), (
-        "an orthogonal projector is idempotent"
-    )
+    assert torch.allclose(subspace.outside(projected, basis), projected), "an orthogonal projector is idempotent"
 
 
 def test_product_norm_squared_equals_the_norm_of_the_product_and_so_does_its_gradient() -> None:
