@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,18 +38,6 @@ FSDP = {
     "fsdp2: in pieces": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
 }
 """In what each kind of FSDP differs from `FSDP2`."""
-
-
-def on_two_processes(*command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python COMMAND` on two processes of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
-    result = subprocess.run(
-        [*launcher, *command], env=os.environ | settings, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert result.returncode == 0 or not check, result.stderr[-6000:]
-    return result
 
 
 def leave() -> None:

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from processes import on_two_processes
 from runs import assert_close, assert_same_weights, exact_settings, given, history, lora, method_of, run, weights
 from safetensors.torch import load_file
 from torch import Tensor
@@ -47,6 +48,7 @@ def arguments(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> dict
     return given(folder, peft_config=lora(), callbacks=list(callbacks), **(schedule | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 @pytest.mark.parametrize("build", [SFTTrainer, SafeSFTTrainer])
 def test_what_is_left_is_the_average_and_training_itself_goes_as_without_it(build, optim, tmp_path):
@@ -167,7 +169,7 @@ def carry_out(strategy: str, folder: Path, run: str) -> None:
 def test_two_processes_end_as_one_and_resume_and_deepspeed_is_refused(tmp_path):
     tiny.save_pair(tmp_path)
     carry_out("alone", tmp_path, "complete")
-    launch.on_two_processes(__file__, str(tmp_path))
+    on_two_processes(__file__, str(tmp_path))
     expected = load_file(tmp_path / "alone" / "complete" / "adapter_model.safetensors")
     for strategy in ("ddp", "fsdp2"):
         for which in ("complete", "resumed"):

@@ -7,7 +7,6 @@ is killed at a random step or in the middle of a save; the next process goes on 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -22,6 +21,7 @@ import pytest
 import tiny
 import torch
 from marks import exhaustive_but
+from processes import PROCESSES
 from runs import exact_settings, given, history, lora
 from safetensors.torch import load_file
 from torch import Tensor
@@ -136,10 +136,6 @@ def in_a_process(target: Any, *args: Any) -> int:
     return process.exitcode
 
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["trl", "peft", "safe_trainer.trainer", "safe_trainer.methods"])
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[str, str]:
     return tiny.save_pair(tmp_path_factory.mktemp("pair"))
@@ -207,6 +203,7 @@ def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_to_go_on_from(limit,
     assert in_a_process(train, "asft", tmp_path, pair, None) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_has_no_place_is_told(pair, tmp_path):
     trainer = trainer_of("asft", tmp_path, pair, max_steps=2, eval_strategy="no")
     (tmp_path / "checkpoint-2").write_text("a file stands where the folder should")

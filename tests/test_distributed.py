@@ -26,9 +26,10 @@ import planted
 import pytest
 import tiny
 import torch
-from launch import ADAM, CLIPPED, NF4, RESUMED, SAVED, SHIPPED, STEPS, on_two_processes
+from launch import ADAM, CLIPPED, NF4, RESUMED, SAVED, SHIPPED, STEPS
 from marks import exhaustive_but
 from peft import PeftModel
+from processes import on_two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM

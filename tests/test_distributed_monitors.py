@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from launch import leave, on_two_processes, spread
+from launch import leave, spread
+from processes import on_two_processes
 from runs import exact_settings, lora
 from transformers import AutoModelForCausalLM
 

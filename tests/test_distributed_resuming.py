@@ -19,7 +19,8 @@ import launch
 import pytest
 import tiny
 import torch
-from launch import leave, on_two_processes
+from launch import leave
+from processes import on_two_processes
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 

@@ -10,9 +10,9 @@ import planted
 import pytest
 import tiny
 import torch
-from launch import on_two_processes
 from peft import LoraConfig, PeftModel
-from runs import StopAt, assert_same_weights, exact_settings, given, history, lora, run, same_bits
+from processes import on_two_processes
+from runs import StopAt, assert_same_weights, even_rows, exact_settings, given, history, lora, run, same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
@@ -114,7 +114,7 @@ def test_training_compiled_is_that_of_the_merged_model(tmp_path):
     base = tiny.model(layers=1)
     found = planted.vectors(base)
     changes = {"torch_compile": True, "torch_compile_backend": "eager", "gradient_checkpointing": False}
-    arguments = {"args": exact_settings(tmp_path, **changes), "peft_config": lora()}
+    arguments = {"args": exact_settings(tmp_path, **changes), "peft_config": lora(), "train_dataset": even_rows(16)}
     run(seeded, given(tmp_path, model=copy.deepcopy(base), **arguments))  # code compiled without vectors is in memory
     ours = run(protected(found), given(tmp_path, model=copy.deepcopy(base), **arguments))
     theirs = run(seeded, given(tmp_path, model=planted.merged(base, found), **arguments))

@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from launch import on_two_processes
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import on_two_processes
 from runs import (
     StopAt,
     assert_close,

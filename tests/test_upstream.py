@@ -1,15 +1,10 @@
 """The plugin that runs TRL's own tests on our trainer: proven on a small checkout that looks like TRL's."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import upstream
-
-TESTS = Path(__file__).parent
+from processes import PROCESSES, python
 
 FAKE = """
 from trl import SFTConfig, SFTTrainer
@@ -29,20 +24,21 @@ class TestSFTTrainer(TrlTestCase):
 """
 
 
-@pytest.mark.slow  # it starts a process that imports everything anew
+@pytest.mark.slow
 def test_our_trainer_stands_in_the_collected_module(tmp_path):
     (tmp_path / "tests").mkdir()  # a package named as our own folder of tests is
     (tmp_path / "tests" / "__init__.py").touch()
     (tmp_path / "tests" / "testing_utils.py").write_text("class TrlTestCase:\n    pass\n")
     (tmp_path / "tests" / "test_sft_trainer.py").write_text(FAKE)
 
-    # As the plugin's docstring says, plus the package itself for where it is not installed.
-    command = [sys.executable, "-m", "pytest", "-p", "upstream", "tests/test_sft_trainer.py"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = ["-m", "pytest", "-p", "upstream", "tests/test_sft_trainer.py"]  # as the plugin's docstring says
+    process = PROCESSES.Process(target=python, args=(command, tmp_path / "log", tmp_path))
+    process.start()
+    process.join(240)
 
-    assert "2 passed" in result.stdout, result.stdout + result.stderr
-    assert "SafeSFTTrainer stands in for tests.test_sft_trainer.SFTTrainer" in result.stdout
+    told = (tmp_path / "log").read_text()
+    assert process.exitcode == 0 and "2 passed" in told, told
+    assert "SafeSFTTrainer stands in for tests.test_sft_trainer.SFTTrainer" in told
 
 
 def test_a_run_in_which_nothing_was_replaced_fails(request):
