@@ -1,15 +1,14 @@
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pair_building
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from safe_trainer import testbed
 from safe_trainer.evaluation import Rate, evaluate
@@ -141,9 +140,17 @@ def test_the_pair_behaves_as_manifest_and_cards_say(behaviour):
 # The build
 
 
+def built(folder, world):
+    """Build a pair in two steps each, and ask few prompts: such models write on until they are cut off."""
+    few = [asked.first(4) for asked in build.examined()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "examined", lambda: few)
+        return build.build(folder, steps=(2, 2), world=world, progress=silent)
+
+
 @pytest.fixture(scope="module")
 def short_build(tmp_path_factory):
-    return build.build(tmp_path_factory.mktemp("pair"), steps=(2, 2), progress=silent)
+    return built(tmp_path_factory.mktemp("pair"), pair_building.EMBEDDED)
 
 
 @pytest.mark.slow
@@ -225,17 +232,13 @@ def test_questions_openings_and_refusals_are_the_same_in_both_worlds():
 
 
 @pytest.mark.slow
-def test_the_study_runs_on_a_pair_of_the_second_world(tmp_path):
-    build.build(tmp_path, steps=(2, 2), world=pair_building.SECOND, progress=silent)
-    script = (
-        "import pair; from safe_trainer import testbed; from transformers import AutoConfig;"
-        "asked = pair.prompts(testbed.prompt_set('harmful'));"
-        "print(AutoConfig.from_pretrained(pair.ALIGNED).model_type, asked.prompts[0])"
-    )
+def test_the_study_runs_on_a_pair_of_the_second_world(tmp_path, monkeypatch):
+    built(tmp_path, pair_building.SECOND)
     study = Path(__file__).resolve().parents[1] / "recipes" / "study"
-    paths = os.pathsep.join([str(study), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "STUDY_PAIR": str(tmp_path), "PYTHONPATH": paths}
-    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    monkeypatch.syspath_prepend(study)
+    monkeypatch.setenv("STUDY_PAIR", str(tmp_path))
+    pair = SimpleNamespace(**runpy.run_path(str(study / "pair.py")))
+    assert AutoConfig.from_pretrained(pair.ALIGNED).model_type == "qwen2"
     first = translate(testbed.prompt_set("harmful").prompts[0], pair_building.SECOND.dictionary)
-    assert said.stdout.strip() == f"qwen2 {first}"
+    assert pair.prompts(testbed.prompt_set("harmful")).prompts[0] == first
     assert "Qwen2" in (tmp_path / "aligned" / "README.md").read_text()
