@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # each command loads torch anew
+pytestmark = pytest.mark.slow  # a process loads torch anew
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,10 +60,10 @@ class Toy(PenaltyMethod):
         return {name: (left @ right).square().sum() for name, (left, right) in factors.items()}
 '''
 
-SEEN = """
-import json
+USED = """
+import json, sys
 from app.recipes import cards
-from safe_trainer import METHODS, SafeSFTTrainer, recipe, testbed
+from safe_trainer.cli import app
 from safe_trainer.recipe.schema import recipe_schema
 from safe_trainer.testbed.experiment import variants
 
@@ -74,6 +74,7 @@ print(json.dumps({
     "demo": type(method).__name__,
     "schema": "Toy" in json.dumps(recipe_schema()),
 }))
+app(["train", sys.argv[1]])
 """
 
 
@@ -117,15 +118,6 @@ def run(package: Path, *command: str) -> str:
     return result.stdout
 
 
-def test_app_card_demo_table_and_schema_have_the_new_method(package):
-    seen = json.loads(run(package, "-c", SEEN).splitlines()[-1])
-    assert seen == {
-        "app": ["Toy method", "A penalty on the size of an update.", ["Toy: weight"]],
-        "demo": "Toy",
-        "schema": True,
-    }
-
-
 def recipe(package: Path, **settings: object) -> str:
     path = package / "recipe.yaml"
     (package / "rows.jsonl").write_text(
@@ -151,8 +143,21 @@ def test_a_recipe_with_the_new_method_is_validated(package):
         run(package, "-m", "safe_trainer.cli", "train", recipe(package, weight=-1.0), "--dry-run")
 
 
-def test_a_recipe_with_the_new_method_is_run(package):
-    run(package, "-m", "safe_trainer.cli", "train", recipe(package, weight=1.0))
+@pytest.fixture(scope="module")
+def seen(package) -> dict[str, object]:
+    """Use the package in one process, since each would load torch anew: see where the method is, and train with it."""
+    return json.loads(run(package, "-c", USED, recipe(package, weight=1.0)).splitlines()[0])
+
+
+def test_app_card_demo_table_and_schema_have_the_new_method(seen):
+    assert seen == {
+        "app": ["Toy method", "A penalty on the size of an update.", ["Toy: weight"]],
+        "demo": "Toy",
+        "schema": True,
+    }
+
+
+def test_a_recipe_with_the_new_method_is_run(package, seen):
     assert (package / "out" / "adapter_model.safetensors").is_file()
     assert "Toy" in (package / "out" / "README.md").read_text()
     (state,) = (package / "out").glob("checkpoint-*/trainer_state.json")
