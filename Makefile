@@ -17,8 +17,9 @@ DEVELOPING := .venv/.developing
 # Nothing here needs a download: the models are embedded.
 export HF_HUB_OFFLINE ?= 1
 
-# Tests of one file stay in one process, since they share its fixtures (often a trained model).
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+# Tests of one file stay in one process, since they share its fixtures (often a trained model). The files begin in the
+# order of tests/conftest.py, the longest first, and not those of most tests, which take seconds.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-fast lint types space notebooks study study-more real clean
 

@@ -22,14 +22,29 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Those that wait for a browser first, beside one that keeps a process busy, and then by what they take.
 LONGEST = (
+    "test_app_in_browser.py",
     "test_testbed_pair.py",
-    "test_distributed.py",
     "test_notebooks.py",
-    "test_crash.py",
-    "test_distributed_monitors.py",
+    "test_distributed.py",
     "test_distributed_resuming.py",
+    "test_distributed_monitors.py",
+    "test_app_runs.py",
+    "test_crash.py",
     "test_stopping.py",
+    "test_recommendation.py",
+    "test_remedies.py",
+    "test_readme.py",
+    "test_recipe.py",
+    "test_salora.py",
+    "test_security_vectors.py",
+    "test_trained_vectors.py",
+    "test_trainer.py",
+    "test_demo.py",
+    "test_app_jobs.py",
+    "test_app_space.py",
+    "test_adding_a_method.py",
 )
 
 
