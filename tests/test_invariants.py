@@ -60,7 +60,8 @@ ENDS: dict[str, BaseException | None] = {
     "failed": RuntimeError("disk full"),
     "interrupted": KeyboardInterrupt(),
 }
-HOW = [pytest.param(how, marks=() if how == "well" else pytest.mark.slow) for how in ENDS]
+HOW = exhaustive_but(["well", "failed"], ENDS)
+KNOWN = exhaustive_but(list(METHODS), VARIANTS)
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
@@ -194,6 +195,7 @@ def test_nothing_of_the_method_is_left_on_the_model(name, how, ended):
     assert {aspect for aspect in theirs if ours[aspect] != theirs[aspect]} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_base_weights_are_those_of_the_checkpoint_bit_by_bit(name, how, ended, pair):
@@ -202,6 +204,7 @@ def test_base_weights_are_those_of_the_checkpoint_bit_by_bit(name, how, ended, p
     assert_same_weights(base, weights(AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_settings_of_the_user_stay_as_they_were(name, how, ended):
@@ -216,6 +219,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {key for key in before | after if before.get(key) != after.get(key)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_saved_has_the_files_and_the_names_of_a_plain_adapter(name, how, ended):
@@ -255,19 +259,20 @@ print(json.dumps(distances))
 
 
 @pytest.mark.slow
-def test_every_saved_adapter_answers_the_same_in_stock_peft_without_our_package(ended, pair, tmp_path):
+@pytest.mark.parametrize("ways", exhaustive_but(["well, failed"], ["well, failed", "interrupted"]))
+def test_every_saved_adapter_answers_the_same_in_stock_peft_without_our_package(ways, ended, pair, tmp_path):
     (tmp_path / "stock.py").write_text(STOCK)
     torch.save(IDS, tmp_path / "ids.pt")
     folders = [
         str(path.parent)
-        for name, how in itertools.product(VARIANTS, ENDS)
+        for name, how in itertools.product(VARIANTS, ways.split(", "))
         for path in ended(name, how).folder.rglob("adapter_model.safetensors")
     ]
     command = [sys.executable, "-P", str(tmp_path / "stock.py"), pair[0], str(tmp_path / "ids.pt"), *folders]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     distances = json.loads(result.stdout.splitlines()[-1])
-    assert len(distances) == len(VARIANTS) * (4 + 3 + 3)
+    assert len(distances) == len(VARIANTS) * sum({"well": 4}.get(how, 3) for how in ways.split(", "))
     for folder, (distance, way) in distances.items():
         assert way > 1e-3, f"{folder} holds an adapter that does nothing, so nothing was compared"
         assert distance < 1e-5 * way + 1e-5, folder
@@ -280,13 +285,19 @@ def plain_or(name: str | None, pair: tuple[str, str]) -> Callable[..., SFTTraine
     return protected(name, pair) if name else SFTTrainer
 
 
+@pytest.fixture(scope="module")
+def alone(pair, tmp_path_factory) -> Callable[[Callable[..., Any]], Any]:
+    """Return a function from one that trains with a method to what it gives for plain TRL, once for all methods."""
+    return functools.cache(lambda trained: trained(None, pair, tmp_path_factory.mktemp("run")))
+
+
 def way(outcome: Outcome) -> Tensor:
     """Return how far and where the trained weights went, as one vector."""
     return torch.cat([(outcome.end[name] - outcome.start[name]).float().flatten() for name in sorted(outcome.end)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_accumulation_of_small_batches_is_one_large_batch(name, pair, tmp_path):
     def trained(batch, accumulation):
         size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
@@ -305,14 +316,17 @@ def test_accumulation_of_small_batches_is_one_large_batch(name, pair, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_method_makes_a_difference(name, pair, tmp_path):
-    def trained(which):
-        args = exact_settings(tmp_path, learning_rate=1.0)
-        return run(plain_or(which, pair), adapting(pair, tmp_path, args=args, train_dataset=even_rows(24)))
-
-    answers = [logits(trained(which).trainer.model) for which in (name, None)]
+def test_method_makes_a_difference(name, pair, alone, tmp_path):
+    ours, theirs = answers_after(name, pair, tmp_path), alone(answers_after)
     base = logits(AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32))
-    assert (answers[0] - answers[1]).norm() > 1e-3 * (answers[1] - base).norm()
+    assert (ours - theirs).norm() > 1e-3 * (theirs - base).norm()
+
+
+def answers_after(which, pair, folder):
+    args = exact_settings(folder, learning_rate=1.0)
+    return logits(
+        run(plain_or(which, pair), adapting(pair, folder, args=args, train_dataset=even_rows(24))).trainer.model
+    )
 
 
 @pytest.mark.slow
@@ -328,7 +342,7 @@ def test_bf16_autocast_goes_the_way_of_float32(name, pair, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(name, pair, tmp_path):
     def arguments(steps):
         schedule = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
@@ -344,17 +358,18 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(name, pair, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != PULLED])  # which moves at any learning rate
-def test_evaluation_during_training_sees_the_model_that_is_delivered(name, pair, tmp_path):
-    def evaluated(which):
-        config = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "max_steps": 2}
-        outcome = run(plain_or(which, pair), adapting(pair, tmp_path, eval_dataset=tiny.rows(6), **config))
-        return [entry for entry in history(outcome.trainer) if "eval_loss" in entry]
-
-    ours, theirs = evaluated(name), evaluated(None)  # without a step taken, that is the base model
+def test_evaluation_during_training_sees_the_model_that_is_delivered(name, pair, alone, tmp_path):
+    ours, theirs = evaluated(name, pair, tmp_path), alone(evaluated)  # without a step taken, that is the base model
     assert len(ours) == 2
     for mine, plain in zip(ours, theirs, strict=True):
         assert mine.keys() == plain.keys()
         assert mine == pytest.approx(plain, rel=1e-5)
+
+
+def evaluated(which, pair, folder):
+    config = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "max_steps": 2}
+    outcome = run(plain_or(which, pair), adapting(pair, folder, eval_dataset=tiny.rows(6), **config))
+    return [entry for entry in history(outcome.trainer) if "eval_loss" in entry]
 
 
 @pytest.mark.slow

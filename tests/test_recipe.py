@@ -17,6 +17,7 @@ import runs
 import torch
 import yaml
 from commands import invoke
+from marks import exhaustive_but
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from test_report import comparison
@@ -526,6 +527,7 @@ def test_rows_of_which_no_answer_is_left_are_refused(more, recipe, tmp_path):
     assert "max_length" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "lost"),
     [
@@ -684,6 +686,7 @@ def test_a_shown_plan_says_that_nothing_was_trained(recipe):
     assert "prompt-completion: 20 rows" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_saves_an_adapter_a_report_and_a_recipe_that_repeats_it(recipe, tmp_path, monkeypatch):
     import torch
     from safetensors.torch import load_file
@@ -731,6 +734,7 @@ def test_before_is_the_model_before_where_an_adapter_changes_it(peft, recipe):
     assert [a.text for a in comparison.before.results[0].answers] == [a.text for a in answers]
 
 
+@pytest.mark.slow
 def test_full_training_is_compared_with_the_model_before(recipe):
     asked = {"prompts": [{"path": "ask.csv", "kind": "harmful", "name": "asked"}], "max_new_tokens": 16}
     result = invoke("train", recipe({"evaluation": asked, "peft": None}), "--json")
@@ -929,12 +933,15 @@ def test_shipped_accelerate_configs_are_understood(path):
     assert load_config_from_file(str(path)).num_processes == 2
 
 
+EMBEDDED = {path.stem: path for path in SHIPPED if path.parent.name == "testbed"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.parent.name == "testbed"], ids=lambda path: path.stem)
-def test_every_recipe_on_the_embedded_pair_runs(path, tmp_path):
+@pytest.mark.parametrize("name", exhaustive_but(["recommended", "salora-inputs"], EMBEDDED))
+def test_every_recipe_on_the_embedded_pair_runs(name, tmp_path):
     changes = [f"output={tmp_path}", "training.max_steps=1", "evaluation=null"]
     arguments = [part for change in changes for part in ("--set", change)]
-    result = invoke("train", path, *arguments)
+    result = invoke("train", EMBEDDED[name], *arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "adapter_model.safetensors").exists()
 

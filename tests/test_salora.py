@@ -350,7 +350,7 @@ def test_a_stream_of_rows_trains_from_its_first(tmp_path):
     assert leak(trainer.model, trainer.safety_methods[0]) <= 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # under hooks of ours: tests/test_security_vectors.py
 def test_a_compiled_model_trains_as_an_eager_one(tmp_path):
     ends = []
     for compiled in (False, True):

@@ -5,6 +5,7 @@ Each run is a process of its own, since a signal that nobody takes ends the proc
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import pytest
 import tiny
 import torch
 from marks import exhaustive_but
+from processes import PROCESSES
 from runs import exact_settings, given, lora
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -28,8 +30,6 @@ from safe_trainer import AsFT, SafeSFTTrainer
 from safe_trainer.checkpoints import is_complete
 from safe_trainer.testbed import ALIGNED
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["trl", "peft", "safe_trainer.trainer", "safe_trainer.methods"])
 STEPS = 3  # of the four of an epoch, so that the last step is not the end of an epoch
 NAMES = {signal.SIGINT: "KeyboardInterrupt", signal.SIGTERM: "SystemExit"}
 
@@ -125,14 +125,22 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", NAMES, ids=lambda number: number.name)
-@pytest.mark.parametrize(
-    ("step", "moment", "saved"),
-    [(0, "on_step_begin", 1), (1, "on_optimizer_step", 2), (2, "on_optimizer_step", 3), (3, "on_train_end", 3)],
-    ids=["first step", "in between", "last step", "behind the last step"],
+MOMENTS = {
+    "first step": (0, "on_step_begin", 1),
+    "in between": (1, "on_optimizer_step", 2),
+    "last step": (2, "on_optimizer_step", 3),
+    "behind the last step": (3, "on_train_end", 3),
+}
+ASKED = exhaustive_but(
+    [("first step", "SIGTERM"), ("in between", "SIGINT"), ("behind the last step", "SIGTERM")],
+    itertools.product(MOMENTS, ("SIGINT", "SIGTERM")),
 )
-def test_the_first_signal_saves_a_checkpoint_that_goes_on_to_the_same_end(number, step, moment, saved, tmp_path):
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "name"), ASKED)
+def test_the_first_signal_saves_a_checkpoint_that_goes_on_to_the_same_end(when, name, tmp_path):
+    number, (step, moment, saved) = signal.Signals[name], MOMENTS[when]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     in_a_process(run, whole)
     ended = in_a_process(run, broken, (step, moment, [number]))
