@@ -470,6 +470,7 @@ def finish(work):
             return end.value
 
 
+@pytest.mark.slow
 def test_a_file_is_read_in_a_process_of_its_own_with_the_chosen_columns(tmp_path):
     path = given(tmp_path, "q,a\n" + "Hello there,Hi\n" * 3, "mine.csv")
     with pytest.raises(ValueError, match="Choose the columns") as told:

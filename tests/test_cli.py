@@ -285,6 +285,7 @@ def test_compare_shows_a_table_and_writes_the_report(adapter, asked, tmp_path):
     assert {path.name for path in output.iterdir()} >= {"comparison.json", "comparison.md"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "code"), [("100", 0), ("99", 3)])
 def test_a_gate_that_is_not_passed_exits_with_three(adapter, asked, limit, code):
     # The random adapter refuses none of the four prompts, all of which the model refuses.
@@ -294,6 +295,7 @@ def test_a_gate_that_is_not_passed_exits_with_three(adapter, asked, limit, code)
     assert ("Gate not passed: random: compliance" in result.stderr) == (code == 3)
 
 
+@pytest.mark.slow
 def test_a_gate_on_what_was_not_asked_is_not_passed(adapter, asked):
     result = invoke("compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked, "--max-task-drop", "5")
     assert result.exit_code == 3, result.output
@@ -449,6 +451,7 @@ def grown(tmp_path):
     return str(tmp_path / "grown"), len(tokenizer), tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_what_is_saved_next_to_an_adapter_belongs_to_it(grown, asked, tmp_path):
     """Its tokenizer, its added tokens, its template: in export, evaluate and compare."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -61,6 +61,7 @@ def test_two_folders_of_one_name_are_runs_only_where_that_is_said(tmp_path):
     assert _grouped([f"runs={one}", f"runs={other}"], "--adapter") == {"runs": [one, other]}
 
 
+@pytest.mark.slow
 def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):
     result = invoke(
         "compare", "base", "--adapter", "LoRA=adapter-1", "--adapter", "LoRA=adapter-2", "--tuned-model", "full=other",
@@ -88,6 +89,7 @@ def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_scorer_is_named_for_each_task_and_repeated_in_the_command(home, tmp_path):
     (home / "gsm8k.csv").write_text('question,answer\n1+1?,"1+1 = 2\n#### 2"\n')
     asked = ("--prompts", "task=gsm8k.csv", "--prompt-scorer", "gsm8k=number")
@@ -122,6 +124,7 @@ def rates_of(value: object, path: str = ""):
         yield from rates_of(part, f"{path}.{key}")
 
 
+@pytest.mark.slow
 def test_no_rate_in_json_stands_without_its_count_and_interval(home, tmp_path):
     from safe_trainer.analysis.scan import ScanResult
     from safe_trainer.cli.analysis import _as_json

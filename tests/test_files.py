@@ -329,6 +329,7 @@ def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path, name, content, m
                 raise ValueError(str(record))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10, 60_000])
 def test_numbers_that_are_none_are_nothing_in_arrays_of_any_size(tmp_path, size):
     path = tmp_path / "rows.json"
@@ -339,6 +340,7 @@ def test_numbers_that_are_none_are_nothing_in_arrays_of_any_size(tmp_path, size)
     assert found[0]["n"] == -1.5 and not (found[0]["input"] or 0) > 0
 
 
+@pytest.mark.slow
 def test_a_large_array_that_breaks_names_the_index(tmp_path):
     path, row = tmp_path / "rows.json", '{"text": "' + "x" * 100 + '"},\n'
     path.write_text("[" + row * 60_000 + '{"text" 1}]')
@@ -346,6 +348,7 @@ def test_a_large_array_that_breaks_names_the_index(tmp_path):
         list(read_records(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 60_000])
 def test_a_row_that_cannot_be_used_ends_no_array_of_any_size(tmp_path, count):
     path, row = tmp_path / "rows.json", json.dumps({"text": "x" * 100})

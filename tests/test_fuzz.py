@@ -324,6 +324,7 @@ def test_a_damaged_adapter_is_refused_by_name_whatever_it_is_read_for(reader, da
     assert len(str(raised.value)) > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_a_flipped_bit_in_the_layout_of_an_adapter_is_refused_or_changes_nothing(reader, adapter):
     """Among its values, a flipped bit makes another adapter, of which nothing tells that it was not meant."""

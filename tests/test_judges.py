@@ -337,6 +337,7 @@ def test_precision_and_recall_are_counted_by_class():
     assert (table["neither"].precision, table["neither"].recall) == (Rate(0, 0), Rate(0, 1))
 
 
+@pytest.mark.slow
 def test_the_published_quality_is_the_measured_one():
     developed, held_out = quality(PhraseJudge(), "development"), quality(PhraseJudge(), "test")
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()

@@ -88,6 +88,7 @@ def test_axes_are_orthogonal_and_as_long_as_the_weights_and_coordinates_those_of
         script.axes(model, D, D)
 
 
+@pytest.mark.slow
 def test_the_origin_has_the_evaluations_numbers_and_a_stopped_run_continues(script, pair, tmp_path, monkeypatch):
     aligned, unaligned = pair
     model = AutoModelForCausalLM.from_pretrained(aligned)

@@ -227,6 +227,7 @@ def test_a_monitor_leaves_no_trace(kind, tmp_path):
     assert changed(before, state(model)) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "safe_grad, trust_region", "adapter_ema"])
 def test_a_training_leaves_of_a_model_what_plain_training_leaves(name, pair, tmp_path):
     def left(**changes: Any) -> set[str]:

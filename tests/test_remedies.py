@@ -13,7 +13,9 @@ TABLES = (
     recipes.RECIPES, recipes.COMMANDS, app.APP, resuming.RESUMING, misfits.MISFITS,
 )  # fmt: skip
 CASES = {name: case for table in TABLES for name, case in table.items()}
-SLOW = {*resuming.RESUMING, "vectors of a few rows", "vectors that do not reach their target", "a card without rates"}
+# Those that train or start a command; the others read files and settings.
+SLOW = {"a card without rates", *resuming.RESUMING, *training.METHODS, *training.TRAINER, *recipes.COMMANDS}
+SLOW |= {*artifacts.ARTIFACTS, *WARNINGS}
 assert len(CASES) == sum(map(len, TABLES)), "two cases have one name"
 
 

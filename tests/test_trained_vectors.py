@@ -372,6 +372,7 @@ def loss_with(found, model, rows=HARMFUL):
     return sum(losses) / len(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_fitting_ends_below_the_target_and_leaves_the_model_exactly_as_it_was(architecture):
     model = speaking(architecture).train()
@@ -401,6 +402,7 @@ def test_fitting_beside_an_adapter_keeps_to_the_base_model_s_names():
     found.check_fits(base)
 
 
+@pytest.mark.slow
 def test_fitting_is_the_same_for_the_same_seed_and_another_for_another():
     one, same, other = fitted(seed=1), fitted(seed=1), fitted(seed=2)
     name = next(iter(one.modules))
@@ -432,6 +434,7 @@ def test_a_plain_step_is_adamw_on_the_factors_alone():
         assert close.float().mean() > 0.99, name
 
 
+@pytest.mark.slow
 def test_the_bi_level_form_fits_beside_a_copy_that_moves_and_throws_it_away():
     model = speaking()
     plain, bilevel = fitted(model), fitted(model, inner_steps=2)
@@ -444,6 +447,7 @@ def test_the_bi_level_form_fits_beside_a_copy_that_moves_and_throws_it_away():
     assert hook_count(model) == 0
 
 
+@pytest.mark.slow
 def test_retained_rows_keep_the_model_the_same_on_them():
     model = speaking()
     report = {}
@@ -461,6 +465,7 @@ def test_a_target_that_is_never_reached_is_said_clearly(caplog):
     assert "did not reach the target of 0.0000 in 3 steps" in caplog.text and "raise `max_passes`" in caplog.text
 
 
+@pytest.mark.slow
 def test_compliance_rates_are_reported_off_and_on_with_their_counts():
     prompts = PromptSet("harmful", "harmful", ("Do harm 1", "Do harm 2"))
     rows = [conversation(prompt, "Sure. First open the box.") for prompt in prompts.prompts]
@@ -469,6 +474,7 @@ def test_compliance_rates_are_reported_off_and_on_with_their_counts():
     assert report["compliance_on"] == {**Rate(2, 2).to_dict(), "judge": "phrases"}
 
 
+@pytest.mark.slow
 def test_provenance_says_where_vectors_come_from():
     model = tiny.model()
     model.config._name_or_path = "house/model"
@@ -480,6 +486,7 @@ def test_provenance_says_where_vectors_come_from():
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_target_modules_choose_layers_by_the_end_of_their_names():
     assert {name.rpartition(".")[2] for name in fitted(target_modules=["q_proj", "v_proj"]).modules} == {
         "q_proj",
@@ -495,6 +502,7 @@ def test_progress_is_told_after_each_step():
     assert all(loss > 0 for *_, loss in told)
 
 
+@pytest.mark.slow
 def test_a_model_can_be_given_by_its_path_and_rows_by_their_file(tmp_path):
     aligned, _ = tiny.save_pair(tmp_path)
     (tmp_path / "rows.jsonl").write_text(
