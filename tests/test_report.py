@@ -125,7 +125,7 @@ def test_markdown_shows_refusals_over_refusals_and_tasks_in_one_table():
 
 def test_markdown_says_what_changed_how_it_was_measured_and_what_to_mind():
     text = to_markdown(comparison())
-    assert "**plain LoRA.** Too few prompts to tell, the data are also consistent with a rise of" in text
+    assert "**plain LoRA.** Too few prompts to tell; the data are also consistent with a rise of" in text
     assert "- refusal rate (harm, by phrases) fell from 100.0 % (4/4) to 25.0 % (1/4), difference −75 points" in text
     assert "- benign prompts: not measured" in text
     assert "- Only a test." in text

@@ -166,7 +166,7 @@ def train_security_vectors(
             report = _fit(base, layers, factors, switch, chosen, harmful, retain, start, progress)
             report["retain_divergence"] = _total_divergence(base, retain, switch) if retain else None
             report |= {"compliance_off": compliance, "compliance_on": _compliance(base, tokenizer, prompts)}
-    _say(report)
+    _log_report(report)
     provenance = {
         "base_model": describe(base, layers),
         "transposed": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
@@ -391,7 +391,7 @@ def _compliance(model: Any, tokenizer: Any, prompts: PromptSet | None) -> dict[s
     return {**result.rate("complied").to_dict(), "judge": "phrases"}
 
 
-def _say(report: dict[str, Any]) -> None:
+def _log_report(report: dict[str, Any]) -> None:
     losses = f"loss on harmful rows {report['loss_off']:.4f} without and {report['loss_on']:.4f} with them"
     if report["loss_off"] < _LOWEST_TARGET:
         logger.warning(

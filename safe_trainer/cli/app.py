@@ -41,10 +41,10 @@ def app(
     password = password_file.read_text(encoding="utf-8").strip() if password_file else os.environ.get(PASSWORD)
     server = _server()
 
-    def say(address: str) -> None:
+    def show_address(address: str) -> None:
         note(f"The app runs at {address}. Press Ctrl-C to stop it.")
 
-    server.serve(host, port, password=password, models=models, folder=folder, browser=browser, on_ready=say)
+    server.serve(host, port, password=password, models=models, folder=folder, browser=browser, on_ready=show_address)
 
 
 def _server() -> ModuleType:

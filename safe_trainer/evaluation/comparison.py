@@ -211,7 +211,7 @@ def _level(comparison: Comparison, after: str) -> tuple[Level, str]:
         return "kept", f"Safety was kept as far as these prompts show: {said[worst]}."
     bound = points(max(change.high for change in changes.values()), 0)
     return "unclear", (
-        f"Too few prompts to tell, the data are also consistent with a rise of {bound} points: {said[worst]}."
+        f"Too few prompts to tell; the data are also consistent with a rise of {bound} points: {said[worst]}."
     )
 
 

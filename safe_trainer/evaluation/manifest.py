@@ -137,10 +137,10 @@ def _model(model: Any) -> dict[str, Any]:
 
 
 def _judge(judge: Judge) -> dict[str, str]:
-    told = {"name": judge.name, "version": judge.version}
+    described = {"name": judge.name, "version": judge.version}
     if hasattr(judge, "model"):
-        told["model"] = shown_id(getattr(judge.model.config, "_name_or_path", "") or "built in memory")
-    return told
+        described["model"] = shown_id(getattr(judge.model.config, "_name_or_path", "") or "built in memory")
+    return described
 
 
 def _active_adapters(model: Any) -> list[str]:

@@ -1,12 +1,4 @@
-"""Running a recipe, from its data to the report: `run_recipe` is the one workflow of command line and app.
-
-```python
-from safe_trainer import recipe
-
-result = recipe.run_recipe(recipe.read_recipe("recipes/testbed/asft.yaml"))
-print(result.output, result.comparison.sentences("fine-tuned"))
-```
-"""
+"""Running a recipe, from its data to the report: `run_recipe` is the one workflow of command line and app."""
 
 from __future__ import annotations
 
