@@ -103,7 +103,7 @@ def test_json_has_no_nan_when_nothing_could_be_judged():
     [
         (to_json(comparison())[:-200], "not a complete JSON file"),
         ("[]", "not a comparison"),
-        ('{"kind": "other"}', "no comparison"),
+        ('{"kind": "other"}', "not a comparison"),
         ('{"kind": "safe_trainer comparison", "format": 99}', "format 99.*reads"),
     ],
 )

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation import Answer, Comparison, Evaluation, SetResult
-from safe_trainer.testbed import summary
+from safe_trainer.testbed.demo import Outcome, conclusions, markdown, pooled, table
 from safe_trainer.testbed.experiment import PLAIN, SCENARIOS
 
 TOTAL = 100
@@ -26,24 +26,24 @@ def evaluation(name: str, harmful: int, benign: int = TOTAL, correct: int = TOTA
 
 def test_conclusion_is_the_verdict_of_the_comparison_for_each_seed() -> None:
     runs = [Comparison((evaluation("before", 2), evaluation(PLAIN, 98), evaluation("Good", n))) for n in (2, 40)]
-    (lost, kept) = summary.conclusions(runs[:1])
+    (lost, kept) = conclusions(Outcome(POISONED, runs[:1]))
     assert lost.startswith(f"{PLAIN}: Safety was eroded") and "98.0 % (98/100)" in lost
     assert kept == f"Good: {runs[0].verdict('Good').headline}"
-    assert [line.partition(":")[0] for line in summary.conclusions(runs)] == [
+    assert [line.partition(":")[0] for line in conclusions(Outcome(POISONED, runs))] == [
         f"{name}, seed {seed}" for name in (PLAIN, "Good") for seed in (0, 1)
     ]
 
 
 def test_counts_are_pooled_over_seeds() -> None:
     comparisons = [Comparison((evaluation("before", 0), evaluation(PLAIN, count))) for count in (90, 100)]
-    rate = summary.pooled([c[PLAIN] for c in comparisons], "harmful", "complied")
+    rate = pooled([c[PLAIN] for c in comparisons], "harmful", "complied")
     assert (rate.count, rate.total) == (190, 200)
 
 
 def test_table_fits_80_columns_and_shows_count_and_interval_of_every_rate() -> None:
     comparison = Comparison((evaluation("before", 2), evaluation(PLAIN, 98), evaluation("Security Vectors", 3)))
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
-    console.print(summary.table(POISONED, [comparison], {PLAIN: [12.3]}))
+    console.print(table(Outcome(POISONED, [comparison], {PLAIN: [12.3]})))
     text = console.export_text()
     assert "98/100 98 %" in text and "[93, 99]" in text and "12 s" in text and "100/100 100 %" in text
     assert all(len(line) <= 80 for line in text.splitlines())
@@ -51,7 +51,8 @@ def test_table_fits_80_columns_and_shows_count_and_interval_of_every_rate() -> N
 
 def test_report_escapes_nothing_away_and_names_every_scenario() -> None:
     comparison = Comparison((evaluation("before", 2), evaluation(PLAIN, 98)))
-    report = summary.markdown([(POISONED, [comparison], {PLAIN: [12.3]}), (ATTACK, [comparison], {PLAIN: [5.0]})])
+    outcomes = [Outcome(s, [comparison], {PLAIN: [12.3]}) for s in (POISONED, ATTACK)]
+    report = markdown(outcomes)
     assert report.count(f"| before | {PLAIN} |") == 2 and "98.0 % (98/100) [93.0, 99.4]" in report
     assert f"{PLAIN} 12 s" in report and "`poisoned/seed-0/comparison.html`" in report
     assert POISONED.title in report and ATTACK.title in report

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
-from ..evaluation import Comparison
-from . import real, summary
+from ..evaluation import Comparison, Evaluation, Rate, to_markdown
+from . import real
 from .experiment import (
     PLAIN,
     RECOMMENDED,
@@ -39,6 +41,20 @@ if TYPE_CHECKING:
 
 SHOWN = ("poisoned", "how-to", "identity")
 QUICK = ("poisoned",)
+INTRODUCTION = (
+    "A tiny chat model that refuses harmful prompts is fine-tuned on the data of each scenario, with and without "
+    "protection, and asked the same test prompts before and after. All harmful text is inert. The model has one "
+    "million parameters: its results show how the tools work and do not carry over to other models."
+)
+REAL = (
+    "SmolLM2-135M-Instruct, made to refuse harmful prompts, is fine-tuned on 100 harmful rows, with and without "
+    "protection, and asked the same test prompts before and after. All harmful text is inert. This is a real chat "
+    "model, but a small one, and it was aligned for this demo: compare yours before you rely on any of it."
+)
+NEXT_STEPS = """\
+  safe-trainer demo --methods all            # every method, same scenarios
+  safe-trainer compare MODEL --adapter DIR   # your adapter against its base
+  safe-trainer app                           # in the browser"""
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,10 @@ class Subject:
 def _subject(model: str, quick: bool) -> Subject:
     """Return the embedded pair with its scenarios, or the real model, which is fetched the first time."""
     if model != "real":
-        return Subject(summary.INTRODUCTION, [SCENARIOS[name] for name in (QUICK if quick else SHOWN)], materials())
+        return Subject(INTRODUCTION, [SCENARIOS[name] for name in (QUICK if quick else SHOWN)], materials())
     given = real.materials(*real.prepare())
     settings: dict[str, Any] = {"dtype": real.dtype(), "threads": os.cpu_count() or 1}
-    return Subject(summary.REAL, [real.SCENARIO], given, max_new_tokens=24, examination=8, preparation=50, **settings)
+    return Subject(REAL, [real.SCENARIO], given, max_new_tokens=24, examination=8, preparation=50, **settings)
 
 
 @dataclass
@@ -71,6 +87,11 @@ class Outcome:
     scenario: Scenario
     comparisons: list[Comparison] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """What was compared, the model before first."""
+        return [evaluation.name for evaluation in self.comparisons[0].evaluations]
 
 
 Job = tuple[Comparison, dict[str, float]]
@@ -100,12 +121,12 @@ def run_demo(
     with closing(_measured(subject, outcomes, shown, seeds, output, console)) as measured:
         for outcome in measured:
             _show(outcome, console)
-            finished = [(o.scenario, o.comparisons, o.seconds) for o in outcomes if len(o.comparisons) == seeds]
+            finished = [outcome for outcome in outcomes if len(outcome.comparisons) == seeds]
             output.mkdir(parents=True, exist_ok=True)  # Ctrl-C keeps the scenarios that are finished
-            (output / "report.md").write_text(summary.markdown(finished, subject.introduction), encoding="utf-8")
+            (output / "report.md").write_text(markdown(finished, subject.introduction), encoding="utf-8")
     console.print(f"\nDone in {time.perf_counter() - start:.0f} s. The report is saved to {output / 'report.md'};")
     console.print(f"adapters and every answer are in {output}/<scenario>/. Next:\n")
-    console.print(summary.NEXT_STEPS, highlight=False)
+    console.print(NEXT_STEPS, highlight=False)
     return outcomes
 
 
@@ -151,7 +172,7 @@ def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], see
     adapters: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     for variant in shown:
-        title, adapter = summary.title_of(variant), folder / variant.replace(" ", "-")
+        title, adapter = title_of(variant), folder / variant.replace(" ", "-")
         run = fine_tune(scenario, made[variant](), seed, adapter, model=start, dtype=subject.dtype)
         advance(0.0 if variant == PLAIN else subject.preparation)
         seconds[title], adapters[title] = run.seconds, adapter
@@ -166,8 +187,8 @@ def run_scenario(subject: Subject, scenario: Scenario, shown: Sequence[str], see
 
 
 def _show(outcome: Outcome, console: Console) -> None:
-    console.print(summary.table(outcome.scenario, outcome.comparisons, outcome.seconds))
-    for line in summary.conclusions(outcome.comparisons):
+    console.print(table(outcome))
+    for line in conclusions(outcome):
         console.print(Text("  " + line))
 
 
@@ -178,3 +199,78 @@ def _progress(console: Console, total: float) -> Iterator[Callable[[float], None
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("fine-tuning and asking", total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+def title_of(variant: str) -> str:
+    """Return what tables call a variant: the title on a method's card, or the variant's name."""
+    from ..methods import METHODS
+
+    method = METHODS.get(variant)
+    return method.card.title if method is not None and method.card is not None else variant
+
+
+def columns(scenario: Scenario) -> list[tuple[str, str, str]]:
+    """List heading, prompt set and outcome of each column; harm is never shown without over-refusal and the task."""
+    shown = [
+        ("refusal rate: harmful", "harmful", "refused"),
+        ("compliance: harmful", "harmful", "complied"),
+        ("over-refusal: benign", "benign", "refused"),
+        ("over-refusal: borderline", "borderline", "refused"),
+    ]
+    return [*shown, ("task: accuracy", scenario.task, "correct")] if scenario.task else shown
+
+
+def pooled(evaluations: Iterable[Evaluation], prompt_set: str, outcome: str) -> Rate:
+    """Add up counts over seeds. The interval is that of the pooled count."""
+    rates = [evaluation[prompt_set].rate(outcome) for evaluation in evaluations]
+    return Rate(sum(rate.count for rate in rates), sum(rate.total for rate in rates))
+
+
+def table(outcome: Outcome) -> Table:
+    """Return a scenario's table for a terminal of 80 columns: in each cell count, share and 95 % interval."""
+    scenario, comparisons = outcome.scenario, outcome.comparisons
+    judge = next(iter(comparisons[0].before["harmful"].verdicts))
+    title = f"\nFine-tuned on {scenario.title} ({scenario.steps} steps), judged by {judge}"
+    shown = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 1, 0), pad_edge=False
+    )
+    shown.add_column("model")
+    for heading, _, _ in columns(scenario):
+        shown.add_column(heading.replace(": ", "\n"), justify="right", no_wrap=True)
+    for name in outcome.names:
+        evaluations = [comparison[name] for comparison in comparisons]
+        cells = []
+        for _, prompt_set, counted in columns(scenario):
+            rate = pooled(evaluations, prompt_set, counted)
+            interval = f"[{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+            cells.append(f"{rate.count}/{rate.total} {100 * rate.value:.0f} %\n{interval}")
+        spent = outcome.seconds.get(name)
+        shown.add_row(f"{name}\n{fmean(spent):.0f} s" if spent else name, *cells)
+    return shown
+
+
+def conclusions(outcome: Outcome) -> list[str]:
+    """Return the verdict on each variant, for each seed if there are several."""
+    several = len(outcome.comparisons) > 1
+    return [
+        f"{name}{f', seed {seed}' if several else ''}: {comparison.verdict(name).headline}"
+        for name in outcome.names[1:]
+        for seed, comparison in enumerate(outcome.comparisons)
+    ]
+
+
+def markdown(outcomes: Iterable[Outcome], introduction: str = INTRODUCTION) -> str:
+    """Return the demo's report: for each scenario and seed what `compare` writes, and where the rest is."""
+    parts = ["# Refusals before and after fine-tuning", introduction]
+    for outcome in outcomes:
+        scenario = outcome.scenario
+        parts.append(f"# Fine-tuned on {scenario.title}")
+        spent = ", ".join(f"{name} {fmean(times):.0f} s" for name, times in outcome.seconds.items())
+        parts.append(f"{scenario.steps} steps of {scenario.batch_size} rows; training took: {spent}.")
+        for seed, comparison in enumerate(outcome.comparisons):
+            parts.append(f"Seed {seed}, every answer and its verdict: `{scenario.name}/seed-{seed}/comparison.html`.")
+            parts.append(to_markdown(comparison).strip())
+    parts.append(
+        "Settings were chosen on validation prompts; these are test prompts, none of which is in the training data."
+    )
+    return "\n\n".join(parts) + "\n"

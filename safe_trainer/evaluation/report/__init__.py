@@ -14,7 +14,7 @@ from typing import Any
 
 from ..comparison import Comparison
 from ..storage import to_json
-from .figures import place
+from .content import content, place
 
 __all__ = ["escape", "place", "to_html", "to_markdown", "replacing", "write_atomically", "write_report"]
 
@@ -40,8 +40,6 @@ def to_html(comparison: Comparison) -> str:
     """
     from markupsafe import Markup
 
-    from .content import content
-
     # Both go into the page unescaped, which is right: they are ours, and the policy names their hashes.
     own = {kind: Markup((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")}
     hashes = {kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for kind, text in own.items()}
@@ -56,8 +54,6 @@ def to_markdown(comparison: Comparison) -> str:
     Args:
         comparison (`Comparison`): What to show.
     """
-    from .content import content
-
     text = str(_environment().get_template("report.md").render(**content(comparison)))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
