@@ -161,10 +161,6 @@ def top_directions(  # noqa: PLR0913, each is a setting with a name
     vectors of `W X_s`, that is of the output without its bias. *Inputs* are taken at the `input_tokens`, `"prompt"`,
     `"answer"` or `"all"`: the left singular vectors of these inputs. Adapters are switched off, the model is in
     evaluation mode, and nothing d x d is formed. Several processes all take what the first one found.
-
-    Raises:
-        FloatingPointError: If the model's activations are infinite or NaN; names the layer.
-        ValueError: If a layer does not see the conversations token by token, or not at all, or there are no tokens.
     """
     needs_prompts = "input" in sides and input_tokens == "prompt"
     if needs_prompts and not any(False in example.is_answer for example in examples):

@@ -182,11 +182,7 @@ def train_security_vectors(
 
 
 def fitted_layers(model: Any, settings: Fitting) -> dict[str, LinearLayer]:
-    """Return the layers that vectors are fitted for, by name; their weights need not be in this process.
-
-    Raises:
-        ValueError: If a setting does not fit the model.
-    """
+    """Return the layers that vectors are fitted for, by name; their weights need not be in this process."""
     layers = linear_layers(model)
     if settings.target_modules != "all-linear":
         ends = [settings.target_modules] if isinstance(settings.target_modules, str) else settings.target_modules

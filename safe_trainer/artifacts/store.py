@@ -60,12 +60,7 @@ def save_artifact(
 
 
 def load_artifact(path: str | Path, kind: str, version: int) -> Artifact:
-    """Read a file written by [`save_artifact`], which must hold this kind in this version.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file, is damaged, or holds something else.
-    """
+    """Read a file written by [`save_artifact`], which must be intact and hold this kind in this version."""
     path = Path(path)
     if not path.is_file():
         found = "it is a folder" if path.is_dir() else "there is no such file"

@@ -29,11 +29,6 @@ def encode(
 
     The system prompt is put before conversations that have none. With `close_thought`, a thought that the chat
     template opens is closed again, so that what follows is the answer.
-
-    Raises:
-        TypeError: If `prompts` is one text and no list.
-        ValueError: If there is no chat template, the template refuses the system prompt or leaves it out, a token id
-            lies outside the model's vocabulary, or the model is split by ZeRO-3.
     """
     texts = render(tokenizer, prompts, system_prompt, template_options)
     if close_thought:

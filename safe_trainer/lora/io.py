@@ -123,8 +123,7 @@ def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
 def load_adapter_weights(model: PeftModel, source: str | Path, name: str) -> None:
     """Load an adapter's saved weights (folder or Hub id) into a model, under a name that it may have already.
 
-    Raises:
-        ValueError: If the adapter is damaged, or not every weight has a place and every place a weight.
+    It is a `ValueError` if not every weight has a place and every place a weight.
     """
     config, tensors = read_adapter(source)  # refused if damaged, which PEFT does not always notice
     with fitting(source):
@@ -313,10 +312,6 @@ def load_adapted(
 
     Where training added tokens, the base model's vocabulary grows accordingly. `base` is for a model that is not where
     the adapter's settings say; `options` are of its `from_pretrained`.
-
-    Raises:
-        OSError: If the base model could not be loaded; names adapter and base.
-        ValueError: If the adapter is damaged.
     """
     folder = local_folder(source)
     config, tensors = read_adapter(folder)

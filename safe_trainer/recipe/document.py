@@ -29,11 +29,7 @@ class RecipeError(ValueError):
 
 
 class Document:
-    """The values of a YAML text, the line of each, and the problems that are found in them; `name` is its file.
-
-    Raises:
-        RecipeError: If it is not valid YAML, not a mapping, or has a key twice.
-    """
+    """The values of a YAML text, the line of each, and the problems that are found in them; `name` is its file."""
 
     def __init__(self, text: str, name: str) -> None:
         self.name, self._size = name, 0
@@ -83,11 +79,7 @@ class Document:
         return "--set" if line == _CHANGED else f"line {line}"
 
     def put(self, place: Place, value: Any) -> None:
-        """Change a value for `--set`; keys that are not there yet are added.
-
-        Raises:
-            RecipeError: If it would be inside something that is not a mapping, or after the end of a list.
-        """
+        """Change a value for `--set`; keys that are not there yet are added."""
         here: Any = self.values
         for number, key in enumerate(place[:-1], 1):
             if isinstance(here, dict) and here.get(key) is None:
@@ -132,11 +124,7 @@ def _scalar(value: Any) -> Any:
 
 
 def assignment(text: str, name: str) -> tuple[Place, Any]:
-    """Return place and value of a change such as `training.learning_rate=1e-4` to the recipe of this name.
-
-    Raises:
-        RecipeError: If it has another form.
-    """
+    """Return place and value of a change such as `training.learning_rate=1e-4` to the recipe of this name."""
     path, sign, value = text.partition("=")
     place: Place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
     if not sign or "" in place:

@@ -153,9 +153,6 @@ def log_probabilities(model: Any, batch: Sequence[Sequence[int]], root: Node, gr
 
     The prompts are read once. Then the tree is walked level by level, one token for each branch that matters, with the
     prompt's cache; each level's likelihoods leave the device together.
-
-    Raises:
-        FloatingPointError: If the model computes NaN.
     """
     import torch
 

@@ -56,12 +56,7 @@ def _guard_by_name(model: str) -> str:
 
 
 def make_judges(judges: Sequence[Judge | str] | None = None) -> tuple[Judge, ...]:
-    """Return the judges to ask, with their models; those given by name are made, `None` stands for the default.
-
-    Raises:
-        TypeError: If something among them is not a judge.
-        ValueError: If there is none, a name is unknown, or two judges have one name.
-    """
+    """Return the judges to ask, with their models; those given by name are made, `None` stands for the default."""
     given = DEFAULT if judges is None else (judges,) if isinstance(judges, str) else judges
     try:
         named = [check_judges([judge])[0] if isinstance(judge, str) else judge for judge in given]
