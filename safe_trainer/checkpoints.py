@@ -59,11 +59,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_checkpoint(output: str | Path) -> str | None:
-    """Return the last complete checkpoint in a run's `output_dir`, or `None` if there is none at all.
-
-    Raises:
-        ValueError: If there are checkpoints, but none is complete.
-    """
+    """Return the last complete checkpoint in a run's `output_dir`, or `None` if there is none at all."""
     found, last = checkpoints_of(output), last_complete(output)
     cut = ", ".join(f"`{path.name}`" for path in (found[found.index(last) + 1 :] if last else found))
     if last is None:

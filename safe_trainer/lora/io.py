@@ -99,11 +99,7 @@ def read_config(source: str | Path) -> PeftConfig:
 
 
 def read_adapter(source: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Return settings and weights of an adapter (folder or Hub id), after checking that its factors belong together.
-
-    Raises:
-        ValueError: If a file is missing or damaged, or the weights are not what its settings say; says which.
-    """
+    """Return settings and weights of an adapter (folder or Hub id), whose factors are checked to belong together."""
     config = read_config(source)
     with naming(source):
         files = [Path(source, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
@@ -250,11 +246,7 @@ def compact_adapter(source: str | Path, target: str | Path, tolerance: float = 1
 
 
 def factor_names(config: PeftConfig, tensors: Mapping[str, Tensor], method: str) -> dict[str, tuple[str, str]]:
-    """Return by layer the names of its factors `A` and `B` among an adapter's weights; other names are no factors.
-
-    Raises:
-        ValueError: If the adapter is not a plain LoRA on linear layers; `method` is who asks.
-    """
+    """Return by layer the names of a plain LoRA's `A` and `B` among an adapter's weights; `method` is who asks."""
     check_peft_config(config, method)
     foreign = [k for k, t in tensors.items() if "lora_embedding" in k or (".lora_A." in k and t.ndim != 2)]
     if foreign:

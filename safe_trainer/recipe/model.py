@@ -44,11 +44,7 @@ def skeleton(recipe: Recipe) -> Any:
 
 
 def adapted(recipe: Recipe, model: Any) -> Any:
-    """Return a [`skeleton`] with the recipe's adapter, after all methods have checked it.
-
-    Raises:
-        RecipeError: If the adapter or a method does not fit the model; names the setting.
-    """
+    """Return a [`skeleton`] with the recipe's adapter, after all methods have checked it."""
     import torch
     from peft import get_peft_model
 

@@ -16,11 +16,7 @@ _PLAIN: dict[str, type[Any]] = {"phrases": PhraseJudge, "likelihood": Likelihood
 
 
 def check_judges(listed: Sequence[str]) -> list[tuple[str, str]]:
-    """Return kind and model of each judge that is named, before anything is loaded.
-
-    Raises:
-        ValueError: If there is none, a name is unknown, a model is missing or unexpected, or a judge is listed twice.
-    """
+    """Return kind and model of each judge that is named, before anything is loaded."""
     found = [_parsed(written) for written in listed]
     kinds = [kind for kind, _ in found]
     if not found or len(set(kinds)) < len(kinds):
