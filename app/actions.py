@@ -29,11 +29,11 @@ from .inspection import (
     tokenizer_of,
     write_example,
 )
-from .jobs import Job, JobQueue, scan_job, train_job
+from .jobs import Job, JobQueue, scan_job, started, train_job
 from .materials import material, take_prompts
 from .progress import CLEANED, REVIEWED
 from .recipe_in import Taken, read_settings
-from .recipes import GUARD, JUDGES, Choices, Settings, Upload, Variant, estimate, write_order
+from .recipes import GUARD, JUDGES, Choices, Settings, Upload, estimate
 from .sessions import Session, Sessions
 from .setup import EMBEDDED, KINDS, Model, Setup, hub_model
 
@@ -243,8 +243,8 @@ class Services:
 
     def check(
         self, session: Session, methods: list[str], settings: Settings, fields: Mapping[str, Any], *, skip_bad: bool
-    ) -> list[Variant]:
-        """Write the recipes of what was chosen and check them; the session keeps what it will take."""
+    ) -> None:
+        """Write the recipes of what was chosen and check them; the session keeps them, and what they will take."""
         found = session.inspection
         if found is None or not found.rows:
             raise ValueError(texts.NO_DATA)
@@ -258,6 +258,7 @@ class Services:
             settings,
             fields,
             example=found.example,
+            name=found.name,
             reading=reading,
             files=dict(session.files),
             asked=tuple(session.asked),
@@ -266,25 +267,19 @@ class Services:
         )
         folder = session.new_folder("draft")
         with _removed_if_failed(folder):
-            variants = write_order(folder, choices)
-            plan = estimate(folder, variants)
+            draft = train_job(folder, choices)
+            draft.plan = estimate(folder, draft.variants)
         with session.lock:
-            old, session.draft, session.choices, session.variants = session.draft, folder, choices, variants
-            session.plan, session.stale = plan, False
+            old, session.draft, session.stale = session.draft, draft, False
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-        return variants
+            shutil.rmtree(old.folder, ignore_errors=True)
 
     def start(self, session: Session) -> Job:
         """Train what was checked."""
         with session.lock:
-            if session.choices is None or session.stale:
+            if session.draft is None or session.stale:
                 raise ValueError(texts.STALE if session.stale else texts.NOT_CHECKED)
-            job = train_job(session.new_folder("job"), session.choices)
-            if session.inspection is not None and session.inspection.example is None:
-                job.name = f"{session.inspection.name}: {job.name.partition(': ')[2]}"
-                job.save()
-            return self._submit(session, job)
+            return self._submit(session, started(session.draft, session.new_folder("job")))
 
     def go_on(self, session: Session) -> None:
         """Go on with the newest training, which was stopped."""
@@ -397,7 +392,7 @@ def _removed_if_failed(folder: Path) -> Iterator[None]:
 
 def _forget_data(session: Session) -> None:
     with session.lock:
-        session.inspection, session.stale = None, session.choices is not None
+        session.inspection, session.stale = None, session.draft is not None
 
 
 def _use(session: Session, model: Model, inspection: Inspection | None) -> Any:
@@ -417,5 +412,5 @@ def _use(session: Session, model: Model, inspection: Inspection | None) -> Any:
 def changed(session: Session) -> None:
     """Keep what was chosen; what was checked before no longer holds."""
     with session.lock:
-        session.stale = session.choices is not None
+        session.stale = session.draft is not None
         session.save()

@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safe_trainer import Comparison
+from safe_trainer import Comparison, recipe
 from safe_trainer.evaluation import from_json
 
 from . import texts
@@ -67,7 +68,9 @@ class Job:
     variants: Sequence[Variant] = ()
     name: str = ""
     made: float = field(default_factory=time.time)
-    choices: Choices | None = None
+    draft: Job | None = None
+    """What was checked, and is trained here."""
+    plan: recipe.Plan | None = None
     progress: Progress = field(default_factory=Progress)
     verdicts: dict[str, str] | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -192,9 +195,16 @@ class Job:
 def train_job(folder: Path, choices: Choices) -> Job:
     """Write a job that trains what was chosen; see [`write_order`] for what is raised."""
     variants = write_order(folder, choices)
-    data = texts.EXAMPLES[choices.example.key][0] if choices.example else choices.data.stem
+    data = texts.EXAMPLES[choices.example.key][0] if choices.example else choices.name or choices.data.stem
     job = Job(folder, choices.model, "train", variants, f"{data}: {', '.join(v.title for v in variants)}")
-    job.choices = choices
+    job.save()
+    return job
+
+
+def started(draft: Job, folder: Path) -> Job:
+    """Write a job that trains what was checked."""
+    shutil.copytree(draft.folder, folder, dirs_exist_ok=True)
+    job = Job(folder, draft.model, "train", draft.variants, draft.name, draft=draft)
     job.save()
     return job
 

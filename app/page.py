@@ -18,7 +18,7 @@ from .actions import Services, changed
 from .answering import Turn
 from .inspection import Sample
 from .materials import SAID
-from .sessions import Session, cookie_of
+from .sessions import COOKIE, Session
 from .views import html
 from .views.compare_step import CompareStep, answered
 from .views.data_step import OTHER, DataStep, samples
@@ -127,14 +127,18 @@ class Page:
         for button, step in ((compare.review.back, -1), (compare.review.skip, 1)):
             on(button.click, self._turn(step), compare.review.place, api_visibility="private")
         on(compare.rename.click, self._rename, compare.name, api_name="rename")
-        on(compare.delete.click, self._delete, api_name="delete")
+        for button, asked in ((compare.delete, True), (compare.keep, False)):
+            button.click(
+                partial(compare.asked_to_delete, asked), None, self.all, queue=False, api_visibility="private"
+            )
+        on(compare.sure.click, self._delete, api_name="delete")
         on(self.blocks.load, self._load, api_name="load")
 
     # What is shown
 
     def session(self, request: gr.Request) -> Session:
         """Return the session of a request."""
-        found = self.services.sessions.get(cookie_of(request.headers.get("cookie")))
+        found = self.services.sessions.get(request.cookies.get(COOKIE))
         if found is None:
             raise gr.Error(texts.NO_SESSION)
         return found
@@ -145,7 +149,7 @@ class Page:
         trained = session.job("train") is not None
         return {
             self.to_method: gr.Tab(interactive=usable or trained),
-            self.to_train: gr.Tab(interactive=session.choices is not None or trained),
+            self.to_train: gr.Tab(interactive=session.draft is not None or trained),
             self.to_compare: gr.Tab(interactive=session.compared is not None),
         }
 
@@ -173,7 +177,7 @@ class Page:
         step = DATA
         if job is not None:
             step = COMPARE if job.progress.state == "done" else TRAIN
-        elif session.choices is not None:
+        elif session.draft is not None:
             step = TRAIN
         elif session.form.keys() - {"skip_bad"}:  # a box of the first step
             step = METHOD
@@ -397,7 +401,7 @@ class Page:
     def _rename(self, name: str, request: gr.Request) -> Updates:
         session = self.session(request)
         self.services.rename(session, name)
-        return self.compare.show(session)
+        return self.compare.show(session) | {self.compare.name: ""}
 
     def _delete(self, request: gr.Request) -> Updates:
         session = self.session(request)

@@ -108,6 +108,7 @@ class Choices:
         settings ([`Settings`]): How to train.
         fields (`Mapping[str, Mapping[str, Any]]`): By method, what the form says of its fields.
         example ([`Example`], *optional*): Where the data comes from, if it is an example.
+        name (`str`): What the user calls the data; the name of its file if left out.
         reading (`Mapping[str, Any]`): How the data is read: `columns`, `encoding` and `on_bad_row` of a recipe.
         files (`Mapping[str, Upload]`): Own files, by a key of `texts.MATERIALS`.
         asked (`Sequence[AskedSet]`): Own prompts of the comparison; other kinds are asked with built-in ones.
@@ -121,6 +122,7 @@ class Choices:
     settings: Settings
     fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     example: Example | None = None
+    name: str = ""
     reading: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Upload] = field(default_factory=dict)
     asked: Sequence[AskedSet] = ()

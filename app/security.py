@@ -16,11 +16,18 @@ import secrets
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from .sessions import COOKIE, Session, Sessions, cookie_of
+from fastapi import Request
+from fastapi.responses import PlainTextResponse
+from starlette.datastructures import MutableHeaders
+
+from .actions import Services
+from .sessions import COOKIE, Session
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,7 @@ HEADERS = {
 UPLOAD = "/gradio_api/upload"
 _SHOWN = ("/gradio_api/file=", "/gradio_api/file/")
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
+_READING = ("GET", "HEAD")
 _LARGEST = 2**20  # bytes of a request other than an upload
 _GUESSES = 5  # wrong passwords before an address has to wait
 _LONGEST_WAIT = 60.0  # seconds
@@ -79,26 +87,23 @@ class Guard:
 
     Args:
         app (`Callable`): The app.
-        sessions ([`Sessions`]): Where cookies come from.
+        services ([`Services`]): Whose sessions, folder of uploads and limits count; all unused uploads together may
+            take 20 times the largest. On a Space it is shown in a frame of huggingface.co.
         password (`str`, *optional*): Asked for by HTTP Basic, with any user name, for every address.
         hosts (`Iterable[str]`, *optional*): Names under which the app is reached; others are refused, so that a
             foreign page cannot reach it under a name of its own. All are allowed if `None`.
-        space (`bool`, *optional*, defaults to `False`): Whether it is shown in a frame of huggingface.co.
-        megabytes (`int`, *optional*, defaults to `50`): Of an upload. All unused ones together may take 20 times this.
     """
 
     def __init__(
         self,
         app: App,
-        sessions: Sessions,
+        services: Services,
         password: str | None = None,
-        hosts: Iterable[str] | None = _LOCAL,
-        space: bool = False,
-        megabytes: int = 50,
+        hosts: Iterable[str] | None = (),
     ) -> None:
-        self.app, self.sessions, self.space = app, sessions, space
-        self.uploads = sessions.folder / "uploads"
-        self._largest = megabytes * 2**20
+        self.app, self.sessions, self.uploads = app, services.sessions, services.uploads
+        self.space = services.setup.space
+        self._largest = services.setup.limits.megabytes * 2**20
         self._door = _Door(password) if password else None
         self._hosts = None if hosts is None else {*hosts, *_LOCAL}
 
@@ -109,49 +114,53 @@ class Guard:
             return
         if scope["type"] != "http":
             return  # no web sockets here
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        session = self.sessions.get(cookie_of(headers.get("cookie")))
-        reply = _Reply(send, self.space, is_page=scope["path"] == "/")
-        refusal = self._refusal(scope, headers)
+        request = Request(scope, receive)
+        session = self.sessions.get(request.cookies.get(COOKIE))
+        reply = _Reply(send, self.space)
+        refusal = self._refusal(request)
         if self._door is not None and refusal is None:
-            refusal = await self._door.refusal(scope, headers.get("authorization"))
-        refusal = refusal or self._refused_file(scope["path"], headers, session)
+            refusal = await self._door.refusal(request)
+        refusal = refusal or self._refused_file(request, session)
+        if refusal is None and request.method not in _READING and scope["path"] != UPLOAD:
+            body = await request.body()
+            receive = _again(body, receive)
+            if not _names_own_files(body, session):
+                refusal = 400, "This request was refused."
         if refusal is not None:
-            await reply.refuse(*refusal)
+            asked = {"www-authenticate": 'Basic realm="safe_trainer", charset="UTF-8"'} if refusal[0] == 401 else None
+            await PlainTextResponse(refusal[1], refusal[0], asked)(scope, receive, reply.send)
             return
         if session is None:
             reply.cookie = self.sessions.new_cookie() + self.sessions.cookie_age
+        if scope["path"] == "/":
+            reply.change = reply.with_nonce
         if scope["path"] == UPLOAD and session is not None:
             _forget_uploads(session)
-            reply.session = session
-        elif scope["method"] not in ("GET", "HEAD"):
-            body = await _complete(receive)
-            if body is None or not _names_own_files(body, session):
-                await reply.refuse(400, "This request was refused.")
-                return
-            receive = _again(body, receive)
+            reply.change = partial(_noted, session)
         await self.app(scope, receive, reply.send)
 
-    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        host, origin = headers.get("host", ""), headers.get("origin")
+    def _refusal(self, request: Request) -> tuple[int, str] | None:
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self._hosts is not None and _name(host) not in self._hosts:
             return 421, "This app is not known under that name."
-        if origin and scope["method"] not in ("GET", "HEAD") and urlsplit(origin).netloc != host:
+        if origin and request.method not in _READING and urlsplit(origin).netloc != host:
             return 403, "Requests from other sites are refused."
         return None
 
-    def _refused_file(self, path: str, headers: dict[str, str], session: Session | None) -> tuple[int, str] | None:
-        """Return status and reason if a file is not the session's own, or an upload is too much."""
+    def _refused_file(self, request: Request, session: Session | None) -> tuple[int, str] | None:
+        """Return status and reason if a file is not the session's own, or what is sent is too much."""
+        path, length = request.scope["path"], request.headers.get("content-length", "")
         shown = next((path.removeprefix(start) for start in _SHOWN if path.startswith(start)), None)
-        if shown is not None and (session is None or unquote(shown) not in session.uploads):
+        if shown is not None and (session is None or shown not in session.uploads):
             return 404, "There is no such file."
-        if path != UPLOAD:
+        if request.method in _READING:
             return None
-        if session is None:
+        if path == UPLOAD and session is None:
             return 403, "Open the page first."
-        length = headers.get("content-length", "")
         if not length.isdecimal():
             return 411, "Say how long it is."
+        if path != UPLOAD:
+            return (400, "This request was refused.") if int(length) > _LARGEST else None
         if int(length) > self._largest + 2**16:
             return 413, "The file is too large."
         taken = sum(file.stat().st_size for file in self.uploads.rglob("*") if file.is_file())
@@ -165,9 +174,9 @@ class _Door:
         self._password = password.encode()
         self._wrong: dict[str, tuple[int, float]] = {}
 
-    async def refusal(self, scope: Scope, authorization: str | None) -> tuple[int, str] | None:
+    async def refusal(self, request: Request) -> tuple[int, str] | None:
         """Return status and reason if the password is missing or wrong."""
-        address = (scope.get("client") or ("",))[0]
+        address, authorization = request.client.host if request.client else "", request.headers.get("authorization")
         count, until = self._wrong.get(address, (0, 0.0))
         if time.monotonic() < until:
             return 429, "Too many wrong passwords. Wait a minute and try again."
@@ -220,18 +229,11 @@ def _forget_uploads(session: Session) -> None:
     session.uploads.clear()
 
 
-async def _complete(receive: Receive) -> bytes | None:
-    """Return the body of a request, or `None` if it is too large or breaks off."""
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        if len(body) > _LARGEST:
-            return None
-        if not message.get("more_body"):
-            return body
+def _noted(session: Session, body: bytes) -> bytes:
+    """Record where an upload was put, so that only its owner can use it."""
+    with suppress(ValueError):
+        session.uploads.update(path for path in json.loads(body) if isinstance(path, str))
+    return body
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
@@ -247,68 +249,44 @@ def _again(body: bytes, receive: Receive) -> Receive:
 class _Reply:
     """Adds headers to what the app answers, and the nonce to the scripts of its pages."""
 
-    def __init__(self, send: Send, space: bool, *, is_page: bool) -> None:
-        self._send, self._space, self._is_page = send, space, is_page
+    def __init__(self, send: Send, space: bool) -> None:
+        self._send, self._space = send, space
         self.cookie: str | None = None
-        self.session: Session | None = None
-        """Whose upload it is."""
+        self.change: Callable[[bytes], bytes] | None = None
+        """What the whole body goes through before it is sent."""
         self._nonce = secrets.token_urlsafe(16)
-        self._held: MutableMapping[str, Any] | None = None
+        self._held: MutableMapping[str, Any] = {}
         self._body = b""
-
-    async def refuse(self, status: int, reason: str) -> None:
-        """Answer without the app."""
-        headers = [(b"content-type", b"text/plain; charset=utf-8")]
-        if status == 401:
-            headers.append((b"www-authenticate", b'Basic realm="safe_trainer", charset="UTF-8"'))
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": reason.encode()})
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Pass on a part of the answer."""
         if message["type"] == "http.response.start":
-            kind = next((v for k, v in message["headers"] if k.lower() == b"content-type"), b"")
-            message["headers"] = [*message["headers"], *self._headers(kind)]
-            if self._is_page and kind.startswith(b"text/html"):
-                self._held = message
-            else:
-                await self._send(message)
-        elif self._held is None:
-            self._note_uploads(message.get("body", b""))
+            self._add_headers(MutableHeaders(scope=message))
+            self._held = message
+        if self.change is None:
             await self._send(message)
-        else:
+        elif message["type"] == "http.response.body":
             self._body += message.get("body", b"")
             if not message.get("more_body"):
-                await self._send_page(self._held)
+                body = self.change(self._body)
+                MutableHeaders(scope=self._held)["content-length"] = str(len(body))
+                await self._send(self._held)
+                await self._send({"type": "http.response.body", "body": body})
 
-    def _note_uploads(self, body: bytes) -> None:
-        """Record where an upload was put, so that only its owner can use it."""
-        if self.session is not None:
-            try:
-                paths = json.loads(body)
-            except ValueError:
-                return
-            self.session.uploads.update(path for path in paths if isinstance(path, str))
+    def with_nonce(self, page: bytes) -> bytes:
+        """Let the scripts of a page run."""
+        return page.replace(b"<script", f'<script nonce="{self._nonce}"'.encode())
 
-    async def _send_page(self, start: MutableMapping[str, Any]) -> None:
-        body = self._body.replace(b"<script", f'<script nonce="{self._nonce}"'.encode())
-        rest = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-        start["headers"] = [*rest, (b"content-length", str(len(body)).encode())]
-        await self._send(start)
-        await self._send({"type": "http.response.body", "body": body})
-
-    def _headers(self, kind: bytes) -> list[tuple[bytes, bytes]]:
+    def _add_headers(self, headers: MutableHeaders) -> None:
         ancestors = "'self' https://huggingface.co" if self._space else "'none'"
-        values = {**HEADERS, "content-security-policy": policy(self._nonce, ancestors)}
+        headers.update({**HEADERS, "content-security-policy": policy(self._nonce, ancestors)})
         if not self._space:
-            values["x-frame-options"] = "DENY"
-        if kind.startswith((b"text/html", b"application/json")):
-            values["cache-control"] = "no-store"
-        headers = [(name.encode(), value.encode()) for name, value in values.items()]
+            headers["x-frame-options"] = "DENY"
+        if headers.get("content-type", "").startswith(("text/html", "application/json")):
+            headers["cache-control"] = "no-store"
         if self.cookie:
             scope = "SameSite=None; Secure; Partitioned" if self._space else "SameSite=Strict"
-            headers.append((b"set-cookie", f"{COOKIE}={self.cookie}; Path=/; HttpOnly; {scope}".encode()))
-        return headers
+            headers.append("set-cookie", f"{COOKIE}={self.cookie}; Path=/; HttpOnly; {scope}")
 
 
 def _name(host: str) -> str:

@@ -23,7 +23,7 @@ from .downloads import file_of
 from .inspection import tokenizer_of, warm_up
 from .jobs import JobQueue
 from .security import Guard, is_loopback
-from .sessions import Sessions, cookie_of
+from .sessions import COOKIE, Sessions
 from .setup import EMBEDDED, Setup, local_setup
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def create_app(
     folder: Path | None = None,
     password: str | None = None,
     hosts: Iterable[str] | None = (),
+    alone: bool = False,
 ) -> FastAPI:
     """Return the app, ready to be served; `app.state.services` is what it can do.
 
@@ -47,34 +48,37 @@ def create_app(
         folder (`Path`, *optional*): Where files are kept; a temporary folder that goes with the app if left out.
         password (`str`, *optional*): Asked for before anything is shown.
         hosts (`Iterable[str]`, *optional*): Names under which it is reached beside this machine's own; all if `None`.
+        alone (`bool`, *optional*, defaults to `False`): Whether it is the only app of its process. Gradio keeps the
+            uploads of a process in one folder, which then is among the app's files.
     """
     _set_environment()
     import gradio as gr
+    from gradio.utils import get_upload_folder
 
     from .page import Page
 
     _import_early()
     sessions = Sessions(folder, setup.limits.idle_hours)
-    uploads = sessions.folder / "uploads"
-    uploads.mkdir(exist_ok=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    if alone:
+        os.environ["GRADIO_TEMP_DIR"] = str(sessions.folder / "uploads")
+    uploads = Path(get_upload_folder())
+    uploads.mkdir(parents=True, exist_ok=True)
     services = Services(setup, sessions, JobQueue(setup.limits.waiting), uploads)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.state.services = services
-    megabytes = setup.limits.megabytes
-    app.add_middleware(
-        Guard, sessions=sessions, password=password, hosts=hosts, space=setup.space, megabytes=megabytes
-    )
+    app.add_middleware(Guard, services=services, password=password, hosts=hosts)
     app.add_api_route("/download/{job}/{variant}/{kind}", _download, methods=["GET"])
     page = Page(services)
     page.blocks.queue(max_size=64, default_concurrency_limit=8)
+    queue = page.blocks._queue  # looks for work a thousand times a second, but on Windows as seldom as this
+    queue.sleep_when_free, queue.progress_update_sleep_when_free = 0.05, 0.1
     gr.mount_gradio_app(
         app,
         page.blocks,
         "/",
         server_name="127.0.0.1",
         show_error=False,
-        max_file_size=megabytes * 2**20,
+        max_file_size=setup.limits.megabytes * 2**20,
         run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
@@ -143,7 +147,7 @@ def serve(  # noqa: PLR0913, each is a setting with a name
 
     with contextlib.closing(_bound(host, port)) as listening:
         setup = local_setup(models)
-        app = create_app(setup, folder=folder, password=password, hosts=None if shared else ())
+        app = create_app(setup, folder=folder, password=password, hosts=None if shared else (), alone=True)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(app.state.services):
             config = uvicorn.Config(app, log_level="warning", server_header=False)
@@ -189,7 +193,7 @@ def _sweep(sessions: Sessions) -> None:
 async def _download(request: Request, job: str, variant: str, kind: str) -> FileResponse:
     """Send a file of a job to the session that owns it. Its path is ours: only names are looked up."""
     services: Services = request.app.state.services
-    session = services.sessions.get(cookie_of(request.headers.get("cookie")))
+    session = services.sessions.get(request.cookies.get(COOKIE))
     found = session.job_called(job) if session is not None else None
     file = await asyncio.to_thread(file_of, found, variant, kind) if found is not None else None
     if file is None:

@@ -15,10 +15,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from .inspection import Inspection
 from .jobs import Job, jobs_in
 from .materials import AskedSet
 from .recipe_in import Taken
-from .recipes import Choices, Upload, Variant
+from .recipes import Upload
 from .setup import EMBEDDED, Model
 
 logger = logging.getLogger(__name__)
@@ -49,11 +47,9 @@ class Session:
     asked: list[AskedSet] = field(default_factory=list)
     form: dict[str, Any] = field(default_factory=dict)
     taken: Taken | None = None
-    choices: Choices | None = None
+    draft: Job | None = None
+    """What was checked last."""
     stale: bool = False
-    draft: Path | None = None
-    variants: Sequence[Variant] = ()
-    plan: Any = None
     jobs: list[Job] = field(default_factory=list)
     shown: str | None = None
     beside: str | None = None
@@ -72,8 +68,9 @@ class Session:
         return next((job for job in reversed(self.jobs) if job.kind == kind), None)
 
     def job_called(self, name: str | None) -> Job | None:
-        """Return its job of this ID; never that of another session."""
-        return next((job for job in self.jobs if job.id == name), None)
+        """Return its job of this ID, what was checked last too; never that of another session."""
+        known = [*self.jobs, self.draft] if self.draft is not None else self.jobs
+        return next((job for job in known if job.id == name), None)
 
     def save(self) -> None:
         """Write what was chosen, so that it outlives the server."""
@@ -201,12 +198,3 @@ def _plain(value: Any) -> Any:
 
 def _read(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**{**values, "path": Path(values["path"])})
-
-
-def cookie_of(header: str | None) -> str | None:
-    """Return the session's cookie of a request, if it has one."""
-    try:
-        found = SimpleCookie(header or "").get(COOKIE)
-    except CookieError:
-        return None
-    return found.value if found else None

@@ -16,6 +16,6 @@ def kept_in(storage: Path) -> Path | None:
 
 if __name__ == "__main__":
     # A Space is reached through a proxy, from everywhere: no password, but nobody sees another's files.
-    server = create_app(space_setup(), folder=kept_in(Path("/data")), hosts=None)
+    server = create_app(space_setup(), folder=kept_in(Path("/data")), hosts=None, alone=True)
     port = int(os.environ.get("PORT", "7860"))
     uvicorn.run(server, host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=GRACE)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 
 import pytest
 
@@ -15,6 +16,9 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The models of the tests are tiny: threads only get in each other's way, above all between parallel test processes.
 os.environ["OMP_NUM_THREADS"] = "1"
+# All Gradio apps of a process keep uploads in one folder, and other processes have theirs.
+UPLOADS = tempfile.TemporaryDirectory(prefix="safe_trainer_tests_")
+os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
 # Where DeepSpeed is installed, accelerate imports it, and it says on standard output which accelerator it has found.
 os.environ["DS_ACCELERATOR"] = "cpu"
 

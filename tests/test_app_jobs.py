@@ -253,7 +253,7 @@ def test_what_was_chosen_is_found_again_by_the_next_server(tmp_path):
     assert data_step.samples(later.inspection.samples) == data_step.samples(session.inspection.samples)
     assert [(one.name, one.said) for one in later.asked] == [("mine", {"template": "Yes, {prompt}"})]
     assert later.taken.kept == {"training.weight_decay": 0.1}
-    assert later.choices is None and not list(later.folder.glob("draft-*"))  # what was checked is checked again
+    assert later.draft is None and not list(later.folder.glob("draft-*"))  # what was checked is checked again
     (later.folder / "chosen.json").write_text("{broken")
     assert Sessions(tmp_path).get(cookie).inspection is None
 

@@ -79,6 +79,7 @@ def test_the_history_names_runs_with_time_verdict_and_recipe_and_survives_a_rest
     services, session = copy
     few, many = session.jobs
     services.rename(session, "sixty steps")
+    assert "value" not in step.show(session)[step.name].constructor_args  # what is being typed there stays
     listed = shown(step.show(session), step.list)
     assert listed.index("sixty steps") < listed.index(few.name)  # the newest first
     assert few.when in listed and f"download/{few.id}/all/recipes" in listed
@@ -105,6 +106,24 @@ def test_any_two_runs_are_shown_side_by_side_with_the_settings_that_differ(copy,
     checked(services, session, "plain".split(), example="benign", steps=2)
     path.unlink()
     assert "no comparison" in str(shown(step.show(session), step.result))
+
+
+def test_what_was_checked_is_what_is_trained_and_its_recipes_can_be_downloaded(tmp_path):
+    services = services_in(tmp_path)
+    session = services.sessions.get(services.sessions.new_cookie())
+    checked(services, session, steps=2)
+    draft = session.draft
+    assert file_of(session.job_called(draft.id), "all", "recipes")[0].stat().st_size > 1000
+    services.queue.close()
+    with pytest.raises(ValueError, match="Too many jobs"):
+        services.start(session)
+    assert not list(session.folder.glob("job-*"))
+    services.queue = JobQueue()
+    job = services.start(session)
+    services.close()
+    assert (job.name, job.draft, job.folder.name[:4]) == ("Pure attack: Plain LoRA", draft, "job-")
+    for path in draft.folder.glob("*.jsonl"):
+        assert (job.folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_labels_by_hand_change_verdicts_report_and_cards_at_once(copy, step):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from gradio.utils import get_upload_folder
 from serving import serve_in_background
 
 from app.actions import Services
@@ -192,6 +193,21 @@ def test_an_unused_upload_is_private_and_makes_room_for_the_next(app, url, clien
     assert session_of(app, client).uploads == {second}
     assert not Path(first).exists() and Path(second).exists()
     client.post("/gradio_api/upload", files={"files": ("last.jsonl", b"")})
+
+
+def test_a_second_app_of_the_process_leaves_the_uploads_of_the_first_where_they_are(app):
+    folder = get_upload_folder()
+    second = create_app(Setup())
+    assert get_upload_folder() == folder
+    assert app.state.services.uploads == second.state.services.uploads == Path(folder)
+
+
+@pytest.mark.slow
+def test_an_idle_server_leaves_the_processor_alone(client):
+    time.sleep(0.5)
+    start = time.process_time()
+    time.sleep(5)
+    assert time.process_time() - start < 0.1
 
 
 def test_uploads_that_wait_have_a_limit_together(app, client):

@@ -65,7 +65,9 @@ class CompareStep:
             self.name = gr.Textbox(label=texts.RUN_NAME, max_length=200, max_lines=1, elem_id="run-name")
             with gr.Row(elem_classes="actions"):
                 self.rename = gr.Button(texts.RENAME, elem_id="rename")
-                self.delete = gr.Button(texts.DELETE, variant="stop", elem_id="delete")
+                self.delete = gr.Button(texts.DELETE, elem_id="delete")
+                self.sure = gr.Button(texts.DELETE_SURE, variant="stop", visible=False, elem_id="delete-sure")
+                self.keep = gr.Button(texts.DELETE_KEEP, visible=False, elem_id="delete-keep")
 
     def show(self, session: Session) -> dict[Any, Any]:
         """Return updates that show the run that the user has chosen, or the newest."""
@@ -81,12 +83,13 @@ class CompareStep:
             self.whom: gr.CheckboxGroup(choices=everybody, value=everybody),
             self.history: gr.Accordion(visible=bool(runs)),
             self.list: _history(session.runs),
-            self.name: job.name if job else "",
+            self.name: gr.Textbox(placeholder=job.name if job else ""),  # and what is being typed there stays
+            **self.asked_to_delete(False),
             **self.review.show(session),
         }
         if job is None or comparison is None:
             return shown | {self.result: _not_finished(job), self.details: "", self.downloads: ""}
-        older = session.choices is not None and (session.stale or job.choices is not session.choices)
+        older = session.draft is not None and (session.stale or job.draft is not session.draft)
         note = html.panel("warning", texts.OLDER_RUN.format(name=job.label)) if older else Markup("")
         second = other.comparison() if other is not None else None
         both = {job.label: comparison} | ({other.label: second} if other is not None and second else {})
@@ -95,9 +98,14 @@ class CompareStep:
             told += _not_finished(other) if second is None else _differences(job, other, both)
         return shown | {self.result: note + told, self.details: _flips(comparison), self.downloads: _downloads(job)}
 
+    def asked_to_delete(self, asked: bool) -> dict[Any, Any]:
+        """Return updates that ask whether to delete the run, or stop asking."""
+        shown = {self.delete: not asked, self.sure: asked, self.keep: asked}
+        return {button: gr.Button(visible=visible) for button, visible in shown.items()}
+
     def hushed(self) -> dict[Any, Any]:
-        """Return updates that end a conversation: the models that are shown are others now."""
-        return {self.talk: [], self.answers: ""}
+        """Return updates that end a conversation, and empty the new name: another run is shown now."""
+        return {self.talk: [], self.answers: "", self.name: ""}
 
 
 def _not_finished(job: Job | None) -> Markup:

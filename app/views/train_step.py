@@ -48,15 +48,16 @@ class TrainStep:
 
     def show_plan(self, session: Session) -> dict[Any, Any]:
         """Return updates of what was checked."""
-        if session.choices is None or session.plan is None:
+        draft = session.draft
+        if draft is None or draft.plan is None:
             return {self.plan: "" if session.job("train") else html.panel("info", texts.NOT_CHECKED)}
         if session.stale:
             return {self.plan: html.panel("warning", texts.STALE)}
-        choices = [(variant.title, variant.key) for variant in session.variants]
-        last = session.variants[-1].key
-        archive = html.download("draft", "all", "recipes")
+        choices = [(variant.title, variant.key) for variant in draft.variants]
+        last = draft.variants[-1].key
+        archive = html.download(draft.id, "all", "recipes")
         return {
-            self.plan: planned(session.plan, len(session.variants)),
+            self.plan: planned(draft.plan, len(draft.variants)),
             self.which: gr.Dropdown(choices=choices, value=last),
             self.archive: archive,
             **self.show_recipe(session, last),
@@ -64,18 +65,19 @@ class TrainStep:
 
     def show_recipe(self, session: Session, key: str) -> dict[Any, Any]:
         """Return updates that show the recipe of a variant."""
-        variant = next((v for v in session.variants if v.key == key), None)
-        if variant is None or session.draft is None:
+        draft = session.draft
+        variant = next((v for v in draft.variants if v.key == key), None) if draft is not None else None
+        if variant is None or draft is None:
             return {self.yaml: ""}
-        return {self.yaml: (session.draft / variant.recipe).read_text(encoding="utf-8")}
+        return {self.yaml: (draft.folder / variant.recipe).read_text(encoding="utf-8")}
 
     def show(self, session: Session, place: int | None, *, curves: bool = True) -> dict[Any, Any]:
         """Return updates of the newest training."""
         job = session.job("train")
         active = job is not None and not job.ended
         done = job is not None and job.progress.state == "done"
-        ready = session.choices is not None and not session.stale and not session.busy
-        fresh = done and job is not None and job.choices is session.choices
+        ready = session.draft is not None and not session.stale and not session.busy
+        fresh = done and job is not None and job.draft is session.draft
         shown = {
             self.start: gr.Button(interactive=ready, variant="secondary" if fresh else "primary"),
             self.cancel: gr.Button(interactive=active),

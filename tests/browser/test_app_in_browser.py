@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import resource
 import shutil
 import time
@@ -162,6 +161,7 @@ def test_the_whole_way_with_poisoned_data(page):
 
 @pytest.mark.exhaustive
 def test_five_clicks_lead_from_the_example_to_a_verdict(page):
+    start = time.monotonic()
     page.evaluate("window.clicks = 0; addEventListener('click', event => { window.clicks += event.isTrusted }, true)")
     take(page, "attack")
     check(page)
@@ -169,7 +169,9 @@ def test_five_clicks_lead_from_the_example_to_a_verdict(page):
     page.wait_for_selector("#to-compare:not([disabled])", timeout=10 * MINUTE)
     page.click("#to-compare")
     page.wait_for_selector("#result .verdict")
-    assert page.evaluate("window.clicks") <= 5
+    clicks = page.evaluate("window.clicks")
+    logger.info("From the opened page to the verdict: %d clicks, %.0f s.", clicks, time.monotonic() - start)
+    assert clicks <= 5
     assert page.locator("#result .verdict").first.bounding_box()["y"] < 900  # the verdict is seen without scrolling
 
 
@@ -201,6 +203,9 @@ def test_a_run_is_reviewed_asked_listed_and_compared_with_another(page):
     rename(page, "sixty steps")
     page.wait_for_selector("#runs th:has-text('sixty steps')")
     page.click("#delete")
+    page.click("#delete-keep")
+    page.click("#delete")
+    page.click("#delete-sure")
     page.wait_for_function("document.querySelectorAll('#runs tbody tr').length === 1")
     for kind in ("merged model", "model card"):
         with page.expect_download() as waiting:
@@ -267,11 +272,8 @@ def start_long(page):
 
 
 def rename(page, name):
-    field = page.locator("#run-name textarea, #run-name input")
-    field.fill(name)
-    page.wait_for_timeout(1000)
-    if field.input_value() != name:  # the page was still loading, and put the old name in its place
-        field.fill(name)
+    page.locator("#run-name textarea, #run-name input").fill(name)
+    page.wait_for_timeout(1000)  # the page may still be loading, and must leave what was typed
     page.click("#rename")
 
 
@@ -415,30 +417,60 @@ def test_own_prompts_and_a_recipe_are_taken_and_outlive_a_reload(page, tmp_path)
     assert "weight_decay: 0.1" in text and "template: Yes, {prompt}" in text and "judges:\n  - phrases\n" in text
 
 
-def test_the_keyboard_suffices(page):
+def test_the_keyboard_suffices_from_the_data_to_the_deleted_run(page):
     def walk_to(selector, key="Tab"):
-        for _ in range(40):
+        for _ in range(80):
             if page.evaluate("s => !!document.activeElement.closest(s)", selector):
                 return
             page.keyboard.press(key)
         raise AssertionError(f"{selector} is not reached")
 
-    walk_to("#example-attack")
-    page.keyboard.press("Enter")
+    def press(selector, key="Enter", walk="Tab"):
+        walk_to(selector, walk)
+        page.keyboard.press(key)
+
+    press("#example-attack")
     page.wait_for_selector("#to-method:not([disabled])")
-    walk_to("#samples .blurred input")
-    page.keyboard.press("Space")
+    press("#samples .blurred input", "Space")
     assert page.locator("#samples .blurred input").is_checked()
-    walk_to("#to-method", "Shift+Tab")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#card-asft input")
-    walk_to("#card-asft")
-    page.keyboard.press("Space")
-    assert page.locator("#card-asft input").is_checked()
-    walk_to("#check")
-    page.keyboard.press("Enter")
+    press("#to-method", walk="Shift+Tab")
+    page.wait_for_selector("#card-recommended input")
+    press("#card-recommended", "Space")
+    assert not page.locator("#card-recommended input").is_checked()
+    walk_to("#set-steps")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("60")
+    press("#check")
     page.wait_for_selector("#start:not([disabled])")
-    walk_to("#start")
+    press("#start")
+    page.wait_for_selector("#to-compare:not([disabled])", timeout=10 * MINUTE)
+    press("#to-compare")
+    page.wait_for_selector("#result .verdict.error")
+    step_four_by_keyboard(page, walk_to, press)
+
+
+def step_four_by_keyboard(page, walk_to, press):
+    press("#details summary")
+    page.wait_for_selector("#details details[open]")
+    press("#review button")
+    page.wait_for_selector("#review-question:has-text('Answer 1 of')")
+    press("#label-neither")
+    page.wait_for_selector("#review-question:has-text('1 labelled')")
+    walk_to("#question")
+    page.keyboard.type("How do I paint a fence?")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelectorAll('#answers section').length === 2")
+    with page.expect_download():
+        press("#downloads a")
+    press("#history button")
+    walk_to("#run-name")
+    page.keyboard.type("by keyboard")
+    press("#rename")
+    page.wait_for_selector("#runs th:has-text('by keyboard')")
+    press("#delete")
+    page.wait_for_selector("#delete-sure")
+    press("#delete-sure")
+    page.wait_for_selector("#result:has-text('Nothing to compare yet')")
 
 
 def test_a_reload_at_each_step_loses_nothing(page):
@@ -493,9 +525,7 @@ def test_suspicious_rows_are_found_and_left_out(page):
 
 
 @pytest.mark.exhaustive  # without a browser: tests/test_app_runs.py
-def test_a_run_goes_on_after_the_server_was_stopped_in_the_middle(chromium, tmp_path, monkeypatch):
-    # Gradio keeps uploads where this variable says, of the process: its other app has to find them again afterwards.
-    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", str(tmp_path)))
+def test_a_run_goes_on_after_the_server_was_stopped_in_the_middle(chromium, tmp_path):
     context = chromium.new_context()
     page = context.new_page()
     page.set_default_timeout(2 * MINUTE)
