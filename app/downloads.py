@@ -27,10 +27,6 @@ def file_of(job: Job, variant: str, kind: str) -> tuple[Path, str] | None:
     if title is None:
         return None
     folder, name = job.folder / variant, f"{variant}-{kind}.zip"
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if kind == "checkpoint" and checkpoints:
-        name = f"{variant}-{checkpoints[-1].name}.zip"
-        return _packed(checkpoints[-1], job.folder / name), name
     if title not in job.adapters:
         return None
     if kind == "card":

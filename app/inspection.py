@@ -89,13 +89,6 @@ class Inspection:
     leaked: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Inspection:
-        """Return what an inspection was, from the values of its fields as JSON keeps them."""
-        example = values["example"] and EXAMPLES[values["example"]["key"]]
-        samples = tuple(Sample(*sample) for sample in values["samples"])
-        return cls(**{**values, "path": Path(values["path"]), "example": example, "samples": samples})
-
     @property
     def median(self) -> int:
         """Median number of tokens of a row."""

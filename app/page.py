@@ -1,10 +1,11 @@
 """The page: four steps, and what happens when something is pressed on it.
 
-Each handler finds out first whose request it is, does one thing, and returns updates for the components that change.
+Each handler is given the session that asks, does one thing, and returns updates for the components that change.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,14 +58,22 @@ class Page:
 
     # Which handler answers to what
 
-    def _on(self, event: Any, handler: Any, inputs: Any = None, **options: Any) -> Any:
-        """Let a handler answer to an event; it may change anything on the page."""
-        return event(handler, inputs, self.all, show_progress="hidden", **options)
+    def _on(self, event: Any, act: Any, inputs: Any = None, outputs: Any = None, **options: Any) -> Any:
+        """Let a method answer to an event, for the session that asks; it may change anything on the page."""
+
+        def answer(request: gr.Request, *values: Any) -> Any:
+            return act(self.session(request), *values)
+
+        def answers(request: gr.Request, *values: Any) -> Any:
+            yield from act(self.session(request), *values)
+
+        handler = answers if inspect.isgeneratorfunction(act) else answer
+        return event(handler, inputs, outputs or self.all, show_progress="hidden", **options)
 
     def _connect_data(self) -> None:
         data, on = self.data, self._on
         for key, button in data.examples.items():
-            on(button.click, self._example(key), api_name=f"example_{key}")
+            on(button.click, partial(self._example, key), api_name=f"example_{key}")
         on(data.upload.upload, self._upload, data.upload, api_name="upload", concurrency_limit=2)
         on(data.model.input, self._choose_model, data.model, api_name="model")
         on(data.use_other.click, self._name_model, [data.other_id, data.unaligned_id], api_name="other_model")
@@ -90,31 +99,29 @@ class Page:
             api_name="material",
             concurrency_limit=2,
         )
-        on(method.remove.click, self._drop("files"), method.kind, api_name="drop_material")
+        on(method.remove.click, partial(self._drop, "files"), method.kind, api_name="drop_material")
         on(method.recipe.upload, self._take_recipe, method.recipe, api_name="take_recipe", concurrency_limit=2)
-        on(method.drop_recipe.click, self._drop("taken"), api_name="drop_recipe")
+        on(method.drop_recipe.click, partial(self._drop, "taken"), api_name="drop_recipe")
         asked = method.prompts
         on(asked.add.click, self._add_prompts, asked.inputs, api_name="add_prompts", concurrency_limit=2)
-        on(asked.remove.click, self._drop("asked"), api_name="drop_prompts")
+        on(asked.remove.click, partial(self._drop, "asked"), api_name="drop_prompts")
         on(method.check.click, self._check, form, api_name="check")
 
     def _connect_training(self) -> None:
         train, on = self.train, self._on
-        on(train.which.input, self._recipe, train.which, api_visibility="private")
-        on(train.start.click, self._start, api_name="start")
+        on(train.start.click, partial(self._begin, self.services.start), api_name="start")
         on(train.cancel.click, self._cancel, api_name="cancel", queue=False)
-        on(train.go_on.click, self._go_on, api_name="go_on")
+        on(train.go_on.click, partial(self._begin, self.services.go_on), api_name="go_on")
         on(self.timer.tick, self._tick, self.seen, queue=False, api_name="tick")
         train.proceed.click(lambda: gr.Tabs(selected=COMPARE), None, self.steps, api_visibility="private")
 
     def _connect_comparing(self) -> None:
         compare, on = self.compare, self._on
-        asking = gr.on(
-            [compare.ask.click, compare.question.submit],
+        asking = on(
+            partial(gr.on, [compare.ask.click, compare.question.submit]),
             self._ask,
             [compare.question, compare.whom, compare.system, compare.temperature, compare.talk],
             [compare.answers, compare.talk, compare.question],
-            show_progress="hidden",
             concurrency_limit=8,
             api_name="ask",
         )
@@ -123,9 +130,9 @@ class Page:
         on(compare.run.input, self._show_run, compare.run, api_name="show_run")
         on(compare.other.input, self._show_other, compare.other, api_name="show_other")
         for label, button in compare.review.labels.items():
-            on(button.click, self._label(label), compare.review.place, api_name=f"label_{label}")
+            on(button.click, partial(self._label, label), compare.review.place, api_name=f"label_{label}")
         for button, step in ((compare.review.back, -1), (compare.review.skip, 1)):
-            on(button.click, self._turn(step), compare.review.place, api_visibility="private")
+            on(button.click, partial(self._turn, step), compare.review.place, api_visibility="private")
         on(compare.rename.click, self._rename, compare.name, api_name="rename")
         for button, asked in ((compare.delete, True), (compare.keep, False)):
             button.click(
@@ -138,7 +145,7 @@ class Page:
 
     def session(self, request: gr.Request) -> Session:
         """Return the session of a request."""
-        found = self.services.sessions.get(request.cookies.get(COOKIE))
+        found = self.services.sessions.get(request.request.cookies.get(COOKIE) if request.request else None)
         if found is None:
             raise gr.Error(texts.NO_SESSION)
         return found
@@ -170,9 +177,8 @@ class Page:
 
     # What happens
 
-    def _load(self, request: gr.Request) -> Updates:
+    def _load(self, session: Session) -> Updates:
         """Show a session as it is: the page has been opened, or loaded again."""
-        session = self.session(request)
         job = session.job("train")
         step = DATA
         if job is not None:
@@ -184,49 +190,39 @@ class Page:
         shown = self._show_data(session) | self._show_jobs(session) | self.compare.show(session)
         return {**shown, self.steps: gr.Tabs(selected=step)}
 
-    def _example(self, key: str) -> Callable[[gr.Request], Updates]:
+    def _example(self, key: str, session: Session) -> Updates:
+        return self._show_data(session, _problem(partial(self.services.take_example, session, key)))
 
-        def take(request: gr.Request) -> Updates:
-            session = self.session(request)
-            return self._show_data(session, _problem(lambda: self.services.take_example(session, key)))
-
-        return take
-
-    def _upload(self, path: str | None, request: gr.Request) -> Iterator[Updates]:
-        session = self.session(request)
+    def _upload(self, session: Session, path: str | None) -> Iterator[Updates]:
         if path:
             yield from self._reading(session, self.services.take_file(session, Path(path)))
 
-    def _dataset(self, request: gr.Request, *source: Any) -> Iterator[Updates]:
-        session = self.session(request)
+    def _dataset(self, session: Session, *source: Any) -> Iterator[Updates]:
         yield from self._reading(session, self.services.take_dataset(session, source))
 
-    def _read_again(self, request: gr.Request, *chosen: str) -> Iterator[Updates]:
-        session, columns = self.session(request), dict(zip(self.data.columns, chosen, strict=False))
+    def _read_again(self, session: Session, *chosen: str) -> Iterator[Updates]:
+        columns = dict(zip(self.data.columns, chosen, strict=False))
         yield from self._reading(session, self.services.read_again(session, columns, chosen[-1]))
 
-    def _preview(self, request: gr.Request, *chosen: str) -> Iterator[Updates]:
+    def _preview(self, session: Session, *chosen: str) -> Iterator[Updates]:
         """Show the first rows as they would be read with the columns that are chosen."""
-        session, columns = self.session(request), dict(zip(self.data.columns, chosen, strict=False))
+        columns = dict(zip(self.data.columns, chosen, strict=False))
         rows: list[Sample] = []
         place, work = self.data.preview, self.services.preview(session, columns, chosen[-1], rows)
         shown = lambda problem: {place: html.panel("info", problem) if problem else samples(rows)}  # noqa: E731
         yield from self._working(work, {place: html.working(texts.READING, 0, 0)}, shown)
 
-    def _leave_out(self, request: gr.Request) -> Iterator[Updates]:
-        session = self.session(request)
+    def _leave_out(self, session: Session) -> Iterator[Updates]:
         yield from self._reading(session, self.services.leave_out(session))
 
-    def _choose_model(self, key: str, request: gr.Request) -> Iterator[Updates]:
+    def _choose_model(self, session: Session, key: str) -> Iterator[Updates]:
         """Use another model, or ask which; leaving the list counts as choosing from it."""
-        session = self.session(request)
         if key in (OTHER, session.model.key):
             yield {self.data.other: gr.Group(visible=key == OTHER)}
         else:
             yield from self._reading(session, self.services.take_model(session, key))
 
-    def _name_model(self, name: str, unaligned: str, request: gr.Request) -> Iterator[Updates]:
-        session = self.session(request)
+    def _name_model(self, session: Session, name: str, unaligned: str) -> Iterator[Updates]:
         yield from self._reading(session, self.services.take_model(session, "", name, unaligned))
 
     def _reading(self, session: Session, work: Iterator[None]) -> Iterator[Updates]:
@@ -248,37 +244,34 @@ class Page:
             problem = str(error)
         yield show(problem)
 
-    def _scan(self, request: gr.Request) -> Updates:
-        session = self.session(request)
-        problem = _problem(lambda: self.services.scan(session))
+    def _scan(self, session: Session) -> Updates:
+        problem = _problem(partial(self.services.scan, session))
         shown = self._show_jobs(session)
         return shown | ({self.data.ranking: html.panel("error", problem)} if problem else {})
 
-    def _remember(self, request: gr.Request, *values: Any) -> Updates:
+    def _remember(self, session: Session, *values: Any) -> Updates:
         """Keep what the form says, for a reload; what was checked before no longer holds."""
-        session = self.session(request)
         session.form = self.method.entered(session, values)
         changed(session)
         return self.train.show_plan(session) | self._show_training(session, curves=False)
 
-    def _take_recipe(self, path: str | None, request: gr.Request) -> Iterator[Updates]:
-        session = self.session(request)
+    def _take_recipe(self, session: Session, path: str | None) -> Iterator[Updates]:
         work = self.services.take_recipe(session, Path(path or ""))
         shown = lambda problem: self._show_data(session) | self.method.show_taken(session, problem)  # noqa: E731
         yield from self._working(work, {self.method.taken: html.working(texts.READING, 0, 0)}, shown)
 
-    def _material(self, kind: str, path: str | None, request: gr.Request) -> Iterator[Updates]:
+    def _material(self, session: Session, kind: str, path: str | None) -> Iterator[Updates]:
         """Use an uploaded file for methods."""
-        session, step = self.session(request), self.method
+        step = self.method
         if path:
             busy = {step.files: html.working(texts.READING, 0, 0)}
             shown = lambda problem: step.show_files(session, problem) | self.train.show_plan(session)  # noqa: E731
             yield from self._working(self.services.take_material(session, kind, Path(path)), busy, shown)
             yield {step.upload: gr.File(value=None)}
 
-    def _add_prompts(self, request: gr.Request, path: str | None, what: str, *said: str) -> Iterator[Updates]:
+    def _add_prompts(self, session: Session, path: str | None, what: str, *said: str) -> Iterator[Updates]:
         """Use an uploaded file of prompts, or a published suite, for the comparison."""
-        session, panel = self.session(request), self.method.prompts
+        panel = self.method.prompts
         told = dict(zip(SAID, said, strict=True))
         work = self.services.take_prompts(session, Path(path) if path else None, what, told)
 
@@ -288,19 +281,13 @@ class Page:
 
         yield from self._working(work, {panel.asked: html.working(texts.READING, 0, 0)}, shown)
 
-    def _drop(self, *what: str) -> Callable[..., Updates]:
-        """Return a handler that goes back to what is built in."""
+    def _drop(self, what: str, session: Session, *key: str) -> Updates:
+        """Go back to what is built in."""
+        self.services.drop(session, what, *key)
+        return self._show_data(session)
 
-        def drop(request: gr.Request, *key: str) -> Updates:
-            session = self.session(request)
-            self.services.drop(session, *what, *key)
-            return self._show_data(session)
-
-        return drop
-
-    def _check(self, request: gr.Request, *values: Any) -> Updates:
+    def _check(self, session: Session, *values: Any) -> Updates:
         """Check what was chosen, and go on to the training if it can be run."""
-        session = self.session(request)
         session.form = self.method.entered(session, values)
         try:
             methods, settings, fields = self.method.read(session)
@@ -311,31 +298,19 @@ class Page:
         shown = {self.steps: gr.Tabs(selected=TRAIN), self.method.problem: "", self.train.problem: ""}
         return shown | self.train.show_plan(session) | self._show_training(session) | self._show_steps(session)
 
-    def _recipe(self, key: str, request: gr.Request) -> Updates:
-        return self.train.show_recipe(self.session(request), key)
-
-    def _start(self, request: gr.Request) -> Updates:
-        session = self.session(request)
-        return self._begun(session, _problem(lambda: self.services.start(session)))
-
-    def _go_on(self, request: gr.Request) -> Updates:
-        session = self.session(request)
-        return self._begun(session, _problem(lambda: self.services.go_on(session)))
-
-    def _begun(self, session: Session, problem: str) -> Updates:
+    def _begin(self, what: Callable[[Session], Any], session: Session) -> Updates:
+        problem = _problem(partial(what, session))
         return self._show_jobs(session) | {self.train.problem: html.panel("error", problem) if problem else ""}
 
-    def _cancel(self, request: gr.Request) -> Updates:
+    def _cancel(self, session: Session) -> Updates:
         """Cancel whatever is under way; what becomes of it comes with the next ticks."""
-        session = self.session(request)
         for job in session.jobs:
             if not job.ended:
                 self.services.queue.cancel(job)
         return self._show_jobs(session) | {self.timer: gr.Timer(active=True), self.train.problem: ""}
 
-    def _tick(self, seen: str, request: gr.Request) -> Updates:
+    def _tick(self, session: Session, seen: str) -> Updates:
         """Show what is new; while a job runs, its clock always is."""
-        session = self.session(request)
         busy = session.busy
         state = " ".join(f"{j.id}/{j.progress.version}/{j.ended}/{self.services.queue.place(j)}" for j in session.jobs)
         if state == seen:
@@ -346,15 +321,14 @@ class Page:
 
     def _ask(
         self,
+        session: Session,
         question: str,
         whom: list[str],
         system: str | None,
         temperature: float,
         talk: list[Turn],
-        request: gr.Request,
     ) -> Iterator[tuple[str, list[Turn], Any]]:
         """Ask the models; answers come word by word."""
-        session = self.session(request)
         turn, problem = Turn(question), ""
         asked = [*talk, turn]
         try:
@@ -372,39 +346,26 @@ class Page:
         else:
             yield answered(asked, waiting=False), asked, gr.skip()
 
-    def _show_run(self, run: str, request: gr.Request) -> Updates:
-        session = self.session(request)
+    def _show_run(self, session: Session, run: str) -> Updates:
         session.shown, session.beside = run, None
         return self.compare.show(session) | self.compare.hushed()
 
-    def _show_other(self, run: str, request: gr.Request) -> Updates:
-        session = self.session(request)
+    def _show_other(self, session: Session, run: str) -> Updates:
         session.beside = run or None
         return self.compare.show(session)
 
-    def _label(self, label: str) -> Callable[[int, gr.Request], Updates]:
+    def _label(self, label: str, session: Session, place: int) -> Updates:
+        self.services.label(session, place, label)
+        return self.compare.show(session) | self.compare.review.show(session, place + 1)
 
-        def take(place: int, request: gr.Request) -> Updates:
-            session = self.session(request)
-            self.services.label(session, place, label)
-            return self.compare.show(session) | self.compare.review.show(session, place + 1)
+    def _turn(self, step: int, session: Session, place: int) -> Updates:
+        return self.compare.review.show(session, place + step)
 
-        return take
-
-    def _turn(self, step: int) -> Callable[[int, gr.Request], Updates]:
-
-        def turn(place: int, request: gr.Request) -> Updates:
-            return self.compare.review.show(self.session(request), place + step)
-
-        return turn
-
-    def _rename(self, name: str, request: gr.Request) -> Updates:
-        session = self.session(request)
+    def _rename(self, session: Session, name: str) -> Updates:
         self.services.rename(session, name)
         return self.compare.show(session) | {self.compare.name: ""}
 
-    def _delete(self, request: gr.Request) -> Updates:
-        session = self.session(request)
+    def _delete(self, session: Session) -> Updates:
         self.services.delete(session)
         return self.compare.show(session) | self.compare.hushed() | self._show_jobs(session)
 

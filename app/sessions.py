@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import json
 import logging
 import secrets
 import shutil
@@ -19,6 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from .inspection import Inspection
 from .jobs import Job, jobs_in
@@ -32,7 +34,20 @@ logger = logging.getLogger(__name__)
 COOKIE = "safe_trainer_session"
 CHOSEN = "chosen.json"
 """File in a session's folder that says what was chosen."""
-_KEPT = ("model", "inspection", "files", "asked", "form", "taken")
+
+
+class Chosen(TypedDict):
+    """What of a session is kept there, by the names of its fields."""
+
+    model: Model
+    inspection: Inspection | None
+    files: dict[str, Upload]
+    asked: list[AskedSet]
+    form: dict[str, Any]
+    taken: Taken | None
+
+
+_chosen = TypeAdapter(Chosen)
 
 
 @dataclass
@@ -74,9 +89,9 @@ class Session:
 
     def save(self) -> None:
         """Write what was chosen, so that it outlives the server."""
-        values = {name: getattr(self, name) for name in _KEPT}
+        values: Any = {name: getattr(self, name) for name in Chosen.__annotations__}
         fresh = self.folder / f"{CHOSEN}.new"
-        fresh.write_text(json.dumps(values, default=_plain), encoding="utf-8")
+        fresh.write_bytes(_chosen.dump_json(values))
         fresh.replace(self.folder / CHOSEN)
 
     def restore(self) -> None:
@@ -86,14 +101,8 @@ class Session:
             shutil.rmtree(draft, ignore_errors=True)
         with suppress(FileNotFoundError):
             try:
-                values = json.loads((self.folder / CHOSEN).read_text(encoding="utf-8"))
-                found = values["inspection"]
-                self.inspection = Inspection.of(found) if found else None
-                self.model, self.form = Model(**values["model"]), values["form"]
-                self.files = {kind: _read(Upload, one) for kind, one in values["files"].items()}
-                self.taken = Taken(**values["taken"]) if values["taken"] else None
-                self.asked = [_read(AskedSet, one) for one in values["asked"]]
-            except (ValueError, KeyError, TypeError, AttributeError):
+                vars(self).update(_chosen.validate_json((self.folder / CHOSEN).read_bytes()))
+            except ValidationError:
                 logger.warning("What was chosen in session %s could not be read back.", self.name[:8])
 
     @property
@@ -189,12 +198,3 @@ class Sessions:
         if not hmac.compare_digest(signature, self._signature(number)):
             return None
         return hashlib.sha256(number).hexdigest()[:32]
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON has no word for: a path, or one of our dataclasses."""
-    return str(value) if isinstance(value, Path) else vars(value)
-
-
-def _read(kind: Any, values: dict[str, Any]) -> Any:
-    return kind(**{**values, "path": Path(values["path"])})

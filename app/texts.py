@@ -167,7 +167,7 @@ NEEDS_SHORT = "needs the checkpoint before alignment"
 CHECK = "Check and continue"
 CHOOSE_METHOD = "Choose at least one method."
 NEEDS_UNALIGNED = "{title} needs the checkpoint before alignment, which is not known for this model."
-RECIPE, RECIPES, SHOWN_FOR = "Recipe (YAML)", "Recipes of this run", "Method"
+RECIPES = "Recipes of this run"
 RECIPE_HEADER = "# {title}\n# safe-trainer train {file}\n"
 PLAN = ("Rows", "Steps", "Trained weights", "Memory for the model", "Time to train")
 PLAN_TIME, PLAN_TIME_ONE = (
@@ -207,7 +207,6 @@ LOG_HEADING = "Log"
 LOG_BEGUN = "started"
 LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "stopped"}
 LOG_VARIANT = {"done": "{title}: trained and saved", "failed": "{title}: failed:"}
-LOG_STOPPED, CHECKPOINT_KEPT = "stopped after step {step}", "The checkpoint after step {step} is kept."
 CURVES = {
     "harmful": ("Harmful prompts refused", "Refused (%)"),
     "borderline": ("Borderline prompts refused", "Refused (%)"),
@@ -303,7 +302,6 @@ DOWNLOAD = {
     "recipes": "recipes and data, ready to run (zip)",
     "report": "report (HTML)",
     "numbers": "all numbers and answers (JSON)",
-    "checkpoint": "checkpoint (zip)",
     "ranking": "full ranking (CSV)",
 }
 TINY = "The embedded model has one million weights: results do not carry over to other models."

@@ -38,11 +38,7 @@ class TrainStep:
         with gr.Row(elem_id="curves"):
             self.curves = {name: _plot(name, *titles) for name, titles in texts.CURVES.items()}
         with gr.Accordion(texts.RECIPES, open=False, elem_id="recipes"):
-            self.which = gr.Dropdown([], label=texts.SHOWN_FOR, elem_id="shown-for", filterable=False)
-            self.yaml = gr.Textbox(
-                label=texts.RECIPE, elem_id="yaml", lines=12, max_lines=24, interactive=False, buttons=["copy"]
-            )
-            self.archive = gr.HTML(elem_id="archive", js_on_load=None)
+            self.recipes = gr.HTML(elem_id="yaml", js_on_load=None)
         with gr.Accordion(texts.LOG_HEADING, open=False, elem_id="log-panel"):
             self.log = gr.HTML(elem_id="log", js_on_load=None)
 
@@ -53,23 +49,12 @@ class TrainStep:
             return {self.plan: "" if session.job("train") else html.panel("info", texts.NOT_CHECKED)}
         if session.stale:
             return {self.plan: html.panel("warning", texts.STALE)}
-        choices = [(variant.title, variant.key) for variant in draft.variants]
-        last = draft.variants[-1].key
-        archive = html.download(draft.id, "all", "recipes")
-        return {
-            self.plan: planned(draft.plan, len(draft.variants)),
-            self.which: gr.Dropdown(choices=choices, value=last),
-            self.archive: archive,
-            **self.show_recipe(session, last),
-        }
-
-    def show_recipe(self, session: Session, key: str) -> dict[Any, Any]:
-        """Return updates that show the recipe of a variant."""
-        draft = session.draft
-        variant = next((v for v in draft.variants if v.key == key), None) if draft is not None else None
-        if variant is None or draft is None:
-            return {self.yaml: ""}
-        return {self.yaml: (draft.folder / variant.recipe).read_text(encoding="utf-8")}
+        written = [
+            html.folded(one.title, Markup("<pre>{}</pre>").format((draft.folder / one.recipe).read_text("utf-8")))
+            for one in draft.variants
+        ]
+        archive = Markup("<p>{}</p>").format(html.download(draft.id, "all", "recipes"))
+        return {self.plan: planned(draft.plan, len(written)), self.recipes: archive + html.join(written)}
 
     def show(self, session: Session, place: int | None, *, curves: bool = True) -> dict[Any, Any]:
         """Return updates of the newest training."""
@@ -147,8 +132,6 @@ def _status(job: Job, place: int | None) -> Markup:
     parts += [_start(progress), *(_row(variant, progress) for variant in job.variants)]
     if progress.state == "running" and progress.phase == "comparing":
         parts.append(html.working(texts.PHASES["comparing"], progress.done, progress.total))
-    if progress.state == "cancelled":
-        parts += [_checkpoint(job, variant) for variant in job.variants]
     return Markup('<div class="status">{}</div>').format(html.join(parts))
 
 
@@ -179,11 +162,3 @@ def _row(variant: Variant, progress: Progress) -> Markup:
         '<div class="run"><strong>{}</strong><progress max="{}" value="{}" aria-label="{}"></progress>'
         "<span>{}</span></div>"
     ).format(variant.title, total, step, variant.title, words)
-
-
-def _checkpoint(job: Job, variant: Variant) -> Markup:
-    part = job.progress.parts.get(variant.key)
-    if part is None or part.state != "cancelled" or not any((job.folder / variant.key).glob("checkpoint-*")):
-        return Markup("")
-    kept = texts.CHECKPOINT_KEPT.format(step=part.step)
-    return Markup("<p>{} {}</p>").format(kept, html.download(job.id, variant.key, "checkpoint"))

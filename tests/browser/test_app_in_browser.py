@@ -133,7 +133,8 @@ def test_the_whole_way_with_poisoned_data(page):
     check(page)
     looked_over(page)
     page.click("#recipes button")
-    assert "method: recommended" in page.locator("#yaml textarea").input_value()
+    page.locator("#yaml summary", has_text="Recommended").click()
+    assert "method: recommended" in page.locator("#yaml details[open]").inner_text()
     page.click("#start")
     page.wait_for_selector("#curves canvas, #curves svg", timeout=5 * MINUTE)
     page.reload()  # the job goes on, and is found again
@@ -321,15 +322,11 @@ def test_a_job_can_be_cancelled_in_another_tab_and_another_started(page, url):
     start = time.monotonic()
     other.click("#cancel")
     other.wait_for_selector("#status .panel.warning:has-text('Stopped')")
-    other.wait_for_selector("#status a[href*=checkpoint]")
-    assert time.monotonic() - start < 6  # its process has two; the page looks every 0.7 s
+    assert time.monotonic() - start < 6  # its process has two; the page looks every second
     other.wait_for_selector("#go-on:not([disabled])")
     other.close()
     page.wait_for_selector("#status .panel.warning:has-text('Stopped')")
     page.wait_for_selector("#go-on:not([disabled])")
-    with page.expect_download() as waiting:
-        page.click("#status a[href*=checkpoint]")
-    assert waiting.value.path().read_bytes()[:2] == b"PK"
     page.wait_for_selector("#start:not([disabled])")
     page.click("#start")
     page.wait_for_selector("#cancel:not([disabled])")
@@ -413,7 +410,7 @@ def test_own_prompts_and_a_recipe_are_taken_and_outlive_a_reload(page, tmp_path)
     page.click("#check")
     page.wait_for_selector("#start:not([disabled])")
     page.click("#recipes button")
-    text = page.locator("#yaml textarea").input_value()
+    text = page.locator("#yaml").text_content()
     assert "weight_decay: 0.1" in text and "template: Yes, {prompt}" in text and "judges:\n  - phrases\n" in text
 
 
