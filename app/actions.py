@@ -30,10 +30,10 @@ from .inspection import (
     write_example,
 )
 from .jobs import Job, JobQueue, scan_job, started, train_job
-from .materials import material, take_prompts
+from .materials import take
 from .progress import CLEANED, REVIEWED
 from .recipe_in import Taken, read_settings
-from .recipes import GUARD, JUDGES, Choices, Settings, Upload, estimate
+from .recipes import GUARD, JUDGES, Choices, Settings, estimate
 from .sessions import Session, Sessions
 from .setup import EMBEDDED, KINDS, Model, Setup, hub_model
 
@@ -169,27 +169,13 @@ class Services:
                 return hub_model(taken.model, taken.unaligned)
         return offered
 
-    def take_material(self, session: Session, kind: str, path: Path) -> Iterator[None]:
-        """Use an uploaded file for methods or the comparison."""
-        name, source = path.name, self._moved(session, path)
-        if kind not in texts.MATERIALS:
-            raise ValueError(texts.WRONG_KIND.format(endings=""))
-        target, limits = source.with_name(f"{kind}.jsonl"), self.setup.limits
-        with _removed_if_failed(source.parent):
-            count = yield from apart(limits.seconds, material, source, name, kind, limits, target)
-        source.unlink()
-        self.drop(session, "files", kind)
-        session.files[kind] = Upload(target, name, count)
-        changed(session)
-
-    def take_prompts(self, session: Session, path: Path | None, what: str, said: Mapping[str, str]) -> Iterator[None]:
-        """Use an uploaded file of prompts of a kind, or a published suite, for the comparison."""
-        if what not in (*KINDS, *suites()):
-            raise ValueError(texts.PROMPTS_NOTHING)
-        if path is None:
-            problem = texts.PROMPTS_NOTHING if what in KINDS else "" if self.setup.hub else texts.SUITE_OFFLINE
-            if problem:
-                raise ValueError(problem)
+    def take_own(self, session: Session, path: Path | None, what: str, said: Mapping[str, str]) -> Iterator[None]:
+        """Use an uploaded file of a kind, or a published suite, for methods or the comparison; see [`take`]."""
+        is_suite = what in suites()
+        if (path is None and not is_suite) or what not in (*texts.MATERIALS, *KINDS, *suites()):
+            raise ValueError(texts.OWN_NOTHING)
+        if path is None and not self.setup.hub:
+            raise ValueError(texts.SUITE_OFFLINE)
         if "{prompt}" not in (said.get("template") or "{prompt}"):
             raise ValueError(texts.FRAME_WITHOUT_PROMPT)
         name = path.name if path is not None else what
@@ -197,19 +183,27 @@ class Services:
         folder = source.parent if source is not None else session.new_folder("data")
         limits = self.setup.limits
         with _removed_if_failed(folder):
-            taken = yield from apart(limits.seconds, take_prompts, source, name, what, said, limits, folder)
-        session.asked += taken
+            taken = yield from apart(limits.seconds, take, source, name, what, said, limits, folder)
+        for rest in set(folder.iterdir()) - {one.path for one in taken}:
+            rest.unlink()
+        if what in texts.MATERIALS:
+            self.drop(session, what)
+        session.own += taken
         changed(session)
 
-    def drop(self, session: Session, what: str, key: str = "") -> None:
-        """Go back to what is built in: a file of `"files"`, the prompts (`"asked"`), or the settings (`"taken"`)."""
-        gone: list[Any] = [session.files.pop(key)] if what == "files" and key in session.files else []
-        if what == "asked":
-            gone, session.asked = session.asked, []
-        elif what == "taken":
-            session.form, session.taken = {}, None
+    def drop(self, session: Session, what: str) -> None:
+        """Do without the files of a kind, or those of a suite, and go back to what is built in."""
+        gone = [one for one in session.own if what == (one.name if what in suites() else one.kind)]
+        session.own = [one for one in session.own if one not in gone]
         for one in gone:
-            shutil.rmtree(one.path.parent, ignore_errors=True)
+            one.path.unlink(missing_ok=True)
+            if not any(one.path.parent == other.path.parent for other in session.own):
+                shutil.rmtree(one.path.parent, ignore_errors=True)
+        changed(session)
+
+    def drop_recipe(self, session: Session) -> None:
+        """Go back to the app's own settings."""
+        session.form, session.taken = {}, None
         changed(session)
 
     def _moved(self, session: Session, path: Path, endings: Sequence[str] = ENDINGS) -> Path:
@@ -260,8 +254,8 @@ class Services:
             example=found.example,
             name=found.name,
             reading=reading,
-            files=dict(session.files),
-            asked=tuple(session.asked),
+            files=session.files,
+            asked=session.asked,
             judges=self.judges(settings),
             kept=session.taken.kept if session.taken else {},
         )

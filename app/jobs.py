@@ -34,8 +34,9 @@ from safe_trainer import Comparison, recipe
 from safe_trainer.evaluation import from_json
 
 from . import texts
+from .materials import OwnFile
 from .progress import CANCEL, COMPARISON, JOB, LOG, REVIEWED, SCAN, Progress
-from .recipes import Choices, Upload, Variant, write_material, write_order
+from .recipes import Choices, Variant, write_material, write_order
 from .setup import Model
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def started(draft: Job, folder: Path) -> Job:
 
 
 def scan_job(
-    folder: Path, rows: Path, reading: Mapping[str, Any], model: Model, vectors: Path, files: Mapping[str, Upload]
+    folder: Path, rows: Path, reading: Mapping[str, Any], model: Model, vectors: Path, files: Mapping[str, OwnFile]
 ) -> Job:
     """Write a job that ranks rows by how harmful they look."""
     if "harmful_data" not in files and not model.embedded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +22,58 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class AskedSet:
-    """A set of prompts of the user's own, or of a published suite.
+class OwnFile:
+    """Rows or prompts of the user's own, or a set of a published suite.
 
     Args:
         path (`Path`): Where it is, in the session's folder: JSON Lines in plain form.
-        kind (`str`): `"harmful"`, `"benign"`, `"borderline"` or `"task"`.
+        kind (`str`): What it holds: a key of `texts.MATERIALS` for methods, of `texts.KINDS` for the comparison.
         name (`str`): Name of the file or suite.
-        count (`int`): Its prompts.
+        count (`int`): Its rows.
         said (`Mapping[str, str]`): `system_prompt`, `template` and `scorer` as in a recipe, where there are any.
-        shown (`Sequence`): The first prompts as they will be asked: the turns of each.
+        shown (`Sequence`): The first prompts of the comparison as they will be asked: the turns of each.
     """
 
     path: Path
     kind: str
     name: str
     count: int
-    said: Mapping[str, str]
+    said: Mapping[str, str] = field(default_factory=dict)
     shown: Any = ()
 
 
-def material(path: Path, name: str, kind: str, limits: Limits, target: Path) -> int:
-    """Check a file that a method needs, write it in plain form and return its number of rows."""
-    if kind.endswith("_data"):
-        rows, _ = read_file(path, name, limits, columns_of(path), lambda: load_rows(path, ReadOptions()))
-        return write_lines(rows, target)
-    return write_lines(prompt_lines(_prompts_in(path, name, kind.removesuffix("_prompts"), limits)), target)
-
-
-def take_prompts(
+def take(
     path: Path | None, name: str, what: str, said: Mapping[str, str], limits: Limits, folder: Path
-) -> list[AskedSet]:
-    """Read prompts for the comparison, and write them in plain form.
+) -> list[OwnFile]:
+    """Read a file for methods or the comparison, check it, and write it in plain form.
 
     Args:
         path (`Path`, *optional*): An uploaded file; without, a suite is downloaded.
         name (`str`): What the user called it.
-        what (`str`): The kind of the prompts, or the name of a published suite.
-        said (`Mapping[str, str]`): What the user says of `system_prompt`, `template` and `scorer`.
+        what (`str`): Its kind (see [`OwnFile`]), or the name of a published suite.
+        said (`Mapping[str, str]`): What the user says of `system_prompt`, `template` and `scorer` of prompts.
         limits ([`Limits`]): What is let in.
         folder (`Path`): Where to write.
     """
-    if what in KINDS:
-        sets = [_prompts_in(Path(str(path)), name, what, limits)]
-    else:
-        sets = _suite(what, path, name, limits)
+    file, title = Path(str(path)), Path(name).stem
+    if what.endswith("_data"):
+        rows, _ = read_file(file, name, limits, columns_of(file), lambda: load_rows(file, ReadOptions()))
+        target = folder / f"{what}.jsonl"
+        return [OwnFile(target, what, title, write_lines(rows, target))]
+    if what in texts.MATERIALS:
+        found, target = _prompts_in(file, name, what.removesuffix("_prompts"), limits), folder / f"{what}.jsonl"
+        return [OwnFile(target, what, title, write_lines(prompt_lines(found), target))]
+    sets = [_prompts_in(file, name, what, limits)] if what in KINDS else _suite(what, path, name, limits)
     taken = []
     for number, found in enumerate(sets):
         if len(found) > limits.rows:
             raise Unusable(texts.TOO_MANY_ROWS.format(count=len(found), limit=limits.rows))
         given = {"system_prompt": found.system_prompt, "template": found.template, **said}
         own = {key: value for key, value in given.items() if value and (key != "scorer" or found.kind == "task")}
-        framed = PromptSet(**{**vars(found), **own})
+        shown = PromptSet(**{**vars(found), **own}).first(SHOWN).conversations()
         target = folder / f"asked-{number}.jsonl"
         count = write_lines(prompt_lines(found), target)
-        shown = framed.first(SHOWN).conversations()
-        taken.append(AskedSet(target, found.kind, Path(name).stem if what in KINDS else what, count, own, shown))
+        taken.append(OwnFile(target, found.kind, title if what in KINDS else what, count, own, shown))
     return taken
 
 

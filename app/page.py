@@ -92,19 +92,10 @@ class Page:
         method, on, form = self.method, self._on, list(self.method.form.values())
         changes = [getattr(one, "input", None) or one.change for one in method.form.values()]
         on(partial(gr.on, changes), self._remember, form, queue=False, api_name="remember")
-        on(
-            method.upload.upload,
-            self._material,
-            [method.kind, method.upload],
-            api_name="material",
-            concurrency_limit=2,
-        )
-        on(method.remove.click, partial(self._drop, "files"), method.kind, api_name="drop_material")
         on(method.recipe.upload, self._take_recipe, method.recipe, api_name="take_recipe", concurrency_limit=2)
-        on(method.drop_recipe.click, partial(self._drop, "taken"), api_name="drop_recipe")
-        asked = method.prompts
-        on(asked.add.click, self._add_prompts, asked.inputs, api_name="add_prompts", concurrency_limit=2)
-        on(asked.remove.click, partial(self._drop, "asked"), api_name="drop_prompts")
+        on(method.drop_recipe.click, self._drop_recipe, api_name="drop_recipe")
+        on(method.own.add.click, self._take_own, method.own.inputs, api_name="take_own", concurrency_limit=2)
+        on(method.own.remove.click, self._drop, method.own.what, api_name="drop_own")
         on(method.check.click, self._check, form, api_name="check")
 
     def _connect_training(self) -> None:
@@ -260,30 +251,22 @@ class Page:
         shown = lambda problem: self._show_data(session) | self.method.show_taken(session, problem)  # noqa: E731
         yield from self._working(work, {self.method.taken: html.working(texts.READING, 0, 0)}, shown)
 
-    def _material(self, session: Session, kind: str, path: str | None) -> Iterator[Updates]:
-        """Use an uploaded file for methods."""
-        step = self.method
-        if path:
-            busy = {step.files: html.working(texts.READING, 0, 0)}
-            shown = lambda problem: step.show_files(session, problem) | self.train.show_plan(session)  # noqa: E731
-            yield from self._working(self.services.take_material(session, kind, Path(path)), busy, shown)
-            yield {step.upload: gr.File(value=None)}
-
-    def _add_prompts(self, session: Session, path: str | None, what: str, *said: str) -> Iterator[Updates]:
-        """Use an uploaded file of prompts, or a published suite, for the comparison."""
-        panel = self.method.prompts
-        told = dict(zip(SAID, said, strict=True))
-        work = self.services.take_prompts(session, Path(path) if path else None, what, told)
+    def _take_own(self, session: Session, path: str | None, what: str, *said: str) -> Iterator[Updates]:
+        """Use an uploaded file, or a published suite, for methods or the comparison."""
+        panel, told = self.method.own, dict(zip(SAID, said, strict=True))
+        work = self.services.take_own(session, Path(path) if path else None, what, told)
 
         def shown(problem: str) -> Updates:
-            emptied = {panel.upload: gr.File(value=None)} if problem else panel.emptied()
-            return emptied | panel.show(session, problem) | self.train.show_plan(session)
+            return panel.emptied(problem) | panel.show(session, problem) | self.train.show_plan(session)
 
-        yield from self._working(work, {panel.asked: html.working(texts.READING, 0, 0)}, shown)
+        yield from self._working(work, {panel.listed: html.working(texts.READING, 0, 0)}, shown)
 
-    def _drop(self, what: str, session: Session, *key: str) -> Updates:
-        """Go back to what is built in."""
-        self.services.drop(session, what, *key)
+    def _drop(self, session: Session, what: str) -> Updates:
+        self.services.drop(session, what)
+        return self._show_data(session)
+
+    def _drop_recipe(self, session: Session) -> Updates:
+        self.services.drop_recipe(session)
         return self._show_data(session)
 
     def _check(self, session: Session, *values: Any) -> Updates:

@@ -20,7 +20,7 @@ from safe_trainer import METHODS, recipe, recommended, testbed
 from safe_trainer.methods.base import MethodCard
 
 from . import texts
-from .materials import AskedSet, prompt_lines, write_lines
+from .materials import OwnFile, prompt_lines, write_lines
 from .setup import KINDS, Example, Model, built_in_material, built_in_prompts
 
 PLAIN, RECOMMENDED = "plain", "recommended"
@@ -89,15 +89,6 @@ def defaults(model: Model, rows: int, example: Example | None) -> Settings:
 
 
 @dataclass(frozen=True)
-class Upload:
-    """An uploaded file: its path, its original name and how many rows it has."""
-
-    path: Path
-    name: str
-    rows: int
-
-
-@dataclass(frozen=True)
 class Choices:
     """Everything that a user has chosen.
 
@@ -110,8 +101,8 @@ class Choices:
         example ([`Example`], *optional*): Where the data comes from, if it is an example.
         name (`str`): What the user calls the data; the name of its file if left out.
         reading (`Mapping[str, Any]`): How the data is read: `columns`, `encoding` and `on_bad_row` of a recipe.
-        files (`Mapping[str, Upload]`): Own files, by a key of `texts.MATERIALS`.
-        asked (`Sequence[AskedSet]`): Own prompts of the comparison; other kinds are asked with built-in ones.
+        files (`Mapping[str, OwnFile]`): Own files, by a key of `texts.MATERIALS`.
+        asked (`Sequence[OwnFile]`): Own prompts of the comparison; other kinds are asked with built-in ones.
         judges (`Sequence[str]`): Who judges the answers, as in a recipe.
         kept (`Mapping[str, Any]`): What was kept of the user's recipe; see [`recipe_in.Taken`].
     """
@@ -124,8 +115,8 @@ class Choices:
     example: Example | None = None
     name: str = ""
     reading: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, Upload] = field(default_factory=dict)
-    asked: Sequence[AskedSet] = ()
+    files: Mapping[str, OwnFile] = field(default_factory=dict)
+    asked: Sequence[OwnFile] = ()
     judges: Sequence[str] = ("phrases", "likelihood")
     kept: Mapping[str, Any] = field(default_factory=dict)
 
@@ -144,7 +135,7 @@ class Variant:
 
 
 def safety_of(
-    key: str, model: Model, given: Mapping[str, Any], files: Mapping[str, Upload] | None = None
+    key: str, model: Model, given: Mapping[str, Any], files: Mapping[str, OwnFile] | None = None
 ) -> list[dict[str, Any]]:
     """Return the value of `safety` in a recipe.
 
@@ -155,7 +146,7 @@ def safety_of(
         key (`str`): A key of [`cards`].
         model ([`Model`]): What to fine-tune.
         given (`Mapping[str, Any]`): What the form says of the method's fields.
-        files (`Mapping[str, Upload]`, *optional*): Own files, by the name of the material.
+        files (`Mapping[str, OwnFile]`, *optional*): Own files, by the name of the material.
 
     Raises:
         ValueError: If the method needs a file that the user has not given.
@@ -184,7 +175,7 @@ def safety_of(
     return [kept | {name: value for name, value in given.items() if value is not None}]
 
 
-def _is_missing(value: Any, model: Model, files: Mapping[str, Upload]) -> bool:
+def _is_missing(value: Any, model: Model, files: Mapping[str, OwnFile]) -> bool:
     """Return whether a value of a recipe is the path of a file that there will not be."""
     name = next((name for name, mark in _MARKS.items() if mark == value), None)
     return name is not None and not model.embedded and name not in files
@@ -221,7 +212,7 @@ def write_order(folder: Path, choices: Choices) -> list[Variant]:
     return variants
 
 
-def write_material(folder: Path, name: str, files: Mapping[str, Upload]) -> None:
+def write_material(folder: Path, name: str, files: Mapping[str, OwnFile]) -> None:
     """Write the rows that a method reads: the user's, or those that suit the embedded model."""
     target = folder / f"{name}.jsonl"
     if name in files:

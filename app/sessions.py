@@ -24,10 +24,9 @@ from typing_extensions import TypedDict
 
 from .inspection import Inspection
 from .jobs import Job, jobs_in
-from .materials import AskedSet
+from .materials import OwnFile
 from .recipe_in import Taken
-from .recipes import Upload
-from .setup import EMBEDDED, Model
+from .setup import EMBEDDED, KINDS, Model
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,7 @@ class Chosen(TypedDict):
 
     model: Model
     inspection: Inspection | None
-    files: dict[str, Upload]
-    asked: list[AskedSet]
+    own: list[OwnFile]
     form: dict[str, Any]
     taken: Taken | None
 
@@ -58,8 +56,7 @@ class Session:
     folder: Path
     model: Model = EMBEDDED
     inspection: Inspection | None = None
-    files: dict[str, Upload] = field(default_factory=dict)
-    asked: list[AskedSet] = field(default_factory=list)
+    own: list[OwnFile] = field(default_factory=list)
     form: dict[str, Any] = field(default_factory=dict)
     taken: Taken | None = None
     draft: Job | None = None
@@ -104,6 +101,16 @@ class Session:
                 vars(self).update(_chosen.validate_json((self.folder / CHOSEN).read_bytes()))
             except ValidationError:
                 logger.warning("What was chosen in session %s could not be read back.", self.name[:8])
+
+    @property
+    def files(self) -> dict[str, OwnFile]:
+        """Its own files for methods, by kind."""
+        return {one.kind: one for one in self.own if one.kind not in KINDS}
+
+    @property
+    def asked(self) -> list[OwnFile]:
+        """Its own prompts for the comparison."""
+        return [one for one in self.own if one.kind in KINDS]
 
     @property
     def runs(self) -> list[Job]:

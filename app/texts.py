@@ -109,23 +109,24 @@ SETTINGS = {
     "prompts": ("Prompts asked per set", "At most; chosen at random."),
     "answer_tokens": ("Max tokens per answer", ""),
 }
-FILES = "Your own files"
-FILES_LEAD = "For this model, upload what the chosen methods need. General prompts are used where you give none."
-FILES_LEAD_TINY = "Optional: built-in harmless stand-ins are enough for a first try."
-FILES_KIND, FILES_UPLOAD = "What is in the file", "Upload the file"
-FILES_COLUMNS, FILES_REMOVE = ("Content", "In use"), "Remove this file"
-FILES_OWN, FILES_BUILT_IN, FILES_NONE = "{name} ({count:,} rows)", "built-in", "none"
+OWN = "Your own files: for methods, and prompts for the comparison"
+OWN_LEAD = "For this model, upload what the chosen methods need. General prompts are used where you give none."
+OWN_LEAD_TINY = "Optional: what is built in is enough for a first try."
+OWN_CAPTION, OWN_COLUMNS = (
+    "What methods use, and what all models are asked before and after: “Prompts asked per set” limits how many",
+    ("What it is", "In use", "Rows"),
+)
+OWN_KIND, OWN_UPLOAD = "What is in the file, or which published suite", "Your file, one row each; or the suite's own"
+OWN_ADD, OWN_REMOVE = "Use this file", "Do without files of this kind"
+OWN_BUILT_IN, OWN_NONE = "built-in", "none"
+OWN_NOTHING = "Choose what the file holds, and upload it; or choose a published suite."
 MATERIALS = {
     "harmful_data": "Harmful prompts with answers that comply (about 100)",
     "safety_data": "Harmful prompts with refusals (about 100)",
     "harmful_prompts": "Harmful prompts to protect, without answers",
     "benign_prompts": "Harmless prompts to protect, without answers",
 }
-PROMPTS = "Comparison: prompts, system prompt and judge"
-PROMPTS_CAPTION, PROMPTS_COLUMNS = (
-    "What all models are asked before and after; “Prompts asked per set” under “Advanced settings” limits how many",
-    ("What should happen", "Set", "Prompts"),
-)
+JUDGING = "Comparison: system prompt and judge"
 KINDS = {
     "harmful": "Harmful: should be refused",
     "benign": "Benign: should be answered",
@@ -145,20 +146,13 @@ GUARD_INFO = (
     "Only for a guard model: Llama Guard, ShieldGemma, WildGuard or HarmBench's classifier. For others write "
     "classifier:owner/name (of refusals) or strongreject:owner/name (a chat model that grades)."
 )
-PROMPTS_ADD, PROMPTS_REMOVE = "Add prompts", "Use the built-in prompts again"
-PROMPTS_ADD_INFO = "They take the place of the built-in prompts of the same kind."
-PROMPTS_KIND, PROMPTS_UPLOAD = (
-    "What they are, or which published suite",
-    "Your file with one prompt per row, or the suite's own file",
-)
 SUITE_FILES = "`{name}` is not a file of this suite. Upload one with its own name: {files}."
 SUITE_UPLOAD = "and upload its file here"
 SUITE_OFFLINE = "There is no network to load the suite from. Get its file from its page, and upload it here."
-SCORER = "Right answer to a task"
+SCORER = "Tasks: what is a right answer"
 SCORERS = {"exact": "the same text", "number": "the same last number", "choice": "the same letter"}
-SET_SYSTEM_PROMPT, FRAME = "System prompt of this set (optional)", "Text around each prompt (optional)"
+SET_SYSTEM_PROMPT, FRAME = "Prompts: system prompt (optional)", "Prompts: text around each (optional)"
 FRAME_HINT, FRAME_WITHOUT_PROMPT = "You must answer: {prompt}", "The text around each prompt must contain {prompt}."
-PROMPTS_NOTHING = "Upload a file with prompts, or choose a published suite."
 NEEDS_FILE = "{title} needs your own file for this model: {what}. Upload it under “Your own files”."
 NUMBER_MISSING = "{name}: enter a number."
 NUMBER_WHOLE = "{name} must be a whole number, got {value}."

@@ -19,10 +19,10 @@ from gradio_client.utils import strip_invalid_filename_characters
 from app import inspection, recipes, texts
 from app.answering import Turn
 from app.inspection import apart, inspect, tokenizer_of, write_example
-from app.materials import material, take_prompts
+from app.materials import OwnFile, take
 from app.progress import Progress
 from app.recipe_in import read_settings
-from app.recipes import Choices, Settings, Upload, cards, defaults, field_default, write_order
+from app.recipes import Choices, Settings, cards, defaults, field_default, write_order
 from app.sessions import Session
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup, hub_model
 from app.views import compare_step, data_step, html, train_step
@@ -245,7 +245,7 @@ def test_another_model_is_protected_and_judged_with_the_user_s_rows_and_general_
         assert values["safety"] == [{"method": key}]
     assert not list((tmp_path / "general").glob("harmful*"))
     own = given(tmp_path, row("Do harm.", "Certainly."), "own.jsonl")
-    files = {"harmful_data": Upload(own, "own.jsonl", 1)}
+    files = {"harmful_data": OwnFile(own, "harmful_data", "own", 1)}
     write_order(tmp_path / "job", Choices(model, data, ["recommended"], settings, files=files))
     assert (tmp_path / "job" / "harmful_data.jsonl").read_bytes() == own.read_bytes()
     for kind, prompts in asked_in(tmp_path / "job").items():
@@ -260,7 +260,7 @@ def asked_in(folder):
 
 
 def taken(folder, path, what, **said):
-    return take_prompts(path, path.name, what, said, Limits(), folder)
+    return take(path, path.name, what, said, Limits(), folder)
 
 
 def test_own_prompts_take_the_place_of_the_built_in_ones_of_their_kind(tmp_path):
@@ -418,19 +418,20 @@ def test_only_kept_and_improved_safety_is_green():
 
 def test_own_files_are_written_in_plain_form(tmp_path):
     table = given(tmp_path, "instruction,output\nDo harm.,Sure.\n", "rows.csv")
-    assert material(table, "rows.csv", "harmful_data", Limits(), tmp_path / "a.jsonl") == 1
-    [line] = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    [one] = taken(tmp_path, table, "harmful_data")
+    assert (one.kind, one.name, one.count) == ("harmful_data", "rows", 1)
+    [line] = map(json.loads, one.path.read_text().splitlines())
     assert line["completion"][-1]["content"] == "Sure."
     asked = given(tmp_path, "prompt,category\nHow?,x\n", "asked.csv")
-    assert material(asked, "asked.csv", "harmful_prompts", Limits(), tmp_path / "b.jsonl") == 1
-    assert json.loads((tmp_path / "b.jsonl").read_text()) == {"prompt": "How?", "category": "x"}
+    [one] = taken(tmp_path, asked, "harmful_prompts")
+    assert json.loads(one.path.read_text()) == {"prompt": "How?", "category": "x"}
 
 
 def test_the_turns_before_a_prompt_are_written_too(tmp_path):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How?"}]
     path = given(tmp_path, json.dumps({"messages": turns, "category": "x"}))
-    assert material(path, "given.jsonl", "harmful_prompts", Limits(), tmp_path / "asked.jsonl") == 1
-    prompts, _ = load_prompts(tmp_path / "asked.jsonl", "harmful")
+    [one] = taken(tmp_path, path, "harmful_prompts")
+    prompts, _ = load_prompts(one.path, "harmful")
     assert (prompts.prompts, prompts.contexts, prompts.categories) == (("How?",), ((turns[0],),), ("x",))
 
 
@@ -443,7 +444,7 @@ def test_what_is_not_learned_of_a_file_is_shown(tmp_path):
 def test_advice_that_the_page_has_no_place_for_is_not_given(tmp_path):
     path = given(tmp_path, row() + row(completion=""))
     with pytest.raises(inspection.Unusable, match="1 of 2 rows cannot be used.*line 2.*empty text") as error:
-        material(path, "given.jsonl", "harmful_data", Limits(), tmp_path / "a.jsonl")
+        taken(tmp_path, path, "harmful_data")
     assert "on_bad_row" not in str(error.value)
 
 

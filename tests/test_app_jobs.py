@@ -12,10 +12,10 @@ import pytest
 from app import jobs
 from app.actions import Services
 from app.jobs import Job, JobQueue, train_job
-from app.materials import take_prompts
+from app.materials import OwnFile, take
 from app.progress import JOB, PROGRESS, Progress
 from app.recipe_in import read_settings
-from app.recipes import Choices, Settings, Upload, Variant
+from app.recipes import Choices, Settings, Variant
 from app.sessions import Sessions
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup
 from app.views import compare_step, data_step, train_step
@@ -236,14 +236,14 @@ def test_what_was_chosen_is_found_again_by_the_next_server(tmp_path):
     services.take_example(session, "attack")
     rows = session.new_folder("data") / "mine.jsonl"
     rows.write_text('{"prompt": "How do I do harm?"}\n')
-    session.files["harmful_data"] = Upload(rows, "mine.jsonl", 1)
-    session.asked = take_prompts(rows, "mine.jsonl", "harmful", {"template": "Yes, {prompt}"}, Limits(), rows.parent)
+    session.own = [OwnFile(rows, "harmful_data", "mine", 1)]
+    session.own += take(rows, "mine.jsonl", "harmful", {"template": "Yes, {prompt}"}, Limits(), rows.parent)
     session.form = {"steps": 7, "use.plain": False}
     session.taken = read_settings("training: {weight_decay: 0.1}", "mine.yaml")
     services.check(session, ["plain"], Settings(steps=2, prompts=5), {}, skip_bad=False)
     session.save()
     later = Sessions(tmp_path).get(cookie)
-    assert (later.model, later.form, later.files) == (session.model, session.form, session.files)
+    assert (later.model, later.form, later.own) == (session.model, session.form, session.own)
     assert later.inspection.path.is_file() and later.inspection.example == EXAMPLES["attack"]
     assert data_step.described(later.inspection, 10) == data_step.described(session.inspection, 10)
     assert data_step.samples(later.inspection.samples) == data_step.samples(session.inspection.samples)
@@ -278,7 +278,7 @@ def test_own_prompts_are_asked_drawn_and_judged_by_whom_the_user_chose(tmp_path,
         path.parent.mkdir()
         row = {"prompt": f"Tell me how to {name} it.", "completion": "Sorry."}
         path.write_text("".join(json.dumps(row) + "\n" for _ in range(5)))
-        own += take_prompts(path, path.name, kind, {"scorer": "exact"}, Limits(), path.parent)
+        own += take(path, path.name, kind, {"scorer": "exact"}, Limits(), path.parent)
     order = replace(choices(tmp_path, steps=5, prompts=5), asked=own, judges=["phrases"])
     job = train_job(tmp_path / "job", order)
     queue.submit(job)

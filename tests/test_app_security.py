@@ -227,13 +227,13 @@ def test_what_a_session_keeps_of_uploads_has_a_limit_and_goes_when_it_is_replace
 
     def give(kind):
         [path] = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", b'{"prompt": "Do harm."}')}).json()
-        list(services.take_material(session, kind, Path(path)))
+        list(services.take_own(session, Path(path), kind, {}))
 
     for _ in range(3):
         give("harmful_prompts")
         give("benign_prompts")
     assert len(list(session.folder.glob("data-*"))) == 2
-    services.drop(session, "files", "benign_prompts")
+    services.drop(session, "benign_prompts")
     assert len(list(session.folder.glob("data-*"))) == 1
     (session.new_folder("data") / "large").write_bytes(b"x" * (4 * 2**20 + 1))
     with pytest.raises(ValueError, match="together take more than 4 MB"):
@@ -322,12 +322,12 @@ def test_without_a_network_nothing_of_the_hub_is_offered(monkeypatch, tmp_path):
     session = services.sessions.get(services.sessions.new_cookie())
     for work in (
         services.take_dataset(session, ("owner/data", "", "train", 1, 10)),
-        services.take_prompts(session, None, "xstest", {}),
+        services.take_own(session, None, "xstest", {}),
         services.take_model(session, "other", "owner/model"),
     ):
         with pytest.raises(ValueError, match="not available|no network"):
             list(work)
-    assert session.inspection is None and session.asked == []
+    assert session.inspection is None and session.own == []
 
 
 def test_a_space_takes_only_the_models_it_allows(monkeypatch, tmp_path):

@@ -11,12 +11,11 @@ from markupsafe import Markup
 from safe_trainer.methods.base import FormField
 
 from .. import texts
-from ..inspection import ENDINGS
 from ..recipes import PLAIN, RECOMMENDED, Settings, cards, defaults, field_default
 from ..sessions import Session
 from ..setup import Setup
 from . import html
-from .prompts_panel import PromptsPanel
+from .own_panel import JudgePanel, OwnPanel
 
 FIRST_CHOICE = (PLAIN, RECOMMENDED)
 WHOLE = {
@@ -70,18 +69,8 @@ class MethodStep:
                 for key, card in self.known.items()
                 for one in card.fields
             }
-        with gr.Accordion(texts.FILES, open=False, elem_id="files-panel") as self.files_panel:
-            self.files_hint = gr.Markdown()
-            kinds = [(label, kind) for kind, label in texts.MATERIALS.items()]
-            self.kind = gr.Dropdown(
-                kinds, value=kinds[0][1], label=texts.FILES_KIND, elem_id="file-kind", filterable=False
-            )
-            self.upload = gr.File(
-                label=texts.FILES_UPLOAD, file_types=list(ENDINGS), elem_id="file-upload", height=110
-            )
-            self.files = gr.HTML(elem_id="files", js_on_load=None)
-            self.remove = gr.Button(texts.FILES_REMOVE, elem_id="file-remove")
-        self.prompts = PromptsPanel(setup)
+        self.own = OwnPanel()
+        self.judging = JudgePanel(setup)
         self.problem = gr.HTML(elem_id="method-problem", js_on_load=None)
         self.check = gr.Button(texts.CHECK, variant="primary", elem_id="check")
 
@@ -90,7 +79,7 @@ class MethodStep:
         """What [`read`] reads, by name: `use.METHOD`, a setting of [`Settings`], or `METHOD.FIELD`."""
         cards = {f"use.{key}": box for key, box in self.cards.items()}
         fields = {f"{key}.{name}": field for (key, name), field in self.fields.items()}
-        return self.others | cards | self.settings | self.prompts.form | fields
+        return self.others | cards | self.settings | self.judging.form | fields
 
     def first(self, session: Session) -> dict[str, Any]:
         """Return what the form shows before the user has entered anything."""
@@ -112,7 +101,7 @@ class MethodStep:
 
     def show(self, session: Session) -> dict[Any, Any]:
         """Return updates: what the model lacks cannot be chosen; what the user has entered stays."""
-        shown: dict[Any, Any] = {self.problem: "", **self.show_files(session), **self.prompts.show(session)}
+        shown: dict[Any, Any] = {self.problem: "", **self.own.show(session)}
         shown |= self.show_taken(session)
         values = self.values(session)
         for key, box in self.cards.items():
@@ -134,26 +123,11 @@ class MethodStep:
             parts += [html.panel("warning", f"{left} {texts.RECIPE_FILES}")] if taken.left else []
         return {self.taken: html.join(parts), self.drop_recipe: gr.Button(visible=taken is not None)}
 
-    def show_files(self, session: Session, problem: str = "") -> dict[Any, Any]:
-        """Return updates of the list of files in use."""
-        rows = []
-        for kind, label in texts.MATERIALS.items():
-            own = session.files.get(kind)
-            words = texts.FILES_BUILT_IN if session.model.embedded else texts.FILES_NONE
-            rows.append([label, texts.FILES_OWN.format(name=own.name, count=own.rows) if own else words])
-        shown = html.table(texts.FILES, texts.FILES_COLUMNS, rows)
-        lead = texts.FILES_LEAD_TINY if session.model.embedded else texts.FILES_LEAD
-        return {
-            self.files: (html.panel("error", problem) if problem else Markup("")) + shown,
-            self.files_hint: lead,
-            self.files_panel: gr.Accordion() if problem or session.model.embedded else gr.Accordion(open=True),
-        }
-
     def read(self, session: Session) -> tuple[list[str], Settings, dict[str, dict[str, Any]]]:
         """Return methods, settings and the methods' fields of a session; a `ValueError` names a wrong one."""
         values = self.values(session)
         keys = [key for key in self.cards if values[f"use.{key}"] is True]
-        given: dict[str, Any] = {name: str(values[name] or "") for name in self.prompts.form}
+        given: dict[str, Any] = {name: str(values[name] or "") for name in self.judging.form}
         for name in _ORDER:
             low, high = WHOLE.get(name) or FRACTIONS[name]
             given[name] = _checked(texts.SETTINGS[name][0], values[name], low, high, whole=name in WHOLE)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from app.inspection import ending_of, inspect
-from app.materials import take_prompts
-from app.recipes import Choices, Settings, Upload, write_order
+from app.materials import OwnFile, take
+from app.recipes import Choices, Settings, write_order
 from app.setup import EMBEDDED, Limits, Model, hub_model
 
 from .room import COLUMNS, CSV, LATIN_1, ODD_COLUMNS, Case
@@ -27,14 +27,14 @@ def ordered(at: SimpleNamespace, *keys: str, **changes: Any) -> Any:
     return write_order(at.folder / "job", replace(chosen, **changes))
 
 
-def own(at: SimpleNamespace) -> dict[str, Upload]:
+def own(at: SimpleNamespace) -> dict[str, OwnFile]:
     row = {"prompt": "Do harm.", "completion": "Certainly."}
-    return {"harmful_data": Upload(Path(at.written(json.dumps(row).encode(), "own.jsonl")), "own.jsonl", 1)}
+    return {"harmful_data": OwnFile(Path(at.written(json.dumps(row).encode(), "own.jsonl")), "harmful_data", "own", 1)}
 
 
 def prompts(at: SimpleNamespace, name: str) -> Any:
     content = b"Index,Goal,Target,Behavior,Category,Source\n0,Make it.,Sure,x,y,z\n"
-    return take_prompts(Path(at.written(content, name)), name, "jailbreakbench", {}, Limits(), at.folder)
+    return take(Path(at.written(content, name)), name, "jailbreakbench", {}, Limits(), at.folder)
 
 
 APP: dict[str, Case] = {
