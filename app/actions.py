@@ -27,7 +27,7 @@ from .inspection import (
     first_rows,
     inspect,
     tokenizer_of,
-    write_example,
+    write_lines,
 )
 from .jobs import Job, JobQueue, scan_job, started, train_job
 from .materials import take
@@ -79,7 +79,8 @@ class Services:
     def take_example(self, session: Session, key: str) -> Inspection:
         """Use an example, with the embedded model."""
         example = example_called(key)
-        path = write_example(session.new_folder("data"), example)
+        path = session.new_folder("data") / f"{key}.jsonl"
+        write_lines(example.make(), path)
         found = inspect(path, path.name, EMBEDDED, self.setup.limits, example)
         return _use(session, EMBEDDED, found)
 

@@ -9,7 +9,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -95,12 +95,13 @@ class Inspection:
         return round(statistics.median(self.lengths)) if self.lengths else 0
 
 
-def write_example(folder: Path, example: Example) -> Path:
-    """Write the rows of an example as JSON Lines."""
-    path = folder / f"{example.key}.jsonl"
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in example.make())
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+def write_lines(lines: Iterable[Any], target: Path) -> int:
+    """Write rows as JSON Lines, and return their number."""
+    count = 0
+    with target.open("w", encoding="utf-8") as file:
+        for count, line in enumerate(lines, 1):  # noqa: B007
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    return count
 
 
 def ending_of(name: str, endings: Sequence[str] = ENDINGS) -> str:

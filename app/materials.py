@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safe_trainer import PromptSet, load_prompts, load_rows, load_suite
 from safe_trainer.data import ReadOptions, suites
 
 from . import texts
-from .inspection import Unusable, columns_of, read_file
+from .inspection import Unusable, columns_of, read_file, write_lines
 from .setup import KINDS, Limits
 
 SAID = ("system_prompt", "template", "scorer")
@@ -110,12 +109,3 @@ def prompt_lines(found: PromptSet) -> list[dict[str, Any]]:
             answer = [{"role": "assistant", "content": line.pop("target")}] if "target" in line else []
             line["messages"] = [*before, {"role": "user", "content": line.pop("prompt")}, *answer]
     return lines
-
-
-def write_lines(lines: Iterable[Any], target: Path) -> int:
-    """Write rows as JSON Lines, and return their number."""
-    count = 0
-    with target.open("w", encoding="utf-8") as file:
-        for count, line in enumerate(lines, 1):  # noqa: B007
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return count

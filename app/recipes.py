@@ -7,7 +7,6 @@ import json
 import math
 import random
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,17 +15,17 @@ from typing import Any
 
 import yaml
 
-from safe_trainer import METHODS, recipe, recommended, testbed
+from safe_trainer import METHODS, recipe, recommended
 from safe_trainer.methods.base import MethodCard
 
 from . import texts
-from .materials import OwnFile, prompt_lines, write_lines
+from .inspection import write_lines
+from .materials import OwnFile, prompt_lines
 from .setup import KINDS, Example, Model, built_in_material, built_in_prompts
 
 PLAIN, RECOMMENDED = "plain", "recommended"
 ROWS = "rows"
 """The stem of the file of training rows in a job's folder."""
-ARCHIVE = "recipes.zip"
 WATCHED, CHECKS = 40, 8
 """Prompts of each kind whose refusals are watched while training, and how often."""
 GUARD = "guard"
@@ -305,29 +304,3 @@ def estimate(folder: Path, variants: Sequence[Variant]) -> recipe.Plan:
     plan = recipe.plan(checked[0], loaded)
     news = loaded.messages()[len(loaded.reports) :]  # of the reports the page has shown what matters
     return dataclasses.replace(plan, messages=(*news, *plan.messages))
-
-
-def packed_recipes(folder: Path, variants: Sequence[Variant]) -> Path:
-    """Return an archive of a job's recipes with all that they read, the embedded model too, ready to run anywhere."""
-    target = folder / ARCHIVE
-    if target.exists():
-        return target
-    models = {str(path): path.name for path in (testbed.ALIGNED, testbed.UNALIGNED)}
-    fresh = target.with_suffix(".new")
-    with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive:
-        used: set[str] = set()
-        for variant in variants:
-            text = (folder / variant.recipe).read_text(encoding="utf-8")
-            for model, name in models.items():
-                used |= {model} if f"{model}\n" in text else set()
-                text = text.replace(f"{model}\n", f"./{name}\n")
-            archive.writestr(variant.recipe, text)
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name.startswith((f"{ROWS}.", "ask-", *(f"{name}." for name in _MATERIALS))):
-                archive.write(path, path.name)
-        for model in used:
-            for path in sorted(Path(model).rglob("*")):
-                if path.is_file():
-                    archive.write(path, f"{models[model]}/{path.relative_to(model)}")
-    fresh.replace(target)
-    return target

@@ -20,6 +20,7 @@ from typing import Any
 from safe_trainer import recipe
 
 from . import texts
+from .inspection import write_lines
 from .progress import CLEANED, COMPARISON, JOB, RANKING, SCAN, Progress
 
 logger = logging.getLogger(__name__)
@@ -180,11 +181,8 @@ def scan(job: Mapping[str, Any], progress: Progress) -> None:
         progress=_counted(progress),
     )
     suspicious = {entry["line"] for entry in result.top if entry["share"] > result.threshold}
-    with Path(CLEANED).open("w", encoding="utf-8") as file:
-        for record in read_records(job["rows"], reading["encoding"]):
-            value = getattr(record, "value", None)
-            if isinstance(value, dict) and record.line not in suspicious:
-                file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    read = ((one, getattr(one, "value", None)) for one in read_records(job["rows"], reading["encoding"]))
+    write_lines((row for one, row in read if isinstance(row, dict) and one.line not in suspicious), Path(CLEANED))
     kept = ("rank", "line", "share", "prompt", "answer")
     found = {
         "scored": result.scored,

@@ -18,7 +18,9 @@ from gradio_client.utils import strip_invalid_filename_characters
 
 from app import inspection, recipes, texts
 from app.answering import Turn
-from app.inspection import apart, inspect, tokenizer_of, write_example
+from app.downloads import file_of
+from app.inspection import apart, inspect, tokenizer_of, write_lines
+from app.jobs import Job
 from app.materials import OwnFile, take
 from app.progress import Progress
 from app.recipe_in import read_settings
@@ -129,7 +131,8 @@ def test_rows_that_the_comparison_will_ask_are_told_of(tmp_path):
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_examples_are_what_they_say_and_share_no_prompt_with_the_comparison(tmp_path, key):
     example = EXAMPLES[key]
-    found = inspect(write_example(tmp_path, example), key, EMBEDDED, Limits(), example)
+    write_lines(example.make(), tmp_path / "rows.jsonl")
+    found = inspect(tmp_path / "rows.jsonl", key, EMBEDDED, Limits(), example)
     assert found.rows == example.rows and found.bad == 0 and found.leaked == {}
 
 
@@ -486,7 +489,7 @@ def test_a_file_is_read_in_a_process_of_its_own_with_the_chosen_columns(tmp_path
 def test_the_archive_of_recipes_runs_as_it_is(tmp_path):
     folder = tmp_path / "job"
     variants = write_order(folder, choices(tmp_path, ["plain", "asft", "salora"]))
-    with zipfile.ZipFile(recipes.packed_recipes(folder, variants)) as archive:
+    with zipfile.ZipFile(file_of(Job(folder, EMBEDDED, "train", variants), "all", "recipes")[0]) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "elsewhere")
     shutil.rmtree(folder)

@@ -18,8 +18,9 @@ from . import html
 from .own_panel import JudgePanel, OwnPanel
 
 FIRST_CHOICE = (PLAIN, RECOMMENDED)
-WHOLE = {
+RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 100_000),
+    "learning_rate": (0.0000001, 1.0),
     "lora_rank": (1, 256),
     "batch_size": (1, 256),
     "max_length": (8, 8192),
@@ -27,10 +28,8 @@ WHOLE = {
     "prompts": (5, 10_000),
     "answer_tokens": (1, 1024),
 }
-"""The settings that are whole numbers, with the smallest and the largest value of each."""
-FRACTIONS = {"learning_rate": (0.0000001, 1.0)}
-_MAIN = ("steps", "learning_rate")
-_ORDER = (*_MAIN, *(name for name in WHOLE if name not in _MAIN))
+"""The smallest and the largest value of each setting, in the order of the page."""
+_MAIN, _FRACTION = ("steps", "learning_rate"), "learning_rate"
 
 
 class MethodStep:
@@ -63,7 +62,7 @@ class MethodStep:
         with gr.Row():
             self.settings = {name: _number(name) for name in _MAIN}
         with gr.Accordion(texts.ADVANCED, open=False, elem_id="advanced"), gr.Row():
-            self.settings |= {name: _number(name) for name in _ORDER if name not in _MAIN}
+            self.settings |= {name: _number(name) for name in RANGES if name not in _MAIN}
             self.fields = {
                 (key, one.name): _field(key, card.title, one)
                 for key, card in self.known.items()
@@ -128,9 +127,8 @@ class MethodStep:
         values = self.values(session)
         keys = [key for key in self.cards if values[f"use.{key}"] is True]
         given: dict[str, Any] = {name: str(values[name] or "") for name in self.judging.form}
-        for name in _ORDER:
-            low, high = WHOLE.get(name) or FRACTIONS[name]
-            given[name] = _checked(texts.SETTINGS[name][0], values[name], low, high, whole=name in WHOLE)
+        for name, (low, high) in RANGES.items():
+            given[name] = _checked(texts.SETTINGS[name][0], values[name], low, high, whole=name != _FRACTION)
         fields: dict[str, dict[str, Any]] = {}
         for key, name in self.fields:
             one = next(one for one in self.known[key].fields if one.name == name)
@@ -164,7 +162,7 @@ def _read_field(one: FormField, value: Any) -> Any:
 
 def _number(name: str) -> gr.Number:
     label, info = texts.SETTINGS[name]
-    step = 1 if name in WHOLE else 0.0001
+    step = 1 if name != _FRACTION else 0.0001
     return gr.Number(label=label, info=info or None, step=step, elem_id=f"set-{name}", min_width=180)
 
 
