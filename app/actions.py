@@ -90,7 +90,7 @@ class Services:
         name, target = path.name, self._moved(session, path)
         yield from self._read(session, target, name, {})
 
-    def take_dataset(self, session: Session, source: Sequence[Any]) -> Iterator[None]:
+    def take_dataset(self, session: Session, *source: Any) -> Iterator[None]:
         """Use rows of a dataset on the Hub: name, subset, split, first row and number of rows."""
         name, subset, split, first, count = source
         if not self.setup.hub:

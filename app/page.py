@@ -73,19 +73,29 @@ class Page:
     def _connect_data(self) -> None:
         data, on = self.data, self._on
         for key, button in data.examples.items():
-            on(button.click, partial(self._example, key), api_name=f"example_{key}")
+            on(
+                button.click,
+                partial(self._do, partial(self.services.take_example, key=key)),
+                api_name=f"example_{key}",
+            )
         on(data.upload.upload, self._upload, data.upload, api_name="upload", concurrency_limit=2)
         on(data.model.input, self._choose_model, data.model, api_name="model")
         on(data.use_other.click, self._name_model, [data.other_id, data.unaligned_id], api_name="other_model")
         source = [data.hub_name, data.hub_subset, data.hub_split, data.hub_first, data.hub_count]
-        on(data.use_hub.click, self._dataset, source, api_name="dataset", concurrency_limit=2)
+        on(
+            data.use_hub.click,
+            partial(self._read, self.services.take_dataset),
+            source,
+            api_name="dataset",
+            concurrency_limit=2,
+        )
         reading = [*data.columns.values(), data.encoding]
         roles = [box.input for box in reading]
         on(partial(gr.on, roles), self._preview, reading, api_name="preview", trigger_mode="always_last")
         on(data.again.click, self._read_again, reading, api_name="read_again")
         on(data.scan.click, self._scan, api_name="scan")
         on(data.stop.click, self._cancel, api_name="stop_scan", queue=False)
-        on(data.leave_out.click, self._leave_out, api_name="leave_out")
+        on(data.leave_out.click, partial(self._read, self.services.leave_out), api_name="leave_out")
         data.proceed.click(lambda: gr.Tabs(selected=METHOD), None, self.steps, api_visibility="private")
 
     def _connect_method(self) -> None:
@@ -93,9 +103,9 @@ class Page:
         changes = [getattr(one, "input", None) or one.change for one in method.form.values()]
         on(partial(gr.on, changes), self._remember, form, queue=False, api_name="remember")
         on(method.recipe.upload, self._take_recipe, method.recipe, api_name="take_recipe", concurrency_limit=2)
-        on(method.drop_recipe.click, self._drop_recipe, api_name="drop_recipe")
+        on(method.drop_recipe.click, partial(self._do, self.services.drop_recipe), api_name="drop_recipe")
         on(method.own.add.click, self._take_own, method.own.inputs, api_name="take_own", concurrency_limit=2)
-        on(method.own.remove.click, self._drop, method.own.what, api_name="drop_own")
+        on(method.own.remove.click, partial(self._do, self.services.drop), method.own.what, api_name="drop_own")
         on(method.check.click, self._check, form, api_name="check")
 
     def _connect_training(self) -> None:
@@ -181,19 +191,17 @@ class Page:
         shown = self._show_data(session) | self._show_jobs(session) | self.compare.show(session)
         return {**shown, self.steps: gr.Tabs(selected=step)}
 
-    def _example(self, key: str, session: Session) -> Updates:
-        return self._show_data(session, _problem(partial(self.services.take_example, session, key)))
+    def _do(self, act: Callable[..., Any], session: Session, *values: Any) -> Updates:
+        """Do something that changes what is chosen."""
+        return self._show_data(session, _problem(partial(act, session, *values)))
 
     def _upload(self, session: Session, path: str | None) -> Iterator[Updates]:
         if path:
-            yield from self._reading(session, self.services.take_file(session, Path(path)))
-
-    def _dataset(self, session: Session, *source: Any) -> Iterator[Updates]:
-        yield from self._reading(session, self.services.take_dataset(session, source))
+            yield from self._read(self.services.take_file, session, Path(path))
 
     def _read_again(self, session: Session, *chosen: str) -> Iterator[Updates]:
         columns = dict(zip(self.data.columns, chosen, strict=False))
-        yield from self._reading(session, self.services.read_again(session, columns, chosen[-1]))
+        yield from self._read(self.services.read_again, session, columns, chosen[-1])
 
     def _preview(self, session: Session, *chosen: str) -> Iterator[Updates]:
         """Show the first rows as they would be read with the columns that are chosen."""
@@ -203,26 +211,23 @@ class Page:
         shown = lambda problem: {place: html.panel("info", problem) if problem else samples(rows)}  # noqa: E731
         yield from self._working(work, {place: html.working(texts.READING, 0, 0)}, shown)
 
-    def _leave_out(self, session: Session) -> Iterator[Updates]:
-        yield from self._reading(session, self.services.leave_out(session))
-
     def _choose_model(self, session: Session, key: str) -> Iterator[Updates]:
         """Use another model, or ask which; leaving the list counts as choosing from it."""
         if key in (OTHER, session.model.key):
             yield {self.data.other: gr.Group(visible=key == OTHER)}
         else:
-            yield from self._reading(session, self.services.take_model(session, key))
+            yield from self._read(self.services.take_model, session, key)
 
     def _name_model(self, session: Session, name: str, unaligned: str) -> Iterator[Updates]:
-        yield from self._reading(session, self.services.take_model(session, "", name, unaligned))
+        yield from self._read(self.services.take_model, session, "", name, unaligned)
 
-    def _reading(self, session: Session, work: Iterator[None]) -> Iterator[Updates]:
-        """Show that a file is read, and then what is in it."""
+    def _read(self, act: Callable[..., Iterator[None]], session: Session, *values: Any) -> Iterator[Updates]:
+        """Do something that reads rows: show that it is under way, and then what is in them."""
 
         def shown(problem: str) -> Updates:
             return self._show_data(session, problem) | self.data.emptied(session) | self.compare.show(session)
 
-        yield from self._working(work, self.data.reading(), shown)
+        yield from self._working(act(session, *values), self.data.reading(), shown)
 
     def _working(self, work: Iterator[None], busy: Updates, show: Callable[[str], Updates]) -> Iterator[Updates]:
         """Show that something is under way, and then what came of it; a browser that leaves ends it."""
@@ -261,14 +266,6 @@ class Page:
 
         yield from self._working(work, {panel.listed: html.working(texts.READING, 0, 0)}, shown)
 
-    def _drop(self, session: Session, what: str) -> Updates:
-        self.services.drop(session, what)
-        return self._show_data(session)
-
-    def _drop_recipe(self, session: Session) -> Updates:
-        self.services.drop_recipe(session)
-        return self._show_data(session)
-
     def _check(self, session: Session, *values: Any) -> Updates:
         """Check what was chosen, and go on to the training if it can be run."""
         session.form = self.method.entered(session, values)
@@ -299,7 +296,7 @@ class Page:
         if state == seen:
             return {self.timer: gr.Timer(active=busy), **self._show_training(session, curves=False)}
         # What came out is drawn once, at the end, so that what is open in it stays open.
-        shown = {} if busy else self.compare.show(session) | self.compare.hushed()
+        shown = {} if busy else self.compare.show(session) | self.compare.hushed(session)
         return {**self._show_jobs(session), **shown, self.seen: state, self.timer: gr.Timer(active=busy)}
 
     def _ask(
@@ -331,7 +328,7 @@ class Page:
 
     def _show_run(self, session: Session, run: str) -> Updates:
         session.shown, session.beside = run, None
-        return self.compare.show(session) | self.compare.hushed()
+        return self.compare.show(session) | self.compare.hushed(session)
 
     def _show_other(self, session: Session, run: str) -> Updates:
         session.beside = run or None
@@ -346,11 +343,11 @@ class Page:
 
     def _rename(self, session: Session, name: str) -> Updates:
         self.services.rename(session, name)
-        return self.compare.show(session) | {self.compare.name: ""}
+        return self.compare.show(session) | self.compare.unnamed(session)
 
     def _delete(self, session: Session) -> Updates:
         self.services.delete(session)
-        return self.compare.show(session) | self.compare.hushed() | self._show_jobs(session)
+        return self.compare.show(session) | self.compare.hushed(session) | self._show_jobs(session)
 
 
 def _problem(wish: Callable[[], Any]) -> str:

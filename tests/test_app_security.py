@@ -321,7 +321,7 @@ def test_without_a_network_nothing_of_the_hub_is_offered(monkeypatch, tmp_path):
     services = Services(setup, Sessions(tmp_path), None, tmp_path)
     session = services.sessions.get(services.sessions.new_cookie())
     for work in (
-        services.take_dataset(session, ("owner/data", "", "train", 1, 10)),
+        services.take_dataset(session, "owner/data", "", "train", 1, 10),
         services.take_own(session, None, "xstest", {}),
         services.take_model(session, "other", "owner/model"),
     ):

@@ -103,9 +103,13 @@ class CompareStep:
         shown = {self.delete: not asked, self.sure: asked, self.keep: asked}
         return {button: gr.Button(visible=visible) for button, visible in shown.items()}
 
-    def hushed(self) -> dict[Any, Any]:
-        """Return updates that end a conversation, and empty the new name: another run is shown now."""
-        return {self.talk: [], self.answers: "", self.name: ""}
+    def hushed(self, session: Session) -> dict[Any, Any]:
+        """Return updates that end a conversation: the models that are shown are others now."""
+        return {self.talk: [], self.answers: "", **self.unnamed(session)}
+
+    def unnamed(self, session: Session) -> dict[Any, Any]:
+        """Return an update that empties the new name: it has been given, or another run is shown now."""
+        return {self.name: gr.Textbox("", placeholder=session.compared.name if session.compared else "")}
 
 
 def _not_finished(job: Job | None) -> Markup:
