@@ -469,7 +469,7 @@ def step_four_by_keyboard(page, walk_to, press):
     press("#delete")
     page.wait_for_selector("#delete-sure")
     press("#delete-sure")
-    page.wait_for_selector("#result:has-text('Nothing to compare yet')")
+    page.wait_for_function("document.querySelector('#result').textContent.includes('Nothing to compare yet')")
 
 
 def test_a_reload_at_each_step_loses_nothing(page):
