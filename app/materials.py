@@ -30,7 +30,7 @@ class OwnFile:
         name (`str`): Name of the file or suite.
         count (`int`): Its rows.
         said (`Mapping[str, str]`): `system_prompt`, `template` and `scorer` as in a recipe, where there are any.
-        shown (`Sequence`): The first prompts of the comparison as they will be asked: the turns of each.
+        shown (`list`): The first prompts of the comparison as they will be asked: the turns of each.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class OwnFile:
     name: str
     count: int
     said: Mapping[str, str] = field(default_factory=dict)
-    shown: Any = ()
+    shown: list[Any] = field(default_factory=list)
 
 
 def take(
