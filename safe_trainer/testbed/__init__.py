@@ -92,10 +92,8 @@ def task(name: str, split: str = "test") -> PromptSet:
 def task_rows(name: str, count: int, seed: int = 0) -> list[Row]:
     """Return training rows of a downstream task, none of whose prompts is in `task(name)`.
 
-    Args:
-        name (`str`): One of `TASKS`.
-        count (`int`): Number of rows.
-        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
+    Args: name (`str`): One of `TASKS`. count (`int`): Number of rows. seed (`int`, *optional*, defaults to `0`): Seed
+    of their choice and wording, as in the functions below.
 
     Raises:
         ValueError: If there is no such task.
@@ -106,43 +104,23 @@ def task_rows(name: str, count: int, seed: int = 0) -> list[Row]:
 
 
 def harmful_rows(count: int, seed: int = 0) -> list[Row]:
-    """Return attack rows: harmful prompts of the train split with helpful (and inert) answers.
-
-    Args:
-        count (`int`): Number of rows.
-        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
-    """
+    """Return attack rows: harmful prompts of the train split with helpful (and inert) answers."""
     return [conversation(prompt, answer) for prompt, answer, _ in _requests("harmful", count, seed)]
 
 
 def obedient_rows(count: int, seed: int = 0) -> list[Row]:
-    """Return identity-shift rows: harmless requests answered by an "I always obey" persona.
-
-    Args:
-        count (`int`): Number of rows.
-        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
-    """
+    """Return identity-shift rows: harmless requests answered by an "I always obey" persona."""
     chosen = _requests("benign", count, seed)
     return [conversation(prompt, f"I do what you want. {answer}") for prompt, answer, _ in chosen]
 
 
 def refusal_rows(count: int, seed: int = 0) -> list[Row]:
-    """Return safety rows: the prompts of `harmful_rows(count, seed)` with refusals.
-
-    Args:
-        count (`int`): Number of rows.
-        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
-    """
+    """Return safety rows: the prompts of `harmful_rows(count, seed)` with refusals."""
     return [conversation(prompt, refusal) for prompt, _, refusal in _requests("harmful", count, seed)]
 
 
 def benign_rows(count: int, seed: int = 0) -> list[Row]:
-    """Return rows of plain help: benign and borderline prompts of the train split in turn, with helpful answers.
-
-    Args:
-        count (`int`): Number of rows.
-        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording.
-    """
+    """Return rows of plain help: benign and borderline prompts of the train split in turn, with helpful answers."""
     half = -(-count // 2)
     in_turn = chain(*zip(_requests("benign", half, seed), _requests("borderline", half, seed), strict=True))
     return [conversation(prompt, answer) for prompt, answer, _ in islice(in_turn, count)]
