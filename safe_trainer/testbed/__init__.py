@@ -92,8 +92,10 @@ def task(name: str, split: str = "test") -> PromptSet:
 def task_rows(name: str, count: int, seed: int = 0) -> list[Row]:
     """Return training rows of a downstream task, none of whose prompts is in `task(name)`.
 
-    Args: name (`str`): One of `TASKS`. count (`int`): Number of rows. seed (`int`, *optional*, defaults to `0`): Seed
-    of their choice and wording, as in the functions below.
+    Args:
+        name (`str`): One of `TASKS`.
+        count (`int`): Number of rows.
+        seed (`int`, *optional*, defaults to `0`): Seed of their choice and wording, as in the functions below.
 
     Raises:
         ValueError: If there is no such task.
