@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
-from .data import labelled_harmful
+from .data import OTHER_TEMPLATE, labelled_harmful, lost_turns
 from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
 from .lora.loading import refuse_adapter
@@ -32,6 +32,8 @@ from .methods.base import SafetyMethod, check_report, describe_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
 
 logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 100  # rows of a stream
 
 
 class SafeSFTTrainer(SFTTrainer):
@@ -95,7 +97,7 @@ class SafeSFTTrainer(SFTTrainer):
         _refuse_adapters(arguments["model"])
         if not self.safety_methods:
             super().__init__(**arguments)
-            self._check_rows(arguments.get("train_dataset"))
+            self._check_rows(arguments.get("train_dataset"), arguments.get("formatting_func") is not None)
             return
         peft_config = copy.deepcopy(arguments.get("peft_config"))
         for method in self.safety_methods:
@@ -107,7 +109,7 @@ class SafeSFTTrainer(SFTTrainer):
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
         check_trained(self.model)
-        self._check_rows(arguments.get("train_dataset"))
+        self._check_rows(arguments.get("train_dataset"), arguments.get("formatting_func") is not None)
         self._check_token_weights()
         strategy = strategy_of(self.accelerator, self.model)
         for method in self.safety_methods:
@@ -120,16 +122,27 @@ class SafeSFTTrainer(SFTTrainer):
         self._fingerprint = RunFingerprint(self.safety_methods, strategy, self.accelerator.num_processes)
         self.add_callback(self._fingerprint)
 
-    def _check_rows(self, given: Any) -> None:
-        """Report the rows that TRL has dropped because no token of their answers is left within `max_length`."""
-        if not isinstance(given, Dataset) or not isinstance(self.train_dataset, Dataset):
+    def _check_rows(self, given: Any, as_text: bool) -> None:
+        """Report rows that are labelled harmful, that lose a turn in the chat template, and that teach nothing."""
+        is_stream = isinstance(given, IterableDataset) and bool(self.safety_methods)
+        rows = _first_rows(given) if is_stream else given
+        if not isinstance(rows, Dataset):
             return
-        if harmful := labelled_harmful(given):
+        if harmful := labelled_harmful(rows):
             logger.warning(
-                "%d of %d rows of `train_dataset` are labelled harmful, and are learned. Leave them out, as with "
+                "%d of %d rows of `train_dataset`%s are labelled harmful, and are learned. Leave them out, as with "
                 "`load_rows(..., ReadOptions(where={'is_safe': True}))`.",
-                *(harmful, len(given)),
+                *(harmful, len(rows), " looked at" if is_stream else ""),
             )
+        # Semi-private: images and rows that are to be taken as they are, which TRL does not bring into the template.
+        if self.safety_methods and not (self._skip_prepare_dataset or as_text or "input_ids" in rows.column_names):
+            if lost := lost_turns(self._tokenizer, rows, is_start=is_stream, chat_template=self.chat_template):
+                logger.warning("`train_dataset`: %s %s", lost, OTHER_TEMPLATE)
+        if isinstance(self.train_dataset, Dataset):
+            self._check_learned(rows)
+
+    def _check_learned(self, given: Dataset) -> None:
+        """Report the rows that TRL has dropped because no token of their answers is left within `max_length`."""
         left = len(self.train_dataset)
         if self.args.packing:  # which joins rows, and drops none: at least one must have a token to learn
             labels = (row["labels"] for row in self.train_dataset)
@@ -319,6 +332,12 @@ def _refuse_adapters(model: Any) -> None:
         )
     if is_folder:
         refuse_adapter(model)
+
+
+def _first_rows(stream: IterableDataset) -> Dataset:
+    first = list(stream.take(_LOOKED_AT))
+    names = dict.fromkeys(name for row in first for name in row)  # `from_list` takes those of the first row alone
+    return Dataset.from_list([names | row for row in first], on_mixed_types="use_json")
 
 
 def _log_report(report: dict[str, dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ import torch
 from evaluation_models import TEMPLATE, byte_tokenizer, tiny_llama
 
 from safe_trainer.data import PromptSet
+from safe_trainer.data.thinking import closed, is_open, split
 from safe_trainer.evaluation import (
     Answer,
     Comparison,
@@ -20,7 +21,6 @@ from safe_trainer.evaluation import (
     judged,
 )
 from safe_trainer.evaluation.prompting import encode
-from safe_trainer.evaluation.thinking import closed, is_open, split
 
 REFUSAL = "I'm sorry, but I can't help with that."
 OPENING = TEMPLATE.replace("<|assistant|>{%", "<|assistant|><think>\n{%")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import on_two_processes
 from runs import (
@@ -34,7 +34,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from safe_trainer import SafeSFTTrainer
-from safe_trainer.data import conversation
+from safe_trainer.data import as_rows, conversation
 from safe_trainer.methods.base import Paper, SafetyMethod
 
 TESTS = Path(__file__).parent
@@ -665,3 +665,28 @@ def test_rows_that_are_labelled_harmful_are_counted(tmp_path, caplog):
     caplog.clear()
     SafeSFTTrainer(**given(tmp_path, train_dataset=rows.remove_columns("is_safe")))
     assert "labelled" not in caplog.text
+
+
+def test_labels_that_come_late_count_too(tmp_path, caplog):
+    rows = tiny.rows(8)
+    many = concatenate_datasets([rows] * 20)  # the first rows do not tell which columns are labels
+    late = many.add_column("safety", [None] * 150 + ["unsafe"] * 10)
+    SafeSFTTrainer(**given(tmp_path, train_dataset=late))
+    assert "10 of 160 rows of `train_dataset` are labelled harmful" in caplog.text
+
+
+def test_labels_that_are_classes_are_read_by_their_names(tmp_path, caplog):
+    rows = tiny.rows(3).add_column("label", [0, 1, -1]).cast_column("label", ClassLabel(names=["safe", "unsafe"]))
+    SafeSFTTrainer(**given(tmp_path, train_dataset=rows))
+    assert "1 of 3 rows of `train_dataset` are labelled harmful" in caplog.text
+    assert as_rows(rows)[0]["is_safe"][:] == [True, False, None]
+    flags = [{"violence": False, "fraud": n > 0} for n in range(3)]
+    caplog.clear()
+    SafeSFTTrainer(**given(tmp_path, train_dataset=tiny.rows(3).add_column("category", flags)))
+    assert "2 of 3 rows of `train_dataset` are labelled harmful" in caplog.text  # as BeaverTails does it
+
+
+def test_a_label_of_prompts_is_none_of_answers(tmp_path, caplog):
+    rows = tiny.rows(2).add_column("toxicity", [0, 1]).add_column("user_input", ["Hi", "Bad"])  # ToxicChat's
+    SafeSFTTrainer(**given(tmp_path, train_dataset=rows))
+    assert "labelled harmful" not in caplog.text

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..data import Kind, PromptSet, as_prompts
 from ..data.protection import protection_prompts
+from ..data.thinking import is_open
 from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
 from ..evaluation.prompting import left_padded, render, tokenize
-from ..evaluation.thinking import is_open
 from ..lora.loading import source_of
 from ..lora.modes import evaluation_mode, input_device, without_adapters
 from ..lora.updates import changes_base

@@ -2,10 +2,21 @@
 
 `loaders` gets records out of files and datasets (`parsing` out of their text); `formats` knows what columns mean, and
 `labels` what is said of an answer; `reading` has the options and the report; `rows` is the one conversion to training
-rows, `prompts` that to prompt sets, `suites` has published ones; `encoding` turns rows into tokens.
+rows, `prompts` that to prompt sets, `suites` has published ones; `encoding` turns rows into tokens, `thinking` tells
+thoughts from answers.
 """
 
-from .encoding import Batch, EncodedRow, TemplateError, collate, encode_row, encode_rows, left_out
+from .encoding import (
+    OTHER_TEMPLATE,
+    Batch,
+    EncodedRow,
+    TemplateError,
+    collate,
+    encode_row,
+    encode_rows,
+    left_out,
+    lost_turns,
+)
 from .formats import Columns, Format, Row, conversation_of
 from .labels import safety_label
 from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, kind_of, read_records, what_was_meant
@@ -24,7 +35,8 @@ from .rows import (
 )
 from .suites import load_suite, suites
 
-__all__ = ["Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows", "left_out"]
+__all__ = ["OTHER_TEMPLATE", "Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows"]
+__all__ += ["left_out", "lost_turns"]
 __all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label"]
 __all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "kind_of", "read_records", "what_was_meant"]
 __all__ += ["BadRowError", "Record", "RowError"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _LABELS = {  # what is said of an answer, and whether that is safe
@@ -59,6 +59,28 @@ def _labels(columns: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
     return found
 
 
+def may_label(column: str) -> bool:
+    """Return whether a column of this name may say that a row is safe, or is not; its values tell."""
+    name = _key(column)
+    return name == "category" or _subject(name) in _LABELS or _asks(name)
+
+
+def with_class_names(rows: Any) -> Iterator[Any]:
+    """Yield rows; where a dataset keeps labels as numbers of classes with names such as "unsafe", with these names."""
+    features = getattr(rows, "features", None) or {}
+    classes = {name: getattr(feature, "names", None) or () for name, feature in features.items()}
+    named = {
+        name: found for name, found in classes.items() if any(_label(_key(name), text) is not None for text in found)
+    }
+    for row in rows:
+        texts = {name: found[row[name]] for name, found in named.items() if row[name] in range(len(found))}
+        yield {**row, **texts} if texts else row
+
+
+def _key(name: str) -> str:
+    return name.strip().lower()
+
+
 def _label(name: str, value: Any) -> bool | None:
     """Return whether one column calls the row safe, whatever its name is and its values are."""
     if name == "category" and isinstance(value, Mapping):
@@ -66,16 +88,26 @@ def _label(name: str, value: Any) -> bool | None:
         return not any(flags) if flags and all(isinstance(flag, bool) for flag in flags) else None
     if not isinstance(value, str | bool | int | float):
         return None
-    parts = re.split(r"[^a-z]+", name)
-    subjects = [part for part in parts if part and part not in _LABEL_FILLERS]
-    subjects = subjects or ["label" if "label" in parts else name]
-    subject = subjects[0].removeprefix("is") if len(subjects) == 1 else ""
+    subject = _subject(name)
     text = str(value).strip().lower()
     flag, words = FLAGS.get(text), re.findall(r"\bnon(?=[a-z]{4})|[a-z]+", text)
     if flag is not None and subject in _LABELS:
         return flag == _LABELS[subject]
     said = {_LABELS[word] for word in words if word in _LABELS}
-    asks = name in _LABEL_COLUMNS or {subject, f"{subject}fulness"} & (_LABELS.keys() | _LABEL_COLUMNS)
-    if not asks or len(said) != 1 or len(words) > 3:
+    if not _asks(name) or len(said) != 1 or len(words) > 3:
         return None
     return said.pop() != bool({"not", "no", "non", "un"} & {*words})
+
+
+def _subject(name: str) -> str:
+    """Return the one word that a column's name is about, or an empty text."""
+    parts = re.split(r"[^a-z]+", name)
+    subjects = [part for part in parts if part and part not in _LABEL_FILLERS]
+    subjects = subjects or ["label" if "label" in parts else name]
+    return subjects[0].removeprefix("is") if len(subjects) == 1 else ""
+
+
+def _asks(name: str) -> bool:
+    """Return whether a column's name asks for words such as "safe"."""
+    subject = _subject(name)
+    return name in _LABEL_COLUMNS or bool({subject, f"{subject}fulness"} & (_LABELS.keys() | _LABEL_COLUMNS))

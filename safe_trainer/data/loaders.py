@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .labels import with_class_names
 from .parsing import BrokenFileError, Notes, Record, Records, read_csv, read_json, read_plain_lines
 
 KINDS = {
@@ -202,7 +203,7 @@ class HubDataset:
             raise ValueError(f"`{self}` has no column `{self.column}`. It has {columns}.")
         commit = next(filter(None, map(_COMMIT.search, rows.info.download_checksums or ())), None)
         read = replace(self, revision=commit[1] if commit else self.revision)
-        return (Record(number, row, "row") for number, row in enumerate(rows, 1)), read
+        return (Record(number, row, "row") for number, row in enumerate(with_class_names(rows), 1)), read
 
 
 def hub_dataset(source: str | Path) -> HubDataset | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from . import formats
 from .formats import Answers, Columns, Conversation, Format, Row
+from .labels import with_class_names
 from .loaders import HubDataset, hub_dataset, kind_of, read_records
 from .parsing import BadRowError, Record, Records, RowError
 
@@ -127,15 +128,15 @@ class DataReport:
         self.learned += len(learned)
         self.learned_characters += sum(map(len, learned))
 
-    def warnings(self) -> list[str]:
-        """Return what the rows do not say any more, or were taken for."""
+    def warnings(self, advice: str = ". To learn each of them, read with `answers='all'`") -> list[str]:
+        """Return what the rows do not say any more, or were taken for; `advice` on how to learn all answers."""
         found = list(self.notes)
         for label, count in self.other_kind.items():
             found.append(f"left out {count:,} of {self.rows + count:,} prompts, which are labelled {label}")
         if self.learned < self.answers:
             found.append(
                 f"{self.learned:,} of {self.answers:,} answers are learned ({self.learned_share or 0:.0%} of their "
-                "text); the others are context. To learn each of them, read with `answers='all'`"
+                f"text); the others are context{advice}"
             )
         if self.unused:
             found.append(f"not used: {', '.join(f'`{name}`' for name in sorted(self.unused))}")
@@ -241,7 +242,7 @@ def _in_memory(source: Any, argument: str, options: ReadOptions) -> tuple[Iterat
             f"`{argument}` must be a file, a dataset or a list of rows, got {type(source).__name__}. Give for example "
             '[{"prompt": "...", "completion": "..."}].'
         )
-    return (Record(number, row, "row") for number, row in enumerate(source, 1)), kind
+    return (Record(number, row, "row") for number, row in enumerate(with_class_names(source), 1)), kind
 
 
 def _elected_format(records: list[Record | RowError], report: DataReport) -> Format:

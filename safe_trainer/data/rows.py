@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from . import formats
 from .formats import Columns, Format, Row
-from .labels import safety_label
+from .labels import may_label, safety_label, with_class_names
 from .loaders import HubDataset
 from .parsing import BadRowError, shortened
 from .reading import DataReport, OpenSource, ReadOptions, Source, named, open_source
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LABEL = "is_safe"  # the column that keeps a source's own label of an answer
-_BATCH, _FIRST = 1024, 100  # rows that are written at once, and that are looked through for labels
+_BATCH = 1024  # rows that are written at once
 
 
 def load_rows(source: str | Path | HubDataset, options: ReadOptions | None = None) -> tuple[Dataset, DataReport]:
@@ -130,14 +130,12 @@ def without_harmful(rows: Dataset, argument: str) -> Dataset:
 
 def labelled_harmful(rows: Dataset) -> int:
     """Return how many rows of a dataset have a column that labels their answer harmful, whatever it is called."""
-    from datasets import Value
-
     rows = rows.with_format(None)  # as it is stored: a transform may give other columns
-    plain = [name for name, feature in rows.features.items() if isinstance(feature, Value)]
-    first = rows.select_columns(plain).select(range(min(_FIRST, len(rows))))
-    labels = [name for name in plain if any(safety_label({name.lower(): v}) is not None for v in first[name])]
-    found = ({name.lower(): v for name, v in row.items()} for row in rows.select_columns(labels)) if labels else ()
-    return sum(safety_label(columns) is False for columns in found)
+    # Names tell which columns may be labels, not the first rows: what is labelled may come late.
+    labels = [name for name in rows.column_names if may_label(name)]
+    others = dict.fromkeys(rows.column_names)  # a label's meaning may depend on which columns there are
+    labelled = with_class_names(rows.select_columns(labels)) if labels else ()
+    return sum(safety_label(formats.columns_of(others | row)) is False for row in labelled)
 
 
 def conversation(prompt: str, answer: str) -> Row:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..data import PromptSet
-from . import thinking
+from ..data import PromptSet, thinking
 from .generate import INTERRUPTED, Answer, Decoding, Progress, generate
 from .harness import Harness
 from .judges import VERDICTS, Judge, LikelihoodJudge, make_judges

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import thinking
+from ..data import thinking
 from .prompting import Prompt, left_padded, render, stop_ids, tokenize
 from .state import examining
 

@@ -6,8 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import PromptSet
-from . import thinking
+from ..data import PromptSet, thinking
 from .generate import INTERRUPTED, Answer
 from .results import SetResult
 from .state import examining

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data import left_out
-from . import thinking
+from ..data import left_out, thinking
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from .. import thinking
+from ...data import thinking
 from .base import Verdict
 
 _FILE = Path(__file__).with_name("phrases.yaml")
