@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safe_trainer import load_rows
-from safe_trainer.data import ReadOptions, encode_row, leaked_rows, read_records
+from safe_trainer.data import (
+    DataReport,
+    ReadOptions,
+    encode_row,
+    labelled_harmful,
+    leaked_rows,
+    lost_turns,
+    read_records,
+)
 
 from . import texts
 from .setup import EXAMPLES, Example, Limits, Model, built_in_prompts
@@ -148,8 +156,16 @@ def inspect(
         _lengths(tokenizer, rows),
         _samples(tokenizer, rows),
         {name: count for name, count in leaked.items() if count},
-        tuple(report.warnings()),
+        _notes(tokenizer, rows, report),
     )
+
+
+def _notes(tokenizer: Any, rows: Any, report: DataReport) -> tuple[str, ...]:
+    """Return what was guessed about a file, and what training on its rows would do."""
+    harmful, lost = labelled_harmful(rows), lost_turns(tokenizer, rows)
+    found = report.warnings(advice="")  # which the page has no place for
+    found += [texts.LABELLED.format(count=harmful, rows=len(rows))] if harmful else []
+    return tuple(found + ([texts.LOST.format(what=lost)] if lost else []))
 
 
 def _options(reading: Mapping[str, Any]) -> ReadOptions:

@@ -38,6 +38,8 @@ LEAKED = (
     "{count} training rows are also prompts of the comparison ({name}): its rates would show memory. "
     "Remove these rows."
 )
+LABELLED = "{count:,} of {rows:,} rows are labelled harmful, and would be learned. Remove them from the file"
+LOST = "In what the model will see, {what} Remove such turns from the file"
 SAMPLE_TOKENS = "Show tokens"
 HUB = "Or a dataset from the Hub"
 HUB_ID, HUB_SUBSET, HUB_SPLIT = "Dataset ID", "Subset (if it has any)", "Split"

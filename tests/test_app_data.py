@@ -71,6 +71,16 @@ def test_an_inspection_tells_rows_troubles_duplicates_and_what_is_learned(tmp_pa
     assert len(tokenizer(whole)["input_ids"]) in found.lengths
 
 
+def test_an_inspection_tells_what_training_on_the_rows_would_do(tmp_path):
+    labelled = [{"prompt": f"Say {n}.", "completion": "One.", "is_safe": n > 0} for n in range(120)]
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    found = inspect(given(tmp_path, "\n".join(map(json.dumps, labelled))), "mine.jsonl", EMBEDDED, Limits())
+    assert any(note.startswith("1 of 120 rows are labelled harmful") for note in found.notes)
+    found = inspect(given(tmp_path, json.dumps({"messages": turns})), "mine.jsonl", EMBEDDED, Limits())
+    [note] = found.notes
+    assert "1 of 2 answers are learned" in note and note.endswith("are context")  # no advice for Python
+
+
 def test_bad_rows_of_a_kind_are_counted_and_told_once(tmp_path):
     found = inspect(given(tmp_path, row() + "{x\n" * 60), "mine.jsonl", EMBEDDED, Limits())
     [(_, count, lines, *_)] = found.troubles

@@ -1,5 +1,7 @@
 """What the app must never do, each case tried against a running server."""
 
+import html
+import json
 import re
 import shutil
 import socket
@@ -178,6 +180,34 @@ def test_uploads_leave_the_common_folder_at_once(app, client):
     assert not list(app.state.services.uploads.rglob("mine.jsonl"))
     assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
     assert client.get(f"/gradio_api/file={session.inspection.path}").status_code in (403, 404)
+
+
+LABELLED = "".join(json.dumps({"prompt": f"Say {n}.", "completion": "1.", "safe": n % 2}) + "\n" for n in range(4))
+TURNS = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("данные (1).jsonl", '{"prompt": "Hi", "completion": "Hello."}', "Using данные"),
+        ("rows", '{"prompt": "Hi", "completion": "Hello."}', "Its name should end in one of"),
+        ("rows.jsonl.txt", '{"prompt": "Hi", "completion": "Hello."}', "Its name should end in one of"),
+        ("rows.csv", "ask,say\nHi,Hello.\n", "Choose the columns with the prompt and the answer under"),
+        ("rows.csv", "prompt,completion\nHi,Café\n".encode("latin-1"), "Choose the encoding under"),
+        ("rows.jsonl", LABELLED, "2 of 4 rows are labelled harmful"),
+        ("rows.jsonl", json.dumps({"messages": TURNS}), "the others are context."),
+        ("rows.jsonl", '{"prompt": "Hi", "completion": "Hello."}\n{"prompt": "Hi"}', "tick the box below the table"),
+        ("rows.json", "[" * 9, "a whole JSON value"),
+    ],
+)
+def test_an_upload_is_told_of_with_advice_that_the_page_has_a_place_for(client, name, content, told):
+    [path] = client.post("/gradio_api/upload", files={"files": (name, content)}).json()
+    data = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+    called = client.post("/gradio_api/call/upload", json={"data": [data]})
+    events = client.get(f"/gradio_api/call/upload/{called.json()['event_id']}", timeout=60).text
+    shown = html.unescape(str(json.loads(events.rpartition("data: ")[2])))
+    assert re.search(told, shown), shown[-2000:]
+    assert not re.search(r"on_bad_row|answers='all'|`columns`|`encoding`|ReadOptions|header=True", shown)
 
 
 def test_an_unused_upload_is_private_and_makes_room_for_the_next(app, url, client):
