@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 
@@ -32,6 +33,12 @@ def check_trained(model: nn.Module) -> None:
         raise ValueError(
             "No weight of the model requires a gradient, so nothing would be trained. Give a `peft_config`, or load "
             "its adapter with `PeftModel.from_pretrained(model, adapter, is_trainable=True)`."
+        )
+    if isinstance(getattr(model, "get_output_embeddings", lambda: None)(), TrainableTokensWrapper):
+        raise ValueError(
+            "`trainable_token_indices` does not work on a model whose output head is tied to its embeddings: TRL's "
+            "loss reads the head directly, and never through the adapter. Leave it out, or train all tokens with "
+            '`modules_to_save=["embed_tokens"]`.'
         )
 
 

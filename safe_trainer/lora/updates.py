@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -204,8 +205,9 @@ def linear_layers(model: Any) -> dict[str, LinearLayer]:
     for name, module in base_model.named_modules():
         if closed is not None and name.startswith(closed):
             continue
-        wraps = isinstance(module, BaseTunerLayer)
-        base = module.get_base_layer() if wraps else module
+        base, wraps = module, isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
+        if wraps:
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         # By attribute and not by class, since quantised layers derive from `nn.Linear` in some libraries only.
         names = ("nf", "nx") if isinstance(base, Conv1D) else ("out_features", "in_features")
         d_out, d_in = (getattr(base, name, None) for name in names)

@@ -342,6 +342,11 @@ def check_report(method: SafetyMethod, model: nn.Module) -> dict[str, Any]:
             f"it acts on only {share:.0%} of the trained weights; the others (experts, embeddings, "
             "`modules_to_save`) are not protected. Train linear layers only, or judge the model by a comparison."
         )
+    if method.covered_layers is not None and isinstance(model, PeftModel) and any(map(_is_bias, _trained(model))):
+        warnings.append(
+            "it does not act on biases, and some are trained. Remove `bias` and `lora_bias` from `LoraConfig`, or "
+            "judge the model by a comparison."
+        )
     return {"coverage": share, "figures": dict(check.figures), "warnings": warnings}
 
 
@@ -357,15 +362,24 @@ def coverage(method: SafetyMethod, model: nn.Module) -> float:
     if method.covered_layers is None:
         return 1.0
     within = tuple(f"{layer}." for layer in method.covered_layers)
+    sizes = _trained(model)
+    covered = sum(size for name, size in sizes.items() if name.startswith(within) and not _is_bias(name))
+    return covered / max(1, sum(sizes.values()))
+
+
+def _trained(model: nn.Module) -> dict[str, int]:
+    """Return the sizes of the trained weights, by name in the base model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # DeepSpeed's ZeRO-3 leaves an empty tensor in place of a weight that it has split.
-    sizes = {
+    return {
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in base.named_parameters()
         if parameter.requires_grad
     }
-    covered = sum(size for name, size in sizes.items() if name.startswith(within))
-    return covered / max(1, sum(sizes.values()))
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
 
 
 def moved(tensors: dict[str, tuple[Tensor, ...]], name: str, device: Any) -> tuple[Tensor, ...]:

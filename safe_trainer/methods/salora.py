@@ -146,11 +146,12 @@ class SaLoRA(SafetyMethod):
         self._continues = config is None
         if config is None:
             return None
-        if config.lora_bias:
-            raise ValueError(
-                "SaLoRA does not work with `lora_bias=True`: no projector stands between a bias and the protected "
-                "directions. Remove `lora_bias` from `LoraConfig`."
-            )
+        for name, plain in (("lora_bias", False), ("bias", "none")):
+            if (given := getattr(config, name)) != plain:
+                raise ValueError(
+                    f"SaLoRA does not work with `{name}={given!r}`: no projector stands between a bias and the "
+                    f"protected directions. Remove `{name}` from `LoraConfig`."
+                )
         if config.init_lora_weights not in (True, "gaussian") and self.task_rank:
             raise ValueError(
                 f"SaLoRA brings its own initialisation and cannot use `init_lora_weights="
