@@ -208,10 +208,11 @@ def _check_unpacked(path: Path, limits: Limits) -> None:
 
 
 def columns_of(path: Path, encoding: str | None = None) -> tuple[str, ...]:
-    """Return the names of a file's columns, from its first rows."""
+    """Return the names of a file's columns; in JSON, any row may have one that others have not."""
     names: dict[str, None] = {}
+    looked_at = 1 if path.suffix.lower() in (".csv", ".tsv", ".parquet") else None
     with suppress(Exception):  # what is wrong with the file is said when it is read
-        for record in islice(read_records(path, encoding), 20):
+        for record in islice(read_records(path, encoding), looked_at):
             value = getattr(record, "value", None)
             names |= dict.fromkeys(map(str, value)) if isinstance(value, dict) else {}
     return tuple(names)[:100]

@@ -81,6 +81,12 @@ def test_an_inspection_tells_what_training_on_the_rows_would_do(tmp_path):
     assert "1 of 2 answers are learned" in note and note.endswith("are context")  # no advice for Python
 
 
+def test_a_column_that_only_late_rows_have_can_be_chosen(tmp_path):
+    rows = [{"ask": "Hi", "say": "Hello."}] * 40 + [{"ask": "Hi", "say": "Hello.", "passage": "Here."}]
+    path = given(tmp_path, "\n".join(map(json.dumps, rows)))
+    assert inspection.columns_of(path) == ("ask", "say", "passage")
+
+
 def test_bad_rows_of_a_kind_are_counted_and_told_once(tmp_path):
     found = inspect(given(tmp_path, row() + "{x\n" * 60), "mine.jsonl", EMBEDDED, Limits())
     [(_, count, lines, *_)] = found.troubles

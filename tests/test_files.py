@@ -266,6 +266,9 @@ SHAPES = {
     "wrapped.json": json.dumps({"version": 1, "data": PLAIN}),
     "wrapped and indented.json": json.dumps({"version": 1, "data": PLAIN}, indent=2),
     "columns.json": json.dumps({"prompt": ["Who?", "Where?"], "completion": ["Me.", "Here."]}),
+    "columns of which one holds objects.json": json.dumps(
+        {"prompt": ["Who?", "Where?"], "completion": ["Me.", "Here."], "category": [{"a": True}, {"a": False}]}
+    ),
     "by id.json": json.dumps({"a": PLAIN[0], "b": PLAIN[1]}, indent=1),
     "pandas.json": json.dumps({"prompt": {"0": "Who?", "1": "Where?"}, "completion": {"0": "Me.", "1": "Here."}}),
     "array.jsonl": json.dumps(PLAIN),
@@ -406,3 +409,11 @@ def test_a_file_that_is_almost_there_is_suggested(tmp_path):
         list(read_records("owner/name"))
     with pytest.raises(ValueError, match="is a folder. Give one of its files"):
         list(read_records(tmp_path))
+
+
+def test_a_table_by_columns_whose_first_has_gaps_keeps_its_rows(tmp_path):
+    table = {"prompt": {"0": "Who?", "1": "Where?"}, "note": {"1": "late", "2": "alone"}}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    found = [record.value for record in read_records(tmp_path / "table.json")]
+    assert [row["prompt"] for row in found] == ["Who?", "Where?", None]
+    assert [row["note"] for row in found] == [None, "late", "alone"]

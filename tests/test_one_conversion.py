@@ -89,6 +89,8 @@ HOLDERS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "Dataset": Dataset.from_list,
     "DatasetDict": lambda rows: DatasetDict(train=Dataset.from_list(rows)),
     "IterableDataset": lambda rows: Dataset.from_list(rows).to_iterable_dataset(),
+    "Dataset as arrays": lambda rows: Dataset.from_list(rows).with_format("numpy"),
+    "Dataset as tensors": lambda rows: Dataset.from_list(rows).with_format("torch"),
     "JSON Lines": lambda rows: file("rows.jsonl", "\n".join(map(json.dumps, rows)).encode()),
     "JSON": lambda rows: file("rows.json", json.dumps(rows, ensure_ascii=False).encode()),
     "gzip": lambda rows: str(file("rows.json.gz", gzip.compress(json.dumps(rows, indent=1).encode()))),
@@ -240,3 +242,11 @@ def test_a_scan_scores_any_representation_alike():
     vectors = train_security_vectors(tiny.model(), held_everywhere()[0], tiny.tokenizer(), rank=2, max_steps=2)
     found = [list(score_rows(rows, tiny.model(), vectors, tiny.tokenizer())) for rows in held_everywhere()]
     assert all(scores == found[0] for scores in found)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+def test_labels_of_a_dataset_count_whatever_it_gives_its_rows_as(kind):
+    rows = Dataset.from_list([{**row, "toxicity": n % 2} for n, row in enumerate(STRINGS)])
+    assert as_rows(rows.with_format(kind))[0]["is_safe"][:] == [True, False]
+    streamed = rows.to_iterable_dataset().with_format(kind)
+    assert as_rows(streamed)[0]["is_safe"][:] == [True, False]

@@ -118,7 +118,7 @@ def lost_turns(tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, is_start: b
         **template (`Any`): Variables of the template.
     """
     drawn = sorted(random.Random(0).sample(range(len(rows)), min(_SAMPLE, len(rows))))
-    looked_at = zip(drawn, rows.select(drawn), strict=True)
+    looked_at = zip(drawn, rows.with_format(None).select(drawn), strict=True)
     lost = [(place + 1, role) for place, row in looked_at if (role := lost_turn(tokenizer, row, **template))]
     is_part = is_start or len(drawn) < len(rows)
     return _lost(lost, f"{len(drawn)} rows looked at" if is_part else f"{len(drawn)} rows") if lost else ""

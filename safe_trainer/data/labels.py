@@ -66,7 +66,13 @@ def may_label(column: str) -> bool:
 
 
 def with_class_names(rows: Any) -> Iterator[Any]:
-    """Yield rows; where a dataset keeps labels as numbers of classes with names such as "unsafe", with these names."""
+    """Yield rows; where a dataset keeps labels as numbers of classes with names such as "unsafe", with these names.
+
+    What a dataset gives as tensors or arrays (`with_format("torch")`) comes as it is stored; a transform is applied.
+    """
+    shape = getattr(rows, "format", {})  # of a `Dataset`; a stream has none
+    if hasattr(rows, "with_format") and shape.get("type") != "custom":
+        rows = (rows.select_columns(shape["columns"]) if shape else rows).with_format(None)
     features = getattr(rows, "features", None) or {}
     classes = {name: getattr(feature, "names", None) or () for name, feature in features.items()}
     named = {

@@ -257,7 +257,9 @@ def _unwrapped(value: dict[str, Any], notes: Notes) -> list[Any]:
     """Return the rows of one object: it may be a row, hold a list of them, or be a table by columns or by ids."""
     inner = list(value.values())
     tables = [name for name, content in value.items() if _is_table(content)]
-    if len(tables) == 1:
+    lists = [content for content in inner if isinstance(content, list)]
+    is_by_column = len(lists) == len(inner) and len({len(content) for content in lists}) == 1
+    if len(tables) == 1 and not (is_by_column and len(inner) > 2):  # one column of a table may hold objects
         notes.append(f"the rows are taken from `{tables[0]}`")
         return list(value[tables[0]])
     if len(tables) > 1:
@@ -265,7 +267,8 @@ def _unwrapped(value: dict[str, Any], notes: Notes) -> list[Any]:
     if inner and all(isinstance(content, dict) and content for content in inner):
         if all(key.isdecimal() for content in inner for key in content):  # as pandas writes a table, by columns
             notes.append("one object of columns, as pandas writes it, is read as rows")
-            return [{name: value[name].get(key) for name in value} for key in inner[0]]
+            keys = dict.fromkeys(key for content in inner for key in content)  # the first column may have gaps
+            return [{name: value[name].get(key) for name in value} for key in keys]
         notes.append("one object of rows by id is read as rows")
         return inner
     if inner and all(isinstance(content, list) and content for content in inner) and not _has_turns(inner):
