@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -182,6 +183,7 @@ def _resolve(wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.M
         )
     _check_fingerprint(checkpoint, fingerprint)
     _check_kind(checkpoint, model)
+    _check_start(checkpoint, model)
     return Path(checkpoint.name) if checkpoint.parent == output else wanted
 
 
@@ -254,6 +256,29 @@ def _check_kind(checkpoint: Path, model: nn.Module) -> None:
             raise ValueError(f"`{checkpoint}` was made with other settings of the adapter: {found}. {_INSTEAD}")
     elif any(checkpoint.glob("model*.safetensors")):
         raise ValueError(f"`{checkpoint}` holds all weights, and this run trains an adapter. {_INSTEAD}")
+
+
+def _check_start(checkpoint: Path, model: nn.Module) -> None:
+    """Refuse a model that was loaded from the checkpoint: what methods measure of their start would be its end."""
+    if (_state_of(checkpoint) or {"global_step": 0})["global_step"] < 2:  # the first step of a warmup changes nothing
+        return
+    own, files = dict(model.named_parameters()), "model*.safetensors"
+    if isinstance(model, PeftModel):
+        own, files = get_peft_model_state_dict(model, save_embedding_layers=False), "adapter_model.safetensors"
+    compared = 0
+    for file in sorted(checkpoint.glob(files)):
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(own.keys() & set(opened.keys())):
+                weight, saved = own[name].detach(), opened.get_tensor(name)
+                if isinstance(weight, DTensor) or not torch.equal(weight.cpu(), saved):
+                    return
+                compared += 1
+    if compared:
+        raise ValueError(
+            f"The model has the weights of `{checkpoint}` already, so the methods would take what was trained for the "
+            "model before training. Give the model that the run began with: the base model and `peft_config`, or the "
+            "adapter or weights that it started from."
+        )
 
 
 def damaged(checkpoint: str | Path, error: Exception | str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from runs import given, lora
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -475,3 +475,28 @@ def test_a_folder_is_known_by_its_name_however_it_is_reached(pair, tmp_path, mon
     relative = f"{Path(pair[1]).parent.name}/{Path(pair[1]).name}"
     told = [settings_of([AsFT(unaligned_model=path)])["AsFT"]["unaligned_model"] for path in (relative, pair[1])]
     assert told == [Path(pair[1]).name] * 2
+
+
+# ---- the start
+
+
+@pytest.mark.parametrize("is_lora", [True, False], ids=["LoRA", "all weights"])
+def test_a_model_that_was_loaded_from_the_checkpoint_is_no_start(is_lora, pair, tmp_path):
+    began = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), lora(init_lora_weights=False))
+    began.save_pretrained(tmp_path / "start")
+
+    def run(folder: Path | str, **resuming: Any) -> RefusalAnchor:
+        anchor = RefusalAnchor(["Make it."], ["Say it nicely."], answer_tokens=3)
+        model: Any = str(folder)
+        if is_lora:
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[0]), folder, is_trainable=True)
+        more = {"peft_config": None, "max_steps": resuming.pop("steps", 3), "bf16": False}
+        resumable(tmp_path / "run", pair, anchor, model=model, **more).train(**resuming)
+        return anchor
+
+    start, checkpoint = tmp_path / "start" if is_lora else pair[0], tmp_path / "run" / "checkpoint-2"
+    first = run(start, steps=2)
+    with pytest.raises(ValueError, match="already, so the methods would take.*Give the model that the run began with"):
+        run(checkpoint, resume_from_checkpoint=str(checkpoint))
+    again = run(start, resume_from_checkpoint=str(checkpoint))  # as it advises
+    assert [a.start_cost for a in again._pools["held"]] == [a.start_cost for a in first._pools["held"]]

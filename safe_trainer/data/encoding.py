@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NO_LETTERS = re.compile(r"[\W_]+")
+_TOOLS = ("tool", "function", "ipython", "observation")  # roles whose turns templates write as JSON
 _SAMPLE = 2000  # rows of which turns are looked for
 
 
@@ -135,8 +136,11 @@ def _lost(lost: Sequence[tuple[int, str]], of: str) -> str:
 def lost_turn(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], **template: Any) -> str:
     """Return the role of a turn that the tokenizer's chat template leaves out of a row, or an empty text.
 
-    Some templates have no place for a system turn, others drop thoughts. Of answers before the last they mean to.
+    Some templates have no place for a system turn, others drop thoughts. Of answers before the last they mean to. What
+    a template refuses is not looked at.
     """
+    import jinja2
+
     prompt, last = row.get("prompt"), row.get("completion")
     if turns := row.get("messages") or row.get("conversations"):
         prompt, last = turns[:-1], turns[-1:]
@@ -146,9 +150,12 @@ def lost_turn(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], **temp
     tools = row.get("tools")
     template |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}  # the row's, as TRL takes them
     template |= row.get("chat_template_kwargs") or {}
-    rendered = tokenizer.apply_chat_template([*before, *last], tokenize=False, **template)
+    try:
+        rendered = tokenizer.apply_chat_template([*before, *last], tokenize=False, **template)
+    except jinja2.TemplateError:
+        return ""
     kept = [turn | {"content": thinking.split(_said(turn)).answer} for turn in before if turn["role"] == "assistant"]
-    read = [turn for turn in before if turn["role"] != "assistant"]
+    read = [turn for turn in before if turn["role"] not in ("assistant", *_TOOLS)]
     thought = [turn | {"content": turn.get(name)} for turn in last for name in ("reasoning_content", "thinking")]
     lost = left_out(str(rendered), [*read, *kept, *last, *thought])
     return str(lost["role"]) if lost else ""

@@ -75,11 +75,35 @@ def labelled(at: SimpleNamespace, **part: Any) -> dict[str, Any]:
     return {"data": [{"path": path, **part}]}
 
 
-def planned(at: SimpleNamespace, **training: Any) -> str:
-    recipe(at, training=training)
+def planned(at: SimpleNamespace, data: Any = None, **training: Any) -> str:
+    recipe(at, training=training, **({"data": data} if data else {}))
     return command("train", at.folder / "recipe.yaml", "--dry-run")
 
 
+def mixed(at: SimpleNamespace, *rows: dict[str, str]) -> None:
+    paths = [at.written(json.dumps(row).encode(), f"{number}.jsonl") for number, row in enumerate(rows)]
+    load_data(recipe(at, data=[{"path": path} for path in paths]))
+
+
+def frozen(at: SimpleNamespace, but: str) -> Any:
+    """A model of which only the weights with this name are trained."""
+    model = of(at.aligned)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(but in name)
+    return model
+
+
+def strict() -> Any:
+    """A tokenizer whose template refuses system turns."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + tiny.TEMPLATE
+    )
+    return tokenizer
+
+
+TEXT, PAIR = {"text": "One."}, {"prompt": "Say one.", "completion": "One."}
+BRIEFED = [{**row, "prompt": [{"role": "system", "content": "Be brief."}, *row["prompt"]]} for row in REFUSED]
 TASK = b"question,answer\n1+1?,2\n"
 MISFITS: dict[str, Case] = {
     "a file that is not there": (
@@ -224,4 +248,59 @@ MISFITS: dict[str, Case] = {
         "Raise `training.max_length`, or shorten the prompts",
         [lambda at: planned(at, max_length=64)],
     ),
+    "texts and conversations in one run": (
+        lambda at: mixed(at, TEXT, PAIR),
+        "Texts and conversations cannot be mixed in one run: .* Bring them into one form",
+        [lambda at: mixed(at, TEXT, TEXT), lambda at: mixed(at, PAIR, PAIR)],
+    ),
+    "a recipe of which a row is too long": (
+        lambda at: said(
+            planned(at, data=[{"path": long_row(at)}], max_length=64), "Shorten them, or raise `training.max_length`"
+        ),
+        "teach nothing: their answer starts after .* Shorten them, or raise `training.max_length`",
+        [lambda at: said(planned(at, data=[{"path": long_row(at)}], max_length=256), "teach nothing")],
+    ),
+    "a template that refuses turns": (
+        lambda at: SafetyBasis.from_rows(of(at.aligned), strict(), BRIEFED),
+        "Bring the rows into the form that this model takes, or set another `tokenizer.chat_template`",
+        [
+            lambda at: SafetyBasis.from_rows(of(at.aligned), strict(), REFUSED, rank=2),
+            lambda at: SafetyBasis.from_rows(of(at.aligned), tiny.tokenizer(), BRIEFED, rank=2),
+        ],
+    ),
+    "a template that leaves the question out": (
+        lambda at: asked(mute()), "Repair `tokenizer.chat_template`", [lambda at: asked(tiny.tokenizer())]
+    ),
+    "no linear layer to train": (
+        lambda at: at.trainer(PLAIN, model=frozen(at, "norm"), peft_config=None),
+        "found no trainable linear layer in .* Unfreeze the layers",
+        [lambda at: at.trainer(PLAIN, model=frozen(at, "proj"), peft_config=None)],
+    ),
+    "a LoRA without a layer": (
+        lambda at: at.trainer(PLAIN, peft_config=lora(target_modules=[], trainable_token_indices=[5])),
+        "found no LoRA layer of the adapter .* Check `target_modules`",
+        [lambda at: at.trainer(PLAIN, peft_config=lora(target_modules=["q_proj"], trainable_token_indices=[5]))],
+    ),
+    "a drift of nothing": (
+        lambda at: measure_drift(at.aligned, at.folder),
+        "holds no adapter and no complete model. Give ",
+        [lambda at: measure_drift(at.aligned, at.adapter()), lambda at: measure_drift(at.aligned, at.unaligned)],
+    ),
 }  # fmt: skip
+
+
+def long_row(at: SimpleNamespace) -> str:
+    rows = [PAIR, {"prompt": "Please consider this. " * 4, "completion": "One."}]
+    return at.written("\n".join(map(json.dumps, rows)).encode(), "long.jsonl")
+
+
+def said(output: str, words: str) -> None:
+    """Refuse what a command says in these words."""
+    if words in " ".join(output.split()):
+        raise ValueError(output)
+
+
+def mute() -> Any:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "<u>Hello<a>"
+    return tokenizer
