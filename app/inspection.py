@@ -6,13 +6,14 @@ import json
 import logging
 import multiprocessing
 import random
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from safe_trainer.data import (
     leaked_rows,
     lost_turns,
     read_records,
+    with_class_names,
 )
 
 from . import texts
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SAMPLES, SHOWN_TOKENS, MEASURED = 3, 500, 300
 """Rows that are shown, tokens of each side of them, and rows whose tokens are counted."""
+_OPTION = re.compile(r"`(where|columns|encoding|header|answers|on_bad_row)\b")
 _MEASURING = 3.0  # seconds for counting tokens
 _MEMORY = 8 * 2**30  # bytes of address space on top of what the libraries take
 _context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
@@ -149,7 +152,7 @@ def inspect(
         report.rows,
         report.troubles.total(),
         tuple(
-            (kind, f"{report.troubles[kind]:,}", _lines(found), found[0].found[:300], found[0].expected[:300])
+            (kind, f"{report.troubles[kind]:,}", _lines(found), found[0].found[:300], _expected(found[0])[:300])
             for kind, found in by_kind.items()
         ),
         report.duplicates,
@@ -263,7 +266,7 @@ def fetch(source: Sequence[Any], target: Path, limits: Limits, token: bool | Non
     try:
         rows = load_dataset(name, subset or None, split=split, streaming=True, token=token)
         with target.open("w", encoding="utf-8") as file:
-            for row in islice(rows, first - 1, first - 1 + count):
+            for row in islice(with_class_names(rows), first - 1, first - 1 + count):
                 characters += file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 if characters > limits.characters:
                     raise Unusable(texts.TOO_MUCH.format(limit=limits.characters))
@@ -272,6 +275,12 @@ def fetch(source: Sequence[Any], target: Path, limits: Limits, token: bool | Non
     except Exception as error:  # what `datasets`, the network and the readers of files raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Unusable(texts.HUB_FAILED.format(name=name, reason=reason[:300].rstrip("."))) from None
+
+
+def _expected(trouble: Any) -> str:
+    """Return what a row should be, without advice on options that the page calls otherwise or has no place for."""
+    pieces = re.split(r"(?<=[,;:]) ", trouble.expected)
+    return " ".join(takewhile(lambda piece: not _OPTION.search(piece), pieces)).rstrip(",;:")
 
 
 def _lines(troubles: list[Any]) -> str:

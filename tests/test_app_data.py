@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from datasets import ClassLabel, Dataset
 from gradio_client.utils import strip_invalid_filename_characters
 
 from app import inspection, recipes, texts
@@ -404,6 +405,11 @@ def test_rows_of_a_dataset_are_fetched_with_their_own_columns(tmp_path):
     inspection.fetch((str(folder), "", "train", 3, 4), tmp_path / "rows.jsonl", Limits(), False)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows == [{"q": f"Say {n}.", "a": str(n)} for n in range(2, 6)]
+    (labels := tmp_path / "labelled").mkdir()
+    labelled = Dataset.from_dict({"q": ["Say 1.", "Say 2."], "label": [0, 1]})
+    labelled.cast_column("label", ClassLabel(names=["safe", "unsafe"])).to_parquet(labels / "train.parquet")
+    inspection.fetch((str(labels), "", "train", 2, 1), tmp_path / "rows.jsonl", Limits(), False)
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"q": "Say 2.", "label": "unsafe"}
     with pytest.raises(ValueError, match="could not be loaded.*test"):
         inspection.fetch((str(folder), "", "test", 1, 4), tmp_path / "rows.jsonl", Limits(), False)
     with pytest.raises(ValueError, match="more than 10 characters"):

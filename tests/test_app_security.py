@@ -190,10 +190,12 @@ TURNS = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in 
     ("name", "content", "told"),
     [
         ("данные (1).jsonl", '{"prompt": "Hi", "completion": "Hello."}', "Using данные"),
-        ("rows", '{"prompt": "Hi", "completion": "Hello."}', "Its name should end in one of"),
-        ("rows.jsonl.txt", '{"prompt": "Hi", "completion": "Hello."}', "Its name should end in one of"),
+        ("rows", '{"prompt": "Hi", "completion": "Hello."}', "upload a file that is one of these formats"),
+        ("rows.jsonl.txt", '{"prompt": "Hi", "completion": "Hello."}', "upload a file that is one of these formats"),
         ("rows.csv", "ask,say\nHi,Hello.\n", "Choose the columns with the prompt and the answer under"),
         ("rows.csv", "prompt,completion\nHi,Café\n".encode("latin-1"), "Choose the encoding under"),
+        ("rows.jsonl", '{"prompt": "Hi", "completion": "Hello.", "label": false}', "answers to learn"),
+        ("rows.jsonl", '{"prompt": "Hi", "chosen": "Hello.", "rejected": "Hi."}', "one answer to learn"),
         ("rows.jsonl", LABELLED, "2 of 4 rows are labelled harmful"),
         ("rows.jsonl", json.dumps({"messages": TURNS}), "the others are context."),
         ("rows.jsonl", '{"prompt": "Hi", "completion": "Hello."}\n{"prompt": "Hi"}', "tick the box below the table"),
@@ -207,7 +209,7 @@ def test_an_upload_is_told_of_with_advice_that_the_page_has_a_place_for(client, 
     events = client.get(f"/gradio_api/call/upload/{called.json()['event_id']}", timeout=60).text
     shown = html.unescape(str(json.loads(events.rpartition("data: ")[2])))
     assert re.search(told, shown), shown[-2000:]
-    assert not re.search(r"on_bad_row|answers='all'|`columns`|`encoding`|ReadOptions|header=True", shown)
+    assert not re.search(r"on_bad_row|answers='all'|`(columns|encoding|where)\b|ReadOptions|header=True", shown)
 
 
 def test_an_unused_upload_is_private_and_makes_room_for_the_next(app, url, client):

@@ -18,7 +18,7 @@ from .encoding import (
     lost_turns,
 )
 from .formats import Columns, Format, Row, conversation_of
-from .labels import safety_label
+from .labels import safety_label, with_class_names
 from .loaders import KINDS, PREFIX, HubDataset, encoding_of, hub_dataset, kind_of, read_records, what_was_meant
 from .parsing import BadRowError, Record, RowError
 from .prompts import Kind, PromptSet, Scorer, apart, as_prompts, general_prompts, leaked_rows, load_prompts
@@ -37,7 +37,7 @@ from .suites import load_suite, suites
 
 __all__ = ["OTHER_TEMPLATE", "Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows"]
 __all__ += ["left_out", "lost_turns"]
-__all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label"]
+__all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label", "with_class_names"]
 __all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "kind_of", "read_records", "what_was_meant"]
 __all__ += ["BadRowError", "Record", "RowError"]
 __all__ += ["Kind", "PromptSet", "Scorer", "apart", "as_prompts", "general_prompts", "leaked_rows", "load_prompts"]
