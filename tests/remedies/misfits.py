@@ -85,6 +85,11 @@ def mixed(at: SimpleNamespace, *rows: dict[str, str]) -> None:
     load_data(recipe(at, data=[{"path": path} for path in paths]))
 
 
+def held(at: SimpleNamespace, prompt: str) -> dict[str, Any]:
+    row = json.dumps({"prompt": prompt, "completion": "One."}).encode()
+    return {"eval_data": [{"path": at.written(row, "held.jsonl")}], "training": {"eval_strategy": "epoch"}}
+
+
 def frozen(at: SimpleNamespace, but: str) -> Any:
     """A model of which only the weights with this name are trained."""
     model = of(at.aligned)
@@ -247,6 +252,11 @@ MISFITS: dict[str, Case] = {
         lambda at: planned(at, max_length=4),
         "Raise `training.max_length`, or shorten the prompts",
         [lambda at: planned(at, max_length=64)],
+    ),
+    "evaluation rows that are trained on": (
+        lambda at: data_of(at, "are trained on as well", **held(at, "Say one.")),
+        "evaluation rows are trained on as well: their loss will show memory. Remove them from one or the other",
+        [lambda at: data_of(at, "are trained on as well", **held(at, "Say two."))],
     ),
     "texts and conversations in one run": (
         lambda at: mixed(at, TEXT, PAIR),
