@@ -101,6 +101,7 @@ CASES = {  # that do it, and ask for other words
 }
 UNDONE = {
     "Not enough memory. Choose a smaller batch": "takes a GPU that runs out of memory",
+    "found no LoRA layer of the adapter": "takes a LoRA without layers, which this PEFT makes of no configuration",
     "This installation has no app": "takes an installation without a part of its wheel",
     "Look at the over-refusal rate afterwards": JUDGEMENT,
     "needs \0 GB in": NO_MODEL,

@@ -286,11 +286,6 @@ MISFITS: dict[str, Case] = {
         "found no trainable linear layer in .* Unfreeze the layers",
         [lambda at: at.trainer(PLAIN, model=frozen(at, "proj"), peft_config=None)],
     ),
-    "a LoRA without a layer": (
-        lambda at: at.trainer(PLAIN, peft_config=lora(target_modules=[], trainable_token_indices=[5])),
-        "found no LoRA layer of the adapter .* Check `target_modules`",
-        [lambda at: at.trainer(PLAIN, peft_config=lora(target_modules=["q_proj"], trainable_token_indices=[5]))],
-    ),
     "a drift of nothing": (
         lambda at: measure_drift(at.aligned, at.folder),
         "holds no adapter and no complete model. Give ",

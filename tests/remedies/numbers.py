@@ -76,11 +76,11 @@ NUMBERS: dict[str, Case] = {
         [lambda at: trained(at, Cubes(), **CALM)],
     ),
     "a safety loss that diverges": (
-        lambda at: trained(at, guarded(rule="trust_region", tau=0.0, max_step_size=1e30), **CALM),
+        lambda at: trained(at, guarded(), **WILD),
         "Start a new run with a lower `learning_rate`, or with a lower `max_step_size` where the rule is the trust",
         [
-            lambda at: trained(at, guarded(rule="trust_region", tau=0.0, max_step_size=1e-3), **CALM),
             lambda at: trained(at, guarded(), **CALM),
+            lambda at: trained(at, guarded(rule="trust_region", tau=0.0, max_step_size=1e-3), **CALM),
         ],
     ),
     "an optimizer that steps within the backward pass": (

@@ -146,12 +146,7 @@ def on_a_taken_port(at: SimpleNamespace) -> None:
         bound(port)
 
 
-PAGE: dict[str, Case] = {
-    "one column for both": (
-        lambda at: columns(at, prompt="prompt"),
-        "Choose a column for the prompt and another one for the answer",
-        [lambda at: columns(at, prompt="prompt", answer="completion")],
-    ),
+JOBS: dict[str, Case] = {
     "nothing that was checked": (
         lambda at: (lambda services, session: services.start(session))(*opened(at)),
         "Choose data and a method, then press “Check and continue” in step 2",
@@ -166,6 +161,14 @@ PAGE: dict[str, Case] = {
         lambda at: started(at, 2),
         "One of your jobs is still running. Stop it, or wait for it to finish",
         [lambda at: started(at, 2, stops=True)],
+    ),
+}
+PAGE: dict[str, Case] = {
+    **JOBS,
+    "one column for both": (
+        lambda at: columns(at, prompt="prompt"),
+        "Choose a column for the prompt and another one for the answer",
+        [lambda at: columns(at, prompt="prompt", answer="completion")],
     ),
     "no guard model": (
         lambda at: opened(at)[0].judges(Settings(judge=GUARD)),
