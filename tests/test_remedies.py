@@ -19,7 +19,7 @@ TABLES = (
 CASES = {name: case for table in TABLES for name, case in table.items()}
 # Those that train or start a command; the others read files and settings.
 SLOW = {"a card without rates", *resuming.RESUMING, *training.METHODS, *training.TRAINER, *recipes.COMMANDS}
-SLOW |= {*artifacts.ARTIFACTS, *WARNINGS, *numbers.NUMBERS, *page.JOBS, \"a file that takes too long\"}
+SLOW |= {*artifacts.ARTIFACTS, *WARNINGS, *numbers.NUMBERS, *page.JOBS, "a file that takes too long"}
 assert len(CASES) == sum(map(len, TABLES)), "two cases have one name"
 
 
