@@ -181,8 +181,8 @@ PAGE: dict[str, Case] = {
         [lambda at: scan_job(at.folder, at.folder, {}, OWN, at.folder, own(at))],
     ),
     "nothing to ask with": (
-        lambda at: (lambda services, session: next(services.take_prompts(session, None, "harmful", {})))(*opened(at)),
-        "Upload a file with prompts, or choose a published suite",
+        lambda at: (lambda services, session: next(services.take_own(session, None, "harmful", {})))(*opened(at)),
+        "Choose what the file holds, and upload it; or choose a published suite",
         [lambda at: prompts(at, "harmful-behaviors.csv")],
     ),
     "no question": (
