@@ -10,6 +10,7 @@ import planted
 import pytest
 import tiny
 import torch
+from marks import exhaustive_but
 from peft import LoraConfig, PeftModel
 from processes import on_two_processes
 from runs import StopAt, assert_same_weights, even_rows, exact_settings, given, history, lora, run, same_bits
@@ -62,9 +63,7 @@ def hook_count(model):
 # ---- the same as training the merged model
 
 
-@pytest.mark.parametrize(
-    "architecture", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in tiny.ARCHITECTURES[1:])]
-)
+@pytest.mark.parametrize("architecture", exhaustive_but(["llama"], tiny.ARCHITECTURES))
 @pytest.mark.parametrize("peft", [True, False])
 def test_training_is_that_of_the_model_with_the_vectors_merged(architecture, peft, tmp_path):
     base = tiny.model(architecture)
@@ -89,7 +88,7 @@ def test_training_is_that_of_the_model_with_the_vectors_merged(architecture, pef
     ],
     ids=["reentrant", "non-reentrant", "accumulation", "packing", "adamw"],
 )
-@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("peft", exhaustive_but([True], [True, False]))
 def test_training_is_that_of_the_merged_model_under_every_option(changes, peft, tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
