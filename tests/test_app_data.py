@@ -500,10 +500,10 @@ def finish(work):
 def test_a_file_is_read_in_a_process_of_its_own_with_the_chosen_columns(tmp_path):
     path = given(tmp_path, "q,a\n" + "Hello there,Hi\n" * 3, "mine.csv")
     with pytest.raises(ValueError, match="Choose the columns") as told:
-        finish(apart(60, inspect, path, "mine.csv", EMBEDDED, Limits()))
+        finish(apart(300, inspect, path, "mine.csv", EMBEDDED, Limits()))
     assert told.value.columns == ("q", "a")
     reading = {"columns": {"prompt": "q", "answer": "a"}}
-    found = finish(apart(60, inspect, path, "mine.csv", EMBEDDED, Limits(), None, reading))
+    found = finish(apart(300, inspect, path, "mine.csv", EMBEDDED, Limits(), None, reading))
     assert found.rows == 3 and found.samples[0][1].startswith("Hi")
 
 
