@@ -35,15 +35,14 @@ from safe_trainer.evaluation import from_json
 
 from . import texts
 from .materials import OwnFile
-from .progress import CANCEL, COMPARISON, JOB, LOG, REVIEWED, SCAN, STOPPING, Progress
+from .progress import CANCEL, COMPARISON, JOB, LOG, REVIEWED, SCAN, Progress
 from .recipes import Choices, Variant, write_material, write_order
 from .setup import Model
 
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
-GRACE = 1.5  # seconds that a cancelled job has to end its step
-SAVING = 30.0  # and, once it has, to write its checkpoint
+GRACE, SAVING = 1.5, 30.0  # seconds that a cancelled job has to end, and to end its step and write a checkpoint
 
 try:
     import spaces
@@ -117,8 +116,7 @@ class Job:
 
     def reopen(self) -> None:
         """Let a stopped training wait once more: finished variants stay, others go on from their checkpoints."""
-        for name in (CANCEL, STOPPING):
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / CANCEL).unlink(missing_ok=True)
         self._ended, self._cancelled_at = threading.Event(), None
         self.progress.state, self.progress.message, self.progress.ended_at = "waiting", "", 0.0
         self.progress.write(self.folder)
@@ -270,7 +268,7 @@ class JobQueue:
             return self._jobs.index(job) if job in self._jobs else None
 
     def cancel(self, job: Job, reason: str = "") -> None:
-        """End a job: at once if it waits, and else within two seconds, but for the writing of its checkpoint."""
+        """End a job: at once if it waits, within two seconds if it runs, and if it trains, after its step."""
         job.cancel(reason)
         with self._lock:
             waiting = job in self._jobs[1:]
@@ -312,23 +310,19 @@ def _process(folder: str, one_thread: bool) -> None:
             start_new_session=True,
         )
     try:
-        while worker.poll() is None and not _overdue(place):
+        while worker.poll() is None and not (place / CANCEL).exists():
             time.sleep(0.1)
+        if worker.poll() is None:  # training ends with its step and a checkpoint, anything else at once
+            worker.terminate()
+            found = Progress.read(place)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(SAVING if found is not None and found.phase == "training" else GRACE)
     finally:
         try:
             os.killpg(worker.pid, signal.SIGKILL)  # with all that it has started
         except (ProcessLookupError, PermissionError):
             pass
         worker.wait()
-
-
-def _overdue(folder: Path) -> bool:
-    """Return whether a cancelled job has had its time."""
-    try:
-        asked = (folder / CANCEL).stat().st_mtime
-    except FileNotFoundError:
-        return False
-    return time.time() - asked > (SAVING if (folder / STOPPING).exists() else GRACE)
 
 
 def _environment(*, one_thread: bool) -> dict[str, str]:

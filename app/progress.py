@@ -1,14 +1,11 @@
 """How a job's process and the server talk: files in the job's folder, which outlive the page and the server.
 
-The process writes its `Progress` and watches with `Stop` for the wish to end; the server reads the one and makes the
-file of the other.
+The process writes its `Progress`, which the server reads; where the file `CANCEL` appears, it is ended.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,8 +17,8 @@ from . import texts
 
 JOB, PROGRESS, LOG = "job.json", "progress.json", "worker.log"
 """What is to be done; how far it is; what the libraries print."""
-CANCEL, STOPPING = "cancel", "stopping"
-"""Where this file appears, the job ends; this one, when only a checkpoint is left to be written."""
+CANCEL = "cancel"
+"""Where this file appears, the job ends; it says why."""
 COMPARISON, REVIEWED = "comparison", "comparison.reviewed"
 """Stems of the report's files: as judged, and with what people have labelled."""
 SCAN, RANKING, CLEANED = "scan.json", "ranking.csv", "cleaned.jsonl"
@@ -32,42 +29,6 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 _CURVES = {"loss": "loss", "safety_penalty": "penalty", "learning_rate": "rate", "grad_norm": "gradient"}
 _LONGEST = 500  # points of a curve, and lines of the log
 _PAUSE = 0.2  # seconds between two writes of what changes often
-
-
-class Cancelled(Exception):
-    """The user has cancelled the job."""
-
-
-class Stop:
-    """Watches, from a thread of the job's process, for the wish to end and for the server's end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.wanted = threading.Event()
-        self.patient, self.told = False, False
-        """Whether the trainer ends by itself, between two steps; and whether it has begun to."""
-        self._folder, self._parent = folder, os.getppid()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        import _thread
-
-        while not (self._folder / CANCEL).exists():
-            if os.getppid() != self._parent:
-                os._exit(1)  # nobody is left to read what would come out
-            time.sleep(0.1)
-        self.wanted.set()
-        if not self.patient:
-            _thread.interrupt_main()
-
-    def saving(self) -> None:
-        """Report that only the checkpoint is left to be written."""
-        self.told = True
-        (self._folder / STOPPING).touch()
-
-    def check(self) -> None:
-        """Raise [`Cancelled`] if the end is wanted."""
-        if self.wanted.is_set():
-            raise Cancelled
 
 
 @dataclass

@@ -203,7 +203,6 @@ LOG_HEADING = "Log"
 LOG_BEGUN = "started"
 LOG_ENDED = {"done": "finished", "failed": "failed:", "cancelled": "stopped"}
 LOG_VARIANT = {"done": "{title}: trained and saved", "failed": "{title}: failed:"}
-LOG_STOPPED = "stopped after step {step}"
 CURVES = {
     "harmful": ("Harmful prompts refused", "Refused (%)"),
     "borderline": ("Borderline prompts refused", "Refused (%)"),

@@ -10,6 +10,8 @@ import logging
 import os
 import shutil
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ from safe_trainer import recipe
 
 from . import texts
 from .inspection import write_lines
-from .progress import CANCEL, CLEANED, COMPARISON, JOB, RANKING, SCAN, Cancelled, Progress, Stop
+from .progress import CLEANED, COMPARISON, JOB, RANKING, SCAN, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +33,25 @@ def main(folder: Path) -> None:
     warnings.filterwarnings("ignore")
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     progress = Progress.read(folder) or Progress()
-    stop = Stop(folder)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         _enter(progress, "starting")
-        if job["kind"] == "scan":
-            scan(job, progress)
-        else:
-            train(job, progress, stop)
-        stop.check()
+        (scan if job["kind"] == "scan" else train)(job, progress)
         progress.end("done")
-    except (Cancelled, KeyboardInterrupt):
-        progress.end("cancelled", Path(CANCEL).read_text(encoding="utf-8") if Path(CANCEL).exists() else "")
     except Exception as error:  # which the server shows the user
         logger.exception("The job has failed.")
         progress.end("failed", for_user(error, folder))
-    progress.write(folder)
-    sys.stdout.flush()
-    os._exit(0)  # threads of libraries may not hold up the next job
+    finally:  # the trainer ends itself when it is told to stop, with a checkpoint
+        progress.write(folder)
+        sys.stdout.flush()
+        os._exit(0)  # threads of libraries may not hold up the next job
+
+
+def _end_with(server: int) -> None:
+    """End this process once the server is gone: nobody is left to read what would come out."""
+    while os.getppid() == server:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _enter(progress: Progress, phase: str, variant: str = "") -> None:
@@ -68,13 +72,11 @@ def _counted(progress: Progress) -> Callable[[int, int], None]:
 class Reporter(recipe.RunCallbacks):
     """Notes what the run of a variant reports."""
 
-    def __init__(self, key: str, progress: Progress, stop: Stop) -> None:
-        self.key, self.shown, self.stop = key, progress, stop
+    def __init__(self, key: str, progress: Progress) -> None:
+        self.key, self.shown = key, progress
 
     def stage(self, name: str) -> None:
-        """Note a stage; training ends between two steps, with a checkpoint."""
-        self.stop.patient = name == "training"
-        self.stop.check()
+        """Note a stage."""
         _enter(self.shown, name, self.key)
 
     def progress(self, done: int, total: int) -> None:
@@ -94,15 +96,8 @@ class Reporter(recipe.RunCallbacks):
         """Note a sentence, without the folders of this machine."""
         self.shown.note(text.replace(f"{Path.cwd()}{os.sep}", ""))
 
-    def should_stop(self) -> bool:
-        """Return whether the user has cancelled."""
-        if self.stop.wanted.is_set() and not self.stop.told:
-            self.stop.saving()
-            self.shown.note(texts.LOG_STOPPED.format(step=self.shown.part(self.key).step))
-        return self.stop.wanted.is_set()
 
-
-def train(job: Mapping[str, Any], progress: Progress, stop: Stop) -> None:
+def train(job: Mapping[str, Any], progress: Progress) -> None:
     """Carry out the recipe of every variant; one that fails leaves the others as they are. Then compare them all."""
     finished: dict[str, str] = {}
     for variant in job["variants"]:
@@ -116,19 +111,13 @@ def train(job: Mapping[str, Any], progress: Progress, stop: Stop) -> None:
             shutil.rmtree(key, ignore_errors=True)
         try:
             checked = recipe.read_recipe(f"{key}.yaml")
-            recipe.run_recipe(checked, Reporter(key, progress, stop), resume=goes_on, compare=False)
-            stop.check()
-        except (Cancelled, KeyboardInterrupt):
-            raise
+            recipe.run_recipe(checked, Reporter(key, progress), resume=goes_on, compare=False)
         except Exception as error:
             logger.exception("`%s` has failed.", key)
-            stop.check()
             progress.turn(key, "failed", for_user(error, Path.cwd()))
         else:
             progress.turn(key, "done")
             finished[variant["title"]] = key
-        finally:
-            stop.patient = False
     if not finished:
         raise ValueError(texts.NOTHING_FINISHED)
     examine(finished, progress)

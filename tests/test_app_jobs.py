@@ -55,18 +55,14 @@ def test_a_job_trains_every_variant_and_compares_them_whatever_becomes_of_one(tm
 
 
 @pytest.mark.slow
-def test_cancel_stops_within_two_seconds_and_keeps_a_checkpoint(tmp_path, queue):
+def test_cancel_ends_training_after_its_step_with_a_checkpoint(tmp_path, queue):
     job = train_job(tmp_path / "job", choices(tmp_path, steps=100_000))
     queue.submit(job)
     while job.progress.phase != "training" or not job.progress.parts["plain"].step:
         assert not job.wait(0.05), job.progress.log
-    start = time.monotonic()
     queue.cancel(job)
-    while not (job.folder / "stopping").exists() and not job.ended:
-        time.sleep(0.02)
-    assert time.monotonic() - start < 2.0
     assert job.wait(jobs.SAVING)
-    assert job.progress.state == "cancelled"
+    assert job.progress.state == "cancelled" and job.can_go_on
     assert list((tmp_path / "job" / "plain").glob("checkpoint-*/adapter_model.safetensors"))
 
 
