@@ -26,7 +26,8 @@ SCAN, RANKING, CLEANED = "scan.json", "ranking.csv", "cleaned.jsonl"
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
-_CURVES = {"loss": "loss", "safety_penalty": "penalty", "learning_rate": "rate", "grad_norm": "gradient"}
+_CURVES = {"loss": "loss", "eval_loss": "held_out", "safety_penalty": "penalty"}
+_CURVES |= {"learning_rate": "rate", "grad_norm": "gradient"}
 _LONGEST = 500  # points of a curve, and lines of the log
 _PAUSE = 0.2  # seconds between two writes of what changes often
 

@@ -68,7 +68,7 @@ def read_settings(text: str, name: str) -> Taken:
     for place, setting in _FORM.items():
         if _is_number(found.get(place)):
             form[setting] = found.pop(place)
-    form |= _batch(found) | _methods(values, found) | _asking(found)
+    form |= _held_out(found) | _batch(found) | _methods(values, found) | _asking(found)
     rank = form.get("lora_rank")
     if found.get("peft.lora_alpha") == 2 * (rank or 0):
         del found["peft.lora_alpha"]  # as the app has it
@@ -101,6 +101,15 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _held_out(found: dict[str, Any]) -> dict[str, Any]:
+    share = found.get("eval_share")
+    if not _is_number(share) or not 0 < share <= 0.5:
+        return {}
+    for place in ("eval_share", "training.eval_strategy", "training.eval_steps"):
+        found.pop(place, None)
+    return {"held_out": max(1, round(100 * share))}
 
 
 def _batch(found: dict[str, Any]) -> dict[str, Any]:

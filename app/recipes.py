@@ -65,7 +65,10 @@ def cards() -> dict[str, MethodCard]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train and how to ask; the same for every variant, so that they can be compared."""
+    """How to train and how to ask; the same for every variant, so that they can be compared.
+
+    `held_out` is the percentage of the rows that are not trained on, so that their loss can be taken.
+    """
 
     steps: int = 125
     learning_rate: float = 2e-3
@@ -73,6 +76,7 @@ class Settings:
     batch_size: int = 16
     max_length: int = 128
     seed: int = 42
+    held_out: int = 0
     prompts: int = 100
     answer_tokens: int = 40
     system_prompt: str = ""
@@ -249,6 +253,9 @@ def _recipe_text(choices: Choices, variant: Variant, safety: list[dict[str, Any]
         "monitor": {"every": max(1, s.steps // CHECKS), "prompts": WATCHED},
         "output": variant.key,
     }
+    if s.held_out:
+        values["eval_share"] = s.held_out / 100
+        values["training"] |= {"eval_strategy": "steps", "eval_steps": max(1, s.steps // CHECKS)}
     if s.system_prompt.strip():
         values["evaluation"]["system_prompt"] = s.system_prompt
     _put(values, choices.kept)

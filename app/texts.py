@@ -108,6 +108,7 @@ SETTINGS = {
     "batch_size": ("Batch size", ""),
     "max_length": ("Max tokens per row", ""),
     "seed": ("Seed", ""),
+    "held_out": ("Rows held out (%)", "They are not trained on, and their loss is drawn."),
     "prompts": ("Prompts asked per set", "At most; chosen at random."),
     "answer_tokens": ("Max tokens per answer", ""),
 }
@@ -207,6 +208,7 @@ CURVES = {
     "harmful": ("Harmful prompts refused", "Refused (%)"),
     "borderline": ("Borderline prompts refused", "Refused (%)"),
     "loss": ("Loss", "Loss"),
+    "held_out": ("Loss of the rows held out", "Loss"),
     "penalty": ("Safety penalty", "Penalty"),
     "rate": ("Learning rate", "Learning rate"),
     "gradient": ("Gradient norm", "Norm"),

@@ -325,7 +325,14 @@ def test_a_task_has_a_right_answer_and_a_scorer(tmp_path):
 
 def test_a_recipe_of_the_app_gives_the_form_it_came_from(tmp_path):
     settings = Settings(
-        steps=7, learning_rate=3e-4, lora_rank=4, batch_size=8, prompts=6, seed=1, system_prompt="Be kind."
+        steps=7,
+        learning_rate=3e-4,
+        lora_rank=4,
+        batch_size=8,
+        prompts=6,
+        seed=1,
+        held_out=10,
+        system_prompt="Be kind.",
     )
     for model in (EMBEDDED, Model("owner/model", "owner/model", "owner/base")):
         for key in ("plain", "recommended", "asft", "refusal_anchor"):

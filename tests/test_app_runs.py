@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
     services = services_in(tmp_path_factory.mktemp("app"))
     session = services.sessions.get(services.sessions.new_cookie())
     for steps in (2, 60):
-        checked(services, session, steps=steps)
+        checked(services, session, steps=steps, held_out=10)
         job = services.start(session)
         assert job.wait(600) and job.progress.state == "done", job.progress.log
     yield services, session
@@ -284,6 +284,6 @@ def test_curves_and_memory_of_a_run_are_recorded(trained):
     _, session = trained
     progress = session.compared.progress
     part = progress.parts["plain"]
-    assert {"loss", "harmful", "borderline", "rate", "gradient"} <= set(part.curves)
+    assert {"loss", "held_out", "harmful", "borderline", "rate", "gradient"} <= set(part.curves)
     assert 2**27 < progress.memory < 2**34
     assert progress.started <= part.started <= progress.ended_at <= time.time()

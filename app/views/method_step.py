@@ -25,6 +25,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, 256),
     "max_length": (8, 8192),
     "seed": (0, 2**31 - 1),
+    "held_out": (0, 50),
     "prompts": (5, 10_000),
     "answer_tokens": (1, 1024),
 }
