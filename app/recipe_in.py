@@ -104,7 +104,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _held_out(found: dict[str, Any]) -> dict[str, Any]:
-    share = found.get("eval_share")
+    share = found.get("eval_share", 0)
     if not _is_number(share) or not 0 < share <= 0.5:
         return {}
     for place in ("eval_share", "training.eval_strategy", "training.eval_steps"):
