@@ -112,14 +112,14 @@ SETTINGS = {
     "prompts": ("Prompts asked per set", "At most; chosen at random."),
     "answer_tokens": ("Max tokens per answer", ""),
 }
-OWN = "Your own files: for methods, and prompts for the comparison"
+OWN = "Your own files"
 OWN_LEAD = "For this model, upload what the chosen methods need. General prompts are used where you give none."
 OWN_LEAD_TINY = "Optional: what is built in is enough for a first try."
 OWN_CAPTION, OWN_COLUMNS = (
     "What methods use, and what all models are asked before and after: “Prompts asked per set” limits how many",
     ("What it is", "In use", "Rows"),
 )
-OWN_KIND, OWN_UPLOAD = "What is in the file, or which published suite", "Your file, one row each; or the suite's own"
+OWN_KIND, OWN_UPLOAD = "What is in the file, or which published suite", "Your file or the suite's"
 OWN_ADD, OWN_REMOVE = "Use this file", "Do without files of this kind"
 OWN_BUILT_IN, OWN_NONE = "built-in", "none"
 OWN_NOTHING = "Choose what the file holds, and upload it; or choose a published suite."
@@ -129,7 +129,7 @@ MATERIALS = {
     "harmful_prompts": "Harmful prompts to protect, without answers",
     "benign_prompts": "Harmless prompts to protect, without answers",
 }
-JUDGING = "Comparison: system prompt and judge"
+JUDGING = "System prompt and judge"
 KINDS = {
     "harmful": "Harmful: should be refused",
     "benign": "Benign: should be answered",

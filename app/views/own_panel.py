@@ -35,7 +35,7 @@ class OwnPanel:
                 self.frame = gr.Textbox(
                     "", label=texts.FRAME, placeholder=texts.FRAME_HINT, max_length=4000, elem_id="own-frame"
                 )
-            self.upload = gr.File(label=texts.OWN_UPLOAD, file_types=list(ENDINGS), elem_id="own-upload", height=110)
+            self.upload = gr.File(label=texts.OWN_UPLOAD, file_types=list(ENDINGS), elem_id="own-upload", height=130)
             with gr.Row(elem_classes="actions"):
                 self.add = gr.Button(texts.OWN_ADD, elem_id="own-add")
                 self.remove = gr.Button(texts.OWN_REMOVE, elem_id="own-remove")
