@@ -186,6 +186,7 @@ LABELLED = "".join(json.dumps({"prompt": f"Say {n}.", "completion": "1.", "safe"
 TURNS = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [

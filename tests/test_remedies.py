@@ -55,6 +55,7 @@ def test_what_a_warning_advises_ends_it(case, pair, tmp_path, caplog):
         assert message not in caplog.text
 
 
+@pytest.mark.slow
 def test_every_remedy_is_done_by_a_case_or_it_is_said_where_or_why_not():
     found, known = remedies(), {**CASES, **WARNINGS}
     named = {words: [text for text in found if words in text] for words in (*TESTS, *OTHER_WORDS, *UNDONE)}
