@@ -185,7 +185,7 @@ def read_file(path: Path, name: str, limits: Limits, columns: tuple[str, ...], l
     except ValueError as error:
         told = str(error).replace(str(path), name).splitlines()
         first, *more = [line for line in told if "on_bad_row" not in line]  # which the page has no place for
-        message = f"{first} {more[-1].strip()}." if more else first
+        message = f"{first} {_without_options(more[-1].strip())}." if more else first
         if "encoding" in message or "not UTF-" in message:
             message = f"{message if more else first.split('. ')[0].rstrip('.') + '.'} {texts.CHOOSE_ENCODING}"
         elif columns and ("column" in message or "format" in message):
@@ -278,8 +278,12 @@ def fetch(source: Sequence[Any], target: Path, limits: Limits, token: bool | Non
 
 
 def _expected(trouble: Any) -> str:
+    return _without_options(trouble.expected)
+
+
+def _without_options(text: str) -> str:
     """Return what a row should be, without advice on options that the page calls otherwise or has no place for."""
-    pieces = re.split(r"(?<=[,;:]) ", trouble.expected)
+    pieces = re.split(r"(?<=[,;:]) ", text)
     return " ".join(takewhile(lambda piece: not _OPTION.search(piece), pieces)).rstrip(",;:")
 
 

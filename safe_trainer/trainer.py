@@ -97,6 +97,7 @@ class SafeSFTTrainer(SFTTrainer):
         _refuse_adapters(arguments["model"])
         if not self.safety_methods:
             super().__init__(**arguments)
+            _refuse_adapters(self.model)  # which may have come from the Hub
             self._check_rows(arguments.get("train_dataset"), arguments.get("formatting_func") is not None)
             return
         peft_config = copy.deepcopy(arguments.get("peft_config"))
@@ -108,6 +109,7 @@ class SafeSFTTrainer(SFTTrainer):
         self._name = f"{SFTTrainer._name} with {' and '.join(method.name for method in self.safety_methods)}"
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
+        _refuse_adapters(self.model)
         check_trained(self.model)
         self._check_rows(arguments.get("train_dataset"), arguments.get("formatting_func") is not None)
         self._check_token_weights()

@@ -285,7 +285,6 @@ def test_the_model_starts_unchanged_and_never_writes_into_protected_directions(a
         {"use_rslora": True, "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"q_proj": 5}},
         {"modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0]},
-        {"bias": "all"},
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import planted
 import pytest
 import tiny
 import torch
@@ -690,3 +691,17 @@ def test_a_label_of_prompts_is_none_of_answers(tmp_path, caplog):
     rows = tiny.rows(2).add_column("toxicity", [0, 1]).add_column("user_input", ["Hi", "Bad"])  # ToxicChat's
     SafeSFTTrainer(**given(tmp_path, train_dataset=rows))
     assert "labelled harmful" not in caplog.text
+
+
+def test_security_vectors_from_the_hub_are_refused_as_a_model(tmp_path, monkeypatch):
+    vectors = planted.vectors(tiny.model()).save(tmp_path / "vectors")
+
+    def from_the_hub(*_: Any, **__: Any) -> Any:  # as transformers loads an adapter: its base model with it
+        model = tiny.model()
+        model.load_adapter(vectors)
+        return model
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", from_the_hub)
+    for safety in (None, Diary()):
+        with pytest.raises(ValueError, match="is security vectors, harmful by construction.*Give their base model"):
+            SafeSFTTrainer(**given(tmp_path, model="me/vectors"), safety=safety)
