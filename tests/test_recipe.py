@@ -891,7 +891,7 @@ def test_two_kinds_of_prompts_may_come_from_one_file(recipe):
         ),
         (
             {"peft": {"target_modules": ["q_proj"], "modules_to_save": ["head"]}},
-            "peft.modules_to_save: `head` is no mod",
+            "peft.modules_to_save: `head` is not a module",
         ),
         (
             {"peft": {"target_modules": ["q_proj"], "rank_pattern": {"x.*": 4}}},
