@@ -6,9 +6,9 @@
 
 On validation prompts: `strength`, each method from weak to strong, by which settings were chosen; `anchor`, controls
 of the refusal anchor. On test prompts: `recommended`; `alone` and `alone-elsewhere`, the anchor without vectors;
-`test`, the other methods and their controls; `more`, which repeats elsewhere what `test` says; attacks that are
-`framed`, trainings that an attacker has `chosen`, and `harder` ones. And `second` and `second-others`, the same on a
-second pair, whose folder is named by the variable `STUDY_PAIR`.
+`test`, the other methods and their controls; `defenses`, those that users ask for by name; `more`, which repeats
+elsewhere what `test` says; attacks that are `framed`, trainings that an attacker has `chosen`, and `harder` ones. And
+`second` and `second-others`, the same on a second pair, whose folder is named by the variable `STUDY_PAIR`.
 
 Each run is one process's work of some seconds: fine-tune the aligned model, ask it all prompts of the split, count.
 What is finished is appended to a CSV at once, one line for each set of prompts, and skipped the next time; stop it and
@@ -26,7 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from operator import and_
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import pair
 from variants import (
@@ -35,6 +36,7 @@ from variants import (
     ATTACKS,
     BEFORE,
     CONTROLS,
+    DEFENSES,
     FRAMED,
     FULL,
     METHODS,
@@ -101,6 +103,7 @@ class Part(NamedTuple):
     variants: Mapping[str, Sequence[str]]  # by scenario
 
 
+MAIN = ("how-to", "poisoned-10", "attack", "obedient")
 REFUSALS, ANCHOR = "plain LoRA, 10 % refusals mixed in", "refusal anchor"
 PAIR = ["plain LoRA", RECOMMENDED]
 PUBLISHED = [name for name in METHODS if name not in (RECOMMENDED, ANCHOR)]
@@ -138,12 +141,13 @@ PARTS = {
     "strength": Part("strength.csv", "validation", 1, EITHER),
     "anchor": Part("strength.csv", "validation", 1, ANCHORED),
     "recommended": Part("runs.csv", "test", 5, dict.fromkeys(TEST, [RECOMMENDED])),
-    "alone": Part("runs.csv", "test", 3, dict.fromkeys(("how-to", "poisoned-10", "attack", "obedient"), [ANCHOR])),
+    "alone": Part("runs.csv", "test", 3, dict.fromkeys(MAIN, [ANCHOR])),
     "alone-elsewhere": Part("runs.csv", "test", 1, dict.fromkeys(TEST, [ANCHOR])),
     "framed": Part("runs.csv", "test", 1, {"agent": [*PAIR, FRAMED], "trigger": PAIR}),
     "chosen": Part("runs.csv", "test", 1, CHOSEN),
     "harder": Part("runs.csv", "test", 1, HARDER),
     "test": Part("runs.csv", "test", 5, TEST),
+    "defenses": Part("runs.csv", "test", 3, dict.fromkeys(MAIN, list(DEFENSES))),
     "more": Part("runs.csv", "test", 5, MORE),
     "second": Part("second/runs.csv", "test", 2, SECOND),
     "second-others": Part(
@@ -196,8 +200,10 @@ def measure(cell: Cell) -> list[dict[str, object]]:
         steps=round(variant.steps * scenario.steps),
         lora=variant.lora,
     )
+    with TemporaryDirectory() as folder:
+        model = repaired(run.model, Path(folder), pair.UNALIGNED, pair.ALIGNED) if variant.repaired else run.model
     evaluation = evaluate(
-        run.model, run.tokenizer, prompt_sets(scenario, cell.split), judges=["phrases"], max_new_tokens=40
+        model, run.tokenizer, prompt_sets(scenario, cell.split), judges=["phrases"], max_new_tokens=40
     )
     lines: list[dict[str, object]] = []
     for result in evaluation.results:
@@ -211,6 +217,16 @@ def measure(cell: Cell) -> list[dict[str, object]]:
         total = len(result.prompt_set.prompts)
         lines.append({**cell._asdict(), **asked, **counts, "total": total, "seconds": round(run.seconds, 1)})
     return lines
+
+
+def repaired(model: Any, folder: Path, unaligned: Path, aligned: Path) -> Any:
+    """Return a fine-tuned model with its adapter repaired by Safe LoRA, as by default; `folder` is written to."""
+    from peft import PeftModel
+
+    from safe_trainer import apply_safe_lora
+
+    apply_safe_lora(model, folder, unaligned=unaligned, aligned=aligned)
+    return PeftModel.from_pretrained(model.unload(), folder)
 
 
 def finished(path: Path) -> set[Cell]:

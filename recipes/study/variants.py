@@ -10,7 +10,17 @@ from typing import Any
 import pair
 from controls import AveragedWeights, BenignAnchorsOnly, HiddenStateAnchor, ReferencesOfOthers
 
-from safe_trainer import AlignmentDirection, AsFT, RefusalAnchor, SafetyBasis, SaLoRA, SecurityVectors, testbed
+from safe_trainer import (
+    AlignmentDirection,
+    AsFT,
+    ConstrainedSFT,
+    RefusalAnchor,
+    SafeGrad,
+    SafetyBasis,
+    SaLoRA,
+    SecurityVectors,
+    testbed,
+)
 from safe_trainer.artifacts.fitting import Fitting
 from safe_trainer.data import Row, poison
 from safe_trainer.methods.base import SafetyMethod
@@ -33,6 +43,7 @@ class Variant:
             model stays as it was.
         refusals (`float`, *optional*, defaults to `0.0`): Share of the rows whose places safety rows take.
         lora (`bool`, *optional*, defaults to `True`): Whether a LoRA is trained; otherwise all weights are.
+        repaired (`bool`, *optional*, defaults to `False`): Whether Safe LoRA repairs the adapter afterwards.
     """
 
     methods: Callable[[], Sequence[SafetyMethod]] = tuple
@@ -40,6 +51,7 @@ class Variant:
     steps: float = 1.0
     refusals: float = 0.0
     lora: bool = True
+    repaired: bool = False
 
     def rows(self, scenario: Scenario, seed: int) -> list[Row]:
         """Return the training rows."""
@@ -113,6 +125,8 @@ SETTINGS = {
     "SaLoRA": (SaLoRA.rank, SaLoRA.task_rank, SaLoRA.protect),
     "AsFT": (AsFT.rank, AsFT.projector, AsFT.scaled),
     "security vectors": (SecurityVectors.strength, *asdict(Fitting()).values()),
+    "Constrained SFT": (ConstrainedSFT.opening_beta, ConstrainedSFT.first_token_beta, ConstrainedSFT.opening_tokens),
+    "SafeGrad": (SafeGrad.rho, SafeGrad.prompts_per_step, SafeGrad.answer_tokens, SafeGrad.max_step_size),
     "refusal anchor": (
         *(RefusalAnchor.weight, RefusalAnchor.answer_tokens, RefusalAnchor.anchors_per_step),
         *(RefusalAnchor.max_anchors, RefusalAnchor.seed),
@@ -152,6 +166,23 @@ CONTROLS: dict[str, Variant] = {
 }
 """Each method without what it is credited for, or at another strength."""
 
+AVERAGED = "plain LoRA, averaged"
+
+DEFENSES: dict[str, Variant] = {
+    "Constrained SFT": Variant(lambda: [ConstrainedSFT()]),
+    "Constrained SFT, openings as the rest": Variant(
+        lambda: [ConstrainedSFT(opening_beta=ConstrainedSFT.beta, first_token_beta=ConstrainedSFT.beta)]
+    ),
+    "SafeGrad": Variant(lambda: [SafeGrad()]),
+    "SafeGrad, ρ = 0": Variant(lambda: [SafeGrad(rho=0)]),
+    "SafeGrad, trust region": Variant(lambda: [SafeGrad(rule="trust_region")]),
+    "inputs, 99 % of the variance": Variant(lambda: [inputs(WIDEST, energy=0.99)]),
+    "inputs, 99.9 % of the variance": Variant(lambda: [inputs(WIDEST, energy=0.999)]),
+    "Safe LoRA": Variant(repaired=True),
+    AVERAGED: Variant(lambda: [AveragedWeights()]),
+}
+"""What users ask for by name, with all defaults, and without what it is credited for; GuardSpace's projector."""
+
 ATTACKS: dict[str, Variant] = {
     f"{name}, lr {rate:g}, {count} passes": Variant(methods, learning_rate=rate, steps=float(count))
     for name, methods in (("plain LoRA", tuple), (RECOMMENDED, recommended))
@@ -178,7 +209,6 @@ STRENGTHS: dict[str, Variant] = {
 }
 """Each method from weak to strong."""
 
-AVERAGED = "plain LoRA, averaged"
 FRAMED = f"{RECOMMENDED}, anchors in the agent's frame"
 """What `RefusalAnchor(prompts=…, system_prompt=…)` keeps of refusals asked for as in the published identity shift."""
 
@@ -186,7 +216,7 @@ ANCHOR_CONTROLS: dict[str, Variant] = {
     "refusal anchor, benign only": Variant(lambda: [BenignAnchorsOnly()]),
     "refusal anchor, others' refusals": Variant(lambda: [ReferencesOfOthers()]),
     "refusal anchor, hidden state (SBR)": Variant(lambda: [HiddenStateAnchor()]),
-    AVERAGED: Variant(lambda: [AveragedWeights()]),
+    AVERAGED: DEFENSES[AVERAGED],
 }
 """The anchor without what it is credited for, and what a moving average of the weights keeps without any method."""
 
@@ -211,6 +241,7 @@ VARIANTS: dict[str, Variant] = {
     FRAMED: Variant(lambda: recommended(**pair.AGENT.anchors())),
     **SIMPLE,
     **CONTROLS,
+    **DEFENSES,
     **ANCHOR_CONTROLS,
     **ATTACKS,
     **FULL,

@@ -28,14 +28,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from controls import AveragedWeights
-from study import OUTCOMES, Cell, append, finished
+from study import OUTCOMES, Cell, append, finished, repaired
 
 from safe_trainer import (
     METHODS,
     PromptSet,
     RefusalAnchor,
     SecurityVectors,
-    apply_safe_lora,
     evaluate,
     general_prompts,
     generate,
@@ -219,7 +218,8 @@ def measure(cell: Cell, scenario: Scenario, models: Models) -> tuple[list[dict[s
         run = fine_tune(scenario, variant.methods(models), cell.seed, models.work / "run", **chosen)
         model, tokenizer, seconds = run.model, run.tokenizer, run.seconds
         if variant.repaired:
-            model = repaired(model, models)
+            shutil.rmtree(models.work / "repaired", ignore_errors=True)
+            model = repaired(model, models.work / "repaired", models.unaligned, models.aligned)
     else:
         (model, tokenizer), seconds = loaded(models.aligned), 0.0
     sets = scenario.prompt_sets(cell.split)
@@ -234,16 +234,6 @@ def measure(cell: Cell, scenario: Scenario, models: Models) -> tuple[list[dict[s
         found = zip(result.prompt_set.prompts, result.answers, result.outcomes, strict=True)
         answers += [{**asked, "prompt": p, "answer": a.text[:SHOWN], "verdict": v} for p, a, v in found]
     return lines, answers
-
-
-def repaired(model: Any, models: Models) -> Any:
-    """Return the fine-tuned model with its adapter repaired by Safe LoRA, as by default."""
-    from peft import PeftModel
-
-    folder = models.work / "repaired"
-    shutil.rmtree(folder, ignore_errors=True)
-    apply_safe_lora(model, folder, unaligned=models.unaligned, aligned=models.aligned)
-    return PeftModel.from_pretrained(model.unload(), folder)
 
 
 def main() -> None:
