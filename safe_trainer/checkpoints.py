@@ -265,20 +265,29 @@ def _check_start(checkpoint: Path, model: nn.Module) -> None:
     own, files = dict(model.named_parameters()), "model*.safetensors"
     if isinstance(model, PeftModel):
         own, files = get_peft_model_state_dict(model, save_embedding_layers=False), "adapter_model.safetensors"
-    compared = 0
-    for file in sorted(checkpoint.glob(files)):
-        with safe_open(file, framework="pt") as opened:
-            for name in sorted(own.keys() & set(opened.keys())):
-                weight, saved = own[name].detach(), opened.get_tensor(name)
-                if isinstance(weight, DTensor) or not torch.equal(weight.cpu(), saved):
-                    return
-                compared += 1
-    if compared:
+    try:
+        same = _are_in(own, sorted(checkpoint.glob(files)))
+    except SafetensorError as error:
+        raise ValueError(damaged(checkpoint, error)) from error
+    if same:
         raise ValueError(
             f"The model has the weights of `{checkpoint}` already, so the methods would take what was trained for the "
             "model before training. Give the model that the run began with: the base model and `peft_config`, or the "
             "adapter or weights that it started from."
         )
+
+
+def _are_in(weights: dict[str, torch.Tensor], files: list[Path]) -> bool:
+    """Return whether files hold these very weights, as far as they hold any of them."""
+    compared = 0
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(weights.keys() & set(opened.keys())):
+                weight, saved = weights[name].detach(), opened.get_tensor(name)
+                if isinstance(weight, DTensor) or not torch.equal(weight.cpu(), saved):
+                    return False
+                compared += 1
+    return compared > 0
 
 
 def damaged(checkpoint: str | Path, error: Exception | str) -> str:

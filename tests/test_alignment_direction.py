@@ -343,7 +343,7 @@ def test_damaged_weights_are_refused(pair, damage):
 @pytest.mark.slow
 def test_config_that_is_no_causal_language_model_is_refused(pair):
     (pair[0] / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match="`aligned` .* is no causal language model"):
+    with pytest.raises(ValueError, match="`aligned` .* is not a causal language model"):
         from_checkpoints(pair)
 
 
