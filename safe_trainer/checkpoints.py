@@ -277,7 +277,7 @@ def _check_start(checkpoint: Path, model: nn.Module) -> None:
         )
 
 
-def _are_in(weights: dict[str, torch.Tensor], files: list[Path]) -> bool:
+def _are_in(weights: Mapping[str, torch.Tensor], files: list[Path]) -> bool:
     """Return whether files hold these very weights, as far as they hold any of them."""
     compared = 0
     for file in files:
