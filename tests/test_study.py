@@ -230,6 +230,8 @@ def test_the_committed_rows_were_measured_at_these_settings(study):
         "SaLoRA": (32, 32, "output"),
         "AsFT": (16, "published", False),
         "security vectors": (1.0, 8, "all-linear", 2e-3, 20, None, 16, 0.04, None, 0, 1e-3, 1.0, 1024, 0),
+        "Constrained SFT": (2.0, 0.5, 5),
+        "SafeGrad": (1.0, 8, 8, 0.1),
         "refusal anchor": (3.0, 24, 4, 64, 0),
     }
 

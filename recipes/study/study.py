@@ -147,7 +147,7 @@ PARTS = {
     "chosen": Part("runs.csv", "test", 1, CHOSEN),
     "harder": Part("runs.csv", "test", 1, HARDER),
     "test": Part("runs.csv", "test", 5, TEST),
-    "defenses": Part("runs.csv", "test", 3, dict.fromkeys(MAIN, list(DEFENSES))),
+    "defenses": Part("runs.csv", "test", 1, dict.fromkeys(MAIN, list(DEFENSES))),
     "more": Part("runs.csv", "test", 5, MORE),
     "second": Part("second/runs.csv", "test", 2, SECOND),
     "second-others": Part(
