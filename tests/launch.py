@@ -74,7 +74,7 @@ def methods(folder: Path) -> dict[str, Callable[[], Any]]:
         "refusal_anchor": lambda: METHODS["refusal_anchor"](refused, ["Say it nicely", "Say 2"], weight=5.0),
         "constrained_sft": lambda: METHODS["constrained_sft"](),
         "safe_grad": lambda: METHODS["safe_grad"](refused, rho=5.0),
-        "safe_grad: trust region": lambda: METHODS["safe_grad"](refused, rule="trust_region", max_step_size=0.5),
+        "safe_grad: trust region": lambda: METHODS["safe_grad"](refused, rule="trust_region", max_step_size=0.2),
         "recommended": lambda: [vectors(), made["refusal_anchor"]()],
         "all": lambda: [made["asft"](), made["salora"](), vectors()],
     }
