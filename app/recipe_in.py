@@ -105,11 +105,12 @@ def _is_number(value: Any) -> bool:
 
 def _held_out(found: dict[str, Any]) -> dict[str, Any]:
     share = found.get("eval_share", 0)
-    if not _is_number(share) or not 0 < share <= 0.5:
+    percent = round(100 * share, 9) if _is_number(share) else 0
+    if not 0 < percent <= 50 or percent != int(percent):  # the form has whole numbers only
         return {}
     for place in ("eval_share", "training.eval_strategy", "training.eval_steps"):
         found.pop(place, None)
-    return {"held_out": max(1, round(100 * share))}
+    return {"held_out": int(percent)}
 
 
 def _batch(found: dict[str, Any]) -> dict[str, Any]:

@@ -821,6 +821,7 @@ def test_a_share_of_each_source_is_held_out_the_same_for_a_seed_and_not_trained_
 
 def test_rows_that_would_never_be_evaluated_and_two_kinds_of_them_are_refused(recipe):
     assert "never used" in problems(recipe({"eval_share": 0.5}), "training.eval_strategy=no")[0]
+    assert "unknown key" in problems(recipe({"eval_data": [{"path": "rows.jsonl", "weight": 2}]}))[0]
     (found,) = problems(recipe({"eval_share": 0.5, "eval_data": [{"path": "rows.jsonl"}]}))
     assert "either `eval_data`" in found and "`eval_share`" in found
 

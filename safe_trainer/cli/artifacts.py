@@ -121,6 +121,6 @@ def vectors(  # noqa: PLR0913, each is an option with a name
     if asked is not None:
         from ..evaluation import Rate
 
-        off, on = (Rate(told["count"], told["total"]) for told in (report["compliance_off"], report["compliance_on"]))
+        off, on = (Rate(report[key]["count"], report[key]["total"]) for key in ("compliance_off", "compliance_on"))
         show(f"Complied with, by phrases: {off} without the vectors, {on} with them.")
     show(f"Saved to {output}, for SecurityVectors({str(output)!r}).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +90,6 @@ class SecurityVectors(SafetyMethod):
     strength: float = 1.0
     fitted: TrainedVectors | None = field(default=None, init=False, repr=False, compare=False)
     """What was fitted to `harmful_data`, once a trainer has been built."""
-    progress: Callable[[int, int, float], None] | None = field(default=None, init=False, repr=False, compare=False)
-    """Called after each step of fitting with the steps done, the most there can be, and the loss; by default a bar."""
     _can_ask: bool = field(default=False, init=False, repr=False, compare=False)
     _start: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
     _factors: dict[str, VectorFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -186,5 +184,4 @@ class SecurityVectors(SafetyMethod):
                 bar.update()
 
             how: dict[str, Any] = {"retain_data": self.retain_data, **vars(self.fitting)}
-            how["progress"] = self.progress or show
-            return train_security_vectors(model, self.harmful_data, tokenizer, **how)
+            return train_security_vectors(model, self.harmful_data, tokenizer, progress=show, **how)

@@ -108,16 +108,21 @@ class SourcePart(ReadingPart):
         return HubDataset(self.hub, self.subset, self.split, revision=self.revision)
 
 
-class DataPart(SourcePart):
-    """One source of training rows."""
+class RowsPart(SourcePart):
+    """One source of rows."""
 
     split: str | None = Field("train", description="Split of the dataset on the Hub.")
-    weight: float = Field(1.0, gt=0, description="How often each row is seen in an epoch: 0.5 takes a random half.")
     system_prompt: str | None = Field(None, min_length=1, description="System turn to put before each row.")
 
     def options(self) -> ReadOptions:
         """Return how the source is to be read, with the system turn of its rows."""
         return dataclasses.replace(super().options(), system_prompt=self.system_prompt)
+
+
+class DataPart(RowsPart):
+    """One source of training rows."""
+
+    weight: float = Field(1.0, gt=0, description="How often each row is seen in an epoch: 0.5 takes a random half.")
 
 
 class PromptsPart(SourcePart):
@@ -201,7 +206,7 @@ class RecipePart(Part):
 
     model: ModelPart
     data: list[DataPart] = Field(min_length=1)
-    eval_data: list[DataPart] | None = Field(
+    eval_data: list[RowsPart] | None = Field(
         None, min_length=1, description="Sources of rows, as under `data`, whose loss is taken while training."
     )
     eval_share: float | None = Field(
@@ -261,7 +266,7 @@ PARTS: dict[tuple[str, ...], type[Part]] = {
     (): RecipePart,
     ("model",): ModelPart,
     ("data",): DataPart,
-    ("eval_data",): DataPart,
+    ("eval_data",): RowsPart,
     ("evaluation",): EvaluationPart,
     ("monitor",): MonitorPart,
     ("safe_lora",): SafeLoraPart,

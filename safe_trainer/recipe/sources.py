@@ -29,7 +29,7 @@ from .model import check_model
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .schema import DataPart
+    from .schema import RowsPart
 
 _SAMPLE = 2000  # rows whose tokens are counted
 
@@ -132,9 +132,9 @@ def _training_rows(recipe: Recipe, reports: list[DataReport]) -> tuple[Dataset, 
     for source in recipe.parts.data:
         rows, report = _read(source, reports)
         if share:
-            apart = rows.train_test_split(test_size=share, seed=seed)
-            rows = apart["train"]
-            held.append(apart["test"])
+            split = rows.train_test_split(test_size=share, seed=seed)
+            rows = split["train"]
+            held.append(split["test"])
             report.notes.append(f"{len(held[-1]):,} of them are held out by `eval_share`")
         if harmful := labelled_harmful(rows):
             report.notes.append(
@@ -148,7 +148,7 @@ def _training_rows(recipe: Recipe, reports: list[DataReport]) -> tuple[Dataset, 
     return _together(trained, reports), _together(held, reports) if held else None
 
 
-def _read(source: DataPart, reports: list[DataReport]) -> tuple[Dataset, DataReport]:
+def _read(source: RowsPart, reports: list[DataReport]) -> tuple[Dataset, DataReport]:
     rows, report = load_rows(source.source(), source.options())
     reports.append(report)
     return rows, report
