@@ -144,14 +144,20 @@ class RunFingerprint(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
 
-def resolve_checkpoint(wanted: Any, output: str | Path, fingerprint: RunFingerprint, model: nn.Module) -> Any:
+def resolve_checkpoint(
+    wanted: Any,
+    output: str | Path,
+    fingerprint: RunFingerprint,
+    model: nn.Module,
+    chat_template: str | None = None,
+) -> Any:
     """Return what to resume from (`wanted`, or for `True` the last complete checkpoint), the same in all processes.
 
     Without methods the choice is left to transformers, and only a checkpoint that was made with methods is refused.
 
     Raises:
         ValueError: If the checkpoint is incomplete, another process does not find it, or it was made with other
-            methods, settings, processes or another adapter; says which.
+            methods, settings, processes, chat template or another adapter; says which.
     """
     if not wanted:
         return wanted
@@ -160,14 +166,16 @@ def resolve_checkpoint(wanted: Any, output: str | Path, fingerprint: RunFingerpr
         if isinstance(folder, (str, os.PathLike)):
             _check_fingerprint(Path(folder), fingerprint)
         return wanted
-    found = on_first_process(lambda: _resolve(wanted, Path(output), fingerprint, model))
+    found = on_first_process(lambda: _resolve(wanted, Path(output), fingerprint, model, chat_template))
     folder = Path(output) / found if isinstance(found, Path) else found
     if on_first_process(lambda: isinstance(folder, str | os.PathLike) and Path(folder).is_dir()):
         _check_in_all_processes(Path(folder), fingerprint)
     return str(folder) if isinstance(found, Path) else folder
 
 
-def _resolve(wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.Module) -> Any:
+def _resolve(
+    wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.Module, chat_template: str | None
+) -> Any:
     """Return the checkpoint: its name if it is in `output`, which other machines may call otherwise, or as given."""
     if wanted is True:
         wanted = last_checkpoint(output) or wanted
@@ -182,6 +190,7 @@ def _resolve(wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.M
             f"was interrupted, by a kill or a full disk. {instead}, and remove this one."
         )
     _check_fingerprint(checkpoint, fingerprint)
+    _check_template(checkpoint, chat_template)
     _check_kind(checkpoint, model)
     _check_start(checkpoint, model)
     return Path(checkpoint.name) if checkpoint.parent == output else wanted
@@ -235,6 +244,16 @@ def _check_fingerprint(checkpoint: Path, fingerprint: RunFingerprint) -> None:
 def _launch(launch: Mapping[str, Any]) -> str:
     count = launch.get("processes")
     return "one process" if count == 1 else f"{count} processes with {launch.get('strategy')}"
+
+
+def _check_template(checkpoint: Path, chat_template: str | None) -> None:
+    """Refuse another chat template than the one that the checkpoint's tokenizer was saved with."""
+    saved = checkpoint / "chat_template.jinja"
+    if isinstance(chat_template, str) and saved.is_file() and saved.read_text(encoding="utf-8") != chat_template:
+        raise ValueError(
+            f"`{checkpoint}` was made with another chat template, `{saved.name}` in it, than the tokenizer has now: "
+            f"the same rows would be other tokens. {_INSTEAD}"
+        )
 
 
 def _check_kind(checkpoint: Path, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -98,7 +98,7 @@ class SafeSFTTrainer(SFTTrainer):
         if not self.safety_methods:
             super().__init__(**arguments)
             _refuse_adapters(self.model)  # which may have come from the Hub
-            self._check_rows(arguments.get("train_dataset"), arguments.get("formatting_func") is not None)
+            self._check_rows(arguments)
             return
         peft_config = copy.deepcopy(arguments.get("peft_config"))
         for method in self.safety_methods:
@@ -111,7 +111,7 @@ class SafeSFTTrainer(SFTTrainer):
         super().__init__(**arguments)
         _refuse_adapters(self.model)
         check_trained(self.model)
-        self._check_rows(arguments.get("train_dataset"), arguments.get("formatting_func") is not None)
+        self._check_rows(arguments)
         self._check_token_weights()
         strategy = strategy_of(self.accelerator, self.model)
         for method in self.safety_methods:
@@ -124,40 +124,57 @@ class SafeSFTTrainer(SFTTrainer):
         self._fingerprint = RunFingerprint(self.safety_methods, strategy, self.accelerator.num_processes)
         self.add_callback(self._fingerprint)
 
-    def _check_rows(self, given: Any, as_text: bool) -> None:
-        """Report rows that are labelled harmful, that lose a turn in the chat template, and that teach nothing."""
-        is_stream = isinstance(given, IterableDataset) and bool(self.safety_methods)
-        rows = _first_rows(given) if is_stream else given
-        if not isinstance(rows, Dataset):
-            return
-        if harmful := labelled_harmful(rows):
-            logger.warning(
-                "%d of %d rows of `train_dataset`%s are labelled harmful, and are learned. Leave them out, as with "
-                "`load_rows(..., ReadOptions(where={'is_safe': True}))`.",
-                *(harmful, len(rows), " looked at" if is_stream else ""),
-            )
-        # Semi-private: images and rows that are to be taken as they are, which TRL does not bring into the template.
-        if self.safety_methods and not (self._skip_prepare_dataset or as_text or "input_ids" in rows.column_names):
-            if lost := lost_turns(self._tokenizer, rows, is_start=is_stream, chat_template=self.chat_template):
-                logger.warning("`train_dataset`: %s %s", lost, OTHER_TEMPLATE)
-        if isinstance(self.train_dataset, Dataset):
-            self._check_learned(rows)
+    def _check_rows(self, given: Mapping[str, Any]) -> None:
+        """Report rows that are labelled harmful, that lose a turn in the chat template, and that are left out."""
+        stream = given.get("train_dataset")
+        is_stream = isinstance(stream, IterableDataset) and bool(self.safety_methods)
+        rows = _first_rows(stream) if is_stream else stream
+        if isinstance(rows, Dataset):
+            if harmful := labelled_harmful(rows):
+                logger.warning(
+                    "%d of %d rows of `train_dataset`%s are labelled harmful, and are learned. Leave them out, as "
+                    "with `load_rows(..., ReadOptions(where={'is_safe': True}))`.",
+                    *(harmful, len(rows), " looked at" if is_stream else ""),
+                )
+            # Semi-private: images, and rows to be taken as they are, which TRL does not bring into the template.
+            as_they_are = self._skip_prepare_dataset or given.get("formatting_func") is not None
+            if self.safety_methods and not (as_they_are or "input_ids" in rows.column_names):
+                if lost := lost_turns(self._tokenizer, rows, is_start=is_stream, chat_template=self.chat_template):
+                    logger.warning("`train_dataset`: %s %s", lost, OTHER_TEMPLATE)
+        formatting = given.get("formatting_func")
+        self._check_left("train_dataset", stream, self.train_dataset, self.args.packing, formatting)
+        held = given.get("eval_dataset")
+        is_packed = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        if isinstance(held, dict):
+            for name, part in held.items():
+                self._check_left(f"eval_dataset[{name!r}]", part, self.eval_dataset[name], is_packed, formatting)
+        else:
+            self._check_left("eval_dataset", held, self.eval_dataset, is_packed, formatting)
 
-    def _check_learned(self, given: Dataset) -> None:
+    def _check_left(self, name: str, given: Any, prepared: Any, is_packed: bool, formatting: Any) -> None:
         """Report the rows that TRL has dropped because no token of their answers is left within `max_length`."""
-        left = len(self.train_dataset)
-        if self.args.packing:  # which joins rows, and drops none: at least one must have a token to learn
-            labels = (row["labels"] for row in self.train_dataset)
-            left = len(given) * any(label != -100 for row in labels for label in row)
+        is_stream = isinstance(given, IterableDataset)
+        if is_stream and self.safety_methods and not (self._skip_prepare_dataset or is_packed):
+            given = given.take(_LOOKED_AT)
+            # Semi-private: rows of a stream are prepared as they come, so the first are once more.
+            prepared = self._prepare_dataset(given, self.processing_class, self.args, False, formatting, name)
+            total, left = (sum(1 for _ in rows) for rows in (given, prepared))
+        elif isinstance(given, Dataset) and isinstance(prepared, Dataset):
+            total, left = len(given), len(prepared)
+            if is_packed:  # which joins rows, and drops none: at least one must have a token to learn
+                left = total * any(label != -100 for row in prepared for label in row["labels"])
+        else:
+            return
+        is_trained = name == "train_dataset"
         cut = f"past `max_length={self.args.max_length}` tokens. Raise `max_length`, or shorten the prompts."
-        if not left:
-            raise ValueError(
-                f"None of the {len(given):,} rows of `train_dataset` teaches anything: answers start {cut}"
-            )
-        if left < len(given):
+        if not (left or is_stream):
+            at_all = "teaches anything" if is_trained else "has anything to take a loss on"
+            raise ValueError(f"None of the {total:,} rows of `{name}` {at_all}: answers start {cut}")
+        if left < total:
+            nothing = "teach nothing" if is_trained else "have nothing to take a loss on"
             logger.warning(
-                "%d of %d rows of `train_dataset` teach nothing and are left out: their answers start %s",
-                *(len(given) - left, len(given), cut),
+                "%d of %d rows of `%s`%s %s and are left out: their answers start %s",
+                *(total - left, total, name, " looked at" if is_stream else "", nothing, cut),
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +185,8 @@ class SafeSFTTrainer(SFTTrainer):
             KeyboardInterrupt: After Ctrl-C, when the step is finished, its checkpoint saved and the methods are left.
             SystemExit: So after SIGTERM.
         """
-        resumed = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self._fingerprint, self.model)
+        where, template = self.args.output_dir, getattr(self._tokenizer, "chat_template", None)
+        resumed = resolve_checkpoint(resume_from_checkpoint, where, self._fingerprint, self.model, template)
         with ExitStack() as stack:
             stop = stack.enter_context(graceful_stop(self, self.resume_command)) if self.stops_gracefully else None
             if self.safety_methods:  # without, evaluation spoils gradients of 4 bits on a CPU as it does in TRL

@@ -545,7 +545,7 @@ def test_rows_are_cut_as_trl_cuts_them(training, lost, recipe, tmp_path):
     assert (made.lost.count, made.learned.value == 1) == (lost, not lost)
     rows = SFTTrainer(found.parts.model.path, arguments(found), train_dataset=load_data(found).rows).train_dataset
     answers = sum(label != -100 for row in rows for label in row["labels"])
-    whole = count_tokens(found, load_data(found).rows, arguments(found))
+    whole = count_tokens(found, load_data(found), arguments(found))
     assert whole.learned == answers
 
 
@@ -817,6 +817,25 @@ def test_a_share_of_each_source_is_held_out_the_same_for_a_seed_and_not_trained_
     assert held == [row["prompt"] for row in again.eval_rows] != [row["prompt"] for row in other.eval_rows]
     assert not any(row["prompt"] in held for row in first.rows)
     assert any(f"{len(held)} of them are held out" in text for text in first.messages())
+
+
+def test_evaluation_rows_whose_answer_is_cut_away_are_counted_and_named(recipe, tmp_path):
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
+    path = recipe({"training": {"max_length": 64, "max_steps": 1}, "eval_data": [{"path": "held.jsonl"}]})
+    said = " ".join(plan(read_recipe(path)).messages)
+    assert "3 of 8 evaluation rows are left out of the loss: their answer starts after `max_length=64`" in said
+    assert "(rows 6, 7, 8)" in said and "teach nothing" not in said
+    assert not plan(read_recipe(path, ["training.max_length=4096"])).messages
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, LONG)))
+    with pytest.raises(ValueError, match="Every evaluation row's answer starts after .*no loss can be taken"):
+        plan(read_recipe(path))
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused_with_the_source(recipe, tmp_path):
+    path = recipe({"eval_share": 0.1})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(ValueError, match="`eval_share: 0.1` leaves no row of .*rows.jsonl.* which has 1"):
+        load_data(read_recipe(path))
 
 
 def test_rows_that_would_never_be_evaluated_and_two_kinds_of_them_are_refused(recipe):

@@ -352,6 +352,18 @@ def test_weights_of_another_model_are_refused_by_their_shapes(pair, tmp_path):
         resolve_checkpoint(str(folder), tmp_path, fingerprint, model)
 
 
+def test_another_chat_template_is_refused(protected_run, pair, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(protected_run[0], folder)
+    trainer = resumable(tmp_path, pair, methods_of(protected_run[1]))
+    template = trainer.processing_class.chat_template
+    trainer.processing_class.chat_template = template + " "
+    with pytest.raises(ValueError, match="another chat template, `chat_template.jinja` in it, .*new run from its"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    trainer.processing_class.chat_template = template
+    trainer.train(resume_from_checkpoint=str(folder))
+
+
 # ---- processes and strategies
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -641,6 +642,33 @@ def test_rows_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
             arguments = given(tmp_path, train_dataset=Dataset.from_list(long), max_length=64, **more)
             with pytest.raises(ValueError, match="None of the 3 rows.*`max_length=64`.*Raise `max_length`"):
                 SafeSFTTrainer(**arguments, safety=safety)
+
+
+def test_evaluation_rows_whose_answers_are_cut_away_are_counted_by_name(tmp_path, caplog):
+    long = [conversation("Please consider this. " * 8, "Yes.")] * 3
+    rows = Dataset.from_list([*tiny.rows(5), *long])
+    cases = (rows, "3 of 8 rows of `eval_dataset` have"), ({"a": rows}, "3 of 8 rows of `eval_dataset['a']` have")
+    for safety, (held, told) in product((None, Diary()), cases):
+        SafeSFTTrainer(**given(tmp_path, eval_dataset=held, max_length=64), safety=safety)
+        assert told in caplog.text and "teach nothing" not in caplog.text
+        caplog.clear()
+        SafeSFTTrainer(**given(tmp_path, eval_dataset=held, max_length=256), safety=safety)  # as it advises
+        assert "have nothing to take a loss on" not in caplog.text
+    for more in ({}, {"eval_packing": True}):
+        arguments = given(tmp_path, eval_dataset=Dataset.from_list(long), max_length=64, **more)
+        with pytest.raises(ValueError, match="None of the 3 rows of `eval_dataset` has .*Raise `max_length`"):
+            SafeSFTTrainer(**arguments)
+
+
+def test_the_first_rows_of_a_stream_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
+    long = [conversation("Please consider this. " * 8, "Yes.")] * 3
+    stream = Dataset.from_list([*tiny.rows(5), *long]).to_iterable_dataset()
+    for max_length, told in ((64, True), (256, False)):
+        arguments = given(tmp_path, train_dataset=stream, max_length=max_length, max_steps=1)
+        trainer = SafeSFTTrainer(**arguments, safety=Diary())
+        assert ("3 of 8 rows of `train_dataset` looked at teach nothing" in caplog.text) is told
+        assert sum(1 for _ in trainer.train_dataset) == (5 if told else 8)
+        caplog.clear()
 
 
 def test_a_model_of_which_nothing_would_be_trained_is_refused(tmp_path):

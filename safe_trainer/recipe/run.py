@@ -115,7 +115,7 @@ def run_recipe(
 
     callbacks.stage("loading")
     loaded, args = load_data(recipe), arguments(recipe)
-    for text in [*loaded.messages(), *count_tokens(recipe, loaded.rows, args).messages()]:
+    for text in [*loaded.messages(), *count_tokens(recipe, loaded, args).messages()]:
         callbacks.message(text)
 
     callbacks.stage("preparing")

@@ -132,6 +132,11 @@ def _training_rows(recipe: Recipe, reports: list[DataReport]) -> tuple[Dataset, 
     for source in recipe.parts.data:
         rows, report = _read(source, reports)
         if share:
+            if math.ceil(share * len(rows)) >= len(rows):
+                raise ValueError(
+                    f"`eval_share: {share:g}` leaves no row of {report.source} to train on, which has {len(rows):,}. "
+                    "Give more rows, or a file with rows to take the loss on as `eval_data` instead."
+                )
             split = rows.train_test_split(test_size=share, seed=seed)
             rows = split["train"]
             held.append(split["test"])
@@ -191,32 +196,38 @@ def _method_reports(recipe: Recipe) -> list[DataReport]:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What was counted in the training rows, or in a random sample of 2,000 of them."""
+    """What was counted in rows, or in a random sample of 2,000 of them."""
 
     rows: int  # of which `lengths` may be a sample
     lengths: list[int]  # in tokens, before anything is cut off
     limit: float = math.inf  # TRL's `max_length`
     answers: int = 0  # tokens of all answers, earlier turns of the assistant among them
     learned: int = 0  # those that the loss covers
-    lost: tuple[int, ...] = ()  # positions of rows whose answer begins after `limit`: they teach nothing
+    lost: tuple[int, ...] = ()  # positions of rows whose answer begins after `limit`: the loss has nothing of them
+    evaluated: TokenCount | None = None  # the same of the rows whose loss is taken while training
 
     def messages(self) -> list[str]:
         """Return what a user should read about the tokens before training."""
-        found = []
-        if self.lost:
-            shown = ", ".join(str(row + 1) for row in self.lost[:5]) + (", …" if len(self.lost) > 5 else "")
-            of = f"{len(self.lost):,} of {len(self.lengths):,} rows" + (" looked at" * (self.rows > len(self.lengths)))
-            found.append(
-                f"{of} teach nothing: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
-                "Shorten them, or raise `training.max_length`."
-            )
+        found = self._lost("rows", "teach nothing")
         if self.learned < 0.995 * self.answers:
             found.append(f"{self.learned / self.answers:.1%} of the answers' tokens are learned.")
+        if self.evaluated:
+            found += self.evaluated._lost("evaluation rows", "are left out of the loss")
         return found
 
+    def _lost(self, rows: str, consequence: str) -> list[str]:
+        if not self.lost:
+            return []
+        shown = ", ".join(str(row + 1) for row in self.lost[:5]) + (", …" if len(self.lost) > 5 else "")
+        of = f"{len(self.lost):,} of {len(self.lengths):,} {rows}" + (" looked at" * (self.rows > len(self.lengths)))
+        return [
+            f"{of} {consequence}: their answer starts after `max_length={self.limit:g}` tokens (rows {shown}). "
+            "Shorten them, or raise `training.max_length`."
+        ]
 
-def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
-    """Count the tokens of the training rows as TRL's trainer will see them; refused if no row would teach anything.
+
+def count_tokens(recipe: Recipe, loaded: LoadedData, args: Any) -> TokenCount:
+    """Count the tokens of rows as TRL's trainer will see them; refused if no row would teach or show anything.
 
     With a `chat_template_path` that is no file, but another model's, nothing is counted.
     """
@@ -231,11 +242,19 @@ def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
             if Path(template).suffix in (".jinja", ".j2"):
                 meant = what_was_meant(template)
                 raise ValueError(f"`training.chat_template_path`: there is no file `{template}`.{meant}")
-            return TokenCount(len(rows), [args.max_length or 1024])
+            return TokenCount(len(loaded.rows), [args.max_length or 1024])
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-    goes_on = args.packing and args.packing_strategy != "bfd"  # in the next of the packed rows
+    found = _count(tokenizer, loaded.rows, args, args.packing)
+    if loaded.eval_rows is None:
+        return found
+    packed = args.packing if args.eval_packing is None else args.eval_packing
+    return replace(found, evaluated=_count(tokenizer, loaded.eval_rows, args, packed, "evaluation "))
+
+
+def _count(tokenizer: Any, rows: Dataset, args: Any, is_packed: bool, kind: str = "") -> TokenCount:
+    goes_on = is_packed and args.packing_strategy != "bfd"  # in the next of the packed rows
     limit = math.inf if goes_on or not args.max_length else args.max_length
-    keeps_end = args.truncation_mode == "keep_end" and not args.packing
+    keeps_end = args.truncation_mode == "keep_end" and not is_packed
     lengths, lost, answers, learned = [], [], 0, 0
     drawn = sorted(random.Random(0).sample(range(len(rows)), min(_SAMPLE, len(rows))))
     encoded = encode_rows(tokenizer, rows.select(drawn), name="data", numbers=[place + 1 for place in drawn])
@@ -246,9 +265,10 @@ def count_tokens(recipe: Recipe, rows: Dataset, args: Any) -> TokenCount:
         learned += min(left, len(ids) - start) if keeps_end else max(0, left - start)
         lost += [position] if start >= limit and not keeps_end else []
     if len(lost) == len(lengths):
+        nothing = "no loss can be taken" if kind else "nothing can be learned"
         raise ValueError(
-            f"Every row's answer starts after `max_length={limit:g}` tokens, so nothing can be learned (the shortest "
-            f"row has {min(lengths):,} tokens). Raise `training.max_length`, or shorten the prompts."
+            f"Every {kind}row's answer starts after `max_length={limit:g}` tokens, so {nothing} (the shortest row has "
+            f"{min(lengths):,} tokens). Raise `training.max_length`, or shorten the prompts."
         )
     return TokenCount(len(rows), lengths, limit, answers, learned, tuple(lost))
 

@@ -85,6 +85,10 @@ def mixed(at: SimpleNamespace, *rows: dict[str, str]) -> None:
     load_data(recipe(at, data=[{"path": path} for path in paths]))
 
 
+def one_row(at: SimpleNamespace) -> dict[str, str]:
+    return {"path": at.written(json.dumps(PAIR).encode(), "one.jsonl")}
+
+
 def held(at: SimpleNamespace, prompt: str) -> dict[str, Any]:
     row = json.dumps({"prompt": prompt, "completion": "One."}).encode()
     return {"eval_data": [{"path": at.written(row, "held.jsonl")}], "training": {"eval_strategy": "epoch"}}
@@ -269,6 +273,14 @@ MISFITS: dict[str, Case] = {
         ),
         "teach nothing: their answer starts after .* Shorten them, or raise `training.max_length`",
         [lambda at: said(planned(at, data=[{"path": long_row(at)}], max_length=256), "teach nothing")],
+    ),
+    "a share of one row": (
+        lambda at: load_data(recipe(at, data=[one_row(at)], eval_share=0.5)),
+        "Give more rows, or a file with rows to take the loss on as `eval_data` instead",
+        [
+            lambda at: load_data(recipe(at, data=[{"path": long_row(at)}], eval_share=0.5)),
+            lambda at: load_data(recipe(at, data=[one_row(at)], **held(at, "Say one."))),
+        ],
     ),
     "a template that refuses turns": (
         lambda at: SafetyBasis.from_rows(of(at.aligned), strict(), BRIEFED),

@@ -63,6 +63,11 @@ RESUMING: dict[str, Case] = {
         "Resume with those of the checkpoint",
         [lambda at: run(at)],
     ),
+    "another chat template": (
+        lambda at: (begun(at), changed(begun(at) / "chat_template.jinja", lambda text: text + b" "), run(at)),
+        "same rows would be other tokens. Resume with those of the checkpoint",
+        [lambda at: (begun(at), run(at))],
+    ),
     "an interrupted checkpoint": (
         lambda at: run(at, resume=halved(begun(at), "trainer_state.json")),
         "Resume from `.*checkpoint-1`, and remove this one",
