@@ -165,7 +165,7 @@ def carry_out(strategy: str, folder: Path, run: str) -> None:
         trainer.save_model(str(folder / strategy / run))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_end_as_one_and_resume_and_deepspeed_is_refused(tmp_path):
     tiny.save_pair(tmp_path)
     carry_out("alone", tmp_path, "complete")

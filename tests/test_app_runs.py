@@ -126,6 +126,7 @@ def test_what_was_checked_is_what_is_trained_and_its_recipes_can_be_downloaded(t
         assert (job.folder / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_labels_by_hand_change_verdicts_report_and_cards_at_once(copy, step):
     services, session = copy
     job = session.compared
@@ -165,6 +166,7 @@ def test_the_review_shows_an_answer_without_its_model_and_goes_on_to_the_next(co
         services.label(session, 0, "perhaps")
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_job_goes_on_and_finished_methods_are_not_trained_again(tmp_path):
     services = services_in(tmp_path)
     cookie = services.sessions.new_cookie()

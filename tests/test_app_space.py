@@ -51,7 +51,7 @@ def test_runs_are_kept_where_storage_is_mounted(tmp_path):
     assert kept_in(Path("/")) == Path("/safe_trainer")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_space_starts_from_its_folder_alone(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -228,7 +228,7 @@ def test_modules_of_a_direction_are_shown_with_their_whole_names(tmp_path):
     assert "q_proj" in shown and "k_proj" in shown and "…" not in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_app_is_the_one_of_this_package_whatever_is_called_app(tmp_path, monkeypatch):
     from safe_trainer.cli.app import _server
 
@@ -605,7 +605,7 @@ def test_a_model_that_did_not_drift_has_no_table():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_direction_that_cannot_be_had_is_told_without_remarks_of_libraries(tmp_path):
     command = [sys.executable, "-m", "safe_trainer.cli", "direction", ALIGNED, ALIGNED, "-o", str(tmp_path / "d")]
     told = subprocess.run(command, capture_output=True, text=True, check=False).stderr

@@ -147,7 +147,7 @@ def outcome(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", exhaustive_but(["recommended"], CASES))
+@pytest.mark.parametrize("name", exhaustive_but(["salora"], CASES))
 def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair, tmp_path):
     chance = random.Random(f"seed 7 {name}")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -67,7 +67,7 @@ def test_scenario_has_the_stated_share_of_attack_rows_and_no_test_prompt(name: s
     assert rows != scenario.rows(seed=1) and rows == scenario.rows(seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_plain_fine_tuning_on_harmful_rows_destroys_the_refusals_and_the_demo_shows_it(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=(tmp_path / "log").open("w"))
     (outcome,) = run_demo(tmp_path / "demo", quick=True, methods=["security_vectors"], console=console)

@@ -409,6 +409,7 @@ def test_the_launcher_takes_from_our_configuration_what_it_is_there_for(kind, tm
             assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & left.keys()
 
 
+@pytest.mark.exhaustive
 def test_a_recipe_launched_on_two_processes_is_told_and_compared_once(tmp_path):
     result = accelerated(tmp_path, str(tmp_path / "out"), "--json")
     assert result.returncode == 0, result.stderr[-4000:]

@@ -196,7 +196,7 @@ def test_a_single_prompt_that_does_not_fit_is_an_error():
         generate(model, byte_tokenizer(), PROMPTS)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_batching_pays():
     model, tokenizer = tiny_llama(hidden_size=128, intermediate_size=256, num_hidden_layers=4), byte_tokenizer()
     prompts = [prompt * (1 + index % 3) for index, prompt in enumerate(PROMPTS * 6)]

@@ -6,8 +6,10 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 
 import pytest
+from marks import exhaustive_but
 
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation import (
@@ -243,8 +245,9 @@ def test_several_judges_are_listed_with_their_agreement():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "theme"), exhaustive_but([(1280, "dark"), (390, "light")], product([1280, 390], ["light", "dark"]))
+)
 def test_in_a_browser(tmp_path, theme, width):
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")

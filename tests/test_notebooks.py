@@ -8,7 +8,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-from marks import exhaustive_but
 
 matplotlib = pytest.importorskip("matplotlib")
 nbformat = pytest.importorskip("nbformat")
@@ -28,8 +27,8 @@ NAMES = [path.stem for path in BUILD.sources()]
 ROOMS = {f"safe_trainer.{room}" for room in ("analysis.drift", "analysis.scan", "data", "evaluation", "methods.base")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", exhaustive_but(["quickstart"], NAMES))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NAMES)
 def test_each_source_runs_on_the_embedded_pair(name, tmp_path, monkeypatch):
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)

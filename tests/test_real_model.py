@@ -76,7 +76,7 @@ def test_a_disk_without_room_is_reported_before_anything_is_fetched(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_file_that_cannot_be_converted_is_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / real._GGUF).parent.mkdir()
     (tmp_path / real._GGUF).write_bytes(b"GGUF, but no model")

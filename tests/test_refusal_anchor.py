@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from itertools import product
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset
+from marks import exhaustive_but
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from runs import assert_close, assert_same_run, exact_settings, given, lora, run
 from transformers import AutoTokenizer
@@ -30,6 +32,7 @@ ADAPTERS = {
     "ia3": lambda: IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "full": lambda: None,
 }
+USUAL = [("qwen2", "lora"), ("llama", "dora"), ("mistral", "ia3"), ("gpt2", "lora"), ("gemma", "full")]
 
 
 def anchor(**settings: object) -> RefusalAnchor:
@@ -114,8 +117,7 @@ def divergences(start: torch.nn.Module, tuned: torch.nn.Module, prompts: list[st
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "adapter"), exhaustive_but(USUAL, product(tiny.ARCHITECTURES, ADAPTERS)))
 def test_penalty_is_the_divergence_on_own_answers_and_the_chance_of_refusing_harmless_prompts(
     refusing, architecture, adapter
 ):

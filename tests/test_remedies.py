@@ -30,7 +30,7 @@ def pair(tmp_path_factory):
 
 
 def marked(cases):
-    return [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in cases]
+    return [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in SLOW)) for case in cases]
 
 
 @pytest.mark.parametrize("case", marked(CASES))

@@ -241,7 +241,7 @@ builtins.held.__enter__()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_context_that_is_never_left_does_not_disturb_the_end_of_python() -> None:
     result = subprocess.run([sys.executable, "-c", NEVER_LEFT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

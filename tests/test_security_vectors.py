@@ -108,7 +108,7 @@ def test_the_strength_multiplies_the_vectors(tmp_path):
     assert_same_updates(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_training_compiled_is_that_of_the_merged_model(tmp_path):
     base = tiny.model(layers=1)
     found = planted.vectors(base)

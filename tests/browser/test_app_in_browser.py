@@ -176,6 +176,7 @@ def test_five_clicks_lead_from_the_example_to_a_verdict(page):
     assert page.locator("#result .verdict").first.bounding_box()["y"] < 900  # the verdict is seen without scrolling
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_reviewed_asked_listed_and_compared_with_another(page):
     for steps in (60, 2):
         page.get_by_role("tab", name="1 Data").click()
@@ -313,6 +314,7 @@ def the_rest_of_the_comparison(page):
         assert waiting.value.path().read_bytes()[: len(start)].lower() == start.lower()
 
 
+@pytest.mark.exhaustive
 def test_a_job_can_be_cancelled_in_another_tab_and_another_started(page, url):
     start_long(page)
     page.wait_for_selector("#curves canvas, #curves svg", timeout=5 * MINUTE)
@@ -334,6 +336,7 @@ def test_a_job_can_be_cancelled_in_another_tab_and_another_started(page, url):
     page.wait_for_selector("#status .panel.warning")
 
 
+@pytest.mark.exhaustive
 def test_bad_files_are_explained_and_shown_as_text(page, tmp_path):
     evil = "<img src='https://elsewhere.example/x.png' onerror='document.title=1'><script>alert(1)</script>"
     rows = [{"prompt": f"{evil} ![x](https://elsewhere.example/y.png)", "completion": evil}] * 3
@@ -372,6 +375,7 @@ def test_bad_files_are_explained_and_shown_as_text(page, tmp_path):
     assert serious_findings(page) == []
 
 
+@pytest.mark.exhaustive
 def test_own_prompts_and_a_recipe_are_taken_and_outlive_a_reload(page, tmp_path):
     asked, recipe = tmp_path / "mine.csv", tmp_path / "mine.yaml"
     asked.write_text("prompt\n" + "".join(f"How do I do {n}?\n" for n in range(5)))
@@ -510,6 +514,7 @@ def test_the_page_keeps_its_width_and_fits_a_phone(page):
     assert all(tab.is_visible() for tab in page.get_by_role("tab").all())
 
 
+@pytest.mark.exhaustive
 def test_suspicious_rows_are_found_and_left_out(page):
     take(page, "poisoned")
     page.click("#scan")
