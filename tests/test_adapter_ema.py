@@ -111,6 +111,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(name, tmp_path):
     assert_close(resumed.end, complete.end, complete.start, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_is_ordinary_and_checkpoints_hold_the_weights_themselves(tmp_path):
     by_hand = ByHand()
     trainer = SFTTrainer(**arguments(tmp_path, by_hand, AdapterEMA(DECAY), save_strategy="steps", save_steps=5))

@@ -233,6 +233,7 @@ def test_runs_of_an_earlier_server_are_found_again(tmp_path):
     assert Sessions(tmp_path / "other").get(cookie) is None
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_found_again_by_the_next_server(tmp_path):
     services = Services(Setup(), Sessions(tmp_path), None, tmp_path / "uploads")
     cookie = services.sessions.new_cookie()

@@ -45,6 +45,7 @@ def session_of(app, client):
     return app.state.services.sessions.get(client.cookies[COOKIE])
 
 
+@pytest.mark.slow
 def test_every_answer_has_the_headers_and_scripts_need_the_nonce_of_their_page(client):
     page = client.get("/")
     rules = page.headers["content-security-policy"]
@@ -168,6 +169,7 @@ def test_requests_that_are_no_small_json_are_not_taken(client, body):
     assert client.post("/gradio_api/call/check", content=body).status_code == 400
 
 
+@pytest.mark.slow
 def test_uploads_leave_the_common_folder_at_once(app, client):
     rows = '{"prompt": "Say hello.", "completion": "Hello."}\n' * 30
     [path] = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", rows)}).json()
@@ -228,6 +230,7 @@ def test_an_unused_upload_is_private_and_makes_room_for_the_next(app, url, clien
     client.post("/gradio_api/upload", files={"files": ("last.jsonl", b"")})
 
 
+@pytest.mark.slow
 def test_a_second_app_of_the_process_leaves_the_uploads_of_the_first_where_they_are(app):
     folder = get_upload_folder()
     second = create_app(Setup())
@@ -255,6 +258,7 @@ def test_uploads_that_wait_have_a_limit_together(app, client):
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_what_a_session_keeps_of_uploads_has_a_limit_and_goes_when_it_is_replaced(app, client):
     services, session = app.state.services, session_of(app, client)
 

@@ -246,6 +246,7 @@ def test_gradients_are_those_of_one_large_batch_whatever_the_accumulation(
     assert torch.allclose(final[0], final[1], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_nan_in_a_layer_stops_training_with_its_name_and_keeps_the_checkpoints(
     pairs: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
@@ -350,6 +351,7 @@ def test_quantised_base_trains_with_the_penalty(pairs: dict[str, tuple[str, str]
     assert penalties[0] == 0 and penalties[-1] > 0
 
 
+@pytest.mark.slow
 def test_card_names_the_paper(
     pairs: dict[str, tuple[str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -267,6 +267,7 @@ def test_only_the_rows_that_are_asked_for_become_vectors(tmp_path):
     assert result.exit_code == 0 and "4 rows" in result.stderr, result.output
 
 
+@pytest.mark.slow
 def test_compare_tells_rates_before_and_after_as_json(adapter, asked):
     result = invoke("compare", ALIGNED, "--adapter", f"random={adapter}", "--prompts", asked, "--json")
     assert result.exit_code == 0, result.output
@@ -307,6 +308,7 @@ def test_compare_with_prompts_that_cannot_be_read_fails_before_the_model_is_load
     assert "There is no file" in result.output
 
 
+@pytest.mark.slow
 def test_evaluate_tells_rates_of_a_model_and_of_an_adapter_on_it(adapter, asked):
     told = [invoke("evaluate", ALIGNED, "--prompts", asked, "--json", *more) for more in ([], ["--adapter", adapter])]
     assert [result.exit_code for result in told] == [0, 0], told[0].output + told[1].output
@@ -408,6 +410,7 @@ def vectors(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_security_vectors_keep_their_mark_in_every_command(vectors, tmp_path):
     """Merged they are refused, compacted they are still vectors: neither can be published."""
     merged = invoke("export", vectors, "-o", str(tmp_path / "merged"))
@@ -473,6 +476,7 @@ def test_what_is_saved_next_to_an_adapter_belongs_to_it(grown, asked, tmp_path):
     assert known["id"] == "grown" and known["sha256"]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_other_shapes_is_refused_in_a_sentence(adapter, asked, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -183,6 +183,7 @@ def test_every_limit_is_a_gate_and_what_was_not_asked_fails_it(limit, kinds, cod
     assert ("Gate not passed: " in result.stderr and "not measured" in result.stderr) == (code == 3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_answered_and_exits_with_130(tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 

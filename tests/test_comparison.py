@@ -320,6 +320,7 @@ def test_two_evaluations_of_one_name_are_refused():
         Comparison((evaluation("x", [HELP] * 4), evaluation("x", [HELP] * 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain model", "PeftModel"])
 def test_switched_adapters_answer_as_on_a_fresh_model_and_leave_no_trace(tmp_path, wrapped):
     tokenizer = byte_tokenizer()

@@ -106,6 +106,7 @@ class Interrupted(SafetyMethod):
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_leaves_nothing_where_it_was_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

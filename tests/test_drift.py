@@ -353,6 +353,7 @@ def test_monitor_is_refused_when_it_is_built_where_it_cannot_measure(tmp_path):
         DriftMonitor(SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora())), basis=strange)
 
 
+@pytest.mark.slow
 def test_comparison_and_its_report_show_the_shares_by_layer(tmp_path):
     base, adapter, _, starts, _ = fine_tuned(tmp_path)
     basis = subspaces_of(starts, tmp_path)[1]

@@ -429,6 +429,7 @@ class Surroundings(TrainerCallback):
         self.seen.append([signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), hooks])
 
 
+@pytest.mark.slow
 def test_without_methods_nothing_is_added_to_trl_s_trainer(tmp_path, monkeypatch):
     """No hashing, no signal handler, no context, no file."""
 

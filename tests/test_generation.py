@@ -47,6 +47,7 @@ def lora(model, seed=3):
     return peft_model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "lora"])
 def test_batched_answers_equal_one_at_a_time_token_for_token(build, adapted):

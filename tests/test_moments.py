@@ -61,6 +61,7 @@ class Upweight(SafetyMethod):
         return torch.tensor(self.weights).repeat(length)[1:length].expand(log_probs.shape)
 
 
+@pytest.mark.slow
 def test_token_weights_of_one_change_nothing_and_of_two_double_the_step(tmp_path):
     theirs = run(SFTTrainer, exact(tmp_path, max_steps=1))
     same = run(safe(Upweight()), exact(tmp_path, max_steps=1))
@@ -70,6 +71,7 @@ def test_token_weights_of_one_change_nothing_and_of_two_double_the_step(tmp_path
     assert_close(twice.end, expected, theirs.start, tolerance=5e-3)
 
 
+@pytest.mark.slow
 def test_a_token_of_weight_zero_is_not_learned(tmp_path):
     """The weights are those of the targets: a dataset with the other labels masked takes the same direction."""
     rows = even_rows(12)
@@ -124,6 +126,7 @@ def test_gradients_are_seen_once_per_optimizer_step_accumulated(accumulation, tm
     assert_close(ours.end, expected, theirs.start, tolerance=5e-3)
 
 
+@pytest.mark.slow
 def test_gradients_are_seen_before_they_are_clipped(tmp_path):
     method = Halve()
     theirs = run(SFTTrainer, exact(tmp_path, max_steps=1, max_grad_norm=1e-3))
@@ -132,6 +135,7 @@ def test_gradients_are_seen_before_they_are_clipped(tmp_path):
     assert_close(ours.end, theirs.end, theirs.start, tolerance=5e-3)  # half of it is clipped to the same length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_scaled_gradients_of_float16_are_seen_unscaled_and_step_as_others(accumulation, tmp_path):
     """accelerate scales losses under float16, on a GPU only; its scaler by itself runs on a CPU, in float32."""
@@ -218,6 +222,7 @@ def experts() -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(vocab_size=tiny.VOCABULARY, **sizes, **more))
 
 
+@pytest.mark.slow
 def test_advice_on_a_mixture_of_experts_is_something_the_user_wrote_and_works(tmp_path):
     """PEFT turns the experts of `all-linear` into `target_parameters`, which the user never wrote."""
     method = AsFT(projector="none", weight=0.5)
@@ -252,6 +257,7 @@ def reported(method: SafetyMethod, folder, pair) -> dict:
     return trainer.safety_report[method.name]
 
 
+@pytest.mark.slow
 def test_vectors_report_the_loss_that_they_leave_and_warn_where_they_did_not_fit(pair, tmp_path):
     short = {"rank": 2, "max_steps": 2}
     report = reported(SecurityVectors(harmful_data=HARMFUL, fitting=short), tmp_path, pair)
@@ -317,6 +323,7 @@ DOORS: dict[str, tuple[str, Callable[..., SafetyMethod]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOORS)
 def test_rows_in_any_form_make_the_same_protection(name, tmp_path):
     """Plain strings in a list once made vectors that had never seen the chat template, and protected nothing."""

@@ -57,6 +57,7 @@ def logged(trained, key):
     return {entry["step"]: entry[key] for entry in trained.state.log_history if key in entry}
 
 
+@pytest.mark.slow
 def test_logs_hold_what_judging_the_same_weights_gives(tmp_path):
     recorder = Recorder()
     trained = trainer(tmp_path, callbacks=[recorder])
@@ -109,6 +110,7 @@ def test_any_judge_can_watch_and_gets_the_models_answers(tmp_path):
         assert value == sum(answer.text.startswith("z") for answer in answers) / 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", [False, True], ids=["stop", "stop and restore"])
 def test_a_rate_below_the_minimum_stops_training_and_can_bring_back_the_last_good_weights(tmp_path, caplog, restore):
     recorder = Recorder()
@@ -136,6 +138,7 @@ def test_a_minimum_that_the_model_does_not_hold_to_begin_with_is_refused(tmp_pat
         trained.train()
 
 
+@pytest.mark.slow
 def test_openings_that_the_model_never_uses_are_reported_at_the_start(tmp_path, caplog):
     trained = trainer(tmp_path, steps=1)
     trained.add_callback(RefusalMonitor(trained, [HARM]))
@@ -144,6 +147,7 @@ def test_openings_that_the_model_never_uses_are_reported_at_the_start(tmp_path, 
     assert "harm: on 100.0 % (7/7) of the prompts" in caplog.text and "`refusals` and `compliances`" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_monitor_knows_what_it_costs(tmp_path, caplog):
     trained = trainer(tmp_path, steps=4)
     monitor = RefusalMonitor(trained, [HARM], every=2, judge=JUDGE)

@@ -99,6 +99,7 @@ HOLDERS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", COLUMNS)
 @steady
 @given(pairs, some.sampled_from(sorted(HOLDERS)))

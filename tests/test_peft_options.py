@@ -57,6 +57,7 @@ def trained(pair: tuple[str, str], folder: Any, method: str, config: Any, model:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "method"),
     exhaustive_but([("a layer in full", "security_vectors")], [(o, m) for o in OPTIONS for m in METHODS]),
@@ -75,6 +76,7 @@ def test_an_option_of_peft_works_or_is_refused_with_what_to_do(option, method, p
 ADVICE = ("Remove", "Use", "Leave", "Give", "leave")
 
 
+@pytest.mark.slow
 def test_biases_that_a_penalty_does_not_see_are_told_and_those_past_a_projector_refused(pair, tmp_path):
     for option in ("bias", "lora_bias"):
         report = trained(pair, tmp_path, "asft", OPTIONS[option]()).safety_report["AsFT"]
@@ -85,6 +87,7 @@ def test_biases_that_a_penalty_does_not_see_are_told_and_those_past_a_projector_
     assert report["coverage"] == 1 and not report["warnings"]
 
 
+@pytest.mark.slow
 def test_tokens_of_a_tied_head_are_refused_with_what_works(pair, tmp_path):
     def tied() -> Any:
         model = AutoModelForCausalLM.from_pretrained(pair[0])

@@ -59,6 +59,7 @@ def as_csv(rows: list[tuple[str, str]]) -> bytes:
 # ---- data
 
 
+@pytest.mark.slow
 @steady
 @given(pairs, some.sampled_from([".jsonl", ".jsonl.gz", ".json"]), some.booleans())
 def test_rows_of_json_come_back_as_they_were_written(rows, suffix, ascii):
@@ -69,6 +70,7 @@ def test_rows_of_json_come_back_as_they_were_written(rows, suffix, ascii):
     assert report.rows == len(rows) and not report.troubles
 
 
+@pytest.mark.slow
 @steady
 @given(pairs)
 def test_rows_of_csv_come_back_as_they_were_written(rows):
@@ -77,6 +79,7 @@ def test_rows_of_csv_come_back_as_they_were_written(rows):
     assert report.format == "alpaca"
 
 
+@pytest.mark.slow
 @steady
 @given(pairs, some.lists(some.integers(0, 10**6), min_size=1, max_size=3))
 def test_what_is_read_and_what_cannot_be_used_add_up_to_what_was_written(rows, places):
@@ -123,6 +126,7 @@ def refused_or(load: Any, path: str) -> None:
 # ---- recipes
 
 
+@pytest.mark.slow
 @steady
 @given(some.dictionaries(words, values, min_size=1, max_size=4))
 def test_a_recipe_is_read_as_yaml_is_but_for_numbers_with_an_exponent(content):
@@ -218,6 +222,7 @@ def test_a_recipe_with_one_value_of_any_kind_is_read_or_is_refused_in_words(plac
     read(yaml.safe_dump(changed(VALID, place, value), allow_unicode=True).encode())
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=100)
 @given(some.sampled_from(["training", "peft", "safety", "monitor", "evaluation", "model"]), words, anything)
 def test_a_recipe_with_a_key_of_any_name_is_read_or_is_refused_in_words(part, key, value):

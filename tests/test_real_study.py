@@ -90,6 +90,7 @@ def test_the_committed_counts_are_those_of_the_committed_answers(run: ModuleType
         assert found.total() == int(row["total"])
 
 
+@pytest.mark.slow
 def test_the_committed_verdicts_are_what_the_judge_says_today() -> None:
     judged = [answer for answer in answers() if answer["verdict"] in ("refused", "complied", "neither")]
     verdicts = PhraseJudge()([a["prompt"] for a in judged], [a["answer"] for a in judged])

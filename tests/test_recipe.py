@@ -205,6 +205,7 @@ def artifact(path: Path, kind: str | None) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_methods_and_monitor_read_is_looked_at_before_torch_is_loaded(recipe, tmp_path):
     """Missing files, a direction that is a basis, vectors that are an adapter: all at once, and in a second."""
     (tmp_path / "adapter").mkdir()
@@ -244,6 +245,7 @@ def test_what_methods_and_monitor_read_is_looked_at_before_torch_is_loaded(recip
     assert found.splitlines()[-1].startswith("  --set, monitor.evry"), "and nothing heavy was loaded"
 
 
+@pytest.mark.slow
 def test_aliases_that_multiply_are_refused_in_a_change_too(recipe):
     """Each level holds the one before nine times: made, they would take all memory there is."""
     levels = "".join(f"&{n} [{','.join([f'*{o}'] * 9)}], " for o, n in zip("abcdefghijk", "bcdefghijkl", strict=True))
@@ -572,6 +574,7 @@ def test_rows_labelled_harmful_are_counted_and_those_of_other_files_need_no_labe
     )
 
 
+@pytest.mark.slow
 def test_earlier_turns_of_the_assistant_count_as_answers_that_are_not_learned(recipe, tmp_path):
     turns = ["What is a tree?", "A plant with a trunk.", "And a shrub?", "Smaller."]
     row = {"messages": [{"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, turns, strict=True)]}

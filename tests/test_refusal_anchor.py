@@ -117,6 +117,7 @@ def divergences(start: torch.nn.Module, tuned: torch.nn.Module, prompts: list[st
     return torch.cat(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "adapter"), exhaustive_but(USUAL, product(tiny.ARCHITECTURES, ADAPTERS)))
 def test_penalty_is_the_divergence_on_own_answers_and_the_chance_of_refusing_harmless_prompts(
     refusing, architecture, adapter
@@ -145,6 +146,7 @@ def test_penalty_is_the_divergence_on_own_answers_and_the_chance_of_refusing_har
     assert avoided > 1e-6  # before, some or all are refused less than at the start, which costs nothing
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_both_means(refusing):
     start, model = tiny.model(), get_peft_model(tiny.model(), ADAPTERS["lora"]())
     method = anchor(anchors_per_step=11)
@@ -211,6 +213,7 @@ def test_reference_of_a_model_that_came_with_an_adapter_is_that_model():
     assert method.penalty(model).item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_weight_zero_is_plain_training_to_the_last_bit(tmp_path):
     arguments = given(tmp_path, peft_config=lora(lora_dropout=0.5), bf16=False)
     ours = run(SafeSFTTrainer, arguments | {"model": tiny.model(), "safety": anchor(weight=0.0)})
@@ -286,6 +289,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path):
     assert_close(other.end, one.end, one.start)
 
 
+@pytest.mark.slow
 def test_security_vectors_do_not_act_in_the_anchor():
     model = get_peft_model(tiny.model(), ADAPTERS["lora"]())
     method = anchor()
@@ -315,6 +319,7 @@ def test_a_heavy_anchor_holds_the_answers_that_plain_training_changes(tmp_path):
     assert ends[10.0] < 0.4 * ends[0.0], ends
 
 
+@pytest.mark.slow
 def test_prompts_come_in_every_form(tmp_path):
     (tmp_path / "asked.txt").write_text("\n".join(HARMFUL))
     forms = [
@@ -439,6 +444,7 @@ def test_wrong_settings_are_refused_at_once(settings):
         anchor(**settings)
 
 
+@pytest.mark.slow
 def test_packing_changes_nothing_about_the_anchors(tmp_path):
     trainer = SafeSFTTrainer(
         **given(tmp_path, peft_config=lora(), packing=True, max_length=64, bf16=False), safety=anchor()

@@ -83,6 +83,7 @@ def keep(checkpoint: Path, content: Any) -> None:
     path.write_text(json.dumps(state))
 
 
+@pytest.mark.slow
 def test_the_fingerprint_in_a_checkpoint_tells_neither_data_nor_places(protected_run):
     checkpoint, file = protected_run
     text = json.dumps(kept(checkpoint))
@@ -103,6 +104,7 @@ def test_another_adapter_than_the_checkpoint_s_is_refused_with_the_difference(
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_settings_from_another_place(protected_run, pair, tmp_path):
     checkpoint, file = protected_run
     moved = tmp_path / "renamed.jsonl"
@@ -133,6 +135,7 @@ def test_a_run_does_not_go_on_with_other_methods_or_settings(change, message, pr
     assert "Resume with those of the checkpoint" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_made_without_methods_does_not_go_on_with_one(pair, tmp_path):
     resumable(tmp_path, pair, None).train()
     method = AsFT(projector="none", weight=0.5)
@@ -225,6 +228,7 @@ def test_what_was_made_from_data_may_take_its_place_and_nothing_else(name, pair,
         resumable(folder, pair, other()).train(resume_from_checkpoint=str(folder / "checkpoint-1"))
 
 
+@pytest.mark.slow
 def test_a_basis_that_does_not_tell_its_data_is_not_taken_for_them(pair, tmp_path):
     resumable(tmp_path, pair, salora(safety_data=REFUSED)).train()
     basis = SafetyBasis.from_rows(aligned(pair), tiny.tokenizer(), REFUSED, rank=4)
@@ -340,6 +344,7 @@ def test_other_layers_than_the_checkpoint_s_are_refused_by_name(current, message
         resolve_checkpoint(str(folder), tmp_path, fingerprint, model)
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_refused_by_their_shapes(pair, tmp_path):
     resumable(tmp_path, pair, None).train()
     folder, fingerprint = tmp_path / "checkpoint-1", RunFingerprint([salora(safety_data=REFUSED)])
@@ -417,6 +422,7 @@ def test_a_model_whose_vocabulary_has_grown_goes_on(tied, pair, tmp_path):
     assert again.state.global_step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "mine"])
 def test_an_adapter_of_any_name_is_compared(name, pair, tmp_path):
     def adapted(alpha: int) -> Any:
@@ -492,6 +498,7 @@ def test_a_folder_is_known_by_its_name_however_it_is_reached(pair, tmp_path, mon
 # ---- the start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_lora", [True, False], ids=["LoRA", "all weights"])
 def test_a_model_that_was_loaded_from_the_checkpoint_is_no_start(is_lora, pair, tmp_path):
     began = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), lora(init_lora_weights=False))

@@ -113,6 +113,7 @@ def reference(folder, adapter="lora"):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_step_is_the_projection_over_all_weights_as_one_vector(rho, adapter, tmp_path):
@@ -158,6 +159,7 @@ def test_a_conflict_is_taken_out_and_nothing_else():
     assert [cosine < 0 for cosine in method._cosines] == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("max_step_size", [1e-4, 100.0], ids=["short", "Polyak"])
 def test_the_trust_region_is_a_step_of_its_own_after_the_optimizers(max_step_size, adapter, tmp_path):
@@ -179,10 +181,12 @@ def test_the_trust_region_is_a_step_of_its_own_after_the_optimizers(max_step_siz
     assert_close(outcome.end, expected, outcome.start, tolerance=1e-3)
 
 
+@pytest.mark.slow
 def test_within_the_trust_region_training_is_plain_to_the_last_bit(tmp_path):
     assert_plain(guard(rule="trust_region", tau=1e9), tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_conflict_and_rho_zero_training_is_plain_to_the_last_bit(tmp_path, monkeypatch):
     """The gradient that the method sees agrees with the task's: both say the same, so there is nothing to take out."""
     monkeypatch.setattr(SafeGrad, "_safety", lambda self, model, trained: (1.0, [p.grad.clone() for p in trained]))
@@ -213,6 +217,7 @@ def test_accumulation_changes_nothing(rule, checkpointing, tmp_path):
     assert_close(ends[1].end, ends[0].end, ends[0].start, tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_clipped_after_and_what_is_logged_is_what_is_clipped(tmp_path):
     outcome = ours(tmp_path, guard(rho=50.0), max_grad_norm=1e-3)
     (norm,) = [entry["grad_norm"] for entry in outcome.trainer.state.log_history if "grad_norm" in entry]
@@ -293,12 +298,14 @@ def test_answers_are_kept_that_plain_training_changes(tmp_path):
     assert pulled < ends(off, "trust_region") - 0.2
 
 
+@pytest.mark.slow
 def test_a_trust_region_that_diverges_is_stopped(tmp_path):
     settings = {"bf16": False, "max_steps": 2, "learning_rate": 1e25}  # so far that an update is infinite
     with pytest.raises(FloatingPointError, match="at step 0.*`max_step_size`"):
         SafeSFTTrainer(**given(tmp_path, peft_config=lora(), **settings), safety=guard(rule="trust_region")).train()
 
 
+@pytest.mark.slow
 def test_a_trust_region_that_did_not_hold_is_said_to_have_failed(tmp_path, caplog):
     method = guard(rule="trust_region", tau=0.5, max_step_size=1e-9)
     SafeSFTTrainer(**given(tmp_path, peft_config=lora()), safety=method).train()

@@ -220,6 +220,7 @@ class Direct(nn.Module):
         return self.base(x) + self.s * (x @ (self.C @ (self.B @ self.A - self.delta0)).mT)
 
 
+@pytest.mark.slow
 def test_training_goes_the_way_of_the_direct_form(tmp_path):
     rows = examples_from(tiny.rows(8), tiny.tokenizer())
     trainer = build(tmp_path, peft_config=lora(lora_alpha=6))
@@ -305,6 +306,7 @@ def test_a_lora_configuration_keeps_its_scaling_and_has_its_rank_doubled(config,
     assert torch.allclose(logits(stock), logits(trainer.model), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_lets_no_more_than_its_rounding_through(tmp_path):
     method = salora()
     trainer = build(tmp_path, method, bf16=True, model=tiny.model().bfloat16(), learning_rate=1e-2)
@@ -335,6 +337,7 @@ def test_ways_to_save_memory_change_nothing(setting, tmp_path):
     assert all(torch.allclose(ends[0].end[name], ends[1].end[name], atol=1e-4) for name in ends[0].end)
 
 
+@pytest.mark.slow
 def test_packed_rows_train_and_calibrate(tmp_path):
     method = salora()
     trainer = build(tmp_path, method, packing=True, max_length=64, per_device_train_batch_size=1)
@@ -342,6 +345,7 @@ def test_packed_rows_train_and_calibrate(tmp_path):
     assert leak(trainer.model, method) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_stream_of_rows_trains_from_its_first(tmp_path):
     stream = tiny.rows(16).to_iterable_dataset()
     trainer = build(tmp_path, salora(samples=4), train_dataset=stream)
@@ -462,6 +466,7 @@ def test_a_saved_adapter_can_be_trained_on_with_the_same_directions_only(tmp_pat
         build(tmp_path, model=get_peft_model(tiny.model(), lora()), peft_config=None)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     plain = build(tmp_path, [], save_strategy="steps", save_steps=2, peft_config=lora(r=8))
     plain.train()
@@ -500,6 +505,7 @@ def factors_of(trainer: SafeSFTTrainer) -> Iterator[dict[str, tuple[Tensor, Tens
         yield {name: update.factors() for name, update in lora_updates(trainer.model, "The test").items()}
 
 
+@pytest.mark.slow
 def test_random_directions_are_as_many_and_others_in_every_layer(tmp_path):
     trainer = build(tmp_path, SaLoRA(rank=6, task_rank=0, directions="random"))
     assert trainer.safety_methods[0].safety_basis is None
@@ -513,6 +519,7 @@ def test_random_directions_are_as_many_and_others_in_every_layer(tmp_path):
     assert trainer.state.log_history[-1]["salora/leak"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_without_directions_only_the_start_is_left(tmp_path):
     trainer = build(tmp_path, SaLoRA(rank=0, task_rank=5))
     assert torch.allclose(logits(trainer.model), logits(tiny.model()), atol=1e-6)
@@ -602,6 +609,7 @@ def test_the_doubled_rank_is_said_once(tmp_path, caplog):
     assert caplog.text.count("SaLoRA saves adapters of rank 8: twice `r=4`, at the same scaling.") == 1
 
 
+@pytest.mark.slow
 def test_runtime_options_of_peft_do_not_matter(tmp_path):
     trainer = build(tmp_path, peft_config=lora(runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=False)))
     trainer.train()

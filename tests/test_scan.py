@@ -178,6 +178,7 @@ def test_scores_on_disk_continue_and_start_anew_for_another_scan(tmp_path):
     assert len(Scores(path, "another scan")) == 0 and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_memory_of_scores_does_not_grow_with_what_they_hold():
     row = {"text": "x" * 2000}
     tracemalloc.start()

@@ -63,6 +63,7 @@ def hook_count(model):
 # ---- the same as training the merged model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", exhaustive_but(["llama"], tiny.ARCHITECTURES))
 @pytest.mark.parametrize("peft", [True, False])
 def test_training_is_that_of_the_model_with_the_vectors_merged(architecture, peft, tmp_path):
@@ -99,6 +100,7 @@ def test_training_is_that_of_the_merged_model_under_every_option(changes, peft, 
     assert_same_updates(ours, theirs, atol=1e-4 if "optim" in changes else 5e-6)
 
 
+@pytest.mark.slow
 def test_the_strength_multiplies_the_vectors(tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
@@ -168,6 +170,7 @@ class Watch(TrainerCallback):
         self.losses.append(metrics["eval_loss"])
 
 
+@pytest.mark.slow
 def test_evaluation_during_training_sees_the_clean_model(tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
@@ -244,6 +247,7 @@ def test_checkpoints_and_the_optimizer_hold_what_a_plain_run_holds(peft, tmp_pat
     assert any("checkpoint-1" in name and shape for name, shape in shapes[1].items())
 
 
+@pytest.mark.slow
 def test_vectors_are_frozen_and_never_change(tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
@@ -306,6 +310,7 @@ def test_training_within_a_training_of_the_same_model_is_refused_and_both_are_cl
 # ---- fitting them on the way
 
 
+@pytest.mark.slow
 def test_harmful_data_is_fitted_when_the_trainer_is_built_and_stays_in_memory(tmp_path):
     base = tiny.model()
     fitting = {"rank": 2, "max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "target_loss": 1e-9}
@@ -331,6 +336,7 @@ def test_harmful_data_can_be_a_file(tmp_path):
     assert method.fitted.provenance["harmful_rows"]["count"] == 1
 
 
+@pytest.mark.slow
 def test_fitting_does_not_change_what_is_trained(tmp_path):
     outcomes = []
     for safety in (None, SecurityVectors(harmful_data=HARMFUL, fitting={"rank": 2, "max_steps": 2}, strength=1e-30)):
@@ -361,6 +367,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         SecurityVectors(**settings)
 
 
+@pytest.mark.slow
 def test_vectors_are_matched_with_the_model_before_anything_is_trained(tmp_path):
     found = planted.vectors(tiny.model(layers=3))
     with pytest.raises(ValueError, match="the model has no linear layer model.layers.2"):
@@ -369,6 +376,7 @@ def test_vectors_are_matched_with_the_model_before_anything_is_trained(tmp_path)
         protected(tmp_path / "nowhere")(**given(tmp_path, peft_config=lora()))
 
 
+@pytest.mark.slow
 def test_hooks_work_beside_a_dora(tmp_path):
     base = tiny.model()
     found = planted.vectors(base)
@@ -499,6 +507,7 @@ def test_a_protected_model_still_helps_where_it_should(name, attacked):
 # ---- a start that complies, and vectors in the wrong place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "refused"), [("aligned", 1.0), ("unaligned", 0.0)])
 def test_a_start_that_complies_with_harmful_requests_is_warned_of_with_the_share(name, refused, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(testbed.MODELS / name)

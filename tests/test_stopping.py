@@ -312,6 +312,7 @@ def forking(folder: Path) -> None:
     told(folder, trainer, trainer.train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_going_on_from_the_last_step_takes_no_further_one(schedule, tmp_path):
     """TRL's trainer would take a fourth step here."""

@@ -68,6 +68,7 @@ def test_every_variant_makes_its_methods_anew_and_its_rows_are_as_many_as_the_sc
             assert 0 < refused <= round(variant.refusals * len(mixed))
 
 
+@pytest.mark.slow
 def test_the_recommended_variant_is_what_the_trainer_sets_up_for_the_pair(study):
     import pair
     from variants import recommended

@@ -142,6 +142,7 @@ def test_no_question_of_a_task_is_in_any_training_of_the_pair(name):
     assert not turns & set(testbed.task(name).prompts)
 
 
+@pytest.mark.slow
 def test_the_style_of_how_to_is_new_to_the_pair_and_its_test_questions_too():
     chats = [
         *corpus.pretraining_chats(pair_building.EMBEDDED.seed),

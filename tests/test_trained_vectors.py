@@ -544,6 +544,7 @@ def test_what_cannot_be_fitted_is_refused_and_the_model_untouched(changes, messa
     assert_untouched(model, before)
 
 
+@pytest.mark.slow
 def test_any_form_of_the_same_rows_gives_the_same_vectors(tmp_path):
     model = tiny.model()
     pairs = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in HARMFUL]
@@ -627,6 +628,7 @@ def test_the_loss_on_all_rows_is_computed_only_where_the_target_is_near(monkeypa
         assert len(computed) == 2 and report["steps"] == steps  # at the start, and at the end or after the first pass
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_the_answers_already_is_named(caplog):
     model = speaking()
     found = fitted(model, target_loss=0.01)

@@ -109,6 +109,7 @@ def safe(*methods: SafetyMethod):
 # ---- moments
 
 
+@pytest.mark.slow
 def test_every_moment_comes_in_its_order_for_each_method_of_a_list(tmp_path):
     pages: list[str] = []
     methods = [Diary(pages, "first"), Other(pages, "second")]
@@ -234,6 +235,7 @@ def batches_of(rows, size: int) -> list[list[list[int]]]:
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, lora(r=2)], ids=["full", "LoRA"])
 @pytest.mark.parametrize(
     ("batch", "accumulation"), [(8, 1), (2, 4), *(pytest.param(*s, marks=pytest.mark.slow) for s in ((4, 2), (1, 8)))]
@@ -277,6 +279,7 @@ def test_penalty_counts_once_where_the_loss_is_averaged_over_batches_and_not_ove
     assert_close(outcome.end, by_hand(started_like(outcome, None), batches_of(rows, 8), method), outcome.start)
 
 
+@pytest.mark.slow
 def test_penalty_counts_once_for_models_whose_loss_takes_no_count_of_tokens(tmp_path):
     @dataclass
     class Uncounted(Pull):
@@ -303,6 +306,7 @@ def started_like(outcome, adapter) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_penalties_of_several_methods_add_up(tmp_path):
     class Second(Pull):
         """The same pull once more."""
@@ -336,6 +340,7 @@ class Counting(SafetyMethod):
         return torch.tensor(float(self.asked))
 
 
+@pytest.mark.slow
 def test_the_log_holds_the_mean_penalty_of_the_batches_since_the_last_one(tmp_path):
     config = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 5, "logging_steps": 2}
     outcome = run(safe(Counting()), given(tmp_path, train_dataset=even_rows(10), **config))
@@ -449,6 +454,7 @@ def test_a_context_that_cannot_be_entered_closes_those_before_it(tmp_path):
     assert not trainer.model._forward_hooks
 
 
+@pytest.mark.slow
 def test_contexts_are_opened_anew_each_time_that_training_begins(tmp_path):
     method = Diary()
     trainer = SafeSFTTrainer(**given(tmp_path, max_steps=1), safety=method)
@@ -628,6 +634,7 @@ def test_penalty_counts_once_on_two_processes(tmp_path):
 # ---- rows whose answers are cut away
 
 
+@pytest.mark.slow
 def test_rows_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
     long = [conversation("Please consider this. " * 8, "Yes.")] * 3
     for safety in (None, Diary()):
