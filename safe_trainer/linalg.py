@@ -15,6 +15,7 @@ _EXACT_UP_TO = 512  # smaller side up to which a full decomposition takes less t
 _EXACT_SVD_UP_TO = 1024  # and up to which one takes about a second, which is fine for what is computed once
 _NOISE = 1e-12  # share of the largest eigenvalue below which one is rounding noise of float32 columns
 _RESOLUTION = 1e-6  # share of the largest singular value below which one is rounding noise of float32 weights
+_LOADING = 0.01  # of their mean, added to all second moments before they divide; as in CorDA's and GuardSpace's code
 _START_WIDTH = 64  # columns of the first randomized decomposition
 _SQUARINGS = 7  # of a residual's Gram matrix; its norm is then known to a factor of n^(1 / 128), 1.07 for n = 4,096
 
@@ -116,6 +117,34 @@ class TopDirections(NamedTuple):
             held = self.singular_values.double().square().cumsum(0) / self.total_variance
             count = min(count, int((held < explained_variance).sum()) + 1)
         return self.basis[:, :count]
+
+
+def least_factors(matrix: Tensor, inputs: TopDirections, rank: int) -> tuple[Tensor, Tensor]:
+    """Return `B` (d_out x rank) and `A` (rank x d_in), whose product is the part of `W` that these inputs need least.
+
+    With the inputs' second moments `C` (d_in x d_in) and `W C = U Σ Vᵀ`, of the `rank` smallest components
+    `B = U √Σ` and `A = √Σ Vᵀ C⁻¹`, so that `B A = U Uᵀ W`. As `Vᵀ C⁻¹` is `Σ⁻¹ Uᵀ W`, nothing is inverted; all is
+    float64, as `Σ` spans several powers of ten. The scale of `C`, a sum over as many inputs as there were, shows in no
+    product; it is taken so that `B` and `A` have the same norm.
+
+    Args:
+        matrix (`Tensor`): `W`, of shape (d_out, d_in).
+        inputs (`TopDirections`): Directions `Q` of the inputs, with singular values `s`. From them, `C = Q diag(s²) Qᵀ
+            + α (I − Q Qᵀ) + λ I`, with `α` the mean variance that they leave to the others, and `λ` 1 % of the mean of
+            all.
+        rank (`int`): At most the smaller side of `W`.
+
+    Source: GuardSpace, arXiv 2510.14301; `λ` is that of the authors' code.
+    """
+    W, Q = matrix.double(), inputs.basis.to(matrix.device).double()
+    squares = inputs.singular_values.to(matrix.device).double().square()
+    left = max(0.0, inputs.total_variance - squares.sum().item()) / max(1, len(Q) - len(squares))
+    loaded = left + (_LOADING * inputs.total_variance / len(Q) or 1.0)
+    U, S, _ = torch.linalg.svd(loaded * W + (W @ Q * (squares - left)) @ Q.mT, full_matrices=False)
+    U, roots = U[:, -rank:], S[-rank:].sqrt()
+    B, A = U * roots, torch.where(roots[:, None] > 0, U.mT @ W / roots[:, None], 0.0)
+    scale = (A.norm() / B.norm()).sqrt() if B.any() else 1.0
+    return (scale * B).float(), (A / scale).float()
 
 
 class Sketch:

@@ -169,6 +169,11 @@ METHODS: dict[str, Case] = {
         ValueError,
         "Use no method instead",
     ),
+    "SaLoRA from inputs that it does not measure": (
+        lambda r: st.SaLoRA(safety_data="a", start="guardspace"),
+        ValueError,
+        "leave `start` out",
+    ),
     "SaLoRA that protects everything": (
         lambda r: r.trainer(st.SaLoRA(safety_data=REFUSED, rank=32)),
         ValueError,

@@ -136,6 +136,38 @@ def test_balanced_factors_are_those_of_the_singular_value_decomposition(shape: t
     assert not any(factor.any() for factor in subspace.balanced_factors(torch.zeros(shape), 5))
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (25, 25)])
+def test_least_factors_are_those_of_the_dense_formula(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    W, X = torch.randn(shape).double(), columns_with(100 * torch.arange(1, shape[1] + 1).double() ** -2)
+    U, S, _ = torch.linalg.svd(X)
+    S = S.float().double()  # as they are held
+    moments = U @ torch.diag(S**2) @ U.mT  # `X Xᵀ`
+    C = moments + 0.01 * moments.diagonal().mean() * torch.eye(shape[1])
+    U_c, S_c, Vt = torch.linalg.svd(W @ C, full_matrices=False)
+    B0, A0 = U_c[:, -4:] * S_c[-4:].sqrt(), S_c[-4:, None].sqrt() * (Vt @ C.inverse())[-4:]
+    inputs = subspace.TopDirections(U.float(), S.float(), moments.trace().item())
+    for held in (inputs, inputs.at_most(shape[1] - 1)):  # the mean of one direction is that direction
+        B, A = subspace.least_factors(W.float(), held, 4)
+        assert B.dtype == A.dtype == torch.float32
+        assert torch.allclose(B.double() @ A.double(), B0 @ A0, atol=1e-5)
+        assert B.norm() == pytest.approx(A.norm().item(), rel=1e-5)
+        signs = torch.diag((B * B0).sum(0).sign())  # singular vectors are unique up to sign
+        assert torch.allclose(B.double() / B.norm(), B0 @ signs / B0.norm(), atol=1e-5)
+    many = subspace.TopDirections(U.float(), 30 * S.float(), 900 * moments.trace().item())
+    assert torch.allclose(subspace.least_factors(W, many, 4)[0], B, atol=1e-5), "a scale of the inputs shows"
+
+
+def test_least_factors_of_nothing_are_nothing_and_without_inputs_those_of_the_weight() -> None:
+    torch.manual_seed(0)
+    nothing = subspace.TopDirections(torch.zeros(9, 0), torch.zeros(0), 0.0)
+    assert not any(factor.any() for factor in subspace.least_factors(torch.zeros(7, 9), nothing, 2))
+    W = torch.randn(7, 9)
+    U, S, Vt = torch.linalg.svd(W)
+    B, A = subspace.least_factors(W, nothing, 2)
+    assert torch.allclose(B @ A, U[:, 5:] * S[5:] @ Vt[5:7], atol=1e-5)
+
+
 def test_balanced_factors_of_large_matrices_leave_torch_its_random_numbers() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(600, 700) * torch.arange(1, 701) ** -0.5

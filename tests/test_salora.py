@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from safe_trainer.artifacts.calibration import Example, examples_from, top_direc
 from safe_trainer.data import conversation
 from safe_trainer.lora.updates import linear_layers, lora_updates
 
+GUARDSPACE = {"protect": "input", "start": "guardspace"}
+STARTS = [pytest.param({}, id="task"), pytest.param(GUARDSPACE, id="guardspace")]
 REFUSALS = [conversation(f"Make {'very ' * (i % 3)}bad thing {i}.", f"I will not make {i * 7}.") for i in range(24)]
 IDS = torch.randint(4, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -140,6 +143,46 @@ def test_directions_start_and_output_are_those_of_the_dense_formula(alpha):
             assert torch.allclose(model(x)[name].double(), expected, atol=1e-4 * expected.abs().max().item())
 
 
+def guardspace(W: Tensor, X: Tensor, r: int, k: int) -> tuple[Tensor, Tensor]:
+    """Return `B0` and `A0` as the paper writes them, from `k` directions of the inputs and the others' mean."""
+    U, S, _ = torch.linalg.svd(X)
+    known, others = S[:k].square(), S[k:].square()
+    C = U @ torch.diag(torch.cat([known, others.mean().expand(len(others))])) @ U.mT
+    C += 0.01 * C.diagonal().mean() * torch.eye(len(C))
+    U, S, Vt = torch.linalg.svd(W @ C, full_matrices=False)
+    return U[:, -r:] * S[-r:].sqrt(), S[-r:, None].sqrt() * (Vt @ C.inverse())[-r:]
+
+
+@pytest.mark.parametrize(("alpha", "energy"), [(4, None), (12, 0.9)])
+def test_the_start_of_guardspace_and_the_output_are_those_of_the_dense_formula(alpha, energy):
+    r, k, s = 4, 40, alpha / 4
+    base, safety = FourLayers(), list(range(200))
+    reference = copy.deepcopy(base).double()
+    method = SaLoRA(rank=k, energy=energy, safety_data=[{"input_ids": safety}], input_tokens="answer", **GUARDSPACE)
+    config = method.adapt_peft_config(LoraConfig(r=r, lora_alpha=alpha, target_modules=list(FourLayers.SHAPES)))
+    model = get_peft_model(base, config)
+    method.attach(model, None, None)
+    x = torch.tensor([[7, 301, 44]])
+    with method.training(model), torch.no_grad():
+        for name, update in lora_updates(model, "The test").items():
+            W, X = dense_weight(getattr(reference, name)), reference.inputs(name, torch.tensor(safety)).mT
+            B0, A0 = guardspace(W, X, r, k)
+            squares = torch.linalg.svdvals(X).square()
+            held = k if energy is None else int((squares.cumsum(0) / squares.sum() < energy).sum()) + 1
+            P = torch.eye(len(X)) - top(X, held) @ top(X, held).mT
+            (A_rule, dA), (B_rule, dB) = (trained(factor) for factor in update_factors(update))
+            B_start, A_start = B_rule.start.double(), A_rule.start.double()
+            assert torch.allclose(B_start @ A_start, B0 @ A0 @ P, atol=1e-5)
+            scale = B_start.norm() / B0.norm()
+            assert torch.allclose(B_start @ torch.diag((B_start * B0).sum(0).sign()), scale * B0, atol=1e-5)
+            dA.normal_()
+            dB.normal_()
+            delta = ((B_start + dB.double()) @ (A_start + dA.double()) - B0 @ A0) @ P
+            inputs = reference.inputs(name, x)
+            expected = getattr(reference, name)(inputs) + s * inputs @ delta.mT
+            assert torch.allclose(model(x)[name].double(), expected, atol=1e-4 * expected.abs().max().item())
+
+
 class Referenced(nn.Module):
     """The layers of the reference values, each of which reads its own inputs from the rows of an embedding."""
 
@@ -207,23 +250,25 @@ def aligned(found: Tensor, expected: Tensor) -> Tensor:
 
 
 class Direct(nn.Module):
-    """SaLoRA as the paper writes it: `W x + s C (B A − B0 A0) x`, with a dense `C` and trained `A` and `B`."""
+    """SaLoRA as the paper writes it: `W x + s C (B A − B0 A0) P x`, with dense `C` and `P` and trained `A` and `B`."""
 
-    def __init__(self, base: nn.Module, C: Tensor, B0: Tensor, A0: Tensor, s: float) -> None:
+    def __init__(self, base: nn.Module, C: Tensor, P: Tensor, B0: Tensor, A0: Tensor, s: float) -> None:
         super().__init__()
         self.base, self.s = base, s
         self.A, self.B = nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
         self.register_buffer("C", C)
+        self.register_buffer("P", P)
         self.register_buffer("delta0", B0 @ A0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.s * (x @ (self.C @ (self.B @ self.A - self.delta0)).mT)
+        return self.base(x) + self.s * (x @ (self.C @ (self.B @ self.A - self.delta0) @ self.P).mT)
 
 
 @pytest.mark.slow
-def test_training_goes_the_way_of_the_direct_form(tmp_path):
+@pytest.mark.parametrize("changes", STARTS)
+def test_training_goes_the_way_of_the_direct_form(changes, tmp_path):
     rows = examples_from(tiny.rows(8), tiny.tokenizer())
-    trainer = build(tmp_path, peft_config=lora(lora_alpha=6))
+    trainer = build(tmp_path, salora(**changes), peft_config=lora(lora_alpha=6))
     method = trainer.safety_methods[0]
     theirs = tiny.model()
     for parameter in theirs.parameters():
@@ -231,11 +276,14 @@ def test_training_goes_the_way_of_the_direct_form(tmp_path):
     for name, update in lora_updates(trainer.model, "The test").items():
         B, A = (factor.detach() for factor in update.factors())
         s, base = update.layer.scaling["default"], theirs.get_submodule(name)
-        U_s = method.safety_basis.outputs[name].basis
-        C = torch.eye(len(U_s)) - U_s @ U_s.mT
-        # `C B0` in place of `B0`, which shows in no product, since `C C = C`.
+        held = [method.safety_basis.side(side).get(name) for side in ("output", "input")]
+        C, P = (
+            torch.eye(size) - (0 if one is None else one.basis @ one.basis.mT)
+            for size, one in zip((len(B), A.shape[1]), held, strict=True)
+        )
+        # `C B0` and `A0 P` in place of `B0` and `A0`, which shows in no product, since `C C = C` and `P P = P`.
         parent = theirs.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], Direct(base, C, B[:, 4:] / s, A[:4], s))
+        setattr(parent, name.rpartition(".")[2], Direct(base, C, P, B[:, 4:] / s, A[:4], s))
     losses = []
     with method.training(trainer.model):
         for model in (trainer.model, theirs):
@@ -256,11 +304,14 @@ def test_training_goes_the_way_of_the_direct_form(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protect", ["output", "input", "both"])
+@pytest.mark.parametrize(
+    ("protect", "start"),
+    [("output", "task"), ("input", "task"), ("both", "task"), ("input", "guardspace"), ("both", "guardspace")],
+)
 @pytest.mark.parametrize("architecture", exhaustive_but(["qwen2"], tiny.ARCHITECTURES))
-def test_the_model_starts_unchanged_and_never_writes_into_protected_directions(architecture, protect, tmp_path):
+def test_the_model_starts_unchanged_and_never_writes_into_protected_directions(architecture, protect, start, tmp_path):
     fan = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
-    method = salora(protect=protect)
+    method = salora(protect=protect, start=start)
     trainer = build(tmp_path, method, model=tiny.model(architecture), peft_config=lora(**fan))
     base = logits(tiny.model(architecture))
     assert torch.allclose(logits(trainer.model), base, atol=1e-6)
@@ -289,8 +340,9 @@ def test_the_model_starts_unchanged_and_never_writes_into_protected_directions(a
     ],
     ids=str,
 )
-def test_a_lora_configuration_keeps_its_scaling_and_has_its_rank_doubled(config, tmp_path):
-    method = salora()
+@pytest.mark.parametrize("changes", [{}, pytest.param(GUARDSPACE, marks=pytest.mark.exhaustive)], ids=str)
+def test_a_lora_configuration_keeps_its_scaling_and_has_its_rank_doubled(config, changes, tmp_path):
+    method = salora(**changes)
     trainer = build(tmp_path, method, peft_config=lora(**config), model=tiny.model("qwen2"))
     plain = lora_updates(get_peft_model(tiny.model("qwen2"), lora(**config)), "The test")
     updates = lora_updates(trainer.model, "The test")
@@ -367,9 +419,11 @@ def test_a_compiled_model_trains_as_an_eager_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protect", ["output", "input"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"protect": "input"}, pytest.param(GUARDSPACE, marks=pytest.mark.exhaustive)], ids=str
+)
 @pytest.mark.parametrize("bits", exhaustive_but([4], [4, 8]))
-def test_a_quantised_model_trains_and_its_adapter_loads(bits, protect, tmp_path):
+def test_a_quantised_model_trains_and_its_adapter_loads(bits, changes, tmp_path):
     pytest.importorskip("bitsandbytes")
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     quantization = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
@@ -380,7 +434,7 @@ def test_a_quantised_model_trains_and_its_adapter_loads(bits, protect, tmp_path)
             tmp_path / "base", quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
         )
 
-    method = salora(protect=protect)
+    method = salora(**changes)
     trainer = build(tmp_path, method, model=base(), gradient_checkpointing=False)
     start = logits(trainer.model)
     assert torch.allclose(start, logits(base()), atol=1e-6)
@@ -421,18 +475,35 @@ def test_a_second_adapter_beside_it_is_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_can_be_resumed_though_its_directions_come_from_a_file(tmp_path):
+@pytest.mark.parametrize("changes", STARTS)
+def test_a_run_can_be_resumed_though_its_directions_come_from_a_file(changes, tmp_path):
     def trainer(folder: str, method: SaLoRA) -> SafeSFTTrainer:
         return build(tmp_path / folder, method, max_steps=4, save_strategy="steps", save_steps=2)
 
-    whole = trainer("whole", salora())
+    whole = trainer("whole", salora(**changes))
     whole.train()
     whole.safety_methods[0].safety_basis.save(tmp_path / "basis.safetensors")
-    resumed = trainer("resumed", salora(safety_data=None, basis=tmp_path / "basis.safetensors"))
+    resumed = trainer("resumed", salora(safety_data=None, basis=tmp_path / "basis.safetensors", **changes))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     ours, theirs = weights(resumed.model), weights(whole.model)
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) <= 1e-6
     assert history(resumed)[-2]["loss" if "loss" in history(resumed)[-2] else "train_loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_before_there_was_another_start_can_be_resumed_and_one_of_another_start_cannot(tmp_path):
+    def trainer(**changes: Any) -> SafeSFTTrainer:
+        return build(tmp_path, salora(protect="input", **changes), max_steps=4, save_strategy="steps", save_steps=2)
+
+    trainer().train()
+    checkpoint = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match='`start` of SaLoRA was "task" and is "guardspace"'):
+        trainer(start="guardspace").train(resume_from_checkpoint=str(checkpoint))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]["RunFingerprint"]["attributes"]
+    assert kept["SaLoRA"].pop("start") == "task"
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    trainer().train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.slow
@@ -447,8 +518,9 @@ def test_a_second_training_goes_on_where_the_first_ended(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_saved_adapter_can_be_trained_on_with_the_same_directions_only(tmp_path):
-    first = build(tmp_path)
+@pytest.mark.parametrize("changes", STARTS)
+def test_a_saved_adapter_can_be_trained_on_with_the_same_directions_only(changes, tmp_path):
+    first = build(tmp_path, salora(**changes))
     first.train()
     first.save_model()
     basis = first.safety_methods[0].safety_basis
@@ -456,12 +528,13 @@ def test_a_saved_adapter_can_be_trained_on_with_the_same_directions_only(tmp_pat
     def loaded() -> PeftModel:
         return PeftModel.from_pretrained(tiny.model(), tmp_path, is_trainable=True)
 
-    more = build(tmp_path, salora(safety_data=None, basis=basis), model=loaded(), peft_config=None)
+    more = build(tmp_path, salora(safety_data=None, basis=basis, **changes), model=loaded(), peft_config=None)
     assert torch.allclose(logits(more.model), logits(first.model), atol=1e-6)
     more.train()
     assert leak(more.model, more.safety_methods[0]) <= 1e-6 < (logits(more.model) - logits(first.model)).abs().max()
+    untouched = {"model": loaded(), "peft_config": None}
     with pytest.raises(ValueError, match="one factor is in directions that are protected now"):
-        build(tmp_path, salora(directions="random"), model=loaded(), peft_config=None)
+        build(tmp_path, salora(directions="random", protect=first.safety_methods[0].protect), **untouched)
     with pytest.raises(ValueError, match="a LoRA that SaLoRA did not make: .* is untrained"):
         build(tmp_path, model=get_peft_model(tiny.model(), lora()), peft_config=None)
 
@@ -553,6 +626,11 @@ DOCUMENTED = {
     "`protect` must be one of output, input, both, got 'left'": {"protect": "left"},
     "`directions` must be one of": {"directions": "harm"},
     "nothing is left of SaLoRA": {"rank": 0, "task_rank": 0},
+    "`start` must be one of task, guardspace, got 'lora'": {"start": "lora"},
+    "`start='guardspace'` needs `protect='input'` .*, got `protect='output'`. Change": {"start": "guardspace"},
+    "got `directions='random'`. Change `directions`, or leave `start` out": {**GUARDSPACE, "directions": "random"},
+    "got `rank=0`. Change `rank`, or leave `start` out": {**GUARDSPACE, "rank": 0},
+    "got `task_rank=0`. Change `task_rank`, or leave `start` out": {**GUARDSPACE, "task_rank": 0},
 }
 
 

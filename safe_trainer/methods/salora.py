@@ -25,7 +25,10 @@ from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfC
 logger = logging.getLogger(__name__)
 
 Protect = Literal["output", "input", "both"]
+Start = Literal["task", "guardspace"]
 Directions = Literal["safety", "random"]
+
+_UNGUARDED = {"protect": "output", "directions": "random", "rank": 0, "task_rank": 0}
 
 
 @dataclass
@@ -62,6 +65,10 @@ class SaLoRA(SafetyMethod):
         samples (`int`, *optional*, defaults to `128`): Rows to draw, from `safety_data` and from the training rows.
         max_length (`int`, *optional*, defaults to `1024`): Where these are cut, in tokens.
         seed (`int`, *optional*, defaults to `0`): Seed of the draw and of random directions.
+        start (`str`, *optional*, defaults to `"task"`): `"task"`: as above. `"guardspace"`, for `protect="input"`: the
+            part of `W` that harmful prompts need least, whatever `task_rank`. With the second moments `M` of a layer's
+            inputs there, of the r smallest components of `W M = U Σ Vᵀ`: `B0 = U √Σ` and `A0 = √Σ Vᵀ M⁻¹`. `M` is made
+            of all directions that the basis holds and the mean variance of the others, with 1 % of its mean added.
 
     Attributes:
         safety_basis ([`SafetyBasis`] or `None`): What was measured or loaded, once attached; `save` it for other runs.
@@ -82,7 +89,8 @@ class SaLoRA(SafetyMethod):
 
     Source: Li et al., "SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation", ICLR 2025, arXiv 2501.01765, section
     4, and the authors' code. From there: `C`, the initialisation, all defaults (and r = alpha = 16 on q_proj and
-    v_proj, learning rate 1e-4). Ours: the increment form, one pass for all layers, `protect`, the controls.
+    v_proj, learning rate 1e-4). `start="guardspace"`, and with it `energy` close to 1: GuardSpace, arXiv 2510.14301.
+    Ours: the increment form, one pass for all layers, `protect`, the controls.
     """
 
     name: ClassVar[str] = "SaLoRA"
@@ -120,6 +128,7 @@ class SaLoRA(SafetyMethod):
     samples: int = 128
     max_length: int = 1024
     seed: int = 0
+    start: Start = "task"
     safety_basis: SafetyBasis | None = field(default=None, init=False, repr=False, compare=False)
     _continues: bool = field(default=False, init=False, repr=False, compare=False)
     _updates: dict[str, adapters.LoraUpdate] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -127,7 +136,7 @@ class SaLoRA(SafetyMethod):
 
     def __post_init__(self) -> None:
         check_whole(self, rank=0, task_rank=0, samples=1, max_length=1)
-        check_choices(self, protect=Protect, input_tokens=InputTokens, directions=Directions)
+        check_choices(self, start=Start, protect=Protect, input_tokens=InputTokens, directions=Directions)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"`energy` must be above 0 and at most 1, got {self.energy}. Usual is 0.95.")
         if self.rank and self.directions == "safety" and (self.safety_data is None) == (self.basis is None):
@@ -137,6 +146,12 @@ class SaLoRA(SafetyMethod):
             )
         if not self.rank and not self.task_rank:
             raise ValueError("With `rank=0` and `task_rank=0` nothing is left of SaLoRA. Use no method instead.")
+        for name, misfit in _UNGUARDED.items() if self.start == "guardspace" else ():
+            if getattr(self, name) == misfit:
+                raise ValueError(
+                    "`start='guardspace'` needs `protect='input'` or `'both'`, `directions='safety'`, and `rank` and "
+                    f"`task_rank` above 0, got `{name}={misfit!r}`. Change `{name}`, or leave `start` out."
+                )
         self._sides: tuple[Side, ...] = ("output", "input") if self.protect == "both" else (self.protect,)
         self._sampling: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "max_length": self.max_length}
 
@@ -184,7 +199,7 @@ class SaLoRA(SafetyMethod):
             self._check_trained()
             return
         task: dict[str, linalg.TopDirections] = {}
-        if self.task_rank:
+        if self.task_rank and self.start == "task":
             examples = calibration.examples_from(train_dataset, tokenizer, argument="train_dataset", **self._sampling)
             task = calibration.top_directions(model, layers, examples, rank=self.task_rank)["output"]
         for name, update in self._updates.items():
@@ -251,7 +266,7 @@ class SaLoRA(SafetyMethod):
     ) -> tuple[Tensor, Tensor]:
         """Return the factors to start from: `[0, C B0]` and `[A0 P ; 0]`, or LoRA's own, `C B` and `A P`."""
         U_s, V_s = self._bases[name]
-        if task is None:
+        if not self.task_rank:
             B, A = (factor.cpu() for factor in update.factors())
             return linalg.outside(B, U_s), linalg.outside(A.mT, V_s).mT
         W = adapters.weight(update.layer)
@@ -261,9 +276,13 @@ class SaLoRA(SafetyMethod):
                 f"`r` of `LoraConfig` must be at most {min(W.shape)}, the smaller side of `{name}`, got {r}: training "
                 "starts from the rank-r part of the weight. Lower `r`, for this layer in `rank_pattern`."
             )
-        B0, A0 = (factor.cpu() for factor in linalg.balanced_factors(W, r))
-        U_t = task.basis
-        B0, A0 = linalg.outside(U_t @ (U_t.mT @ B0), U_s), linalg.outside(A0.mT, V_s).mT
+        if task is not None:
+            B0, A0 = (factor.cpu() for factor in linalg.balanced_factors(W, r))
+            B0 = task.basis @ (task.basis.mT @ B0)
+        else:
+            assert self.safety_basis is not None
+            B0, A0 = (factor.cpu() for factor in linalg.least_factors(W, self.safety_basis.inputs[name], r))
+        B0, A0 = linalg.outside(B0, U_s), linalg.outside(A0.mT, V_s).mT
         return torch.cat([torch.zeros_like(B0), B0], dim=1), torch.cat([A0, torch.zeros_like(A0)])
 
     def _check_trained(self) -> None:

@@ -191,6 +191,15 @@ TRAINER: dict[str, Case] = {
         "Use no method instead",
         [lambda at: at.trainer(None)],
     ),
+    "a start without inputs": (
+        lambda at: SaLoRA(safety_data=REFUSED, rank=4, start="guardspace"),
+        "got `protect='output'`. Change `protect`, or leave `start` out",
+        [
+            lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=4, start="guardspace", protect="input")),
+            lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=4, start="guardspace", protect="both")),
+            lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=4, task_rank=4)),
+        ],
+    ),
     "two sources of a direction": (
         lambda at: AsFT(at.unaligned, direction=spans(at)),
         "Give `unaligned_model` or `direction`, not both",
