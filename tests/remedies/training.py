@@ -193,7 +193,7 @@ TRAINER: dict[str, Case] = {
     ),
     "a start without inputs": (
         lambda at: SaLoRA(safety_data=REFUSED, rank=4, start="guardspace"),
-        "got `protect='output'`. Change `protect`, or leave `start` out",
+        "`start='guardspace'` needs `protect='input'` or `'both'`, .*above 0, got .*, or leave `start` out",
         [
             lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=4, start="guardspace", protect="input")),
             lambda at: at.trainer(SaLoRA(safety_data=REFUSED, rank=4, start="guardspace", protect="both")),
