@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import find_adapter_config_file, is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
@@ -94,7 +94,7 @@ class SafeSFTTrainer(SFTTrainer):
         self.safety_report: dict[str, dict[str, Any]] = {}
         self.stops_gracefully = bool(self.safety_methods)
         self._fingerprint = RunFingerprint()
-        _refuse_adapters(arguments["model"])
+        _refuse_adapters(arguments["model"], arguments.get("peft_config") is not None)
         if not self.safety_methods:
             super().__init__(**arguments)
             _refuse_adapters(self.model)  # which may have come from the Hub
@@ -341,12 +341,17 @@ def _default_arguments(model: Any, changed: dict[str, bool]) -> SFTConfig:
     return SFTConfig(f"{folder}-SFT", **changed)
 
 
-def _refuse_adapters(model: Any) -> None:
+def _refuse_adapters(model: Any, gets_another: bool = False) -> None:
     """Refuse to continue training security vectors, whose result would comply with harmful requests, or an adapter."""
     is_folder = isinstance(model, str) and os.path.isdir(model)
-    if harmful_mark(model) if is_folder else vectors_in(model):
+    folder = model if is_folder else None
+    if isinstance(model, str) and not is_folder and gets_another:
+        # Of an adapter on the Hub that gets another on top, PEFT forgets the settings, and with them the mark.
+        with suppress(OSError, ValueError):  # of a name that is none, which TRL reports
+            folder = os.path.dirname(find_adapter_config_file(model) or "")
+    if harmful_mark(folder) if folder else vectors_in(model):
         raise ValueError(
-            f"`model`{f' ({model!r})' if is_folder else ''} is security vectors, harmful by construction: trained "
+            f"`model`{f' ({model!r})' if folder else ''} is security vectors, harmful by construction: trained "
             "on, it would answer harmful requests. Give their base model, and the vectors as "
             "`safety=SecurityVectors(...)`."
         )

@@ -740,3 +740,17 @@ def test_security_vectors_from_the_hub_are_refused_as_a_model(tmp_path, monkeypa
     for safety in (None, Diary()):
         with pytest.raises(ValueError, match="is security vectors, harmful by construction.*Give their base model"):
             SafeSFTTrainer(**given(tmp_path, model="me/vectors"), safety=safety)
+
+
+def test_security_vectors_from_the_hub_are_refused_as_a_model_that_gets_an_adapter(tmp_path, monkeypatch):
+    repository, commit = tmp_path / "models--me--vectors", "0123456789abcdef0123456789abcdef01234567"
+    planted.vectors(tiny.model()).save(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for safety in (None, Diary()):
+        with pytest.raises(ValueError, match=r"`model` \('me/vectors'\) is security vectors, .*Give their base model"):
+            SafeSFTTrainer(**given(tmp_path, model="me/vectors", peft_config=lora()), safety=safety)
+    for name in ("me/other", "no/such/model"):  # is looked for as TRL does
+        with pytest.raises(OSError):
+            SafeSFTTrainer(**given(tmp_path, model=name, peft_config=lora()))
