@@ -104,9 +104,9 @@ def salora(**settings: Any) -> SaLoRA:
     return SaLoRA(safety_data=pair.rows(testbed.refusal_rows(128, testbed.OWN_ROWS)), **settings)
 
 
-def inputs(rank: int = 64, **settings: Any) -> SaLoRA:
-    """Return SaLoRA that protects what layers read in harmful prompts, from LoRA's own start."""
-    return SaLoRA(basis=_basis(), protect="input", rank=rank, task_rank=0, **settings)
+def inputs(rank: int = 64, task_rank: int = 0, **settings: Any) -> SaLoRA:
+    """Return SaLoRA that protects what layers read in harmful prompts, by default from LoRA's own start."""
+    return SaLoRA(basis=_basis(), protect="input", rank=rank, task_rank=task_rank, **settings)
 
 
 def vectors(strength: float = 1.0, **settings: Any) -> SecurityVectors:
@@ -168,6 +168,13 @@ CONTROLS: dict[str, Variant] = {
 
 AVERAGED = "plain LoRA, averaged"
 
+STARTS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", SaLoRA's start": {"task_rank": SaLoRA.task_rank},
+    ", GuardSpace's start": {"task_rank": SaLoRA.task_rank, "start": "guardspace"},
+}
+"""What training starts from with GuardSpace's projector: LoRA's own start is a control, and so is SaLoRA's."""
+
 DEFENSES: dict[str, Variant] = {
     "Constrained SFT": Variant(lambda: [ConstrainedSFT()]),
     "Constrained SFT, openings as the rest": Variant(
@@ -176,8 +183,13 @@ DEFENSES: dict[str, Variant] = {
     "SafeGrad": Variant(lambda: [SafeGrad()]),
     "SafeGrad, ρ = 0": Variant(lambda: [SafeGrad(rho=0)]),
     "SafeGrad, trust region": Variant(lambda: [SafeGrad(rule="trust_region")]),
-    "inputs, 99 % of the variance": Variant(lambda: [inputs(WIDEST, energy=0.99)]),
-    "inputs, 99.9 % of the variance": Variant(lambda: [inputs(WIDEST, energy=0.999)]),
+    **{
+        f"inputs, {share} % of the variance{start}": Variant(
+            lambda energy=energy, settings=settings: [inputs(WIDEST, energy=energy, **settings)]
+        )
+        for start, settings in STARTS.items()
+        for share, energy in (("99", 0.99), ("99.9", 0.999))
+    },
     "Safe LoRA": Variant(repaired=True),
     AVERAGED: Variant(lambda: [AveragedWeights()]),
 }
