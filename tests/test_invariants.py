@@ -52,6 +52,7 @@ PULLED = "safe_grad: trust region"
 BUILD: dict[str, Callable[[str, str], SafetyMethod]] = {
     **{name: functools.partial(method_of, name) for name in METHODS},
     "salora: both sides": functools.partial(method_of, "salora", task_rank=0, protect="both"),
+    "salora: GuardSpace's start": functools.partial(method_of, "salora", protect="input", start="guardspace"),
     PULLED: functools.partial(method_of, "safe_grad", rule="trust_region"),
 }
 VARIANTS = list(BUILD)
