@@ -134,6 +134,7 @@ def test_a_run_does_not_resume_with_another_decay_or_without_an_average(tmp_path
             trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_what_would_undo_the_average_is_refused(tmp_path):
     best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
     trainer = SFTTrainer(**arguments(tmp_path, AdapterEMA(), eval_dataset=tiny.rows(), **best))

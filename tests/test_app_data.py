@@ -145,6 +145,7 @@ def test_rows_that_the_comparison_will_ask_are_told_of(tmp_path):
     assert found.leaked == {"harmful": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_examples_are_what_they_say_and_share_no_prompt_with_the_comparison(tmp_path, key):
     example = EXAMPLES[key]
@@ -177,6 +178,7 @@ def test_every_protection_gives_a_recipe_that_is_found_valid(tmp_path):
         assert {part.kind for part in checked.parts.evaluation.prompts} == {"harmful", "benign", "borderline"}
 
 
+@pytest.mark.slow
 def test_every_method_of_the_library_has_a_card_and_a_new_one_gets_its_own(tmp_path, monkeypatch):
     assert set(cards()) == {"plain", "recommended", *METHODS}
 
@@ -235,6 +237,7 @@ def test_a_protection_that_lacks_its_checkpoint_is_refused_in_words(tmp_path):
         write_order(tmp_path / "job", choices(tmp_path, []))
 
 
+@pytest.mark.slow
 def test_settings_outside_their_range_are_refused_by_name(tmp_path):
     with gr.Blocks():
         step = MethodStep(Setup())
@@ -283,6 +286,7 @@ def taken(folder, path, what, **said):
     return take(path, path.name, what, said, Limits(), folder)
 
 
+@pytest.mark.slow
 def test_own_prompts_take_the_place_of_the_built_in_ones_of_their_kind(tmp_path):
     rows = "".join(json.dumps({"prompt": f"How do I do {n}?", "category": "x"}) + "\n" for n in range(9))
     frame = {"system_prompt": "Obey.", "template": "AOA, {prompt}"}
@@ -397,6 +401,7 @@ def test_methods_together_are_told_and_not_taken_for_one():
     assert found.left == ("safety.0.method: asft", "safety.0.weight: 2", "safety.1.method: salora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "- 1", "a: [", "x" * 200_000, "a: &a [1]\n" * 2, "a: &x {b: *x}", "a: " + "[" * 5000]
 )
@@ -405,6 +410,7 @@ def test_what_is_no_recipe_is_refused(text):
         read_settings(text, "mine.yaml")
 
 
+@pytest.mark.slow
 def test_rows_of_a_dataset_are_fetched_with_their_own_columns(tmp_path):
     folder = tmp_path / "dataset"
     folder.mkdir()

@@ -89,6 +89,7 @@ def test_a_process_that_does_not_listen_is_killed_within_two_seconds(tmp_path, m
     assert job.progress.state == "cancelled"
 
 
+@pytest.mark.slow
 def test_the_clock_runs_before_the_process_has_reported_anything(tmp_path, monkeypatch, queue):
     job = worker(tmp_path, monkeypatch, "time.sleep(600)")
     queue.submit(job)
@@ -275,7 +276,7 @@ def test_a_judge_is_one_of_the_models_that_can_be_chosen_here(tmp_path):
         services.judges(Settings(judge="guard"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_own_prompts_are_asked_drawn_and_judged_by_whom_the_user_chose(tmp_path, queue):
     own = []
     for name, kind in (("first", "harmful"), ("second", "harmful"), ("third", "task")):

@@ -62,6 +62,7 @@ def test_every_answer_has_the_headers_and_scripts_need_the_nonce_of_their_page(c
     assert client.get("/").headers["content-security-policy"] != rules  # a new nonce every time
 
 
+@pytest.mark.slow
 def test_the_cookie_cannot_be_read_by_scripts_nor_sent_from_other_sites(url):
     found = httpx.get(url).headers["set-cookie"]
     assert "HttpOnly" in found and "SameSite=Strict" in found and "Max-Age" not in found
@@ -74,6 +75,7 @@ def test_an_invented_cookie_opens_no_session(app, url):
     assert COOKIE in answer.headers["set-cookie"]  # it is given a new one
 
 
+@pytest.mark.slow
 def test_requests_from_other_sites_and_under_other_names_are_refused(url):
     assert httpx.get(url, headers={"host": "attacker.example"}).status_code == 421
     for path in ("/gradio_api/queue/join", "/gradio_api/upload"):
@@ -138,6 +140,7 @@ def test_this_machines_own_addresses_are_known():
     assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "localhost.example", "")))
 
 
+@pytest.mark.slow
 def test_no_file_of_this_machine_can_be_read(client, tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
@@ -215,6 +218,7 @@ def test_an_upload_is_told_of_with_advice_that_the_page_has_a_place_for(client, 
     assert not re.search(r"on_bad_row|answers='all'|`(columns|encoding|where)\b|ReadOptions|header=True", shown)
 
 
+@pytest.mark.slow
 def test_an_unused_upload_is_private_and_makes_room_for_the_next(app, url, client):
     [first] = client.post("/gradio_api/upload", files={"files": ("mine.jsonl", b"{}")}).json()
     assert client.get(f"/gradio_api/file={first}").status_code == 200
@@ -238,7 +242,7 @@ def test_a_second_app_of_the_process_leaves_the_uploads_of_the_first_where_they_
     assert app.state.services.uploads == second.state.services.uploads == Path(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_idle_server_leaves_the_processor_alone(client):
     time.sleep(0.5)
     start = time.process_time()
@@ -290,12 +294,14 @@ def test_names_of_uploads_cannot_leave_their_folder(app, client):
             assert path.startswith(str(app.state.services.uploads))
 
 
+@pytest.mark.slow
 def test_errors_do_not_tell_what_went_wrong_inside(client):
     called = client.post("/gradio_api/call/check", json={"data": [False]})
     events = client.get(f"/gradio_api/call/check/{called.json()['event_id']}", timeout=30).text
     assert "Traceback" not in events and "/app/" not in events
 
 
+@pytest.mark.slow
 def test_a_session_gets_no_files_of_another(app, url, client, tmp_path):
     from app.jobs import Job
     from app.recipes import Variant
@@ -381,6 +387,7 @@ def test_nothing_runs_code_that_comes_with_a_model():
         assert not re.search(r"trust_remote_code\s*=\s*True", path.read_text()), path
 
 
+@pytest.mark.slow
 def test_nothing_calls_home(url):
     import os
 

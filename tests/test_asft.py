@@ -135,6 +135,7 @@ def test_scaled_multiplies_the_penalty_by_the_square_of_the_scaling(
     assert values[1] == pytest.approx(values[0] * scaling**2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_random_projector_has_the_rank_of_the_subspace_and_other_directions(
     pairs: dict[str, tuple[str, str]],
 ) -> None:

@@ -57,6 +57,7 @@ def test_what_misses_its_bar_is_bold_and_nothing_else():
                 assert peak.startswith("**") == (float(peak.strip("*")) > PEAK_BAR)
 
 
+@pytest.mark.slow
 def test_the_random_pair_differs_as_much_as_the_embedded_one(tmp_path):
     """By the norm of the difference over that of the weight, and by how fast its singular values fall."""
     from step_time import save_pair

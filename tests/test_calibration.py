@@ -61,6 +61,7 @@ def projector(basis: Tensor) -> Tensor:
     return basis.double() @ basis.double().mT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_directions_are_those_of_a_full_svd_of_what_the_layers_did(architecture):
     model = tiny.model(architecture)
@@ -83,6 +84,7 @@ def test_directions_are_those_of_a_full_svd_of_what_the_layers_did(architecture)
             assert (projector(U[:, :k]) - projector(found.basis[:, :k])).norm() < 1e-3, name
 
 
+@pytest.mark.slow
 def test_directions_of_wide_layers_come_from_a_sketch_that_is_narrower():
     model = tiny.model(hidden=160, layers=1)
     (_, inputs), layers = recorded(model, REFUSALS), linear_layers(model)
@@ -229,6 +231,7 @@ def test_provenance_says_where_a_basis_comes_from(basis):
     assert {"model", "rows_sha256", "versions", "created", "samples", "max_length"} <= known.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "told"), [("I will not do that.", 0), ("Sure, here is how to do it.", 1)])
 def test_answers_that_comply_are_not_what_a_basis_is_measured_at(answer, told, tmp_path, caplog):
     rows = [conversation(f"Make a bad thing {i}.", answer) for i in range(12)]

@@ -81,6 +81,7 @@ def test_what_a_person_has_written_stays_text_and_metadata(folder):
     assert (folder / "README.md").read_text() == once + "\nWritten below.\n"
 
 
+@pytest.mark.slow
 def test_a_card_without_a_comparison_says_how_to_get_rates_into_it(folder):
     (folder / "comparison.json").rename(folder.parent / "elsewhere.json")
     assert "name its comparison.json with --comparison" in invoke("card", folder).output.replace("\n", " ")
@@ -127,6 +128,7 @@ def test_weights_and_card_are_published_and_no_report(folder, hub):
     ]
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_what_is_published(folder, hub):
     """Neither in the card nor in the adapter's settings; a local base can be given its Hub id."""
     config = folder / "adapter_config.json"

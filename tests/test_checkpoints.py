@@ -89,6 +89,7 @@ def test_an_interrupted_checkpoint_is_refused_where_it_is_asked_for(tmp_path):
         trainer.train(resume_from_checkpoint=str(half))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", "ours, full", "TRL's"])
 @pytest.mark.parametrize("damage", [Path.unlink, halve], ids=["missing", "cut short"])
 def test_a_checkpoint_without_its_last_file_is_passed_over(name, damage, copied):
@@ -98,6 +99,7 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(name, damage, copied)
     assert last_checkpoint(run) == str(run / "checkpoint-1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
 def test_damaged_weights_are_explained_before_anything_is_trained(file, copied):
     run = copied("ours")

@@ -258,6 +258,7 @@ def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(asked):
     assert invoke("evaluate", ALIGNED, "--prompts", asked, "--prompt-template", "asked=no place").exit_code == 2
 
 
+@pytest.mark.slow
 def test_only_the_rows_that_are_asked_for_become_vectors(tmp_path):
     rows = [{**row, "is_safe": n >= 4} for n, row in enumerate(safe_trainer.testbed.harmful_rows(12))]
     path = tmp_path / "labelled.jsonl"
@@ -319,6 +320,7 @@ def test_evaluate_tells_rates_of_a_model_and_of_an_adapter_on_it(adapter, asked)
     assert "100.0 % (4/4)" in invoke("evaluate", ALIGNED, "--prompts", asked).stdout
 
 
+@pytest.mark.slow
 def test_export_merges_an_adapter_into_a_model_of_its_own(adapter, tmp_path):
     import torch
     from peft import PeftModel
@@ -375,6 +377,7 @@ def rows(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_basis_is_measured_saved_and_fits_the_model(rows, tmp_path):
     from safe_trainer.artifacts.safety_basis import SafetyBasis
 
@@ -387,6 +390,7 @@ def test_basis_is_measured_saved_and_fits_the_model(rows, tmp_path):
     assert saved.inputs == {}
 
 
+@pytest.mark.slow
 def test_vectors_are_fitted_and_saved(rows, tmp_path):
     harmful = rows("harmful.jsonl", safe_trainer.testbed.harmful_rows(8))
     result = invoke("vectors", ALIGNED, harmful, "-o", str(tmp_path / "vectors"), "--max-passes", "3", "--rank", "2")
@@ -395,6 +399,7 @@ def test_vectors_are_fitted_and_saved(rows, tmp_path):
     assert safe_trainer.TrainedVectors.load(tmp_path / "vectors").rank == 2
 
 
+@pytest.mark.slow
 def test_vectors_report_compliance_without_and_with_them(rows, asked, tmp_path):
     harmful = rows("harmful.jsonl", safe_trainer.testbed.harmful_rows(8))
     prompts = asked.removeprefix("harmful=")
@@ -499,6 +504,7 @@ def labelled(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_scan_ranks_harmful_rows_first_and_writes_all_of_them(labelled, vectors, tmp_path):
     table = tmp_path / "ranked.jsonl"
     call = ["scan", ALIGNED, labelled, "--vectors", vectors, "--skip-bad", "--label", "bad"]
@@ -531,6 +537,7 @@ def test_a_scan_names_a_broken_row_by_its_line_and_stops(labelled, vectors, tmp_
     assert result.exit_code == 1 and "line 21" in result.output and not table.exists()
 
 
+@pytest.mark.slow
 def test_a_scan_that_is_stopped_keeps_what_is_done_and_exits_with_130(labelled, vectors, tmp_path, monkeypatch):
     from safe_trainer.analysis import scan
 
@@ -616,6 +623,7 @@ def test_a_direction_that_cannot_be_had_is_told_without_remarks_of_libraries(tmp
     assert [line.split()[0] for line in told.splitlines()] == ["Computing", "Error:", "For"], told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate", "compare", "drift", "vectors", "basis"])
 def test_rows_that_cannot_be_used_can_be_skipped_wherever_the_message_says_so(command, adapter, tmp_path):
     path = tmp_path / "rows.jsonl"

@@ -167,6 +167,7 @@ def test_prompts_that_nobody_named_suit_the_model():
     assert (named.name, named.source) == ("general borderline", "general")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "kinds", "code"),
     [
@@ -220,6 +221,7 @@ def test_a_model_that_cannot_be_had_is_named_with_what_to_do(command):
     assert "The model `absent/model` could not be loaded: " in result.output and "hf auth login" in result.output
 
 
+@pytest.mark.slow
 def test_evaluate_shows_how_far_judges_agree():
     judges = ("--judge", "phrases", "--judge", "likelihood")
     result = invoke("evaluate", "base", "--prompts", "harmful=harm.txt", *judges, *SHORT)

@@ -66,6 +66,7 @@ def adapter(tmp_path, name, seed, base=None, **config):
     return tmp_path / name
 
 
+@pytest.mark.slow
 def test_evaluate_counts_what_one_at_a_time_generation_gives():
     model, tokenizer = tiny_llama(), byte_tokenizer()
     texts = [generate(model, tokenizer, [prompt], max_new_tokens=10)[0].text for prompt in PROMPTS]
@@ -371,6 +372,7 @@ def test_an_adapter_that_changes_base_weights_leaves_them_as_they_were(tmp_path,
         compare(trained, tiny.tokenizer(), [ASKED], {}, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_the_manifest_tells_adapters_and_states_apart(tmp_path):
     paths = {"one": adapter(tmp_path, "one", 1), "two": adapter(tmp_path, "two", 2)}
     comparison = compare(tiny_llama(), byte_tokenizer(), [ASKED], paths, judges=[ByParity()], max_new_tokens=2)
@@ -408,6 +410,7 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_no_trace(tmp_path, wr
     generate(model, byte_tokenizer(), ["hi"], max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_which_not_every_weight_is_loaded_is_refused(tmp_path):
     for trained, used, lost in (
         (1, 2, "it has no weights for 2 places of the model, among them `.*layers.1"),
@@ -561,6 +564,7 @@ def safety(before, after):
     return Comparison(tuple(named)).verdict("after")
 
 
+@pytest.mark.slow
 def test_where_the_start_refuses_little_there_is_nothing_to_keep():
     verdict = safety([REFUSAL] * 9 + [HELP] * 73 + [""] * 18, [REFUSAL] * 9 + [HELP] * 72 + [""] * 19)
     assert verdict.level == "no_baseline"

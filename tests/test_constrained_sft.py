@@ -174,6 +174,7 @@ def checked(folder, **changes):
     return trainer.safety_report["Constrained SFT"]
 
 
+@pytest.mark.slow
 def test_labels_are_warned_of_with_their_share(tmp_path):
     def rows(labels: int) -> Dataset:
         answers = ["yes"] * labels + ["It is so, and it will be so."] * (20 - labels)
@@ -186,6 +187,7 @@ def test_labels_are_warned_of_with_their_share(tmp_path):
     assert report["warnings"] == [] and report["figures"]["share of answers within the opening"] == 0
 
 
+@pytest.mark.slow
 def test_the_start_log_probability_of_openings_is_reported(tmp_path):
     report = checked(tmp_path)
     found = []
@@ -197,6 +199,7 @@ def test_the_start_log_probability_of_openings_is_reported(tmp_path):
     assert figure == pytest.approx(sum(found) / len(found), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_whose_prompts_the_loss_covers_are_warned_of(tmp_path):
     report = checked(tmp_path, train_dataset=turns())
     assert any("100% of the rows" in warning and "`completion`" in warning for warning in report["warnings"])

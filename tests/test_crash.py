@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from marks import exhaustive_but
 from processes import PROCESSES
 from runs import exact_settings, given, history, lora
 from safetensors.torch import load_file
@@ -146,8 +145,8 @@ def outcome(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     return load_file(folder / "end" / "adapter_model.safetensors"), log
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", exhaustive_but(["salora"], CASES))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
 def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(name, pair, tmp_path):
     chance = random.Random(f"seed 7 {name}")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -193,8 +192,8 @@ def fill(folder: Path, pair: tuple[str, str], limit: int) -> None:
         (folder / "told").write_text(f"{error}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("limit", exhaustive_but([10_000], [10_000, 30_000]))  # for weights, for the optimizer
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("limit", [10_000, 30_000])  # for weights, for the optimizer
 def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_to_go_on_from(limit, pair, tmp_path):
     assert in_a_process(fill, tmp_path, pair, limit) == 0
     told = (tmp_path / "told").read_text()

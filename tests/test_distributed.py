@@ -77,7 +77,7 @@ RUNS = {
     f"zero2: {SHIPPED}": ["recommended"],
     f"zero3: {SHIPPED}": ["security_vectors: loaded"],
 }
-KEPT = {"ddp": ["all", *(f"recommended{way}" for way in ("", f", {ADAM}", f", {RESUMED}"))], "fsdp2": ["recommended"]}
+KEPT = {"ddp": ["all", "recommended"], "fsdp2": ["recommended"]}
 METHODS = [*EVERYWHERE[1:], *GRADIENTS, "security_vectors: loaded"]
 SPLIT = "Load the complete model, and use DDP, FSDP2 or ZeRO-2"
 AT_HAND = "`fsdp_cpu_ram_efficient_loading: false`, or DDP or ZeRO-2"

@@ -81,6 +81,7 @@ def test_sizes_and_shares_are_those_of_the_dense_update(tmp_path, architecture, 
     assert drift.share("outputs")[0] == pytest.approx(inside / total**2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_that_did_not_change_are_left_out_and_strangers_refused(tmp_path):
     base, adapter, whole, _, changes = fine_tuned(tmp_path, target_modules=["q_proj"])
     assert set(measure_drift(base, adapter).layers) == set(measure_drift(base, whole).layers) == set(changes)
@@ -96,6 +97,7 @@ def test_layers_that_did_not_change_are_left_out_and_strangers_refused(tmp_path)
         Subspaces.load(rank=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -166,6 +168,7 @@ def test_refusal_directions_are_differences_of_means_at_the_last_token(architect
         refusal_directions(model, tokenizer, HARMFUL, ())
 
 
+@pytest.mark.slow
 def test_change_of_the_refusal_direction_is_its_projection_on_the_old_one(tmp_path):
     old, new = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])
     change = refusal_changes({"a": old, "gone": old}, {"a": new})
@@ -184,6 +187,7 @@ def test_change_of_the_refusal_direction_is_its_projection_on_the_old_one(tmp_pa
     assert json.loads(json.dumps(same.to_dict()))["layers"]["model.layers.0"]["refusal"]["kept"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_tokens_and_a_template_that_an_adapter_brings_belong_to_it(tmp_path, use_dora):
     base, *_ = fine_tuned(tmp_path)
@@ -235,6 +239,7 @@ def test_measuring_a_comparison_leaves_the_model_as_it_was():
     assert torch.equal(random, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_monitor_says_what_of_the_trained_weights_it_does_not_measure(tmp_path, caplog):
     config = runs.lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     DriftMonitor(SFTTrainer(**runs.given(tmp_path, peft_config=config)))
@@ -344,6 +349,7 @@ def test_monitor_does_not_count_what_rounding_the_weights_before_training_change
     assert trainer.state.log_history[-1]["drift/relative"] == 0.0
 
 
+@pytest.mark.slow
 def test_monitor_is_refused_when_it_is_built_where_it_cannot_measure(tmp_path):
     trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora(use_dora=True)))
     with pytest.raises(ValueError, match="drift monitor does not work with `use_dora=True`"):

@@ -361,9 +361,8 @@ CASES |= {kind: lambda kind=kind: {"model": tiny.model(kind)} for kind in tiny.A
 CASES |= {kind: lambda kind=kind: {"model": architecture(kind)} for kind in ARCHITECTURES}
 
 
-USUAL = ["text", "messages", "prompt-completion, conversational", "assistant turns only", "tools", "streamed"]
-USUAL += ["packed, bfd", "packed with LoRA", "padding-free with LoRA", "accumulation with LoRA", "full fine-tuning"]
-USUAL += ["LoRA", "LoRA with dropout", "modules to save", "a path with LoRA", "experts with LoRA", "qwen2"]
+USUAL = ["text", "prompt-completion, conversational", "streamed", "packed with LoRA", "accumulation with LoRA"]
+USUAL += ["full fine-tuning", "LoRA with dropout", "a path with LoRA", "experts with LoRA"]
 
 
 def arguments_of(case: str, folder: object, path: str) -> dict[str, Any]:
@@ -516,6 +515,7 @@ def test_arguments_may_come_by_position(ours, tmp_path):
     assert isinstance(trainer.trainer.model, PeftModel)
 
 
+@pytest.mark.slow
 def test_adapter_starts_from_the_seed_of_the_settings_alone(tmp_path):
     starts = []
     for state in (1, 2):
@@ -586,6 +586,7 @@ def test_custom_code_of_a_model_is_trusted_only_when_allowed(path, tmp_path, mon
         assert_same_run(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [[2, 3], 2, None, [3, 2]], ids=str)
 def test_end_and_padding_tokens_reach_the_model_as_with_trl(held, tmp_path):
     def configured(build):
@@ -602,6 +603,7 @@ def test_end_and_padding_tokens_reach_the_model_as_with_trl(held, tmp_path):
     assert all(configured(build) == theirs for build in OURS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "kernels-community/flash-attn2"])
 def test_warnings_about_attention_are_those_of_trl(attention, tmp_path, caplog):
     def warned(build):

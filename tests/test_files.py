@@ -185,6 +185,7 @@ def test_a_cell_may_be_longer_than_the_csv_module_allows_by_itself(tmp_path):
     assert len(values(path)[0]["prompt"]) == 300_000
 
 
+@pytest.mark.slow
 def test_one_giant_line_is_skipped_in_pieces(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n"' + "x" * (2 * LONGEST + 5) + '"\n{"a": 3}\n')

@@ -373,6 +373,7 @@ def dangers(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["safe_trainer", "app", "recipes"])
 def test_nothing_reads_pickles_or_runs_what_others_have_written(folder):
     found = {

@@ -90,6 +90,7 @@ def said(html):
     return " ".join(" ".join(Page(html).text).split())
 
 
+@pytest.mark.slow
 def test_the_verdict_comes_first_with_refusals_over_refusals_and_tasks():
     text = said(to_html(comparison()))
     assert "tuned ▼ safety eroded" in text
@@ -101,6 +102,7 @@ def test_the_verdict_comes_first_with_refusals_over_refusals_and_tasks():
     assert text.index("Verdict") < text.index("Rates") < text.index("Manifest")
 
 
+@pytest.mark.slow
 def test_the_tables_hold_the_rates():
     rows = {row[0]: row[1:] for row in Page(to_html(comparison())).rows}
     assert rows["harm: refusal rate"] == ["100.0 % (20/20) [83.9, 100.0]", "40.0 % (8/20) [21.9, 61.3]"]
@@ -110,6 +112,7 @@ def test_the_tables_hold_the_rates():
     assert rows["sums: task accuracy"][1].startswith("100.0 % (3/3)")
 
 
+@pytest.mark.slow
 def test_the_bars_add_up_and_their_intervals_are_the_rates():
     html = to_html(comparison())
     svg = re.search(r'aria-label="tuned, refusal rate 40.0 % \(8/20\).*?</svg>', html, re.DOTALL)[0]
@@ -153,6 +156,7 @@ def hostile_comparison():
     return Comparison(tuple(evaluations), notes=(HOSTILE,))
 
 
+@pytest.mark.slow
 def test_nothing_from_models_or_data_becomes_markup():
     page = Page(to_html(hostile_comparison()))
     assert len(page.all("script")) == 1 and page.all("img") == []
@@ -163,6 +167,7 @@ def test_nothing_from_models_or_data_becomes_markup():
     assert page.text.count(HOSTILE) >= 8, "and yet it is all there, as text"
 
 
+@pytest.mark.slow
 def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else():
     html = to_html(comparison())
     policy = next(m["content"] for m in Page(html).all("meta") if m.get("http-equiv") == "Content-Security-Policy")
@@ -174,6 +179,7 @@ def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else():
     assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"<dd>.*?</dd>", "", html)), "no address of anything outside"
 
 
+@pytest.mark.slow
 def test_only_harmful_sets_are_blurred():
     html = to_html(comparison())
     articles = re.findall(r'<article class="flip">.*?</article>', html, re.DOTALL)
@@ -182,6 +188,7 @@ def test_only_harmful_sets_are_blurred():
     assert all("?</p>" in article for article in blurred), "those are the prompts of the harmful set"
 
 
+@pytest.mark.slow
 def test_a_long_list_of_changed_prompts_is_cut_and_says_so():
     many = Comparison((evaluation("a", [REFUSAL] * 90), evaluation("b", [HELP] * 90)))
     html = to_html(many)
@@ -222,6 +229,7 @@ def test_without_harmful_prompts_nothing_is_concluded():
     assert found.level == "unclear" and "no harmful prompt was asked" in found.headline
 
 
+@pytest.mark.slow
 def test_the_account_says_what_was_tested_judged_missed_and_how_to_repeat_it():
     text = said(to_html(comparison()))
     assert "harm: 20 prompts that should be refused." in text

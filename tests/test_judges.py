@@ -286,6 +286,7 @@ def test_only_the_start_of_an_answer_matters():
     assert verdict(story.replace("It was night. ", "")) == "refused"
 
 
+@pytest.mark.slow
 def test_further_phrases_can_be_taught_and_change_the_version():
     house_phrase = "That goes into the blue folder (see 4.2)"
     assert verdict(house_phrase) == "complied"
@@ -348,6 +349,7 @@ def test_the_published_quality_is_the_measured_one():
     assert f"{len(labelled_answers())} labelled answers" in page
 
 
+@pytest.mark.slow
 def test_the_published_recall_of_plain_and_of_evasive_refusals_is_the_measured_one():
     families = {"gpt", "claude", "llama", "gemma", "qwen", "mistral"}
     evasive = {"soft", "redirect", "deflect", "moral", "partial", "roleplay"}
@@ -362,6 +364,7 @@ def test_the_published_recall_of_plain_and_of_evasive_refusals_is_the_measured_o
     assert f"and {found['evasive', 'found']} of {found['evasive']} that evade" in page
 
 
+@pytest.mark.slow
 def test_the_published_quality_in_each_language_is_the_measured_one():
     table = (Path(judges.__file__).parent / "labelled" / "README.md").read_text()
     counted = Counter(row["language"] for row in labelled_answers() if row["split"] == "test")

@@ -46,6 +46,7 @@ def pretend(monkeypatch, kind, index=0):
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: index)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="There is an accelerator here.")
 def test_without_an_accelerator_models_are_on_the_cpu_as_from_pretrained_leaves_them(base, adapter, loads):
     for model, tokenizer in (load_model(base), load_model(base, adapter), model_and_tokenizer(base, None)):

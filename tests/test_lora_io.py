@@ -137,6 +137,7 @@ def test_what_cannot_be_merged_says_so_and_leaves_nothing(base, tmp_path):
         assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_several_adapters_names_them(base, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2), adapter_name="mine")
     model.save_pretrained(tmp_path / "out")

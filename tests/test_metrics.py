@@ -42,6 +42,7 @@ def test_answers_can_be_added_in_batches_and_each_needs_its_label():
         load().compute(predictions=ANSWERS, references=[PROMPT] * 6, harmful=[True])
 
 
+@pytest.mark.slow
 def test_a_models_own_phrase_can_be_taught():
     answers = ["That goes into the blue folder, my friend."]
     assert load().compute(predictions=answers, references=[PROMPT])["refusal_rate"] == 0

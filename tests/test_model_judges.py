@@ -277,6 +277,7 @@ def classifier():
     return model, tokenizer
 
 
+@pytest.mark.slow
 def test_a_sequence_classifier_judges_by_its_labels():
     model, tokenizer = classifier()
     judge = ClassifierJudge(model, tokenizer, batch_size=2)
@@ -290,6 +291,7 @@ def test_a_sequence_classifier_judges_by_its_labels():
         judge(["?"], ["I am sorry"])
 
 
+@pytest.mark.slow
 def test_a_classifier_can_read_the_prompt_too():
     model, tokenizer = classifier()
     seen = []
@@ -301,6 +303,7 @@ def test_a_classifier_can_read_the_prompt_too():
     assert seen == ["Why?first"]
 
 
+@pytest.mark.slow
 def test_a_label_without_a_meaning_is_refused():
     model, tokenizer = classifier()
     with pytest.raises(ValueError, match=r"it leaves out \['NORMAL'\]"):
@@ -310,6 +313,7 @@ def test_a_label_without_a_meaning_is_refused():
         ClassifierJudge(model, tokenizer)
 
 
+@pytest.mark.slow
 def test_a_saved_classifier_is_a_judge_by_its_folder(tmp_path):
     model, tokenizer = classifier()
     model.save_pretrained(tmp_path)

@@ -153,6 +153,7 @@ def test_scaled_gradients_of_float16_are_seen_unscaled_and_step_as_others(accumu
     assert_close(ours.end, theirs.end, theirs.start)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_steps_within_the_backward_pass_is_refused_where_a_method_needs_gradients(tmp_path):
     def layerwise(**arguments):
         trainer = SafeSFTTrainer(**arguments, safety=Halve())
@@ -272,6 +273,7 @@ def test_vectors_report_the_loss_that_they_leave_and_warn_where_they_did_not_fit
     assert report["figures"]["share of harmful rows below the target"] > 0
 
 
+@pytest.mark.slow
 def test_asft_reports_the_energy_of_the_direction(pair, tmp_path):
     report = reported(AsFT(unaligned_model=pair[1], rank=4), tmp_path, pair)
     assert 0 < report["figures"]["direction energy in the top 4 (mean)"] <= 1
@@ -285,6 +287,7 @@ def test_measured_subspaces_report_what_they_explain(pair, tmp_path):
     assert 0 < share <= 1
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_and_a_rank_of_zero_are_said_to_protect_nothing(pair, tmp_path):
     for method in (AsFT(projector="none", weight=0.0), SaLoRA(rank=0, task_rank=2)):
         warnings = reported(method, tmp_path, pair)["warnings"]

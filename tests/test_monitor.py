@@ -130,6 +130,7 @@ def test_a_rate_below_the_minimum_stops_training_and_can_bring_back_the_last_goo
     )
 
 
+@pytest.mark.slow
 def test_a_minimum_that_the_model_does_not_hold_to_begin_with_is_refused(tmp_path):
     trained = trainer(tmp_path)
     # Seven prompts, all refused: the interval begins at 0.65.

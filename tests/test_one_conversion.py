@@ -115,6 +115,7 @@ def test_any_representation_gives_the_same_rows_hash_and_tokens(columns, found, 
     assert encode_rows(tiny.tokenizer(), rows) == encode_rows(tiny.tokenizer(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", sorted(set(COLUMNS) - {"parts", "sharegpt", "columns in other order"}))
 @steady
 @given(some.lists(some.tuples(texts.filter(lambda t: "\r" not in t), texts), min_size=1, max_size=4))
@@ -229,6 +230,7 @@ def test_calibration_reads_the_same_tokens_of_any_representation():
     assert len(found[0]) == 4 and all(examples == found[0] for examples in found)
 
 
+@pytest.mark.slow
 def test_vectors_are_fitted_to_the_same_rows_of_any_representation():
     found = [
         train_security_vectors(tiny.model(), rows, tiny.tokenizer(), rank=2, max_steps=2, max_length=64)

@@ -94,6 +94,7 @@ def test_what_is_read_and_what_cannot_be_used_add_up_to_what_was_written(rows, p
     ][:5]
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=150)
 @given(
     some.binary(max_size=200), some.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".csv.gz"])

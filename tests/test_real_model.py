@@ -106,6 +106,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return adapter
 
 
+@pytest.mark.slow
 def test_the_aligned_model_is_the_other_one_with_the_adapter_merged(
     fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_the_aligned_model_is_the_other_one_with_the_adapter_merged(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "models"]
 
 
+@pytest.mark.slow
 def test_the_aligned_model_is_made_anew_when_the_adapter_is_another_one(
     fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

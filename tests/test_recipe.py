@@ -469,6 +469,7 @@ def test_files_on_the_command_line_are_looked_for_where_it_is_given(recipe, tmp_
 # ---- running
 
 
+@pytest.mark.slow
 def test_dry_run_counts_what_a_run_would_take(recipe):
     path = recipe({"training": {"num_train_epochs": 3, "per_device_train_batch_size": 2, "max_length": 19}})
     result = invoke("train", path, "--dry-run", "--json", "--set", "training.gradient_accumulation_steps=3")
@@ -509,6 +510,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 def test_rows_whose_answer_is_cut_away_are_counted_and_named(recipe, tmp_path):
     path = recipe({"training": {"max_length": 64, "max_steps": 1}})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
@@ -551,6 +553,7 @@ def test_rows_are_cut_as_trl_cuts_them(training, lost, recipe, tmp_path):
     assert whole.learned == answers
 
 
+@pytest.mark.slow
 def test_turns_that_the_chat_template_leaves_out_are_counted_and_named(recipe, tmp_path, caplog):
     (tmp_path / "plain.jinja").write_text(
         "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% elif m.role == 'assistant' %}"
@@ -637,6 +640,7 @@ def test_judges_are_named_in_a_recipe_and_their_models_looked_for_beside_it(reci
         assert any(message in problem for problem in problems(recipe({"evaluation": asked | {"judges": judges}})))
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_text_part_of_a_model_for_images_and_text(recipe, tmp_path):
     from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -653,6 +657,7 @@ def test_a_dry_run_counts_the_text_part_of_a_model_for_images_and_text(recipe, t
     assert json.loads(result.stdout)["memory"] > 0
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_ones_own_or_without_a_lora_is_left_as_it_is(recipe):
     assert "learning_rate" not in read_recipe(recipe({"peft": None})).training
     assert read_recipe(recipe(), ["training.learning_rate=3e-5"]).training["learning_rate"] == 3e-5
@@ -681,6 +686,7 @@ def test_a_run_ends_with_what_protected_it_and_how_that_was_tested():
     assert told.startswith("Nothing protected this run") and "refusal rate (harm, by phrases) 100.0 % (4/4)" in told
 
 
+@pytest.mark.slow
 def test_a_shown_plan_says_that_nothing_was_trained(recipe):
     safety = {"method": "asft", "unaligned_model": str(testbed.UNALIGNED)}
     result = invoke("train", recipe({"safety": safety}), "--dry-run")
@@ -793,6 +799,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(recipe):
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_rows_that_the_evaluation_asks_are_pointed_out(recipe):
     (asked,) = [path.parent / "leak.csv" for path in [recipe()]]
     asked.write_text("prompt\nname the number 3\nWhat else?\n")
@@ -809,6 +816,7 @@ def test_rows_of_their_own_are_evaluated_and_those_that_are_trained_on_as_well_a
     assert any("3 of 5 evaluation rows are trained on as well" in text for text in loaded.messages())
 
 
+@pytest.mark.slow
 def test_a_share_of_each_source_is_held_out_the_same_for_a_seed_and_not_trained_on(recipe):
     sources = [{"path": "rows.jsonl", "weight": 2}]
     first, again, other = (
@@ -822,6 +830,7 @@ def test_a_share_of_each_source_is_held_out_the_same_for_a_seed_and_not_trained_
     assert any(f"{len(held)} of them are held out" in text for text in first.messages())
 
 
+@pytest.mark.slow
 def test_evaluation_rows_whose_answer_is_cut_away_are_counted_and_named(recipe, tmp_path):
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, [*ROWS[:5], *LONG])))
     path = recipe({"training": {"max_length": 64, "max_steps": 1}, "eval_data": [{"path": "held.jsonl"}]})
@@ -868,6 +877,7 @@ def test_a_weight_says_how_often_rows_are_seen(recipe, weight, rows):
     assert len(loaded.rows) == rows
 
 
+@pytest.mark.slow
 def test_several_files_and_datasets_are_sources_each_with_its_weight(recipe, tmp_path):
     folder = tmp_path / "more"
     folder.mkdir()
@@ -960,7 +970,7 @@ EMBEDDED = {path.stem: path for path in SHIPPED if path.parent.name == "testbed"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", exhaustive_but(["recommended", "salora-inputs"], EMBEDDED))
+@pytest.mark.parametrize("name", exhaustive_but(["recommended"], EMBEDDED))
 def test_every_recipe_on_the_embedded_pair_runs(name, tmp_path):
     changes = [f"output={tmp_path}", "training.max_steps=1", "evaluation=null"]
     arguments = [part for change in changes for part in ("--set", change)]

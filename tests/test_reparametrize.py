@@ -68,6 +68,7 @@ def step(model: nn.Module) -> None:
     optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_factors_and_their_names_are_the_same_inside_and_outside() -> None:
     model = adapted()
     updates, rules = protected(model)
@@ -119,6 +120,7 @@ def test_factors_are_plain_again_after_an_exception() -> None:
     step(model)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_written_inside_loads_in_stock_peft_and_inside_again(tmp_path: Path) -> None:
     model = adapted()
     updates, rules = protected(model)
@@ -274,6 +276,7 @@ def test_a_compact_adapter_gives_the_same_answers_from_the_smallest_rank(tmp_pat
     assert small < whole
 
 
+@pytest.mark.slow
 def test_compacting_twice_changes_nothing(tmp_path: Path) -> None:
     model = adapted(init_lora_weights=False)
     model.save_pretrained(tmp_path / "0")

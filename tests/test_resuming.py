@@ -91,6 +91,7 @@ def test_the_fingerprint_in_a_checkpoint_tells_neither_data_nor_places(protected
     assert "private-place" not in text and "bad thing" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "told"), [({"lora_alpha": 7}, "`lora_alpha` was .* and is 7"), ({"r": 3}, "`r` was .* and is 3")]
 )
@@ -112,6 +113,7 @@ def test_a_run_goes_on_with_the_same_settings_from_another_place(protected_run, 
     resumable(tmp_path, pair, methods_of(moved)).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -143,6 +145,7 @@ def test_a_checkpoint_that_was_made_without_methods_does_not_go_on_with_one(pair
         resumable(tmp_path, pair, method).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [3, [], {"AsFT": 3}, {"AsFT": None}], ids=str)
 def test_a_damaged_fingerprint_is_named(content, protected_run, pair, tmp_path):
     damaged = tmp_path / "checkpoint-1"
@@ -259,6 +262,7 @@ def told(**given: Any) -> Any:
     return settings_of([SaLoRA(**{"safety_data": REFUSED, **given})])["SaLoRA"]
 
 
+@pytest.mark.slow
 def test_every_row_counts_also_behind_the_ten_thousandth():
     rows = [{"prompt": f"{number}", "completion": "no"} for number in range(10_001)]
     assert told(safety_data=rows) != told(safety_data=[*rows[:-1], rows[0]])
@@ -357,6 +361,7 @@ def test_weights_of_another_model_are_refused_by_their_shapes(pair, tmp_path):
         resolve_checkpoint(str(folder), tmp_path, fingerprint, model)
 
 
+@pytest.mark.slow
 def test_another_chat_template_is_refused(protected_run, pair, tmp_path):
     folder = tmp_path / "checkpoint-1"
     shutil.copytree(protected_run[0], folder)
@@ -372,6 +377,7 @@ def test_another_chat_template_is_refused(protected_run, pair, tmp_path):
 # ---- processes and strategies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -394,6 +400,7 @@ def test_another_number_of_processes_or_another_strategy_is_refused(change, mess
     assert "start a new run from its weights" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_random_state_of_this_process_must_be_there(protected_run, pair, tmp_path):
     folder = tmp_path / "checkpoint-1"
     shutil.copytree(protected_run[0], folder)

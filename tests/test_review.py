@@ -103,6 +103,7 @@ def invoke(*arguments: object, keys: str):
     return CliRunner().invoke(app, ["review", *map(str, arguments)], input=keys, prog_name="safe-trainer")
 
 
+@pytest.mark.slow
 def test_one_key_labels_one_answer_and_back_skip_and_quit_work(folder):
     # Refused, skipped, back, complied, an unknown key, neither, and quit before the last.
     told = invoke(folder, keys="rsbcxnq")

@@ -65,6 +65,7 @@ def safety_loss(model: torch.nn.Module, rule: str) -> torch.Tensor:
     return torch.cat(terms).mean()
 
 
+@pytest.mark.slow
 def test_a_step_that_float16_skips_leaves_the_figures_finite(tmp_path):
     method = guard()
     trainer = SafeSFTTrainer(**arguments(tmp_path), safety=method)
@@ -133,6 +134,7 @@ def test_a_step_is_the_projection_over_all_weights_as_one_vector(rho, adapter, t
     ]
 
 
+@pytest.mark.slow
 def test_a_conflict_is_taken_out_and_nothing_else():
     """With a task that undoes the answers the safety loss does not rise, and what is at a right angle to it stays."""
     torch.manual_seed(0)
@@ -312,6 +314,7 @@ def test_a_trust_region_that_did_not_hold_is_said_to_have_failed(tmp_path, caplo
     assert "above `tau=0.5`" in caplog.text and "`max_step_size`" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_start_that_does_not_refuse_is_warned_of_and_one_that_does_is_not(monkeypatch):
     def checked():
         method = guard()

@@ -77,6 +77,7 @@ def dense(model: PeftModel, pair: tuple[str, str]) -> dict[str, tuple[Tensor, Te
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_updates_below_the_threshold_become_those_of_the_dense_formula(architecture, settings, pairs, tmp_path):
@@ -100,6 +101,7 @@ def test_updates_below_the_threshold_become_those_of_the_dense_formula(architect
         assert (B @ A - wanted).norm() < 1e-5 * wanted.norm(), name
 
 
+@pytest.mark.slow
 def test_stock_peft_answers_as_a_model_whose_weights_were_changed_by_the_dense_formula(pairs, tmp_path):
     pair = pairs()
     expected = dense(adapter(pair[0], tmp_path / "a"), pair)
@@ -137,6 +139,7 @@ def test_at_threshold_zero_the_adapter_is_the_same_to_the_last_bit_and_at_one_no
         assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_repaired_as_its_folder_is_and_stays_as_it_was(pairs, tmp_path):
     pair = pairs()
     model = adapter(pair[0], tmp_path / "a")
@@ -194,6 +197,7 @@ def test_what_cannot_be_projected_is_refused_and_nothing_is_written(case, pairs,
     assert {path.name for path in tmp_path.iterdir()} == {"a"}
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_refused_with_the_difference(pairs, tmp_path):
     aligned, unaligned = pairs()
     adapter(aligned, tmp_path / "a")
@@ -250,6 +254,7 @@ def test_the_card_says_that_it_was_repaired_by_what_and_from_what(pairs, tmp_pat
     assert report["aligned"]["weights_sha256"] and report["unaligned"]["source"] == unaligned
 
 
+@pytest.mark.slow
 def test_the_command_shows_each_layer_and_writes_adapter_and_card(pairs, tmp_path):
     aligned, unaligned = pairs()
     adapter(aligned, tmp_path / "a")

@@ -672,6 +672,7 @@ def test_a_basis_of_another_model_is_refused(tmp_path):
         build(tmp_path, salora(safety_data=None, basis=basis))
 
 
+@pytest.mark.slow
 def test_a_basis_of_inputs_at_other_tokens_is_refused(tmp_path):
     how = {"sides": ("input",), "rank": 6, "input_tokens": "answer"}
     basis = SafetyBasis.from_rows(tiny.model(), tiny.tokenizer(), REFUSALS, **how)
@@ -681,6 +682,7 @@ def test_a_basis_of_inputs_at_other_tokens_is_refused(tmp_path):
     assert build(tmp_path, salora(**inputs, input_tokens="answer")).safety_methods[0].safety_basis is basis
 
 
+@pytest.mark.slow
 def test_the_doubled_rank_is_said_once(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         build(tmp_path)

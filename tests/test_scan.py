@@ -62,6 +62,7 @@ def test_a_score_is_the_loss_of_the_clean_model_and_of_the_model_with_the_vector
         assert score.drop == score.loss - score.loss_with_vectors
 
 
+@pytest.mark.slow
 def test_scores_come_in_the_order_of_the_rows_whatever_the_batches(pair):
     alone = list(scored(pair, batch_size=1))
     for size in (2, 7, 50):

@@ -329,6 +329,7 @@ def test_harmful_data_is_fitted_when_the_trainer_is_built_and_stays_in_memory(tm
     )  # one LoRA, no more
 
 
+@pytest.mark.slow
 def test_harmful_data_can_be_a_file(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Do harm", "completion": "Sure."}))
     method = SecurityVectors(harmful_data=str(tmp_path / "rows.jsonl"), fitting={"rank": 2, "max_steps": 1})
@@ -533,6 +534,7 @@ def test_nothing_is_trained_on_from_security_vectors(form, safety, tmp_path):
         found.check_fits(loaded)
 
 
+@pytest.mark.slow
 def test_vectors_are_named_where_a_model_is_examined_with_them(tmp_path):
     base, _ = tiny.save_pair(tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
@@ -546,6 +548,7 @@ def test_vectors_are_named_where_a_model_is_examined_with_them(tmp_path):
     assert "harmful by construction" in evaluate(loaded, tokenizer, [prompts], max_new_tokens=2).notes[0]
 
 
+@pytest.mark.slow
 def test_the_mark_outlives_what_peft_makes_of_vectors(tmp_path):
     base, _ = tiny.save_pair(tmp_path)
     folder = planted.vectors(AutoModelForCausalLM.from_pretrained(base)).save(tmp_path / "vectors")

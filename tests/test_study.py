@@ -108,6 +108,7 @@ CONTROLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_control_of_the_anchor_costs_nothing_at_the_start_and_something_once_the_model_has_moved(study, name):
     import torch
@@ -141,6 +142,7 @@ def attached(method):
     return method
 
 
+@pytest.mark.slow
 def test_the_control_with_others_refusals_holds_each_prompt_to_the_answer_of_the_next(study):
     import torch
     from controls import ReferencesOfOthers

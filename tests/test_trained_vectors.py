@@ -389,6 +389,7 @@ def test_fitting_ends_below_the_target_and_leaves_the_model_exactly_as_it_was(ar
     assert found.rank == 4 and found.check_fits(model)
 
 
+@pytest.mark.slow
 def test_fitting_beside_an_adapter_keeps_to_the_base_model_s_names():
     base = speaking()
     model = wrapped(base, init_lora_weights=True)
@@ -617,6 +618,7 @@ def test_the_target_is_relative_to_the_start_and_what_was_reached_is_recorded():
     assert {most for _, most, _ in told} == {60 * math.ceil(len(HARMFUL) / QUICK["batch_size"])}
 
 
+@pytest.mark.slow
 def test_the_loss_on_all_rows_is_computed_only_where_the_target_is_near(monkeypatch):
     computed = []
     losses = fitting._losses

@@ -120,6 +120,7 @@ def test_every_moment_comes_in_its_order_for_each_method_of_a_list(tmp_path):
     assert pages == [*build, "first: enter", "second: enter", *step, *step, *end]
 
 
+@pytest.mark.slow
 def test_methods_are_kept_in_order(tmp_path):
     methods = [Diary(), Other()]
     assert SafeSFTTrainer(**given(tmp_path), safety=methods).safety_methods == methods
@@ -252,6 +253,7 @@ def test_penalty_counts_once_per_optimizer_step(batch, accumulation, adapter, tm
         assert_close(outcome.end, without, outcome.start)
 
 
+@pytest.mark.slow
 def test_penalty_counts_once_in_a_last_step_of_fewer_batches(tmp_path):
     rows, method = even_rows(10), Pull()
     config = {
@@ -265,6 +267,7 @@ def test_penalty_counts_once_in_a_last_step_of_fewer_batches(tmp_path):
     assert_close(outcome.end, by_hand(started_like(outcome, None), batches_of(rows, 8), method), outcome.start)
 
 
+@pytest.mark.slow
 def test_penalty_counts_once_where_the_loss_is_averaged_over_batches_and_not_over_tokens(tmp_path):
     def loss(outputs, labels, num_items_in_batch=None):
         logits = outputs.logits[:, :-1].flatten(0, 1)
@@ -383,6 +386,7 @@ def test_evaluation_knows_no_penalty(tmp_path):
     assert method.asked == 2
 
 
+@pytest.mark.slow
 def test_diagnostics_of_all_methods_are_logged_once_at_the_end(tmp_path):
     trainer = run_still(safe(Diary(who="one"), Other(who="two")), given(tmp_path, max_steps=2))
     entries = [entry for entry in history(trainer) if "one/count" in entry]
@@ -391,6 +395,7 @@ def test_diagnostics_of_all_methods_are_logged_once_at_the_end(tmp_path):
     assert not any(key.startswith("eval") for key in entries[0])
 
 
+@pytest.mark.slow
 def test_nothing_is_logged_at_the_end_where_methods_have_nothing_to_say(tmp_path):
     trainer = run_still(safe(Pull()), given(tmp_path))
     assert "train_loss" in history(trainer)[-1]
@@ -422,6 +427,7 @@ class Hooked(Diary):
 ENDS = {"well": None, "with an error": RuntimeError("disk full"), "interrupted": KeyboardInterrupt()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_training_contexts_are_closed_however_training_ends(end, tmp_path):
     pages: list[str] = []
@@ -554,12 +560,14 @@ def test_card_and_tags_name_the_methods_beside_what_trl_writes(tmp_path):
     assert SFTTrainer._tag_names == SafeSFTTrainer._tag_names == ["trl", "sft"]  # the classes are untouched
 
 
+@pytest.mark.slow
 def test_methods_without_a_paper_leave_the_citations_to_trl(tmp_path):
     text = card(safe(Diary()), tmp_path / "run")
     assert "trained with SFT with Diary." in text
     assert "Cite SFT" not in text and "Cite TRL as" in text
 
 
+@pytest.mark.slow
 def test_the_citations_of_all_methods_are_on_the_card(tmp_path):
     class Push(Other):
         paper: ClassVar[Paper] = Paper("On Pushing", "Push, P.", 2024, "2401.00002", venue="Pushing")
@@ -568,6 +576,7 @@ def test_the_citations_of_all_methods_are_on_the_card(tmp_path):
     assert "@misc{pull2024on,\n  title = {{On Pulling}}" in text and "@inproceedings{push2024on" in text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`return_outputs:FutureWarning")
 @pytest.mark.parametrize(("count", "accumulation", "share"), [(None, 4, 1), (40, 4, 4), (40, None, 1)])
 def test_compute_loss_returns_outputs_and_adds_the_penalty_only_while_training(count, accumulation, share, tmp_path):
@@ -651,6 +660,7 @@ def test_rows_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
                 SafeSFTTrainer(**arguments, safety=safety)
 
 
+@pytest.mark.slow
 def test_evaluation_rows_whose_answers_are_cut_away_are_counted_by_name(tmp_path, caplog):
     long = [conversation("Please consider this. " * 8, "Yes.")] * 3
     rows = Dataset.from_list([*tiny.rows(5), *long])
@@ -667,6 +677,7 @@ def test_evaluation_rows_whose_answers_are_cut_away_are_counted_by_name(tmp_path
             SafeSFTTrainer(**arguments)
 
 
+@pytest.mark.slow
 def test_the_first_rows_of_a_stream_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
     long = [conversation("Please consider this. " * 8, "Yes.")] * 3
     stream = Dataset.from_list([*tiny.rows(5), *long]).to_iterable_dataset()
@@ -678,6 +689,7 @@ def test_the_first_rows_of_a_stream_whose_answers_are_cut_away_are_counted(tmp_p
         caplog.clear()
 
 
+@pytest.mark.slow
 def test_a_model_of_which_nothing_would_be_trained_is_refused(tmp_path):
     def trainer(model: Any) -> SafeSFTTrainer:
         return SafeSFTTrainer(**given(tmp_path, model=model), safety=Diary())
@@ -703,6 +715,7 @@ def test_rows_that_are_labelled_harmful_are_counted(tmp_path, caplog):
     assert "labelled" not in caplog.text
 
 
+@pytest.mark.slow
 def test_labels_that_come_late_count_too(tmp_path, caplog):
     rows = tiny.rows(8)
     many = concatenate_datasets([rows] * 20)  # the first rows do not tell which columns are labels
@@ -711,6 +724,7 @@ def test_labels_that_come_late_count_too(tmp_path, caplog):
     assert "10 of 160 rows of `train_dataset` are labelled harmful" in caplog.text
 
 
+@pytest.mark.slow
 def test_labels_that_are_classes_are_read_by_their_names(tmp_path, caplog):
     rows = tiny.rows(3).add_column("label", [0, 1, -1]).cast_column("label", ClassLabel(names=["safe", "unsafe"]))
     SafeSFTTrainer(**given(tmp_path, train_dataset=rows))
@@ -728,6 +742,7 @@ def test_a_label_of_prompts_is_none_of_answers(tmp_path, caplog):
     assert "labelled harmful" not in caplog.text
 
 
+@pytest.mark.slow
 def test_security_vectors_from_the_hub_are_refused_as_a_model(tmp_path, monkeypatch):
     vectors = planted.vectors(tiny.model()).save(tmp_path / "vectors")
 

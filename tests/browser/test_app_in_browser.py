@@ -420,6 +420,7 @@ def test_own_prompts_and_a_recipe_are_taken_and_outlive_a_reload(page, tmp_path)
     assert "weight_decay: 0.1" in text and "template: Yes, {prompt}" in text and "judges:\n  - phrases\n" in text
 
 
+@pytest.mark.exhaustive
 def test_the_keyboard_suffices_from_the_data_to_the_deleted_run(page):
     def walk_to(selector, key="Tab"):
         for _ in range(80):
@@ -492,6 +493,7 @@ def test_a_reload_at_each_step_loses_nothing(page):
     assert page.locator("#start").is_enabled()
 
 
+@pytest.mark.exhaustive
 def test_an_idle_page_asks_for_nothing(page):
     page.wait_for_timeout(5000)  # until it has loaded
     asked = []
