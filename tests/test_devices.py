@@ -44,6 +44,7 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURES)
 def test_an_offloaded_model_is_measured_as_one_in_memory(name, tmp_path):
     model = tiny.model()

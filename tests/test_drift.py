@@ -53,6 +53,7 @@ def subspaces_of(starts: dict, folder) -> tuple[AlignmentDirection, SafetyBasis]
     return direction, SafetyBasis(outputs, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True, "alpha_pattern": {"q_proj": 9}}], ids=["plain", "rslora"])
 @pytest.mark.parametrize("kind", ["adapter", "whole"])

@@ -732,6 +732,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("ours", OURS)
 @pytest.mark.parametrize("case", REFUSED)

@@ -314,6 +314,7 @@ def adapter(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_adapter_is_refused_by_name_whatever_it_is_read_for(reader, damage, adapter):

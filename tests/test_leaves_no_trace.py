@@ -130,6 +130,7 @@ MEASURE: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURE)
 def test_measuring_leaves_no_trace(name, adapted, made):
     before, kept = state(adapted), weights(adapted)
@@ -139,6 +140,7 @@ def test_measuring_leaves_no_trace(name, adapted, made):
     assert all(torch.equal(after[key], tensor) for key, tensor in kept.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURE)
 def test_measuring_that_fails_leaves_no_trace(name, adapted, made, monkeypatch):
     before = state(adapted)
@@ -176,6 +178,7 @@ def tokens() -> list[dict[str, Any]]:
     return [{"input_ids": list(range(4, 16)), "labels": [-100] * 6 + list(range(10, 16))} for _ in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "safe_grad, trust_region"])
 def test_a_method_leaves_no_trace_when_it_is_attached_and_when_training_is_over(name, pair):
     name, _, rule = name.partition(", ")
@@ -197,6 +200,7 @@ def test_a_method_leaves_no_trace_when_it_is_attached_and_when_training_is_over(
     assert changed(before, after) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_leaves_no_trace_when_training_fails(name, pair):
     method = method_of(name, *pair)

@@ -55,6 +55,7 @@ def adapter(base: str, folder: Path, tokens: int = 0, **settings: object) -> nn.
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "settings"),
     [

@@ -33,6 +33,7 @@ def marked(cases):
     return [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in SLOW)) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", marked(CASES))
 def test_what_a_message_advises_works(case, pair, tmp_path):
     at = room(tmp_path, pair)

@@ -65,6 +65,7 @@ def assert_untouched(model, before):
 # ---- what they add
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("adapted", [False, True])
 def test_active_vectors_add_their_product_exactly_once(architecture, adapted):

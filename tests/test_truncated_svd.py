@@ -57,6 +57,7 @@ def test_threshold_zero_keeps_all_that_float32_can_resolve(shape):
     assert error_of(d, found) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["noise", "low rank", "mixed", "tied"])
 @pytest.mark.parametrize("seed", range(3))
 def test_bound_of_large_matrices_holds_and_is_near(large, kind, seed):
