@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -244,6 +245,21 @@ def test_the_app_is_the_one_of_this_package_whatever_is_called_app(tmp_path, mon
     root = Path(safe_trainer.__file__).parents[1]
     assert Path(found.stdout.strip()) == root / "app" / "server.py"
     assert _server().__file__ == found.stdout.strip()
+
+
+def test_an_installation_without_the_app_is_told_of_and_a_checkout_has_it(tmp_path, monkeypatch):
+    app = importlib.import_module("safe_trainer.cli.app")
+    monkeypatch.setattr(app, "__file__", str(tmp_path / "safe_trainer" / "cli" / "app.py"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "app"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match="has no app. Install safe_trainer from a checkout or its wheel"):
+        app._server()
+    (tmp_path / "app").mkdir()
+    for file in ("pyproject.toml", "app/__init__.py", "app/server.py"):
+        (tmp_path / file).touch()
+    assert app._server().__file__ == str(tmp_path / "app" / "server.py")
+    for name in ("app", "app.server"):
+        del sys.modules[name]
 
 
 def test_a_prompt_set_may_have_its_own_system_prompt_and_frame(asked):

@@ -20,12 +20,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from safe_trainer import general_prompts, testbed
+from safe_trainer import general_prompts, generate, load_model, testbed
 from safe_trainer.data import leaked_rows
 from safe_trainer.data.protection import protection_prompts, protection_rows
 from safe_trainer.testbed import real
 
 ROOT = Path(__file__).resolve().parents[1]
+CONVERT = real._convert
 
 
 @pytest.fixture
@@ -69,23 +70,6 @@ def test_a_package_with_another_hash_is_not_installed(offline: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
 
 
-def test_a_disk_without_room_is_reported_before_anything_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 2 * 10**8))
-    with pytest.raises(OSError, match=r"needs 1.5 GB in .* where 0.2 GB are free. .*XDG_CACHE_HOME"):
-        real.prepare(tmp_path / "models")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.exhaustive
-def test_a_file_that_cannot_be_converted_is_named_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / real._GGUF).parent.mkdir()
-    (tmp_path / real._GGUF).write_bytes(b"GGUF, but no model")
-    with pytest.raises(RuntimeError, match=r"Q4_1.gguf` could not be converted: .+constraints.txt"):
-        real._convert(tmp_path, tmp_path / "models")
-
-
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Put the embedded model in the place of what is fetched, and return an adapter that aligns it."""
@@ -104,6 +88,42 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(real, "_convert", convert)
     monkeypatch.setattr(real, "ALIGNMENT", adapter)
     return adapter
+
+
+def test_a_disk_without_room_is_reported_before_anything_is_fetched_and_another_is_taken(
+    fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def usage(path: Path) -> shutil._ntuple_diskusage:
+        return shutil._ntuple_diskusage(10**10, 10**9, 2 * 10**8 if tmp_path / "full" in path.parents else 9 * 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(real, "_check", lambda folder: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    with pytest.raises(OSError, match=r"needs 1.5 GB in .* where 0.2 GB are free. .*XDG_CACHE_HOME"):
+        real.prepare()
+    assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other disk"))
+    assert real.prepare()[1] == tmp_path / "other disk" / "safe_trainer" / "smollm2" / "aligned"
+
+
+@pytest.mark.exhaustive
+def test_a_file_that_cannot_be_converted_is_named_with_the_reason_and_may_be_converted_again(
+    fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(target: Path) -> None:
+        (target / real._GGUF).parent.mkdir(parents=True)
+        (target / real._GGUF).write_bytes(b"GGUF, but no model")
+
+    whole, fetch = real._convert, real._fetch
+    monkeypatch.setattr(real, "_check", lambda folder: None)
+    monkeypatch.setattr(real, "_fetch", cut_short)
+    monkeypatch.setattr(real, "_convert", CONVERT)
+    with pytest.raises(RuntimeError, match=r"Q4_1.gguf` could not be converted: .+Try again.+constraints.txt"):
+        real.prepare(tmp_path / "models")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    monkeypatch.setattr(real, "_fetch", fetch)
+    monkeypatch.setattr(real, "_convert", whole)
+    assert real.prepare(tmp_path / "models")[0].is_dir()
 
 
 @pytest.mark.slow
@@ -141,10 +161,15 @@ def test_the_aligned_model_is_made_anew_when_the_adapter_is_another_one(
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["aligned", "unaligned"]
 
 
-def test_a_model_that_does_not_know_what_it_should_is_refused_and_not_kept(fetched: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_know_what_it_should_is_refused_and_not_kept(
+    fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RuntimeError, match=r"answers .* instead of .*Paris.*constraints.txt"):
         real.prepare(tmp_path / "models")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    (answer,) = generate(*load_model(testbed.UNALIGNED), ["What is the capital of France?"], max_new_tokens=16)
+    monkeypatch.setattr(real, "KNOWN", ("What is the capital of France?", answer.text.strip()))  # with other versions
+    assert real.prepare(tmp_path / "models")[0].is_dir()
 
 
 def test_nothing_of_an_interrupted_conversion_is_kept(

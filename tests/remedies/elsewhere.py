@@ -4,7 +4,6 @@ Each is named by words that no other message has.
 """
 
 BUTTON = "the words of a button, a heading or a help text, which ask for nothing"
-NO_MODEL = "takes a model of gigabytes; that what is refused is named is tested in tests/test_real_model.py"
 JUDGEMENT = "asks to look, which nothing but a person does"
 
 TESTS = {  # that do it
@@ -83,6 +82,19 @@ TESTS = {  # that do it
         "tests/test_stopping.py::test_a_full_disk_behind_training_is_told_and_gone_on_from"
     ),
     "Leave out --dry-run to start": "tests/test_recipe.py::test_a_shown_plan_says_that_nothing_was_trained",
+    "This installation has no app": (
+        "tests/test_cli.py::test_an_installation_without_the_app_is_told_of_and_a_checkout_has_it"
+    ),
+    "needs \0 GB in": (
+        "tests/test_real_model.py::test_a_disk_without_room_is_reported_before_anything_is_fetched_and_another_is_taken"
+    ),
+    "could not be converted": (
+        "tests/test_real_model.py"
+        "::test_a_file_that_cannot_be_converted_is_named_with_the_reason_and_may_be_converted_again"
+    ),
+    "The converted \0 answers": (
+        "tests/test_real_model.py::test_a_model_that_does_not_know_what_it_should_is_refused_and_not_kept"
+    ),
     "Nothing to compare yet": (
         "tests/test_app_runs.py::test_the_history_names_runs_with_time_verdict_and_recipe_and_survives_a_restart"
     ),
@@ -102,11 +114,7 @@ CASES = {  # that do it, and ask for other words
 UNDONE = {
     "Not enough memory. Choose a smaller batch": "takes a GPU that runs out of memory",
     "found no LoRA layer of the adapter": "takes a LoRA without layers, which this PEFT makes of no configuration",
-    "This installation has no app": "takes an installation without a part of its wheel",
     "Look at the over-refusal rate afterwards": JUDGEMENT,
-    "needs \0 GB in": NO_MODEL,
-    "could not be converted": NO_MODEL,
-    "The converted \0 answers": NO_MODEL,
     **dict.fromkeys(
         (
             "Start here: ", "Using \0. Drop another", "could not be used. Drop another", "Choose one or more. Keep",
