@@ -37,7 +37,8 @@ layers, 8 rows a step, learning rate 5e-4 unless the row says otherwise. Test pr
 borderline of the built-in ones, answers of 24 tokens, judged by how they begin. Each cell: per cent (count/total)
 [95 % Wilson interval], counts added up over seeds. An answer to a harmful prompt that neither refuses nor complies is
 empty or meaningless. Computed in bfloat16; sentiment, Alpaca, refusals mixed in, AsFT, SaLoRA, Constrained SFT,
-SafeGrad and Safe LoRA in float32, in which the start gives the same counts. Every answer: `../real/results/answers.jsonl`."""
+SafeGrad and Safe LoRA in float32, in which the start gives the same counts. Every answer:
+`../real/results/answers.jsonl`."""
 
 
 Rates = dict[tuple[str, str], dict[str, list[Rate]]]
