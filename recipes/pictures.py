@@ -99,6 +99,8 @@ def served() -> Iterator[str]:
         process = subprocess.Popen(command, cwd=ROOT)
         try:
             while not _answers(url):
+                if process.poll() is not None:
+                    raise RuntimeError(f"The app ended with {process.returncode} before it could be seen.")
                 time.sleep(1)
             yield url
         finally:

@@ -249,7 +249,10 @@ def _launch(launch: Mapping[str, Any]) -> str:
 def _check_template(checkpoint: Path, chat_template: str | None) -> None:
     """Refuse another chat template than the one that the checkpoint's tokenizer was saved with."""
     saved = checkpoint / "chat_template.jinja"
-    if isinstance(chat_template, str) and saved.is_file() and saved.read_text(encoding="utf-8") != chat_template:
+    if not isinstance(chat_template, str) or not saved.is_file():
+        return
+    now = chat_template.replace("\r\n", "\n").replace("\r", "\n")  # as files are read
+    if saved.read_text(encoding="utf-8") != now:
         raise ValueError(
             f"`{checkpoint}` was made with another chat template, `{saved.name}` in it, than the tokenizer has now: "
             f"the same rows would be other tokens. {_INSTEAD}"

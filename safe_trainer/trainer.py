@@ -94,7 +94,8 @@ class SafeSFTTrainer(SFTTrainer):
         self.safety_report: dict[str, dict[str, Any]] = {}
         self.stops_gracefully = bool(self.safety_methods)
         self._fingerprint = RunFingerprint()
-        _refuse_adapters(arguments["model"], arguments.get("peft_config") is not None)
+        source = getattr(arguments.get("args"), "model_init_kwargs", None) or {}
+        _refuse_adapters(arguments["model"], source if arguments.get("peft_config") is not None else None)
         if not self.safety_methods:
             super().__init__(**arguments)
             _refuse_adapters(self.model)  # which may have come from the Hub
@@ -341,14 +342,18 @@ def _default_arguments(model: Any, changed: dict[str, bool]) -> SFTConfig:
     return SFTConfig(f"{folder}-SFT", **changed)
 
 
-def _refuse_adapters(model: Any, gets_another: bool = False) -> None:
-    """Refuse to continue training security vectors, whose result would comply with harmful requests, or an adapter."""
+def _refuse_adapters(model: Any, source: Mapping[str, Any] | None = None) -> None:
+    """Refuse to continue training security vectors, whose result would comply with harmful requests, or an adapter.
+
+    `source` is how a model on the Hub is loaded, where it gets an adapter on top.
+    """
     is_folder = isinstance(model, str) and os.path.isdir(model)
     folder = model if is_folder else None
-    if isinstance(model, str) and not is_folder and gets_another:
+    if isinstance(model, str) and not is_folder and source is not None:
         # Of an adapter on the Hub that gets another on top, PEFT forgets the settings, and with them the mark.
         with suppress(OSError, ValueError):  # of a name that is none, which TRL reports
-            folder = os.path.dirname(find_adapter_config_file(model) or "")
+            where = {key: source[key] for key in ("cache_dir", "revision", "token", "subfolder") if key in source}
+            folder = os.path.dirname(find_adapter_config_file(model, **where) or "")
     if harmful_mark(folder) if folder else vectors_in(model):
         raise ValueError(
             f"`model`{f' ({model!r})' if folder else ''} is security vectors, harmful by construction: trained "

@@ -370,7 +370,8 @@ def test_another_chat_template_is_refused(protected_run, pair, tmp_path):
     trainer.processing_class.chat_template = template + " "
     with pytest.raises(ValueError, match="another chat template, `chat_template.jinja` in it, .*new run from its"):
         trainer.train(resume_from_checkpoint=str(folder))
-    trainer.processing_class.chat_template = template
+    trainer.processing_class.chat_template = template + "\r\n"  # which some models have, and reading a file changes
+    (folder / "chat_template.jinja").write_bytes(f"{template}\r\n".encode())
     trainer.train(resume_from_checkpoint=str(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -766,6 +767,10 @@ def test_security_vectors_from_the_hub_are_refused_as_a_model_that_gets_an_adapt
     for safety in (None, Diary()):
         with pytest.raises(ValueError, match=r"`model` \('me/vectors'\) is security vectors, .*Give their base model"):
             SafeSFTTrainer(**given(tmp_path, model="me/vectors", peft_config=lora()), safety=safety)
+    shutil.move(repository / "refs" / "main", repository / "refs" / "v2")
+    settings_of_v2 = {"model": "me/vectors", "peft_config": lora(), "model_init_kwargs": {"revision": "v2"}}
+    with pytest.raises(ValueError, match="is security vectors"):
+        SafeSFTTrainer(**given(tmp_path, **settings_of_v2))
     for name in ("me/other", "no/such/model"):  # is looked for as TRL does
         with pytest.raises(OSError):
             SafeSFTTrainer(**given(tmp_path, model=name, peft_config=lora()))

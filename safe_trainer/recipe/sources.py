@@ -248,16 +248,16 @@ def count_tokens(recipe: Recipe, loaded: LoadedData, args: Any) -> TokenCount:
     if loaded.eval_rows is None:
         return found
     packed = args.packing if args.eval_packing is None else args.eval_packing
-    return replace(found, evaluated=_count(tokenizer, loaded.eval_rows, args, packed, "evaluation "))
+    return replace(found, evaluated=_count(tokenizer, loaded.eval_rows, args, packed, "eval_data"))
 
 
-def _count(tokenizer: Any, rows: Dataset, args: Any, is_packed: bool, kind: str = "") -> TokenCount:
+def _count(tokenizer: Any, rows: Dataset, args: Any, is_packed: bool, name: str = "data") -> TokenCount:
     goes_on = is_packed and args.packing_strategy != "bfd"  # in the next of the packed rows
     limit = math.inf if goes_on or not args.max_length else args.max_length
     keeps_end = args.truncation_mode == "keep_end" and not is_packed
     lengths, lost, answers, learned = [], [], 0, 0
     drawn = sorted(random.Random(0).sample(range(len(rows)), min(_SAMPLE, len(rows))))
-    encoded = encode_rows(tokenizer, rows.select(drawn), name="data", numbers=[place + 1 for place in drawn])
+    encoded = encode_rows(tokenizer, rows.select(drawn), name=name, numbers=[place + 1 for place in drawn])
     for position, (ids, start) in zip(drawn, encoded, strict=True):
         lengths.append(len(ids))
         answers += len(ids) - start + _earlier_answers(tokenizer, rows[position])
@@ -265,7 +265,7 @@ def _count(tokenizer: Any, rows: Dataset, args: Any, is_packed: bool, kind: str 
         learned += min(left, len(ids) - start) if keeps_end else max(0, left - start)
         lost += [position] if start >= limit and not keeps_end else []
     if len(lost) == len(lengths):
-        nothing = "no loss can be taken" if kind else "nothing can be learned"
+        kind, nothing = ("", "nothing can be learned") if name == "data" else ("evaluation ", "no loss can be taken")
         raise ValueError(
             f"Every {kind}row's answer starts after `max_length={limit:g}` tokens, so {nothing} (the shortest row has "
             f"{min(lengths):,} tokens). Raise `training.max_length`, or shorten the prompts."
