@@ -149,7 +149,7 @@ def resolve_checkpoint(
     output: str | Path,
     fingerprint: RunFingerprint,
     model: nn.Module,
-    chat_template: str | None = None,
+    chat_template: str | Mapping[str, str] | None = None,
 ) -> Any:
     """Return what to resume from (`wanted`, or for `True` the last complete checkpoint), the same in all processes.
 
@@ -174,7 +174,11 @@ def resolve_checkpoint(
 
 
 def _resolve(
-    wanted: Any, output: Path, fingerprint: RunFingerprint, model: nn.Module, chat_template: str | None
+    wanted: Any,
+    output: Path,
+    fingerprint: RunFingerprint,
+    model: nn.Module,
+    chat_template: str | Mapping[str, str] | None,
 ) -> Any:
     """Return the checkpoint: its name if it is in `output`, which other machines may call otherwise, or as given."""
     if wanted is True:
@@ -246,17 +250,22 @@ def _launch(launch: Mapping[str, Any]) -> str:
     return "one process" if count == 1 else f"{count} processes with {launch.get('strategy')}"
 
 
-def _check_template(checkpoint: Path, chat_template: str | None) -> None:
-    """Refuse another chat template than the one that the checkpoint's tokenizer was saved with."""
-    saved = checkpoint / "chat_template.jinja"
-    if not isinstance(chat_template, str) or not saved.is_file():
+def _check_template(checkpoint: Path, chat_template: str | Mapping[str, str] | None) -> None:
+    """Refuse other chat templates, by name, than those that the checkpoint's tokenizer was saved with."""
+    files = {"default": checkpoint / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted(checkpoint.glob("additional_chat_templates/*.jinja"))}
+    saved = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    if not saved or chat_template is None:
         return
-    now = chat_template.replace("\r\n", "\n").replace("\r", "\n")  # as files are read
-    if saved.read_text(encoding="utf-8") != now:
-        raise ValueError(
-            f"`{checkpoint}` was made with another chat template, `{saved.name}` in it, than the tokenizer has now: "
-            f"the same rows would be other tokens. {_INSTEAD}"
-        )
+    templates = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+    # Files are read with one kind of line ends.
+    now = {name: template.replace("\r\n", "\n").replace("\r", "\n") for name, template in templates.items()}
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise ValueError(
+                f"`{checkpoint}` was made with another chat template, `{files.get(name, files['default']).name}` in "
+                f"it, than the tokenizer has now: the same rows would be other tokens. {_INSTEAD}"
+            )
 
 
 def _check_kind(checkpoint: Path, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,9 +41,9 @@ class SafeSFTTrainer(SFTTrainer):
     """Fine-tune with TRL while the model's refusals are protected by one or several safety methods.
 
     A drop-in for [`~trl.SFTTrainer`]: every argument of TRL's trainer works as it does there, and with `safety=None`
-    it is TRL's trainer; security vectors are still refused as a model, and rows that teach nothing still counted. Only
-    where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer without `args` others:
-    it then trains in float32, on the CPU if there is no accelerator, and says so.
+    it is TRL's trainer; security vectors are still refused as a model, and rows that teach nothing still counted, other
+    than a stream's. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer
+    without `args` others: it then trains in float32, on the CPU if there is no accelerator, and says so.
 
     Args:
         *args, **kwargs: Everything that [`~trl.SFTTrainer`] takes, unchanged.
@@ -126,7 +127,7 @@ class SafeSFTTrainer(SFTTrainer):
         self.add_callback(self._fingerprint)
 
     def _check_rows(self, given: Mapping[str, Any]) -> None:
-        """Report rows that are labelled harmful, that lose a turn in the chat template, and that are left out."""
+        """Report rows that are labelled harmful, and that lose a turn in the chat template."""
         stream = given.get("train_dataset")
         is_stream = isinstance(stream, IterableDataset) and bool(self.safety_methods)
         rows = _first_rows(stream) if is_stream else stream
@@ -142,41 +143,26 @@ class SafeSFTTrainer(SFTTrainer):
             if self.safety_methods and not (as_they_are or "input_ids" in rows.column_names):
                 if lost := lost_turns(self._tokenizer, rows, is_start=is_stream, chat_template=self.chat_template):
                     logger.warning("`train_dataset`: %s %s", lost, OTHER_TEMPLATE)
-        formatting = given.get("formatting_func")
-        self._check_left("train_dataset", stream, self.train_dataset, self.args.packing, formatting)
-        held = given.get("eval_dataset")
-        is_packed = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-        if isinstance(held, dict):
-            for name, part in held.items():
-                self._check_left(f"eval_dataset[{name!r}]", part, self.eval_dataset[name], is_packed, formatting)
-        else:
-            self._check_left("eval_dataset", held, self.eval_dataset, is_packed, formatting)
 
-    def _check_left(self, name: str, given: Any, prepared: Any, is_packed: bool, formatting: Any) -> None:
-        """Report the rows that TRL has dropped because no token of their answers is left within `max_length`."""
-        is_stream = isinstance(given, IterableDataset)
-        if is_stream and self.safety_methods and not (self._skip_prepare_dataset or is_packed):
-            given = given.take(_LOOKED_AT)
-            # Semi-private: rows of a stream are prepared as they come, so the first are once more.
-            prepared = self._prepare_dataset(given, self.processing_class, self.args, False, formatting, name)
-            total, left = (sum(1 for _ in rows) for rows in (given, prepared))
-        elif isinstance(given, Dataset) and isinstance(prepared, Dataset):
-            total, left = len(given), len(prepared)
-            if is_packed:  # which joins rows, and drops none: at least one must have a token to learn
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Prepare rows as [`~trl.SFTTrainer`] does, and report those of whose answers `max_length` leaves no token."""
+        # Semi-private, and what all rows go through: those for training, for evaluation, and handed to `evaluate`.
+        prepare = partial(super()._prepare_dataset, formatting_func=formatting_func, dataset_name=dataset_name)
+        prepared = prepare(dataset, processing_class, args, packing)
+        is_stream = isinstance(dataset, IterableDataset)
+        if is_stream and self.safety_methods and not packing:  # prepared as it comes, so the first rows are once more
+            first = dataset.take(_LOOKED_AT)
+            total, left = (sum(1 for _ in rows) for rows in (first, prepare(first, processing_class, args, False)))
+        elif isinstance(dataset, Dataset) and isinstance(prepared, Dataset):
+            total, left = len(dataset), len(prepared)
+            if packing:  # which joins rows, and drops none: at least one must have a token to learn
                 left = total * any(label != -100 for row in prepared for label in row["labels"])
         else:
-            return
-        is_trained = name == "train_dataset"
-        cut = f"past `max_length={self.args.max_length}` tokens. Raise `max_length`, or shorten the prompts."
-        if not (left or is_stream):
-            at_all = "teaches anything" if is_trained else "has anything to take a loss on"
-            raise ValueError(f"None of the {total:,} rows of `{name}` {at_all}: answers start {cut}")
-        if left < total:
-            nothing = "teach nothing" if is_trained else "have nothing to take a loss on"
-            logger.warning(
-                "%d of %d rows of `%s`%s %s and are left out: their answers start %s",
-                *(total - left, total, name, " looked at" if is_stream else "", nothing, cut),
-            )
+            return prepared
+        _report_left(dataset_name, total, left, args.max_length, is_stream)
+        return prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it.
@@ -362,6 +348,21 @@ def _refuse_adapters(model: Any, source: Mapping[str, Any] | None = None) -> Non
         )
     if is_folder:
         refuse_adapter(model)
+
+
+def _report_left(name: str, total: int, left: int, max_length: int | None, is_stream: bool) -> None:
+    """Warn of the rows that TRL has dropped, or refuse a dataset of which nothing is left."""
+    argument = {"train": "train_dataset", "eval": "eval_dataset"}.get(name, f"eval_dataset[{name!r}]")
+    cut = f"past `max_length={max_length}` tokens. Raise `max_length`, or shorten the prompts."
+    if not (left or is_stream):
+        at_all = "teaches anything" if name == "train" else "has anything to take a loss on"
+        raise ValueError(f"None of the {total:,} rows of `{argument}` {at_all}: answers start {cut}")
+    if left < total:
+        logger.warning(
+            "%d of %d rows of `%s`%s %s and are left out: their answers start %s",
+            *(total - left, total, argument, " looked at" if is_stream else ""),
+            *("teach nothing" if name == "train" else "have nothing to take a loss on", cut),
+        )
 
 
 def _first_rows(stream: IterableDataset) -> Dataset:

@@ -375,6 +375,26 @@ def test_another_chat_template_is_refused(protected_run, pair, tmp_path):
     trainer.train(resume_from_checkpoint=str(folder))
 
 
+@pytest.mark.slow
+def test_another_one_of_several_chat_templates_is_refused(protected_run, pair, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(protected_run[0], folder)
+    trainer = resumable(tmp_path, pair, methods_of(protected_run[1]))
+    tokenizer = trainer.processing_class
+    named = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template + "\r\n"}
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(folder)
+    for now in (named | {"tool_use": named["default"] + "!"}, {"default": named["default"]}, named["default"]):
+        tokenizer.chat_template = now
+        with pytest.raises(ValueError, match="another chat template, `tool_use.jinja` in it, "):
+            trainer.train(resume_from_checkpoint=str(folder))
+    tokenizer.chat_template = named | {"default": "!"}
+    with pytest.raises(ValueError, match="another chat template, `chat_template.jinja` in it, "):
+        trainer.train(resume_from_checkpoint=str(folder))
+    tokenizer.chat_template = named
+    trainer.train(resume_from_checkpoint=str(folder))
+
+
 # ---- processes and strategies
 
 

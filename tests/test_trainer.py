@@ -679,6 +679,22 @@ def test_evaluation_rows_whose_answers_are_cut_away_are_counted_by_name(tmp_path
 
 
 @pytest.mark.slow
+def test_rows_handed_to_evaluate_are_counted_as_those_of_the_trainer(tmp_path, caplog):
+    long = [conversation("Please consider this. " * 8, "Yes.")] * 3
+    rows = Dataset.from_list([*tiny.rows(5), *long])
+    for safety in (None, Diary()):
+        trainer = SafeSFTTrainer(**given(tmp_path, max_length=64), safety=safety)
+        for held, told in ((rows, "`eval_dataset`"), ({"a": rows}, "`eval_dataset['a']`")):
+            caplog.clear()
+            found = trainer.evaluate(held)
+            assert caplog.text.count(f"3 of 8 rows of {told} have nothing to take a loss on") == 1
+            kept = trainer.evaluate(Dataset.from_list(tiny.rows(5)))
+            assert found["eval_a_loss" if isinstance(held, dict) else "eval_loss"] == pytest.approx(kept["eval_loss"])
+        with pytest.raises(ValueError, match="None of the 3 rows of `eval_dataset` has .*Raise `max_length`"):
+            trainer.evaluate(Dataset.from_list(long))
+
+
+@pytest.mark.slow
 def test_the_first_rows_of_a_stream_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
     long = [conversation("Please consider this. " * 8, "Yes.")] * 3
     stream = Dataset.from_list([*tiny.rows(5), *long]).to_iterable_dataset()
