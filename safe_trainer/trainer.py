@@ -41,8 +41,8 @@ class SafeSFTTrainer(SFTTrainer):
     """Fine-tune with TRL while the model's refusals are protected by one or several safety methods.
 
     A drop-in for [`~trl.SFTTrainer`]: every argument of TRL's trainer works as it does there, and with `safety=None`
-    it is TRL's trainer; security vectors are still refused as a model, and rows that teach nothing still counted, other
-    than a stream's. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer
+    it is TRL's trainer; security vectors are still refused as a model, and rows that teach nothing still counted, but
+    not a stream's. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer
     without `args` others: it then trains in float32, on the CPU if there is no accelerator, and says so.
 
     Args:
