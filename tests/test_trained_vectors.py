@@ -317,6 +317,26 @@ def test_rows_are_encoded_as_trl_encodes_them(kind, tmp_path):
         assert learned == list(range(ours.answer_start, len(ours.ids)))
 
 
+def test_the_output_head_is_spared_common_prompts_where_a_model_can_and_losses_are_those_of_all_logits(monkeypatch):
+    model, tokenizer = tiny.model().eval(), tiny.tokenizer()
+    rows = [encode_row(tokenizer, row) for row in tiny.rows(5)]
+    batch, seen = collate(rows, 0, "cpu"), []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    losses = row_losses(model, batch)
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
+    )
+    assert torch.equal(row_losses(model, batch), losses)
+    logits = forward(batch.input_ids, batch.attention_mask).logits
+    for row, ids, logit, loss in zip(rows, batch.input_ids, logits, losses, strict=True):
+        answer = slice(row.answer_start, len(row.ids))
+        expected = torch.nn.functional.cross_entropy(logit[row.answer_start - 1 : len(row.ids) - 1], ids[answer])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    width, first = batch.input_ids.shape[1], min(row.answer_start for row in rows)
+    assert seen == [width + 1 - first, width, width] and first > 1
+
+
 def test_losses_of_rows_are_those_of_each_row_alone():
     model, tokenizer = tiny.model().eval(), tiny.tokenizer()
     rows = [encode_row(tokenizer, row) for row in tiny.rows(5)]

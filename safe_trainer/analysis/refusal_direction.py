@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..evaluation.prompting import encode, left_padded
 from ..evaluation.state import examining
-from ..lora.modes import input_device
+from ..lora.modes import accepted_inputs, input_device
 from ..lora.updates import linear_layers
 
 _NOISE = 1e-5  # share of an activation below which a difference is rounding
@@ -92,5 +92,5 @@ def _means(model: Any, encoded: Sequence[Sequence[int]], batch_size: int) -> dic
             stack.callback(module.register_forward_hook(partial(add, name=name)).remove)
         for start in range(0, len(order), batch_size):
             inputs = left_padded(order[start : start + batch_size], input_device(model))
-            model(**inputs, use_cache=False, logits_to_keep=1)
+            model(**accepted_inputs(model, **inputs, use_cache=False, logits_to_keep=1))
     return {name: total / len(encoded) for name, total in sums.items()}

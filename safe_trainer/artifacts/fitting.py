@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers.pytorch_utils import Conv1D
 
 from ..data import Batch, EncodedRow, PromptSet, as_rows, collate, encode_rows, rows_sha256, without_harmful
-from ..lora.modes import input_device
+from ..lora.modes import accepted_inputs, input_device
 from ..lora.updates import LinearLayer, linear_layers
 from .calibration import measuring
 from .provenance import describe, model_and_tokenizer, stamp
@@ -337,11 +337,15 @@ def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 def _answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the logits that predict the answer tokens of all rows, float32, (N, V), and these tokens, (N,)."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    is_answer = batch.is_answer.to(output.logits.device)
+    is_answer = batch.is_answer[:, 1:]
+    first = int(is_answer.any(0).nonzero()[0])  # the output head is spared what prompts have in common
+    kept = is_answer.shape[1] + 1 - first
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    output = model(**accepted_inputs(model, **inputs, logits_to_keep=kept))
+    chosen = is_answer[:, first:].to(output.logits.device)
     # Selected before it is made float32: all positions in full precision can be larger than the model.
-    logits = output.logits[:, :-1][is_answer[:, 1:]].float()
-    return logits, batch.input_ids.to(logits.device)[is_answer]
+    logits = output.logits[:, -kept:-1][chosen].float()
+    return logits, batch.input_ids[:, 1:][is_answer].to(logits.device)
 
 
 def _mean_loss(model: Any, batch: Batch) -> Tensor:

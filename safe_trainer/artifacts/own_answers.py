@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor
 
 from ..data import Kind, PromptSet, as_prompts
@@ -23,7 +22,7 @@ from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
 from ..evaluation.prompting import left_padded, render, tokenize
 from ..lora.loading import source_of
-from ..lora.modes import evaluation_mode, input_device, without_adapters
+from ..lora.modes import accepted_inputs, evaluation_mode, input_device, without_adapters
 from ..lora.updates import changes_base
 
 logger = logging.getLogger(__name__)
@@ -177,15 +176,10 @@ def log_probs(model: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
     The pass runs in evaluation mode: without dropout and security vectors, and without drawing random numbers.
     """
     kept = max(anchor.positions for anchor in anchors)
-    inputs: dict[str, Any] = {**left_padded([anchor.ids for anchor in anchors], input_device(model))}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    accepted = inspect.signature(base.forward).parameters
-    if "position_ids" not in accepted:
-        del inputs["position_ids"]
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = kept
+    inputs = left_padded([anchor.ids for anchor in anchors], input_device(model))
     with evaluation_mode(model):
-        logits = model(**inputs, use_cache=False).logits[:, -kept:]
+        read = model(**accepted_inputs(model, **inputs, use_cache=False, logits_to_keep=kept))
+    logits = read.logits[:, -kept:]
     return [row[kept - a.positions :].float().log_softmax(-1) for row, a in zip(logits, anchors, strict=True)]
 
 

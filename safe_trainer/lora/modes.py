@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,16 @@ def input_device(model: Any) -> torch.device:
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         device = torch.device(next((place for place in places if place is not None), device))
     return device
+
+
+def accepted_inputs(model: Any, **inputs: Any) -> dict[str, Any]:
+    """Return the inputs without `position_ids` and `logits_to_keep` where the model's forward does not take them.
+
+    Such a model finds positions by itself and returns logits for all of them, so what is read is the last ones.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    refused = {"position_ids", "logits_to_keep"} - inspect.signature(base.forward).parameters.keys()
+    return {name: value for name, value in inputs.items() if name not in refused}
 
 
 def check_trained(model: nn.Module) -> None:

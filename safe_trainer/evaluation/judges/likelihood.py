@@ -156,14 +156,14 @@ def log_probabilities(model: Any, batch: Sequence[Sequence[int]], root: Node, gr
     """
     import torch
 
-    from ...lora.modes import input_device
+    from ...lora.modes import accepted_inputs, input_device
 
     inputs = left_padded(batch, device := input_device(model))  # (B, T)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
     found = [[-math.inf] * groups for _ in batch]
     live = [(row, root, 0.0) for row in range(len(batch))]  # prompt, place in the tree, log P of the way there
     with torch.no_grad():
-        read = model(**inputs, use_cache=True, logits_to_keep=1)
+        read = model(**accepted_inputs(model, **inputs, use_cache=True, logits_to_keep=1))
         position = positions[:, -1:]
         while True:
             scores = read.logits[:, -1].float().log_softmax(-1)  # (live branches, V)
@@ -181,13 +181,13 @@ def log_probabilities(model: Any, batch: Sequence[Sequence[int]], root: Node, gr
             cache = read.past_key_values
             cache.batch_select_indices(rows)
             live = [(live[row][0], node, likelihood) for row, _, node, likelihood in steps]
-            read = model(
-                input_ids=torch.tensor([[token] for _, token, *_ in steps], device=device),
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            inputs = {
+                "input_ids": torch.tensor([[token] for _, token, *_ in steps], device=device),
+                "attention_mask": mask,
+                "position_ids": position,
+                "past_key_values": cache,
+            }
+            read = model(**accepted_inputs(model, **inputs, use_cache=True))
 
 
 def _steps(
