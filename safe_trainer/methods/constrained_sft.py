@@ -36,8 +36,9 @@ class ConstrainedSFT(SafetyMethod):
     start model is the trained one without its adapter, in evaluation mode: one more forward pass for each micro-batch,
     and neither a copy of the model nor log-probabilities to keep, so packing, shuffling and streams need nothing.
 
-    When to use it: rows with long answers whose openings may be harmful, such as an identity shift. What it costs:
-    that pass, and whatever the task must change in an answer's first tokens. Not for labels: an answer of a few tokens
+    When to use it: rows with long answers whose openings may be harmful. What it costs: that pass, and whatever the
+    task must change in an answer's first tokens. Not against an identity shift: on the embedded pair the model then
+    refuses first and helps next, and refuses half of the harmless prompts. Not for labels: an answer of a few tokens
     is all opening, and is learned slowly or not at all; a warning counts such rows.
 
     Together with [`SecurityVectors`] they act in both, the trained model and the start model, so that weights are 1 at

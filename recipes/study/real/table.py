@@ -36,8 +36,8 @@ SmolLM2-135M-Instruct (Apache-2.0), made to refuse by `recipes/study/real/align.
 layers, 8 rows a step, learning rate 5e-4 unless the row says otherwise. Test prompts: 50 harmful, 25 benign and 25
 borderline of the built-in ones, answers of 24 tokens, judged by how they begin. Each cell: per cent (count/total)
 [95 % Wilson interval], counts added up over seeds. An answer to a harmful prompt that neither refuses nor complies is
-empty or meaningless. Computed in bfloat16; sentiment, Alpaca, refusals mixed in, AsFT, SaLoRA, Constrained SFT,
-SafeGrad and Safe LoRA in float32, in which the start gives the same counts. Every answer:
+empty or meaningless. Plain LoRA, `recommended` and its halves on AdvBench and in the identity shift were computed in
+bfloat16, all else in float32, in which the start gives the same counts. Every answer:
 `../real/results/answers.jsonl`."""
 
 
