@@ -41,8 +41,8 @@ LAUNCH = "launch"
 """Next to the methods' names: the number of processes and the distributed strategy."""
 _STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_NEW_RUN = """To train with other settings, start a new run from its weights: pass `PeftModel.from_pretrained(model, \
-checkpoint, is_trainable=True)` as `model`, or the checkpoint itself where all weights were trained."""
+_NEW_RUN = """To train with other settings, start a new run from its weights, of an adapter merged by `safe-trainer \
+export`, or from the base model. What it has lost of its refusals already is not brought back."""
 _INSTEAD = f"Resume with those of the checkpoint. {_NEW_RUN}"
 
 
@@ -196,7 +196,8 @@ def _resolve(
     _check_fingerprint(checkpoint, fingerprint)
     _check_template(checkpoint, chat_template)
     _check_kind(checkpoint, model)
-    _check_start(checkpoint, model)
+    for saved in dict.fromkeys([checkpoint, *checkpoints_of(checkpoint.parent)]):
+        _check_start(saved, model)
     return Path(checkpoint.name) if checkpoint.parent == output else wanted
 
 

@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -22,13 +24,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils import find_adapter_config_file, is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import get_dataset_column_names
 
 from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
-from .data import OTHER_TEMPLATE, labelled_harmful, lost_turns
+from .data import OTHER_TEMPLATE, between_turns, labelled_harmful, lost_turns
 from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
 from .lora.loading import refuse_adapter
-from .lora.modes import check_trained, trainable_layout
+from .lora.modes import check_trained, trainable_layout, trained_modules
 from .methods.base import SafetyMethod, check_report, describe_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
 
@@ -118,8 +121,10 @@ class SafeSFTTrainer(SFTTrainer):
         strategy = strategy_of(self.accelerator, self.model)
         for method in self.safety_methods:
             method.check_strategy(strategy)
+        self._attached = trained_modules(self.model)
         for method in self.safety_methods:
             method.attach(self.model, self._tokenizer, self.train_dataset)
+            method.attached_to = self._attached
             self.safety_report[method.name] = check_report(method, self.model)
         if self.is_world_process_zero():
             _log_report(self.safety_report)
@@ -143,6 +148,24 @@ class SafeSFTTrainer(SFTTrainer):
             if self.safety_methods and not (as_they_are or "input_ids" in rows.column_names):
                 if lost := lost_turns(self._tokenizer, rows, is_start=is_stream, chat_template=self.chat_template):
                     logger.warning("`train_dataset`: %s %s", lost, OTHER_TEMPLATE)
+        if self.safety_methods and not self._skip_prepare_dataset:
+            self._check_template()
+
+    def _check_template(self) -> None:
+        """Report rows that are trained without the chat template, in which methods fit, hold and ask."""
+        marker = between_turns(self._tokenizer)
+        joins = self.args.packing and self.args.packing_strategy != "bfd"
+        if not marker or joins or self.args.truncation_mode == "keep_end":  # where a row may lack its beginning
+            return
+        first = list(islice(self.train_dataset, _LOOKED_AT))
+        texts = ("".join(self._tokenizer.decode(row["input_ids"]).split()) for row in first)
+        if without := sum(marker not in text for text in texts):
+            logger.warning(
+                "%d of %d rows of `train_dataset` looked at are trained without the chat template, in which the "
+                "methods protect the model: outside it they hold less, and harmful rows teach more. Give rows as "
+                "`messages`, or with turns as `prompt` and `completion`, such as `load_rows` returns them.",
+                *(without, len(first)),
+            )
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -152,26 +175,34 @@ class SafeSFTTrainer(SFTTrainer):
         prepare = partial(super()._prepare_dataset, formatting_func=formatting_func, dataset_name=dataset_name)
         prepared = prepare(dataset, processing_class, args, packing)
         is_stream = isinstance(dataset, IterableDataset)
-        if is_stream and self.safety_methods and not packing:  # prepared as it comes, so the first rows are once more
+        joins = packing and args.packing_strategy != "bfd"  # rows, so none can be told from the next
+        if is_stream and self.safety_methods and not joins:  # prepared as it comes, so the first rows are once more
             first = dataset.take(_LOOKED_AT)
             total, left = (sum(1 for _ in rows) for rows in (first, prepare(first, processing_class, args, False)))
         elif isinstance(dataset, Dataset) and isinstance(prepared, Dataset):
-            total, left = len(dataset), len(prepared)
-            if packing:  # which joins rows, and drops none: at least one must have a token to learn
+            total = len(dataset)
+            if joins:  # at least one must have a token to learn
                 left = total * any(label != -100 for row in prepared for label in row["labels"])
+            elif packing or args.max_length is None:  # which leave rows in of which nothing is learned
+                left = sum(_learned(row) for row in prepared.with_format("numpy"))
+            else:
+                left = len(prepared)
         else:
             return prepared
-        _report_left(dataset_name, total, left, args.max_length, is_stream)
+        masked = "labels" in get_dataset_column_names(dataset)
+        _report_left(dataset_name, total, left, args.max_length, is_stream, masked)
         return prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~trl.SFTTrainer`] does, with every method's `training` context around it.
 
         Raises:
-            ValueError: If the checkpoint to resume from is incomplete, or was made with other methods or settings.
+            ValueError: If the checkpoint to resume from is incomplete, or was made with other methods or settings; if
+                a method was given to another trainer since, or other weights are trained than when it was attached.
             KeyboardInterrupt: After Ctrl-C, when the step is finished, its checkpoint saved and the methods are left.
             SystemExit: So after SIGTERM.
         """
+        self._check_attached()
         where, template = self.args.output_dir, getattr(self._tokenizer, "chat_template", None)
         resumed = resolve_checkpoint(resume_from_checkpoint, where, self._fingerprint, self.model, template)
         with ExitStack() as stack:
@@ -188,6 +219,22 @@ class SafeSFTTrainer(SFTTrainer):
         if figures:
             self.log(figures)
         return output
+
+    def _check_attached(self) -> None:
+        """Refuse to train what the methods do not protect."""
+        for method in self.safety_methods:
+            if method.attached_to is not self._attached:
+                raise ValueError(
+                    f"{method.name} was given to another trainer after this one, whose model it protects now. Make a "
+                    f"new `{type(method).__name__}(...)` for each trainer, and build this one again."
+                )
+        now, then = (trained_modules(self.model), self._attached) if self.safety_methods else ({}, {})
+        if changed := [name for name in now | then if now.get(name) is not then.get(name)]:
+            raise ValueError(
+                f"Other weights are trained than when the safety methods were attached: {len(changed)} differ, such "
+                f"as `{changed[0]}`. Load, freeze, exchange and activate layers and adapters first, and then build "
+                "the trainer."
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the run resumes after its last step: transformers would take one step too many."""
@@ -268,7 +315,10 @@ class SafeSFTTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step as [`~trl.SFTTrainer`] does; after its last backward pass, methods see the gradients."""
-        loss = super().training_step(*args, **kwargs)
+        with ExitStack() as stack:
+            for method in self.safety_methods:
+                stack.enter_context(method.training_step(self.model))
+            loss = super().training_step(*args, **kwargs)
         methods = self._overriding("after_backward")
         if methods and self.accelerator.sync_gradients:
             # float16 gradients are scaled, by a power of two, and are unscaled only when they are clipped.
@@ -350,18 +400,27 @@ def _refuse_adapters(model: Any, source: Mapping[str, Any] | None = None) -> Non
         refuse_adapter(model)
 
 
-def _report_left(name: str, total: int, left: int, max_length: int | None, is_stream: bool) -> None:
-    """Warn of the rows that TRL has dropped, or refuse a dataset of which nothing is left."""
+def _learned(row: Mapping[str, Any]) -> int:
+    """Return how many of the rows that are packed into one, in numpy's format, have a token to learn."""
+    lengths = row.get("seq_lengths", [len(row["labels"])])
+    return int(np.logical_or.reduceat(row["labels"] != -100, np.cumsum(lengths) - lengths).sum())
+
+
+def _report_left(name: str, total: int, left: int, max_length: int | None, is_stream: bool, masked: bool) -> None:
+    """Warn of the rows of which nothing is learned, or refuse a dataset of which that is so for all."""
     argument = {"train": "train_dataset", "eval": "eval_dataset"}.get(name, f"eval_dataset[{name!r}]")
-    cut = f"past `max_length={max_length}` tokens. Raise `max_length`, or shorten the prompts."
+    within = "" if max_length is None else f" within `max_length={max_length}` tokens"
+    cause = f"their answers start past `max_length={max_length}` tokens. Raise `max_length`, or shorten the prompts."
+    if masked:
+        cause = f"their `labels` are all -100{within}. Check the mask that they were made with."
     if not (left or is_stream):
         at_all = "teaches anything" if name == "train" else "has anything to take a loss on"
-        raise ValueError(f"None of the {total:,} rows of `{argument}` {at_all}: answers start {cut}")
+        raise ValueError(f"None of the {total:,} rows of `{argument}` {at_all}: {cause}")
     if left < total:
         logger.warning(
-            "%d of %d rows of `%s`%s %s and are left out: their answers start %s",
+            "%d of %d rows of `%s`%s %s: %s",
             *(total - left, total, argument, " looked at" if is_stream else ""),
-            *("teach nothing" if name == "train" else "have nothing to take a loss on", cut),
+            *("teach nothing" if name == "train" else "have nothing to take a loss on", cause),
         )
 
 

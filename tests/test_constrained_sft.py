@@ -188,6 +188,18 @@ def test_labels_are_warned_of_with_their_share(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_template_that_begins_answers_itself_is_warned_of_with_the_tokens_that_it_takes(tmp_path):
+    tokenizer, rows = tiny.tokenizer(), [conversation(f"Is it {i}?", "It is so, and will be so.") for i in range(8)]
+    template = tokenizer.chat_template
+    for opening, told in (("(so) ", "with 5 tokens of its own"), ("", None)):
+        tokenizer.chat_template = template.replace("{{ m.content }}<e>", f"{opening}{{{{ m.content }}}}<e>")
+        changes = {"processing_class": tokenizer, "train_dataset": Dataset.from_list(rows)}
+        warnings = checked(tmp_path, **changes)["warnings"]
+        assert len(warnings) == (told is not None)
+        assert told is None or (told in warnings[0] and "Raise `opening_tokens` to 10" in warnings[0])
+
+
+@pytest.mark.slow
 def test_the_start_log_probability_of_openings_is_reported(tmp_path):
     report = checked(tmp_path)
     found = []

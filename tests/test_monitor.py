@@ -1,6 +1,7 @@
 """The monitor on TRL's own `SFTTrainer`: against judging the same weights by hand, and training without it."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_training_is_the_same_to_the_last_bit_with_and_without(tmp_path):
         runs.append((losses, {name: p.detach() for name, p in trained.model.named_parameters()}))
     assert runs[0][0] == runs[1][0] and len(runs[0][0]) == 12
     assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+@pytest.mark.slow
+def test_a_processor_that_holds_the_tokenizer_is_no_hindrance(tmp_path):
+    trained = trainer(tmp_path, steps=2)
+    trained.add_callback(RefusalMonitor(trained, [HARM], every=2))
+    trained.processing_class = SimpleNamespace(tokenizer=trained.processing_class)
+    trained.train()
+    assert sorted(logged(trained, "safety/harm_refused")) == [0, 2]
 
 
 @pytest.mark.slow

@@ -301,7 +301,7 @@ def test_security_vectors_do_not_act_in_the_anchor():
     alone = method.penalty(model).item()
     ids = torch.tensor([encode(model, tiny.tokenizer(), ["Say it"])[0]])
     clean = model(input_ids=ids).logits
-    with vectors.training(model):
+    with vectors.training(model), vectors.training_step(model):
         assert not torch.allclose(model(input_ids=ids).logits, clean, atol=1e-3)
         assert method.penalty(model).item() == alone
 

@@ -545,5 +545,9 @@ def test_a_model_that_was_loaded_from_the_checkpoint_is_no_start(is_lora, pair, 
     first = run(start, steps=2)
     with pytest.raises(ValueError, match="already, so the methods would take.*Give the model that the run began with"):
         run(checkpoint, resume_from_checkpoint=str(checkpoint))
+    run(start, steps=4, resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match="weights of `.*checkpoint-[23]` already"):  # nor is an earlier one
+        run(checkpoint, resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     again = run(start, resume_from_checkpoint=str(checkpoint))  # as it advises
     assert [a.start_cost for a in again._pools["held"]] == [a.start_cost for a in first._pools["held"]]

@@ -147,7 +147,7 @@ def test_over_a_quantised_base_vectors_act_as_a_second_adapter_of_stock_peft_doe
     method = outcome.trainer.safety_methods[0]
     with torch.no_grad():
         trained.train()
-        with method.training(trained):
+        with method.training(trained), method.training_step(trained):
             ours = trained(ids, use_cache=False).logits
         clean = trained(ids, use_cache=False).logits
         trained.load_adapter(tmp_path / "vectors", "vectors")

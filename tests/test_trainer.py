@@ -655,6 +655,8 @@ def test_rows_whose_answers_are_cut_away_are_counted(tmp_path, caplog):
         caplog.clear()
         raised = SafeSFTTrainer(**given(tmp_path, train_dataset=rows, max_length=256), safety=safety)  # as it advises
         assert len(raised.train_dataset) == 8 and "teach nothing" not in caplog.text
+        SafeSFTTrainer(**given(tmp_path, train_dataset=rows, max_length=64, packing=True), safety=safety)
+        assert "3 of 8 rows of `train_dataset` teach nothing" in caplog.text
         for more in ({}, {"packing": True}):
             arguments = given(tmp_path, train_dataset=Dataset.from_list(long), max_length=64, **more)
             with pytest.raises(ValueError, match="None of the 3 rows.*`max_length=64`.*Raise `max_length`"):
@@ -676,6 +678,48 @@ def test_evaluation_rows_whose_answers_are_cut_away_are_counted_by_name(tmp_path
         arguments = given(tmp_path, eval_dataset=Dataset.from_list(long), max_length=64, **more)
         with pytest.raises(ValueError, match="None of the 3 rows of `eval_dataset` has .*Raise `max_length`"):
             SafeSFTTrainer(**arguments)
+
+
+@pytest.mark.slow
+def test_rows_whose_labels_are_all_masked_are_counted_with_that_cause(tmp_path, caplog):
+    ids = even_rows(8)["input_ids"]
+    masked = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 12] * 3 + ids[3:]})
+    for more in ({}, {"max_length": None}, {"packing": True}):
+        caplog.clear()
+        SafeSFTTrainer(**given(tmp_path, train_dataset=masked, **more))
+        assert "3 of 8 rows of `train_dataset` teach nothing: their `labels` are all -100" in caplog.text
+        with pytest.raises(ValueError, match="None of the 3 rows.*all -100.*Check the mask"):
+            SafeSFTTrainer(**given(tmp_path, train_dataset=masked.select(range(3)), **more))
+
+
+OUTSIDE = {
+    "texts": lambda: Dataset.from_list([{"text": f"Say {i}. It is {i}."} for i in range(6)]),
+    "strings": lambda: Dataset.from_list([{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(6)]),
+    "a stream of strings": lambda: OUTSIDE["strings"]().to_iterable_dataset(),
+    "tokens": lambda: even_rows(6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", OUTSIDE)
+def test_rows_outside_the_chat_template_are_counted_where_methods_protect_the_model_in_it(form, tmp_path, caplog):
+    told = "6 of 6 rows of `train_dataset` looked at are trained without the chat template"
+    for safety, packing, is_told in ((Diary(), False, True), (Diary(), True, True), (None, False, False)):
+        rows = OUTSIDE[form]()
+        if packing and form != "tokens":
+            continue
+        arguments = given(tmp_path, train_dataset=rows, max_steps=1, packing=packing)
+        SafeSFTTrainer(**arguments, safety=safety)
+        assert (("looked at are trained without the chat template" if packing else told) in caplog.text) is is_told
+        caplog.clear()
+    tokenizer = tiny.tokenizer()
+    texts = [
+        {"text": tokenizer.apply_chat_template(r["prompt"] + r["completion"], tokenize=False)} for r in tiny.rows(6)
+    ]
+    inside = (Dataset.from_list(texts), tiny.rows(6), tiny.rows(6).to_iterable_dataset())
+    for rows in inside:  # as it advises
+        SafeSFTTrainer(**given(tmp_path, train_dataset=rows, max_steps=1), safety=Diary())
+    assert "without the chat template" not in caplog.text
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,13 +46,17 @@ class Switch:
     on: bool = True
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Switch the vectors off for a while."""
-        self.on = False
+    def turned(self, on: bool) -> Iterator[None]:
+        """Switch the vectors on or off for a while."""
+        before, self.on = self.on, on
         try:
             yield
         finally:
-            self.on = True
+            self.on = before
+
+    def off(self) -> AbstractContextManager[None]:
+        """Switch the vectors off for a while."""
+        return self.turned(False)
 
 
 # Which layers have vectors at this moment. Kept here and not on the layers, so that nothing is added to a model.

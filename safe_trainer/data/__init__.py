@@ -11,11 +11,13 @@ from .encoding import (
     Batch,
     EncodedRow,
     TemplateError,
+    between_turns,
     collate,
     encode_row,
     encode_rows,
     left_out,
     lost_turns,
+    opening_of_answers,
 )
 from .formats import Columns, Format, Row, conversation_of
 from .labels import safety_label, with_class_names
@@ -36,7 +38,7 @@ from .rows import (
 from .suites import load_suite, suites
 
 __all__ = ["OTHER_TEMPLATE", "Batch", "EncodedRow", "TemplateError", "collate", "encode_row", "encode_rows"]
-__all__ += ["left_out", "lost_turns"]
+__all__ += ["between_turns", "left_out", "lost_turns", "opening_of_answers"]
 __all__ += ["Columns", "Format", "Row", "conversation_of", "safety_label", "with_class_names"]
 __all__ += ["KINDS", "PREFIX", "HubDataset", "encoding_of", "hub_dataset", "kind_of", "read_records", "what_was_meant"]
 __all__ += ["BadRowError", "Record", "RowError"]

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _NO_LETTERS = re.compile(r"[\W_]+")
 _TOOLS = ("tool", "function", "ipython", "observation")  # roles whose turns templates write as JSON
 _SAMPLE = 2000  # rows of which turns are looked for
+_QUESTION, _ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Therefore."}
 
 
 OTHER_TEMPLATE = "Give rows without it, or another chat template."  # where the template leaves out a turn
@@ -182,6 +183,35 @@ def _said(turn: Mapping[str, Any]) -> str:
     """Return what a turn says; one that calls a tool may say nothing."""
     content = turn["content"] or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def between_turns(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template writes between a question and its answer, without spaces, or an empty text.
+
+    Rows that went through the template have it. A thought that the template opens for an answer is left out.
+    """
+    text = _rendered(tokenizer, [_QUESTION], add_generation_prompt=True)
+    after = thinking.OPENING.split(text.rpartition(_QUESTION["content"])[2])[0]
+    return "".join(after.split())
+
+
+def opening_of_answers(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template itself writes at the beginning of an answer, such as an empty thought."""
+    asked = _rendered(tokenizer, [_QUESTION], add_generation_prompt=True)
+    text = _rendered(tokenizer, [_QUESTION, _ANSWER])
+    return text.removeprefix(asked).partition(_ANSWER["content"])[0] if asked and text.startswith(asked) else ""
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> str:
+    """Return a conversation as the chat template writes it, or an empty text where there is none or it refuses."""
+    import jinja2
+
+    if tokenizer.chat_template is None:
+        return ""
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    except (jinja2.TemplateError, TypeError, ValueError):
+        return ""
 
 
 def collate(rows: Sequence[Any], pad_token_id: int, device: device | str) -> Batch:

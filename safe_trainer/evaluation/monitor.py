@@ -156,7 +156,8 @@ class RefusalMonitor(TrainerCallback):
 
     def _evaluate(self, prompt_set: PromptSet) -> SetResult:
         """Ask the judge, and generate answers only where it looks at them."""
-        asked = self.trainer.model, self.trainer.processing_class
+        processor = self.trainer.processing_class  # of a model that sees, it holds the tokenizer
+        asked = self.trainer.model, getattr(processor, "tokenizer", processor)
         if isinstance(self.judge, LikelihoodJudge):
             judge: Judge = self.judge.bound(*asked, self.decoding)
             return judged(prompt_set, [Answer("")] * len(prompt_set), [judge])

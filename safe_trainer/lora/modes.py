@@ -53,6 +53,16 @@ def check_trained(model: nn.Module) -> None:
         )
 
 
+def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return by name of each parameter that is trained the module that holds it."""
+    held = [
+        (f"{place}.{name}".lstrip("."), module, parameter)
+        for place, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    return {name: module for name, module, parameter in held if parameter.requires_grad}
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module, *, freeze: bool = False, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Put a model into evaluation mode for the length of a context; each module then returns to its own mode.

@@ -112,12 +112,14 @@ class SafetyMethod:
     | `check_strategy` | when the distributed strategy is known |
     | `attach`, then `self_check` | right after the model is wrapped, before any optimizer exists |
     | `training` | around `train()` |
+    | `training_step` | around the forward and backward pass of every micro-batch |
     | `token_weights` | for every micro-batch, between the forward pass and the loss |
     | `penalty` | for every micro-batch, after the loss |
     | `after_backward` | once per optimizer step, before gradients are clipped |
     | `diagnostics` | once, when `train()` has ended well |
 
-    Whatever a method adds to a model in `training` must be gone when its context closes, however it closes.
+    Whatever a method adds to a model in `training` must be gone when its context closes, however it closes. A method
+    belongs to the trainer that it was given to last.
 
     Example:
 
@@ -154,6 +156,8 @@ class SafetyMethod:
     provenance: Mapping[str, Any] | None = None
     """What the tensors in use were made from, once attached. Saved with checkpoints, so that a resumed run may give
     a basis, direction or vectors instead of the data they were made from."""
+    attached_to: Mapping[str, nn.Module] | None = None
+    """By name of each parameter that was trained when the method was attached, its module; the trainer keeps it."""
     covered_layers: Collection[str] | None = None
     """Names of the modules (in the base model) whose update the method acts on, once it is attached; `None` for all.
     The trainer reports which share of the trained parameters this is, and warns below 90 %."""
@@ -237,6 +241,11 @@ class SafetyMethod:
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
         """Surround `train()`; undo on leaving whatever was done on entering, also after an exception."""
+        yield
+
+    @contextmanager
+    def training_step(self, model: nn.Module) -> Iterator[None]:
+        """Surround each micro-batch's forward and backward pass, and nothing that callbacks do in between."""
         yield
 
     def token_weights(self, model: nn.Module, inputs: Mapping[str, Any], log_probs: Tensor) -> Tensor | None:

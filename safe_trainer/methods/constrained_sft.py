@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..artifacts import calibration
+from ..data import opening_of_answers
 from ..distributed import on_first_process
 from ..lora.modes import evaluation_mode, input_device, without_adapters
 from ..lora.updates import changes_base, linear_layers
@@ -103,6 +104,7 @@ class ConstrainedSFT(SafetyMethod):
     opening_tokens: int = 5
     beta: float = 0.1
     _lengths: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    _written: int = field(default=0, init=False, repr=False, compare=False)
     _without_prompt: float = field(default=0.0, init=False, repr=False, compare=False)
     _start: float = field(default=0.0, init=False, repr=False, compare=False)
     _sums: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -137,6 +139,8 @@ class ConstrainedSFT(SafetyMethod):
         """Measure how long answers are, and how likely the start model finds their openings, on rows drawn."""
         drawn: dict[str, Any] = {"argument": "train_dataset", "samples": _ROWS, "max_length": sys.maxsize}
         rows = calibration.examples_from(train_dataset, tokenizer, **drawn)
+        opening = opening_of_answers(tokenizer)
+        self._written = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
         self._lengths = [length for row in rows for length in _lengths(row)]
         self._without_prompt = fmean(row.is_answer[0] for row in rows)
         self._start = on_first_process(lambda: self._opening_log_prob(model, rows[:_SCORED]))
@@ -155,6 +159,12 @@ class ConstrainedSFT(SafetyMethod):
                 f"{labels:.0%} of {len(self._lengths)} answers have at most {longest} tokens, of which the first "
                 f"{self.opening_tokens} are held: such labels are learned slowly or not at all. Use another method, "
                 "or lower `opening_tokens`."
+            )
+        if self._written:
+            warnings.append(
+                f"The chat template begins every answer with {self._written} tokens of its own, the same in refusals "
+                f"and in help, and they count among the {self.opening_tokens} that are held. Raise `opening_tokens` "
+                f"to {self.opening_tokens + self._written}."
             )
         if self._without_prompt:
             warnings.append(

@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 
 from ..artifacts.fitting import Fitting, fitted_layers, train_security_vectors
 from ..artifacts.own_answers import AnswerSettings, OwnAnswers, prompts_of
-from ..artifacts.security_vectors import TrainedVectors, VectorFactors, active
+from ..artifacts.security_vectors import Switch, TrainedVectors, VectorFactors, active
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number
@@ -30,7 +30,7 @@ class SecurityVectors(SafetyMethod):
 
     θ_s = {A_s, B_s} is a small LoRA, fitted beforehand to about a hundred harmful rows. It is active and frozen during
     training, so the loss on harmful rows is low and their gradient small, while other rows are learned as usual. It
-    acts through forward hooks in training mode only: evaluation, generation and checkpoints never see it.
+    acts through forward hooks in training steps only: evaluation, generation and checkpoints never see it.
 
     When to use it: for any training (LoRA, QLoRA, full-parameter) on data that may hold harmful rows, even nothing but
     harmful rows. What it costs: two small products per layer and step; and, since the model learns with θ_s and is
@@ -93,7 +93,7 @@ class SecurityVectors(SafetyMethod):
     _can_ask: bool = field(default=False, init=False, repr=False, compare=False)
     _start: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
     _factors: dict[str, VectorFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _layers: dict[str, adapters.LinearLayer] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _switch: Switch = field(default_factory=Switch, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.vectors is None) == (self.harmful_data is None):
@@ -135,8 +135,6 @@ class SecurityVectors(SafetyMethod):
             prompts = prompts_of(None, "harmful", "prompts", model)
             self._start = on_first_process(lambda: _FEW_ANSWERS.measure(model, tokenizer, prompts, self.peft_config))
         on_first_process(lambda: set(vectors.check_fits(model)))  # other processes may hold no weights yet
-        layers = adapters.linear_layers(model)
-        self._layers = {name: layers[name] for name in vectors.modules}
         self._factors = {name: VectorFactors(A, self.strength * B) for name, (A, B) in vectors.modules.items()}
 
     def self_check(self, model: nn.Module) -> SelfCheck:
@@ -172,8 +170,15 @@ class SecurityVectors(SafetyMethod):
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
-        """Let the vectors act in training mode, for as long as `train()` runs."""
-        with active(self._layers, self._factors, in_training_only=True):
+        """Add the vectors to the model as it is when training begins, switched off."""
+        with active(adapters.linear_layers(model), self._factors, in_training_only=True) as switch, switch.off():
+            self._switch = switch
+            yield
+
+    @contextmanager
+    def training_step(self, model: nn.Module) -> Iterator[None]:
+        """Let the vectors act in training mode: here alone, so that what a callback generates never sees them."""
+        with self._switch.turned(on=True):
             yield
 
     def _fit(self, model: nn.Module, tokenizer: Any) -> TrainedVectors:

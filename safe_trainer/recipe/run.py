@@ -420,7 +420,8 @@ def examine(
     assert asked is not None  # otherwise there are no prompt sets either
     settings: dict[str, Any] = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
     settings |= {"judges": make_judges(asked.judges), "progress": progress}
-    tokenizer = trainer.processing_class
+    processor = trainer.processing_class  # of a model that sees, it holds the tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     if recipe.peft is not None and keeps_base(recipe.peft):
         return compare(trainer.model, tokenizer, prompt_sets, dict(adapters), drift=DriftFigures(), **settings)
     after = None

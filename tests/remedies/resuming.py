@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from peft import PeftModel
 from runs import lora
 
 from safe_trainer import AdapterEMA, AsFT
+from safe_trainer.lora.io import merge_adapter
 
-from .room import PLAIN, Case, changed, of
+from .room import PLAIN, Case, changed
 
 
 def run(at: SimpleNamespace, safety: Any = PLAIN, resume: Any = True, **changes: Any) -> None:
@@ -43,19 +43,17 @@ def removed(at: SimpleNamespace) -> None:
 
 
 def of_checkpoint(at: SimpleNamespace) -> Any:
-    return PeftModel.from_pretrained(of(at.aligned), begun(at), is_trainable=True)
+    shutil.rmtree(at.folder / "merged", ignore_errors=True)
+    return merge_adapter(begun(at), at.folder / "merged", at.aligned)
 
 
 RESUMING: dict[str, Case] = {
     "another setting of the method": (
         lambda at: (begun(at), run(at, AsFT(projector="none", weight=9.0))),
-        r"Resume with those of the checkpoint. To train with other settings, .*PeftModel.from_pretrained\(model, "
-        r"checkpoint, is_trainable=True\)",
+        "Resume with those of the checkpoint. To train with other settings, .*adapter merged by `safe-trainer export`",
         [
             lambda at: run(at),
-            lambda at: run(
-                at, AsFT(projector="none", weight=9.0), resume=False, model=of_checkpoint(at), peft_config=None
-            ),
+            lambda at: run(at, AsFT(projector="none", weight=9.0), resume=False, model=of_checkpoint(at)),
         ],
     ),
     "another rank of the adapter": (
