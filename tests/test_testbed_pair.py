@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import runpy
 from pathlib import Path
@@ -192,9 +193,42 @@ def test_a_build_of_no_steps_is_refused(tmp_path):
         build.build(tmp_path, steps=(0, 1))
 
 
+class EnoughError(Exception):
+    """Ends a build after its first steps."""
+
+
+def losses_after_fifty_steps(folder):
+    """Return the loss of both stages of a full build, of alignment from the committed model."""
+    losses = {}
+
+    def end(stage, step, total, loss):
+        losses[stage] = loss
+        raise EnoughError
+
+    world, steps = pair_building.EMBEDDED, (build.PRETRAINING.steps, build.ALIGNMENT.steps)
+    with build.one_thread():
+        with pytest.raises(EnoughError):
+            build.train_pair(folder, steps=steps, world=world, progress=end)
+        model, tokenizer = (kind.from_pretrained(testbed.UNALIGNED) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        rows = build.encode(build.alignment_chats(world.seed), tokenizer, answers_only=True)
+        with pytest.raises(EnoughError):
+            build.train(model, rows, build.ALIGNMENT, steps[1], seed=world.seed, progress=end)
+    return losses
+
+
+@pytest.mark.exhaustive
+def test_the_first_steps_of_both_stages_are_those_of_the_committed_pair(tmp_path):
+    expected = {"pretraining": 2.5905, "alignment": 0.11365}  # of the next seed, 3.2650 and 0.06038
+    assert losses_after_fifty_steps(tmp_path) == pytest.approx(expected, rel=5e-3)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_a_full_build_gives_the_committed_pair(tmp_path):
+    # Another processor or version of torch sums in another order: the bytes are others, and a whole build, a quarter
+    # of an hour on some, says little more than its first steps.
+    if build.fingerprint() != MANIFEST["fingerprint"] and not os.environ.get("REBUILD_PAIR"):
+        pytest.skip("a build gives other bytes on this processor; `REBUILD_PAIR=1` builds and examines the pair")
     build.build(tmp_path, progress=silent)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     if manifest["fingerprint"] == MANIFEST["fingerprint"]:
@@ -203,7 +237,6 @@ def test_a_full_build_gives_the_committed_pair(tmp_path):
             made, committed = ({n: h for n, h in f.items() if not n.endswith("README.md")} for f in (made, committed))
         assert made == committed
         return
-    # Another processor or version of torch sums in another order: other bytes, much the same behaviour.
     totals = {name: sum(counts.values()) for name, counts in manifest["behaviour"]["aligned"].items()}
     aligned, unaligned = manifest["behaviour"]["aligned"], manifest["behaviour"]["unaligned"]
     assert all(counts["complied"] >= 0.95 * totals[name] for name, counts in unaligned.items())
