@@ -160,11 +160,11 @@ class ConstrainedSFT(SafetyMethod):
                 f"{self.opening_tokens} are held: such labels are learned slowly or not at all. Use another method, "
                 "or lower `opening_tokens`."
             )
-        if self._written:
+        if self._written and self.opening_tokens < (enough := ConstrainedSFT.opening_tokens + self._written):
             warnings.append(
                 f"The chat template begins every answer with {self._written} tokens of its own, the same in refusals "
                 f"and in help, and they count among the {self.opening_tokens} that are held. Raise `opening_tokens` "
-                f"to {self.opening_tokens + self._written}."
+                f"to {enough}."
             )
         if self._without_prompt:
             warnings.append(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import tiny
 from datasets import Dataset, DatasetDict
-from peft import IA3Config, PeftModel, PrefixTuningConfig
+from peft import IA3Config, PeftModel, PrefixTuningConfig, get_peft_model
 from runs import HARMFUL, REFUSED, SHORT, lora
 
 from safe_trainer import (
@@ -12,6 +14,7 @@ from safe_trainer import (
     AsFT,
     ConstrainedSFT,
     RefusalAnchor,
+    SafeSFTTrainer,
     SaLoRA,
     SecurityVectors,
     load_model,
@@ -162,6 +165,30 @@ METHODS: dict[str, Case] = {
     ),
 }  # fmt: skip
 
+MASKED = Dataset.from_dict({"input_ids": [[4, 5, 6]] * 4, "labels": [[-100] * 3] * 4})
+
+
+def given_to_two(at: SimpleNamespace) -> SafeSFTTrainer:
+    """Return the first of two trainers with one method."""
+    first, _ = (at.trainer(PLAIN, max_steps=1) for _ in range(2))
+    return first
+
+
+def with_another(trainer: SafeSFTTrainer) -> SafeSFTTrainer:
+    """Return a trainer with another active adapter than when it was built."""
+    trainer.model.add_adapter("second", lora())
+    trainer.model.set_adapter("second")
+    return trainer
+
+
+def second_adapter(at: SimpleNamespace) -> PeftModel:
+    """Return a model whose second adapter is active."""
+    model = get_peft_model(of(at.aligned), lora())
+    model.add_adapter("second", lora())
+    model.set_adapter("second")
+    return model
+
+
 TRAINER: dict[str, Case] = {
     "an adapter in the place of a model": (
         lambda at: at.trainer(None, model=at.adapter()),
@@ -182,6 +209,21 @@ TRAINER: dict[str, Case] = {
         lambda at: at.trainer(None, max_length=4),
         "Raise `max_length`, or shorten the prompts",
         [lambda at: at.trainer(None, max_length=64)],
+    ),
+    "labels that are all masked": (
+        lambda at: at.trainer(None, train_dataset=MASKED),
+        "their `labels` are all -100 within `max_length=1024` tokens. Check the mask that they were made with",
+        [lambda at: at.trainer(None, train_dataset=MASKED.remove_columns("labels"))],
+    ),
+    "a method of two trainers": (
+        lambda at: given_to_two(at).train(),
+        r"Make a new `AsFT\(...\)` for each trainer, and build this one again",
+        [lambda at: at.trainer(AsFT(projector="none"), max_steps=1).train()],
+    ),
+    "another adapter after building": (
+        lambda at: with_another(at.trainer(PLAIN, max_steps=1)).train(),
+        "Load, freeze, exchange and activate layers and adapters first, and then build the trainer",
+        [lambda at: at.trainer(PLAIN, model=second_adapter(at), peft_config=None, max_steps=1).train()],
     ),
     "a method twice": (
         lambda at: at.trainer([PLAIN, PLAIN]), "Give each method once", [lambda at: at.trainer(PLAIN)]

@@ -17,6 +17,7 @@ from .room import LONG, PLAIN, Case, compared, deaf, of, on, tiny
 LABELLED = [{"prompt": f"Say {n}", "completion": "One.", "is_safe": n > 2} for n in range(8)]
 SHORT_ANSWERS = Dataset.from_list([conversation(f"Say {n}", "Y") for n in range(8)])
 MESSAGES = Dataset.from_list([{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.rows(8)])
+STRINGS = Dataset.from_list([{"prompt": f"Say {n}", "completion": "It is one."} for n in range(8)])
 BRIEF = {"role": "system", "content": "Be brief."}
 WITH_SYSTEM = [{**row, "prompt": [BRIEF, *row["prompt"]]} for row in REFUSED]
 COMPLIED = [conversation(f"Make it {n}.", "Sure, here is how: first you take two of them.") for n in range(8)]
@@ -28,6 +29,13 @@ def loud(at: SimpleNamespace) -> Any:
     model = of(at.aligned)
     model.lm_head.weight.data *= 20
     return model
+
+
+def foreword() -> Any:
+    """A tokenizer whose template begins every answer with five tokens of its own."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}<e>", "(so) {{ m.content }}<e>")
+    return tokenizer
 
 
 LONGER = {"rank": 16, "learning_rate": 0.02, "max_passes": 200}
@@ -67,6 +75,20 @@ WARNINGS: dict[str, Case] = {
         [
             lambda at: at.trainer(ConstrainedSFT()),
             lambda at: at.trainer(ConstrainedSFT(), train_dataset=MESSAGES, assistant_only_loss=True),
+        ],
+    ),
+    "openings of the template's own": (
+        lambda at: at.trainer(ConstrainedSFT(), processing_class=foreword()),
+        "Raise `opening_tokens` to 10",
+        [lambda at: at.trainer(ConstrainedSFT(opening_tokens=10), processing_class=foreword())],
+    ),
+    "rows outside the chat template": (
+        lambda at: at.trainer(PLAIN, train_dataset=STRINGS),
+        "Give rows as `messages`, or with turns as `prompt` and `completion`, such as `load_rows` returns",
+        [
+            lambda at: at.trainer(PLAIN, train_dataset=MESSAGES),
+            lambda at: at.trainer(PLAIN),
+            lambda at: at.trainer(PLAIN, train_dataset=load_rows(STRINGS)[0]),
         ],
     ),
     "weights that a method does not reach": (
