@@ -196,8 +196,7 @@ def _resolve(
     _check_fingerprint(checkpoint, fingerprint)
     _check_template(checkpoint, chat_template)
     _check_kind(checkpoint, model)
-    for saved in dict.fromkeys([checkpoint, *checkpoints_of(checkpoint.parent)]):
-        _check_start(saved, model)
+    _check_start(checkpoint, model)
     return Path(checkpoint.name) if checkpoint.parent == output else wanted
 
 
@@ -291,22 +290,25 @@ def _check_kind(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _check_start(checkpoint: Path, model: nn.Module) -> None:
-    """Refuse a model that was loaded from the checkpoint: what methods measure of their start would be its end."""
-    if (_state_of(checkpoint) or {"global_step": 0})["global_step"] < 2:  # the first step of a warmup changes nothing
-        return
+    """Refuse a model that was loaded from a checkpoint of the run: methods would take what was trained for the start."""
     own, files = dict(model.named_parameters()), "model*.safetensors"
     if isinstance(model, PeftModel):
         own, files = get_peft_model_state_dict(model, save_embedding_layers=False), "adapter_model.safetensors"
-    try:
-        same = _are_in(own, sorted(checkpoint.glob(files)))
-    except SafetensorError as error:
-        raise ValueError(damaged(checkpoint, error)) from error
-    if same:
-        raise ValueError(
-            f"The model has the weights of `{checkpoint}` already, so the methods would take what was trained for the "
-            "model before training. Give the model that the run began with: the base model and `peft_config`, or the "
-            "adapter or weights that it started from."
-        )
+    for saved in dict.fromkeys([checkpoint, *checkpoints_of(checkpoint.parent)]):
+        if (_state_of(saved) or {"global_step": 0})["global_step"] < 2:  # the first step of a warmup changes nothing
+            continue
+        try:
+            same = _are_in(own, sorted(saved.glob(files)))
+        except SafetensorError as error:
+            if saved != checkpoint:  # from which nothing is read
+                continue
+            raise ValueError(damaged(saved, error)) from error
+        if same:
+            raise ValueError(
+                f"The model has the weights of `{saved}` already, so the methods would take what was trained for the "
+                "model before training. Give the model that the run began with: the base model and `peft_config`, or "
+                "the adapter or weights that it started from."
+            )
 
 
 def _are_in(weights: Mapping[str, torch.Tensor], files: list[Path]) -> bool:

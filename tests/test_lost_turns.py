@@ -11,7 +11,7 @@ from datasets import Dataset
 from runs import given
 
 from safe_trainer import SafeSFTTrainer
-from safe_trainer.data import conversation
+from safe_trainer.data import OTHER_TEMPLATE, conversation
 from safe_trainer.data.encoding import encode_rows, lost_turn
 from safe_trainer.methods.base import SafetyMethod
 
@@ -54,7 +54,7 @@ def warned(caplog: Any, tmp_path: Any, rows: Any, template: str, safety: Any, **
     caplog.clear()
     changes = {"train_dataset": rows, "processing_class": with_template(template), **more}
     SafeSFTTrainer(**given(tmp_path, **changes), safety=safety)
-    return next((record.getMessage() for record in caplog.records if "chat template" in record.getMessage()), "")
+    return next((record.getMessage() for record in caplog.records if OTHER_TEMPLATE in record.getMessage()), "")
 
 
 @pytest.mark.parametrize("form", FORMS)
