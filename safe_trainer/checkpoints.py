@@ -290,7 +290,7 @@ def _check_kind(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _check_start(checkpoint: Path, model: nn.Module) -> None:
-    """Refuse a model that was loaded from a checkpoint of the run: methods would take what was trained for the start."""
+    """Refuse a model that was loaded from a checkpoint of the run: what methods measure would not be its start."""
     own, files = dict(model.named_parameters()), "model*.safetensors"
     if isinstance(model, PeftModel):
         own, files = get_peft_model_state_dict(model, save_embedding_layers=False), "adapter_model.safetensors"
