@@ -100,7 +100,10 @@ def test_the_committed_verdicts_are_what_the_judge_says_today() -> None:
 def test_the_committed_table_is_what_the_committed_runs_say(run: ModuleType) -> None:
     import table
 
+    asked_with_it = [f"{name}, asked with it" for name, variant in run.VARIANTS.items() if variant.system_prompt]
     assert table.TABLE.read_text(encoding="utf-8") == table.table(table.rates_of(COMMITTED / "runs.csv"))
     assert {(row["scenario"], row["variant"]) for row in lines(COMMITTED / "runs.csv")} <= {
-        (scenario, variant) for scenario in (*table.TITLES, run.ANY) for variant in (run.BEFORE, *run.VARIANTS)
+        (scenario, variant)
+        for scenario in (*table.TITLES, run.ANY)
+        for variant in (run.BEFORE, *run.VARIANTS, *asked_with_it)
     }
