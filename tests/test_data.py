@@ -292,10 +292,10 @@ def test_prompt_sets_refuse_what_does_not_fit_together(arguments, message):
 
 
 @pytest.mark.exhaustive
-def test_many_rows_are_loaded_in_bounded_memory(tmp_path):
+def test_a_million_rows_are_loaded_in_bounded_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     with path.open("w") as file:
-        for n in range(300_000):
+        for n in range(1_000_000):
             file.write(f'{{"instruction": "What is the number {n}?", "output": "It is {n}, as you say."}}\n')
     code = f"""
         import resource, datasets, pyarrow, numpy
@@ -307,8 +307,8 @@ def test_many_rows_are_loaded_in_bounded_memory(tmp_path):
     run = [sys.executable, "-c", textwrap.dedent(code)]
     output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     count, duplicates, kilobytes = map(int, output.split())
-    assert (count, duplicates) == (300_000, 0)
-    assert kilobytes < 100_000  # as lists and dicts of Python they take more than twice that
+    assert (count, duplicates) == (1_000_000, 0)
+    assert kilobytes < 120_000
 
 
 def test_rows_of_mixed_shape_load_as_one_format(tmp_path):
