@@ -154,8 +154,9 @@ class SafeSFTTrainer(SFTTrainer):
     def _check_template(self) -> None:
         """Report rows that are trained without the chat template, in which methods fit, hold and ask."""
         marker = between_turns(self._tokenizer)
-        joins = self.args.packing and self.args.packing_strategy != "bfd"
-        if not marker or joins or self.args.truncation_mode == "keep_end":  # where a row may lack its beginning
+        if (
+            not marker or _joins(self.args, self.args.packing) or self.args.truncation_mode == "keep_end"
+        ):  # where a row may lack its beginning
             return
         first = list(islice(self.train_dataset, _LOOKED_AT))
         texts = ("".join(self._tokenizer.decode(row["input_ids"]).split()) for row in first)
@@ -175,7 +176,7 @@ class SafeSFTTrainer(SFTTrainer):
         prepare = partial(super()._prepare_dataset, formatting_func=formatting_func, dataset_name=dataset_name)
         prepared = prepare(dataset, processing_class, args, packing)
         is_stream = isinstance(dataset, IterableDataset)
-        joins = packing and args.packing_strategy != "bfd"  # rows, so none can be told from the next
+        joins = _joins(args, packing)
         if is_stream and self.safety_methods and not joins:  # prepared as it comes, so the first rows are once more
             first = dataset.take(_LOOKED_AT)
             total, left = (sum(1 for _ in rows) for rows in (first, prepare(first, processing_class, args, False)))
@@ -222,13 +223,15 @@ class SafeSFTTrainer(SFTTrainer):
 
     def _check_attached(self) -> None:
         """Refuse to train what the methods do not protect."""
+        if not self.safety_methods:
+            return
         for method in self.safety_methods:
             if method.attached_to is not self._attached:
                 raise ValueError(
                     f"{method.name} was given to another trainer after this one, whose model it protects now. Make a "
                     f"new `{type(method).__name__}(...)` for each trainer, and build this one again."
                 )
-        now, then = (trained_modules(self.model), self._attached) if self.safety_methods else ({}, {})
+        now, then = trained_modules(self.model), self._attached
         if changed := [name for name in now | then if now.get(name) is not then.get(name)]:
             raise ValueError(
                 f"Other weights are trained than when the safety methods were attached: {len(changed)} differ, such "
@@ -400,19 +403,31 @@ def _refuse_adapters(model: Any, source: Mapping[str, Any] | None = None) -> Non
         refuse_adapter(model)
 
 
+def _joins(args: SFTConfig, packing: bool) -> bool:
+    """Return whether rows are packed without their borders, so that none can be told from the next."""
+    return packing and args.packing_strategy != "bfd"
+
+
 def _learned(row: Mapping[str, Any]) -> int:
     """Return how many of the rows that are packed into one, in numpy's format, have a token to learn."""
-    lengths = row.get("seq_lengths", [len(row["labels"])])
-    return int(np.logical_or.reduceat(row["labels"] != -100, np.cumsum(lengths) - lengths).sum())
+    ends = np.cumsum(row.get("seq_lengths", [len(row["labels"])]))
+    return sum(bool((labels != -100).any()) for labels in np.split(row["labels"], ends[:-1]))
 
 
 def _report_left(name: str, total: int, left: int, max_length: int | None, is_stream: bool, masked: bool) -> None:
     """Warn of the rows of which nothing is learned, or refuse a dataset of which that is so for all."""
     argument = {"train": "train_dataset", "eval": "eval_dataset"}.get(name, f"eval_dataset[{name!r}]")
-    within = "" if max_length is None else f" within `max_length={max_length}` tokens"
-    cause = f"their answers start past `max_length={max_length}` tokens. Raise `max_length`, or shorten the prompts."
-    if masked:
-        cause = f"their `labels` are all -100{within}. Check the mask that they were made with."
+    if max_length is None:
+        cause = "their `labels` are all -100. Check the mask that they were made with."
+    elif masked:
+        cause = (
+            f"their `labels` are all -100 within `max_length={max_length}` tokens. Check the mask that they were made "
+            "with, or raise `max_length`."
+        )
+    else:
+        cause = (
+            f"their answers start past `max_length={max_length}` tokens. Raise `max_length`, or shorten the prompts."
+        )
     if not (left or is_stream):
         at_all = "teaches anything" if name == "train" else "has anything to take a loss on"
         raise ValueError(f"None of the {total:,} rows of `{argument}` {at_all}: {cause}")

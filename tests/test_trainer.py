@@ -692,6 +692,13 @@ def test_rows_whose_labels_are_all_masked_are_counted_with_that_cause(tmp_path, 
             SafeSFTTrainer(**given(tmp_path, train_dataset=masked.select(range(3)), **more))
 
 
+@pytest.mark.slow
+def test_an_empty_row_counts_as_one_that_teaches_nothing(tmp_path, caplog):
+    rows = Dataset.from_dict({"input_ids": [[], [5, 6, 7], [5, 6, 7]], "labels": [[], [5, 6, 7], [5, 6, 7]]})
+    SafeSFTTrainer(**given(tmp_path, train_dataset=rows, max_length=None))
+    assert "1 of 3 rows of `train_dataset` teach nothing: their `labels` are all -100. Check the mask" in caplog.text
+
+
 OUTSIDE = {
     "texts": lambda: Dataset.from_list([{"text": f"Say {i}. It is {i}."} for i in range(6)]),
     "strings": lambda: Dataset.from_list([{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(6)]),

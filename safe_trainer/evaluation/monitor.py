@@ -14,6 +14,7 @@ from ..distributed import from_first_process
 from .evaluate import judged
 from .generate import Answer, Decoding, generate
 from .judges import Judge, LikelihoodJudge
+from .prompting import tokenizer_in
 from .results import SetResult
 from .state import log_between, watchable
 
@@ -156,8 +157,7 @@ class RefusalMonitor(TrainerCallback):
 
     def _evaluate(self, prompt_set: PromptSet) -> SetResult:
         """Ask the judge, and generate answers only where it looks at them."""
-        processor = self.trainer.processing_class  # of a model that sees, it holds the tokenizer
-        asked = self.trainer.model, getattr(processor, "tokenizer", processor)
+        asked = self.trainer.model, tokenizer_in(self.trainer.processing_class)
         if isinstance(self.judge, LikelihoodJudge):
             judge: Judge = self.judge.bound(*asked, self.decoding)
             return judged(prompt_set, [Answer("")] * len(prompt_set), [judge])

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]]
 
 
+def tokenizer_in(processor: Any) -> Any:
+    """Return the tokenizer: of a model that sees, the trainer's processor holds it."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def encode(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

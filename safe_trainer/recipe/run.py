@@ -413,6 +413,7 @@ def examine(
     from ..analysis.drift_monitor import DriftFigures
     from ..evaluation import Comparison, compare, evaluate
     from ..evaluation.judges import make_judges
+    from ..evaluation.prompting import tokenizer_in
     from ..lora.loading import load_weights
     from ..lora.updates import keeps_base
 
@@ -420,8 +421,7 @@ def examine(
     assert asked is not None  # otherwise there are no prompt sets either
     settings: dict[str, Any] = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
     settings |= {"judges": make_judges(asked.judges), "progress": progress}
-    processor = trainer.processing_class  # of a model that sees, it holds the tokenizer
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_in(trainer.processing_class)
     if recipe.peft is not None and keeps_base(recipe.peft):
         return compare(trainer.model, tokenizer, prompt_sets, dict(adapters), drift=DriftFigures(), **settings)
     after = None

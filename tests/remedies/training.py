@@ -165,6 +165,7 @@ METHODS: dict[str, Case] = {
     ),
 }  # fmt: skip
 
+LATE = Dataset.from_dict({"input_ids": [[4, 5, 6]] * 4, "labels": [[-100, -100, 6]] * 4})
 MASKED = Dataset.from_dict({"input_ids": [[4, 5, 6]] * 4, "labels": [[-100] * 3] * 4})
 
 
@@ -214,6 +215,11 @@ TRAINER: dict[str, Case] = {
         lambda at: at.trainer(None, train_dataset=MASKED),
         "their `labels` are all -100 within `max_length=1024` tokens. Check the mask that they were made with",
         [lambda at: at.trainer(None, train_dataset=MASKED.remove_columns("labels"))],
+    ),
+    "labels past the length": (
+        lambda at: at.trainer(None, train_dataset=LATE, max_length=2),
+        "Check the mask that they were made with, or raise `max_length`",
+        [lambda at: at.trainer(None, train_dataset=LATE, max_length=3)],
     ),
     "a method of two trainers": (
         lambda at: given_to_two(at).train(),
