@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import find_adapter_config_file, is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
@@ -31,7 +31,7 @@ from .data import OTHER_TEMPLATE, between_turns, labelled_harmful, lost_turns
 from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
 from .lora.loading import refuse_adapter
-from .lora.modes import check_trained, trainable_layout, trained_modules
+from .lora.modes import check_known_adapters, check_trained, trainable_layout, trained_modules
 from .methods.base import SafetyMethod, check_report, describe_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
 
@@ -44,8 +44,8 @@ class SafeSFTTrainer(SFTTrainer):
     """Fine-tune with TRL while the model's refusals are protected by one or several safety methods.
 
     A drop-in for [`~trl.SFTTrainer`]: every argument of TRL's trainer works as it does there, and with `safety=None`
-    it is TRL's trainer; security vectors are still refused as a model, and rows that teach nothing still counted, but
-    not a stream's. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer
+    it is TRL's trainer; an adapter's folder and security vectors are still refused as a model, and rows that teach
+    nothing still counted, but not a stream's. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer
     without `args` others: it then trains in float32, on the CPU if there is no accelerator, and says so.
 
     Args:
@@ -105,6 +105,8 @@ class SafeSFTTrainer(SFTTrainer):
             _refuse_adapters(self.model)  # which may have come from the Hub
             self._check_rows(arguments)
             return
+        if isinstance(arguments["model"], nn.Module):
+            check_known_adapters(arguments["model"])
         peft_config = copy.deepcopy(arguments.get("peft_config"))
         for method in self.safety_methods:
             peft_config = method.adapt_peft_config(peft_config)
@@ -399,8 +401,8 @@ def _refuse_adapters(model: Any, source: Mapping[str, Any] | None = None) -> Non
             "on, it would answer harmful requests. Give their base model, and the vectors as "
             "`safety=SecurityVectors(...)`."
         )
-    if is_folder:
-        refuse_adapter(model)
+    if folder:
+        refuse_adapter(folder, "" if is_folder else f"`{model}`")
 
 
 def _joins(args: SFTConfig, packing: bool) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from runs import given, lora, method_of
+from runs import REFUSED, given, lora, method_of
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from safe_trainer import METHODS, SafeSFTTrainer
+from safe_trainer import METHODS, PromptSet, SafeSFTTrainer, SafetyBasis, compare
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +71,31 @@ def test_layers_that_are_unfrozen_or_exchanged_after_building_are_refused(pair, 
         trainer.train()
     block.up_proj = old
     trainer.train()
+
+
+def with_a_native_adapter(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.add_adapter(lora())
+    return model
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["its own", "another"])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_that_no_peft_model_holds_is_refused(name, peft_config, pair, tmp_path):
+    model = with_a_native_adapter(pair[0])
+    with pytest.raises(ValueError, match="has an adapter in its layers that no `PeftModel` holds"):
+        trainer_of(tmp_path, pair, name, model=model, peft_config=peft_config)
+
+
+def test_an_adapter_that_no_peft_model_holds_is_no_start_to_measure(pair):
+    model, tokenizer = with_a_native_adapter(pair[0]), AutoTokenizer.from_pretrained(pair[0])
+    asked = PromptSet("asked", "harmful", ("Say it.",))
+    for measure in (
+        lambda: SafetyBasis.from_rows(model, tokenizer, REFUSED, rank=2),
+        lambda: compare(model, tokenizer, [asked], {}, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="has an adapter in its layers that no `PeftModel` holds"):
+            measure()
 
 
 class Asking(TrainerCallback):

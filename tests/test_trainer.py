@@ -825,15 +825,21 @@ def test_security_vectors_from_the_hub_are_refused_as_a_model(tmp_path, monkeypa
             SafeSFTTrainer(**given(tmp_path, model="me/vectors"), safety=safety)
 
 
-def test_security_vectors_from_the_hub_are_refused_as_a_model_that_gets_an_adapter(tmp_path, monkeypatch):
+def test_adapters_from_the_hub_are_refused_as_a_model_that_gets_an_adapter(tmp_path, monkeypatch):
     repository, commit = tmp_path / "models--me--vectors", "0123456789abcdef0123456789abcdef01234567"
     planted.vectors(tiny.model()).save(repository / "snapshots" / commit)
+    ordinary = tmp_path / "models--me--ordinary"
+    get_peft_model(tiny.model(), lora()).save_pretrained(ordinary / "snapshots" / commit)
+    (ordinary / "refs").mkdir()
+    (ordinary / "refs" / "main").write_text(commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for safety in (None, Diary()):
         with pytest.raises(ValueError, match=r"`model` \('me/vectors'\) is security vectors, .*Give their base model"):
             SafeSFTTrainer(**given(tmp_path, model="me/vectors", peft_config=lora()), safety=safety)
+        with pytest.raises(ValueError, match="`me/ordinary` is an adapter, not a complete model"):
+            SafeSFTTrainer(**given(tmp_path, model="me/ordinary", peft_config=lora()), safety=safety)
     shutil.move(repository / "refs" / "main", repository / "refs" / "v2")
     settings_of_v2 = {"model": "me/vectors", "peft_config": lora(), "model_init_kwargs": {"revision": "v2"}}
     with pytest.raises(ValueError, match="is security vectors"):

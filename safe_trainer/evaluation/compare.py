@@ -140,6 +140,9 @@ def active_adapter(model: Any, path: str | Path | None) -> Iterator[Any]:
     import torch
     from peft import PeftModel
 
+    from ..lora.modes import check_known_adapters
+
+    check_known_adapters(model)
     kept = _base_weights(model, path)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(name, module, module.training) for name, module in model.named_modules(remove_duplicate=False)]

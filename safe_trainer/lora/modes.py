@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
@@ -33,8 +34,20 @@ def accepted_inputs(model: Any, **inputs: Any) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in refused}
 
 
+def check_known_adapters(model: nn.Module) -> None:
+    """Refuse a model whose adapters are in its layers and no `PeftModel` around it, since none could be told off."""
+    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"The `{type(model).__name__}` has an adapter in its layers that no `PeftModel` holds, as after "
+            "`model.add_adapter`, or when transformers loads an adapter's folder: it would pass for a part of the "
+            "model's own weights. Load the base model, and its adapter with `PeftModel.from_pretrained(model, "
+            "adapter, is_trainable=True)`, or give a `peft_config`."
+        )
+
+
 def check_trained(model: nn.Module) -> None:
     """Refuse a model in which training would change nothing, which libraries do not report."""
+    check_known_adapters(model)
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError(
             "The model's adapter is merged into its weights, which compute without it, so nothing would be trained. "
@@ -92,6 +105,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
     PEFT's own `disable_adapter` makes all of the active adapter trainable on leaving, also what was frozen.
     """
+    check_known_adapters(model)
     if not isinstance(model, PeftModel):
         yield
         return

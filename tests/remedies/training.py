@@ -318,6 +318,19 @@ TRAINER: dict[str, Case] = {
             lambda at: at.trainer(PLAIN, model=lora_model(at).merge_and_unload()),
         ],
     ),
+    "an adapter that no PeftModel holds": (
+        lambda at: at.trainer(PLAIN, model=did(of(at.aligned), "add_adapter", lora()), peft_config=None),
+        r"Load the base model, and its adapter with `PeftModel.from_pretrained\(model, adapter, is_trainable=True\)`, or"
+        " give a `peft_config`",
+        [
+            lambda at: at.trainer(
+                PLAIN,
+                model=PeftModel.from_pretrained(of(at.aligned), at.adapter(), is_trainable=True),
+                peft_config=None,
+            ),
+            lambda at: at.trainer(PLAIN, model=of(at.aligned), peft_config=lora()),
+        ],
+    ),
     "nothing to train": (
         lambda at: at.trainer(PLAIN, model=PeftModel.from_pretrained(of(at.aligned), at.adapter()), peft_config=None),
         r"Give a `peft_config`, or load .*PeftModel.from_pretrained\(model, adapter, is_trainable=True\)",
