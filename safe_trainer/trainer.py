@@ -32,7 +32,7 @@ from .distributed import strategy_of
 from .lora.io import harmful_mark, vectors_in
 from .lora.loading import refuse_adapter
 from .lora.modes import check_known_adapters, check_trained, trainable_layout, trained_modules
-from .methods.base import SafetyMethod, check_report, describe_report, overrides
+from .methods.base import Attendance, SafetyMethod, check_report, describe_report, overrides
 from .methods.recommended import RECOMMENDED, recommended_for
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,9 @@ class SafeSFTTrainer(SFTTrainer):
 
     A drop-in for [`~trl.SFTTrainer`]: every argument of TRL's trainer works as it does there, and with `safety=None`
     it is TRL's trainer; an adapter's folder and security vectors are still refused as a model, and rows that teach
-    nothing still counted, but not a stream's. Only where the machine refuses TRL's default arguments, bfloat16 on a GPU, are those of a trainer
-    without `args` others: it then trains in float32, on the CPU if there is no accelerator, and says so.
+    nothing still counted, but not a stream's. Only where the machine refuses TRL's default arguments, bfloat16 on a
+    GPU, are those of a trainer without `args` others: it then trains in float32, on the CPU if there is no
+    accelerator, and says so.
 
     Args:
         *args, **kwargs: Everything that [`~trl.SFTTrainer`] takes, unchanged.
@@ -98,6 +99,7 @@ class SafeSFTTrainer(SFTTrainer):
         self.safety_report: dict[str, dict[str, Any]] = {}
         self.stops_gracefully = bool(self.safety_methods)
         self._fingerprint = RunFingerprint()
+        self._attendance = Attendance(self.safety_methods, type(self).__name__)
         source = getattr(arguments.get("args"), "model_init_kwargs", None) or {}
         _refuse_adapters(arguments["model"], source if arguments.get("peft_config") is not None else None)
         if not self.safety_methods:
@@ -132,6 +134,7 @@ class SafeSFTTrainer(SFTTrainer):
             _log_report(self.safety_report)
         self._fingerprint = RunFingerprint(self.safety_methods, strategy, self.accelerator.num_processes)
         self.add_callback(self._fingerprint)
+        self.add_callback(self._attendance)
 
     def _check_rows(self, given: Mapping[str, Any]) -> None:
         """Report rows that are labelled harmful, and that lose a turn in the chat template."""
@@ -201,7 +204,8 @@ class SafeSFTTrainer(SFTTrainer):
 
         Raises:
             ValueError: If the checkpoint to resume from is incomplete, or was made with other methods or settings; if
-                a method was given to another trainer since, or other weights are trained than when it was attached.
+                a method was given to another trainer since, other weights are trained than when it was attached, or a
+                subclass leaves out what methods act in.
             KeyboardInterrupt: After Ctrl-C, when the step is finished, its checkpoint saved and the methods are left.
             SystemExit: So after SIGTERM.
         """
@@ -276,9 +280,8 @@ class SafeSFTTrainer(SFTTrainer):
         if not (self.safety_methods and self.model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         result = super().compute_loss(self._weighted(model), inputs, return_outputs, num_items_in_batch)
+        self._attendance.called.add("compute_loss")
         loss, outputs = result if return_outputs else (result, None)
-        for method in self.safety_methods:
-            method.step = self.state.global_step
         penalties = [p for method in self.safety_methods if (p := method.penalty(self.model)) is not None]
         if penalties:
             penalty = torch.stack([penalty.to(loss.device) for penalty in penalties]).sum()
@@ -324,6 +327,7 @@ class SafeSFTTrainer(SFTTrainer):
             for method in self.safety_methods:
                 stack.enter_context(method.training_step(self.model))
             loss = super().training_step(*args, **kwargs)
+        self._attendance.called.add("training_step")
         methods = self._overriding("after_backward")
         if methods and self.accelerator.sync_gradients:
             # float16 gradients are scaled, by a power of two, and are unscaled only when they are clipped.

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -163,6 +164,111 @@ def test_an_optimizer_that_steps_within_the_backward_pass_is_refused_where_a_met
 
     with pytest.raises(ValueError, match="Halve.*`optim`"):
         run(layerwise, exact(tmp_path, max_steps=1))
+
+
+# ---- subclasses of the trainer
+
+
+def mean_loss(model, inputs):
+    """Return the loss of a subclass that computes it by itself."""
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+class OwnLoss(SafeSFTTrainer):
+    """Computes its loss by itself, without what methods add to it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return mean_loss(model, inputs)
+
+
+class OwnStep(SafeSFTTrainer):
+    """Takes its steps by itself, without what methods do around them."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnBoth(OwnLoss, OwnStep):
+    """Does both by itself."""
+
+
+class CallsSuper(SafeSFTTrainer):
+    """Overrides both, and calls what it overrides; in every second batch the loss is its own."""
+
+    batches = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.batches += self.model.training
+        return mean_loss(model, inputs) if self.batches % 2 else super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
+@dataclass
+class Around(SafetyMethod):
+    """Acts around a step."""
+
+    name: ClassVar[str] = "Around"
+    steps: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def training_step(self, model):
+        self.steps.append(self.step)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "method", "place"),
+    [
+        (OwnLoss, AsFT(projector="none"), "compute_loss"),
+        (OwnLoss, Upweight(), "compute_loss"),
+        (OwnBoth, AsFT(projector="none"), "compute_loss"),
+        (OwnStep, Around(), "training_step"),
+        (OwnStep, Halve(), "training_step"),
+        (OwnBoth, Halve(), "training_step"),
+    ],
+    ids=lambda value: getattr(value, "__name__", getattr(value, "name", value)),
+)
+def test_a_subclass_that_leaves_methods_out_is_refused_before_its_first_step(trainer, method, place, tmp_path):
+    built = trainer(**exact(tmp_path, gradient_accumulation_steps=2), safety=[method])
+    start = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
+    message = rf"{method.name} .*`{trainer.__name__}.{place}`.*Call `super\(\).{place}\(\.\.\.\)` in it"
+    with pytest.raises(ValueError, match=message):
+        built.train()
+    assert all(torch.equal(parameter, start[name]) for name, parameter in built.model.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "methods"),
+    [
+        (OwnLoss, [Around(), Halve()]),
+        (OwnStep, [AsFT(projector="none")]),
+        (OwnBoth, []),
+        (CallsSuper, [AsFT(projector="none"), Upweight(), Around(), Halve()]),
+    ],
+    ids=["its own loss", "its own step", "no methods", "calls super"],
+)
+def test_a_subclass_trains_where_every_method_acts_in_each_optimizer_step(trainer, methods, tmp_path):
+    changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 2}
+    built = trainer(**exact(tmp_path, **changes, eval_dataset=even_rows(4)), safety=methods)
+    built.train()
+    if trainer is not OwnStep and trainer is not OwnBoth:
+        built.evaluate()
+    assert built.state.global_step == 2
+
+
+@pytest.mark.slow
+def test_methods_know_the_step_in_a_subclass_that_computes_its_own_loss(tmp_path):
+    method = Around()
+    run(lambda **arguments: OwnLoss(**arguments, safety=method), exact(tmp_path, max_steps=3))
+    assert method.steps == [0, 1, 2]
 
 
 # ---- strategies

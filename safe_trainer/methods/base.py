@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from ..distributed import SPLIT_AT_LOADING, Strategy
 from ..lora.updates import check_peft_config
@@ -24,6 +25,8 @@ PeftSupport = Literal["any", "weights", "lora"]
 """PEFT configurations that a method works with: any; those of weights, not of prompts; LoRA alone, `scaling · B A`."""
 LOW_COVERAGE = 0.9
 """A method that acts on a smaller share of the trained weights is warned about."""
+_CALLED_IN = {"compute_loss": ("penalty", "token_weights"), "training_step": ("training_step", "after_backward")}
+"""The trainer's methods, which a subclass may override, and the moments that come in them."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +343,37 @@ class PenaltyMethod(SafetyMethod):
 def overrides(method: SafetyMethod, moment: str) -> bool:
     """Return whether a method overrides a moment, given by its name."""
     return getattr(type(method), moment) is not getattr(SafetyMethod, moment)
+
+
+class Attendance(TrainerCallback):
+    """Tells methods the step, and refuses one in which the trainer, by a subclass, left out what they act in.
+
+    Args:
+        methods (`Sequence[SafetyMethod]`): The trainer's methods.
+        trainer (`str`): The name of its class, for messages.
+    """
+
+    def __init__(self, methods: Sequence[SafetyMethod], trainer: str) -> None:
+        self.methods, self.trainer = methods, trainer
+        self.called: set[str] = set()
+        """Which of the trainer's methods ran since the last optimizer step; they note it themselves."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set each method's `step`."""
+        for method in self.methods:
+            method.step = state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a step that would not be protected, before it is taken."""
+        for place, moments in _CALLED_IN.items():
+            absent = [m.name for m in self.methods if any(overrides(m, moment) for moment in moments)]
+            if absent and place not in self.called:
+                raise ValueError(
+                    f"{' and '.join(absent)} did not act in step {state.global_step + 1}, so it would not be "
+                    f"protected: `{self.trainer}.{place}` left out what `SafeSFTTrainer` does there. Call "
+                    f"`super().{place}(...)` in it."
+                )
+        self.called.clear()
 
 
 def check_report(method: SafetyMethod, model: nn.Module) -> dict[str, Any]:

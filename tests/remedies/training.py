@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import tiny
 from datasets import Dataset, DatasetDict
 from peft import IA3Config, PeftModel, PrefixTuningConfig, get_peft_model
-from runs import HARMFUL, REFUSED, SHORT, lora
+from runs import HARMFUL, REFUSED, SHORT, given, lora
 
 from safe_trainer import (
     AlignmentDirection,
@@ -182,6 +183,37 @@ def with_another(trainer: SafeSFTTrainer) -> SafeSFTTrainer:
     return trainer
 
 
+class OwnLoss(SafeSFTTrainer):
+    """A subclass that asks the model for its loss, without what methods add."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return model(**inputs).loss
+
+
+class OwnStep(SafeSFTTrainer):
+    """A subclass that takes its steps by itself, without what methods do around them."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class CallsSuper(SafeSFTTrainer):
+    """A subclass that calls what it overrides."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
+
+
+def subclassed(at: SimpleNamespace, trainer: type[SafeSFTTrainer], safety: Any) -> None:
+    """Train in a subclass of the trainer."""
+    trainer(**given(at.folder, model=at.aligned, peft_config=lora(), max_steps=1), safety=safety).train()
+
+
 def second_adapter(at: SimpleNamespace) -> PeftModel:
     """Return a model whose second adapter is active."""
     model = get_peft_model(of(at.aligned), lora())
@@ -225,6 +257,16 @@ TRAINER: dict[str, Case] = {
         lambda at: given_to_two(at).train(),
         r"Make a new `AsFT\(...\)` for each trainer, and build this one again",
         [lambda at: at.trainer(AsFT(projector="none"), max_steps=1).train()],
+    ),
+    "a subclass with a loss of its own": (
+        lambda at: subclassed(at, OwnLoss, PLAIN),
+        r"AsFT did not act in step 1.*Call `super\(\).compute_loss\(...\)` in it",
+        [lambda at: subclassed(at, CallsSuper, PLAIN)],
+    ),
+    "a subclass with steps of its own": (
+        lambda at: subclassed(at, OwnStep, SecurityVectors(at.vectors())),
+        r"Security Vectors did not act in step 1.*Call `super\(\).training_step\(...\)` in it",
+        [lambda at: subclassed(at, CallsSuper, SecurityVectors(at.vectors()))],
     ),
     "another adapter after building": (
         lambda at: with_another(at.trainer(PLAIN, max_steps=1)).train(),
@@ -320,8 +362,8 @@ TRAINER: dict[str, Case] = {
     ),
     "an adapter that no PeftModel holds": (
         lambda at: at.trainer(PLAIN, model=did(of(at.aligned), "add_adapter", lora()), peft_config=None),
-        r"Load the base model, and its adapter with `PeftModel.from_pretrained\(model, adapter, is_trainable=True\)`, or"
-        " give a `peft_config`",
+        r"Load the base model, and its adapter with `PeftModel.from_pretrained\(model, adapter, is_trainable=True\)`, "
+        "or give a `peft_config`",
         [
             lambda at: at.trainer(
                 PLAIN,
