@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from safe_trainer import PromptSet, SafeSFTTrainer, SecurityVectors, TrainedVectors, compare, evaluate, testbed
 from safe_trainer.analysis.drift import measure_drift
+from safe_trainer.artifacts.security_vectors import Switch
 from safe_trainer.data import conversation
 from safe_trainer.lora.io import harmful_mark, vectors_in
 from safe_trainer.lora.updates import linear_layers
@@ -155,6 +156,47 @@ def test_over_a_quantised_base_vectors_act_as_a_second_adapter_of_stock_peft_doe
         stock = trained(ids, use_cache=False).logits
     assert (stock - clean).abs().max() > 0.1
     assert (ours - stock).abs().max() < 0.1 * (stock - clean).abs().max()
+
+
+def fused(model, *names):
+    """Let a model compute past these layers of its first block in training, as a fused kernel that takes weights."""
+    block = model.model.layers[0].mlp
+
+    def layer(name, hidden):
+        linear = getattr(block, name)
+        return (
+            torch.nn.functional.linear(hidden, linear.weight) if name in names and block.training else linear(hidden)
+        )
+
+    block.forward = lambda x: layer("down_proj", block.act_fn(layer("gate_proj", x)) * layer("up_proj", x))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [(), ("down_proj",), ("gate_proj", "up_proj")], ids=str)
+def test_layers_that_training_computes_past_are_counted_and_named_once(names, tmp_path, caplog):
+    model = fused(tiny.model(), *names)
+    targets = lora(target_modules=["q_proj", "v_proj"])
+    run(protected(planted.vectors(tiny.model())), given(tmp_path, model=model, peft_config=targets))
+    warned = [text for text in caplog.messages if "did not act in the first training step" in text]
+    assert len(warned) == bool(names)
+    if names:
+        assert f"{len(names)} of 14 layers" in warned[0] and f"`model.layers.0.mlp.{names[0]}`" in warned[0]
+
+
+@pytest.mark.slow
+def test_layers_whose_vectors_are_zero_are_not_missed(tmp_path, caplog):
+    """Vectors of zero, as fitting leaves them where it reaches nothing, have nothing to do; others have."""
+    found = planted.vectors(tiny.model())
+    found.modules["model.layers.0.mlp.down_proj"].B.zero_()
+    model = fused(tiny.model(), "down_proj", "up_proj")
+    run(protected(found), given(tmp_path, model=model, peft_config=lora(target_modules=["q_proj"])))
+    assert "1 of 14 layers" in caplog.text and "`model.layers.0.mlp.up_proj`" in caplog.text
+
+
+def test_an_expert_that_no_token_reached_is_not_taken_for_one_that_is_computed_past():
+    acted = {"mlp.experts.0.up": True, "mlp.experts.1.up": False, "mlp.experts.0.down": False, "mlp.gate": False}
+    assert Switch(acted=acted).silent() == ["mlp.experts.0.down", "mlp.gate"]
 
 
 # ---- and then they are gone

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_EXPERT = re.compile(r"(?<=experts)\.\d+")
 
 
 class VectorFactors(NamedTuple):
@@ -44,6 +45,13 @@ class Switch:
 
     in_training_only: bool = False
     on: bool = True
+    acted: dict[str, bool] = field(default_factory=dict)
+    """By layer, whether its vectors have acted: not where a fused kernel takes its weights past the layer itself."""
+
+    def silent(self) -> list[str]:
+        """Return the layers whose vectors have not acted; of experts only where no other in their place has."""
+        places = {_EXPERT.sub("", name) for name, has_acted in self.acted.items() if has_acted}
+        return [name for name in self.acted if _EXPERT.sub("", name) not in places]
 
     @contextmanager
     def turned(self, on: bool) -> Iterator[None]:
@@ -95,20 +103,22 @@ def hooked(layers: Mapping[str, LinearLayer], factors: Mapping[str, VectorFactor
     with ExitStack() as stack:
         for name, vectors in factors.items():
             # On PEFT's wrapper where there is one: whatever it does with the layer inside, `B (A x)` comes once.
-            stack.enter_context(layers[name].outer.register_forward_hook(_Branch(vectors, switch)))
+            stack.enter_context(layers[name].outer.register_forward_hook(_Branch(name, vectors, switch)))
         yield
 
 
 class _Branch:
     """The forward hook of one layer."""
 
-    def __init__(self, vectors: VectorFactors, switch: Switch) -> None:
+    def __init__(self, name: str, vectors: VectorFactors, switch: Switch) -> None:
         self.A, self.B = vectors
-        self.switch = switch
+        self.name, self.switch = name, switch
+        switch.acted[name] = False
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not self.switch.on or (self.switch.in_training_only and not layer.training):
             return None
+        self.switch.acted[self.name] = True
         hidden, A, B = (tensor.to(output.device, output.dtype) for tensor in (args[0], self.A, self.B))
         if not A.requires_grad:  # moved once, and only now, when the model is where it computes
             self.A, self.B = A, B

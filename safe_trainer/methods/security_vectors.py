@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ..artifacts.security_vectors import Switch, TrainedVectors, VectorFactors, 
 from ..distributed import Strategy, on_first_process
 from ..lora import updates as adapters
 from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number
+
+logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 64
 """With fewer harmful rows vectors protect little: fitted to 50, they left 47 of 80 harmful prompts complied with."""
@@ -94,6 +97,7 @@ class SecurityVectors(SafetyMethod):
     _start: OwnAnswers = field(default=OwnAnswers([], None, []), init=False, repr=False, compare=False)
     _factors: dict[str, VectorFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
     _switch: Switch = field(default_factory=Switch, init=False, repr=False, compare=False)
+    _is_checked: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.vectors is None) == (self.harmful_data is None):
@@ -172,7 +176,7 @@ class SecurityVectors(SafetyMethod):
     def training(self, model: nn.Module) -> Iterator[None]:
         """Add the vectors to the model as it is when training begins, switched off."""
         with active(adapters.linear_layers(model), self._factors, in_training_only=True) as switch, switch.off():
-            self._switch = switch
+            self._switch, self._is_checked = switch, False
             yield
 
     @contextmanager
@@ -180,6 +184,20 @@ class SecurityVectors(SafetyMethod):
         """Let the vectors act in training mode: here alone, so that what a callback generates never sees them."""
         with self._switch.turned(on=True):
             yield
+        if not self._is_checked:
+            self._is_checked = True
+            self._report_silent()
+
+    def _report_silent(self) -> None:
+        """Warn of layers without effect; what fitting has never reached has vectors of zero, and is not missed."""
+        if silent := [name for name in self._switch.silent() if self._factors[name].B.any()]:
+            logger.warning(
+                "%s: the vectors of %d of %d layers did not act in the first training step, such as those of `%s`. "
+                "The model does not call these layers while it is trained, as where a fused kernel takes their "
+                "weights, so that harmful rows teach more. Fit vectors to the other layers, with `target_modules` in "
+                "`fitting`.",
+                *(self.name, len(silent), len(self._factors), silent[0]),
+            )
 
     def _fit(self, model: nn.Module, tokenizer: Any) -> TrainedVectors:
         with tqdm(desc="Fitting security vectors") as bar:

@@ -38,6 +38,20 @@ def foreword() -> Any:
     return tokenizer
 
 
+def fitted(at: SimpleNamespace, **fitting: Any) -> None:
+    """Train with vectors a model whose training computes past a layer, as a fused kernel does."""
+    model = of(at.aligned)
+    block = model.model.layers[0].mlp
+
+    def forward(hidden: Any) -> Any:
+        hidden = block.act_fn(block.gate_proj(hidden)) * block.up_proj(hidden)
+        return hidden @ block.down_proj.weight.mT if block.training else block.down_proj(hidden)
+
+    block.forward = forward
+    method = SecurityVectors(harmful_data=MANY, fitting={**SHORT, **fitting})
+    at.trainer(method, model=model, peft_config=on("q_proj"), max_steps=1).train()
+
+
 LONGER = {"rank": 16, "learning_rate": 0.02, "max_passes": 200}
 
 WARNINGS: dict[str, Case] = {
@@ -105,6 +119,11 @@ WARNINGS: dict[str, Case] = {
         lambda at: at.trainer(SecurityVectors(harmful_data=HARMFUL, fitting=SHORT)),
         "Give about 100 as `harmful_data`",
         [lambda at: at.trainer(SecurityVectors(harmful_data=MANY, fitting=SHORT))],
+    ),
+    "vectors of layers that training computes past": (
+        lambda at: fitted(at),
+        "Fit vectors to the other layers, with `target_modules` in `fitting`",
+        [lambda at: fitted(at, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])],
     ),
     "a turn that the template leaves out": (
         lambda at: SafetyBasis.from_rows(of(at.aligned), deaf(), WITH_SYSTEM, rank=2),
