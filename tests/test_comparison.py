@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from evaluation_models import PROMPTS, byte_tokenizer, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 
 from safe_trainer.data import PromptSet
 from safe_trainer.evaluation import (
@@ -352,7 +352,9 @@ def test_switched_adapters_answer_as_on_a_fresh_model_and_leave_no_trace(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "config", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}], ids=str
+    "config",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": KasaConfig()}, {"bias": "all"}],
+    ids=str,
 )
 def test_an_adapter_that_changes_base_weights_leaves_them_as_they_were(tmp_path, config):
     trained = get_peft_model(tiny.model("qwen2"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **config))

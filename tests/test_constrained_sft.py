@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import KasaConfig, LoraConfig, get_peft_model
 from runs import assert_close, assert_same_run, exact_settings, given, lora, run
 from trl import SFTTrainer
 
@@ -226,11 +226,12 @@ def test_rows_whose_prompts_the_loss_covers_are_warned_of(tmp_path):
         ({"peft_config": None}, "needs `peft_config`"),
         ({"peft_config": None, "model": "adapted"}, "needs `peft_config`"),
         ({"peft_config": LoraConfig(init_lora_weights="pissa")}, "init_lora_weights='pissa'"),
+        ({"peft_config": LoraConfig(kasa_config=KasaConfig())}, "`kasa_config`, which changes the base weights"),
         ({"peft_config": LoraConfig(bias="all")}, "`bias='all'`"),
         ({"loss_type": "dft"}, 'loss_type="nll"'),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
-    ids=["full", "adapted", "pissa", "biases", "dft", "smoothing"],
+    ids=["full", "adapted", "pissa", "KaSA", "biases", "dft", "smoothing"],
 )
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 def test_what_has_no_start_model_or_no_token_losses_is_refused(changes, words, tmp_path):

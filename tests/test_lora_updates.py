@@ -1,9 +1,12 @@
 """Updates of layers, against PEFT's own delta weights and the difference of two dense weights."""
 
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
 import pytest
 import tiny
 import torch
-from peft import BOFTConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import BOFTConfig, KasaConfig, LoraConfig, MontecloraConfig, PromptTuningConfig, VeloraConfig, get_peft_model
 
 from safe_trainer.lora import updates as adapters
 
@@ -60,6 +63,8 @@ def test_frozen_model_is_refused() -> None:
         (LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa'.*changes the base weight"),
         (LoraConfig(init_lora_weights="pissa_niter_4"), "changes the base weight"),
         (LoraConfig(init_lora_weights="olora"), "changes the base weight"),
+        (LoraConfig(init_lora_weights="of next year"), "init_lora_weights='of next year'.*not known to keep it"),
+        (LoraConfig(kasa_config=KasaConfig()), "`kasa_config`.*changes the base weight.*Remove `kasa_config`"),
         (LoraConfig(target_modules=["q_proj", "lm_head"]), "lm_head.*Remove"),
         (LoraConfig(target_parameters=["experts.weight"]), "target_parameters.*not linear"),
         (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "PROMPT_TUNING.*LoraConfig"),
@@ -69,6 +74,32 @@ def test_frozen_model_is_refused() -> None:
 def test_configurations_whose_update_is_no_product_are_refused_with_the_reason(config: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         adapters.check_peft_config(config, "AsFT")
+
+
+# Those that need data, a quantised base or other adapters, which a test of one model does not have.
+NEED_MORE = {"corda", "loftq", "lora_ga", "arrow_config", "eva_config", "corda_config", "loftq_config"}
+NEED_MORE |= {"lora_ga_config", "megatron_config", "runtime_config"}
+STARTS = {"pissa_niter_[number of iters]": "pissa_niter_4"}
+VARIANTS = {"kasa_config": KasaConfig, "monteclora_config": MontecloraConfig, "velora_config": VeloraConfig}
+
+
+def options() -> list[tuple[str, object]]:
+    """Return the starts and the configurations within a configuration that the installed PEFT knows."""
+    hint = get_type_hints(LoraConfig)["init_lora_weights"]
+    starts = [name for part in get_args(hint) for name in get_args(part)]
+    configs = [field.name for field in fields(LoraConfig) if field.name.endswith("_config")]
+    found = [("init_lora_weights", STARTS.get(name, name)) for name in [True, False, *starts] if name not in NEED_MORE]
+    return found + [(name, VARIANTS[name]()) for name in configs if name not in NEED_MORE]
+
+
+@pytest.mark.parametrize(("option", "value"), options(), ids=lambda value: str(value)[:24])
+def test_what_an_adapter_does_to_base_weights_is_known_of_every_option_of_the_installed_peft(option, value) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **{option: value})
+    base = tiny.model().state_dict()
+    layers = adapters.linear_layers(get_peft_model(tiny.model(), config))
+    is_changed = any(not torch.equal(layer.base.weight, base[f"{name}.weight"]) for name, layer in layers.items())
+    assert adapters.changes_base(config) is is_changed
+    assert adapters.keeps_base(config) is not is_changed
 
 
 def test_lora_on_an_embedding_is_refused_by_name() -> None:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from marks import exhaustive_but
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, KasaConfig, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from runs import given, lora, method_of
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +32,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     "layer_replication": lambda: lora(target_modules=ON, layer_replication=[[0, 2], [1, 2]]),
     "pissa": lambda: lora(target_modules=ON, init_lora_weights="pissa"),
     "olora": lambda: lora(target_modules=ON, init_lora_weights="olora"),
+    "KaSA": lambda: lora(target_modules=ON, kasa_config=KasaConfig()),
     "eva": lambda: lora(target_modules=ON, init_lora_weights="eva"),
     "embeddings": lambda: lora(target_modules=["q_proj", "embed_tokens"]),
     "IA3": lambda: IA3Config(task_type="CAUSAL_LM"),

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
-# These initialisations subtract their start from the base weight, so that `B A` is not the update.
-BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Others subtract their start from the base weight, so that `B A` is not the update; one that is new to us may do so.
+_BASE_KEEPING_INITIALISATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 _REMEDIES = {
     "target_parameters": (
@@ -140,9 +140,9 @@ def check_peft_config(config: PeftConfig, method: str) -> None:
         )
     reasons = {
         "use_dora=True": (getattr(config, "use_dora", False), "DoRA rescales the base weight's columns"),
-        f"init_lora_weights={getattr(config, 'init_lora_weights', True)!r}": (
+        base_changing_setting(config): (
             changes_base(config),
-            "this initialisation changes the base weight",
+            "it changes the base weight, or is not known to keep it",
         ),
         "target_parameters": (getattr(config, "target_parameters", None), "bare parameters are not linear layers"),
         "layer_replication": (getattr(config, "layer_replication", None), "replicated layers share one base weight"),
@@ -162,9 +162,16 @@ def check_peft_config(config: PeftConfig, method: str) -> None:
 
 
 def changes_base(config: PeftConfig) -> bool:
-    """Return whether the adapter's initialization subtracts its start from the base weights."""
-    start = str(getattr(config, "init_lora_weights", True)).lower()
-    return start.startswith(BASE_CHANGING_INITIALISATIONS)
+    """Return whether putting the adapter on a model changes the base weights, or may do so."""
+    return bool(base_changing_setting(config))
+
+
+def base_changing_setting(config: PeftConfig) -> str:
+    """Return the setting by which an adapter changes the base weights when it is put on a model, or an empty text."""
+    start = getattr(config, "init_lora_weights", True)
+    if str(start).lower() not in _BASE_KEEPING_INITIALISATIONS:
+        return f"init_lora_weights={start!r}"
+    return "kasa_config" if getattr(config, "kasa_config", None) is not None else ""
 
 
 def keeps_base(config: PeftConfig) -> bool:

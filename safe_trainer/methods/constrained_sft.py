@@ -18,7 +18,7 @@ from ..artifacts import calibration
 from ..data import opening_of_answers
 from ..distributed import on_first_process
 from ..lora.modes import evaluation_mode, input_device, without_adapters
-from ..lora.updates import changes_base, linear_layers
+from ..lora.updates import base_changing_setting, linear_layers
 from .base import FormField, MethodCard, Paper, PeftSupport, SafetyMethod, SelfCheck, check_number, check_whole
 
 _LEAST = 1e-3  # no token's weight is smaller, as in the authors' code
@@ -123,10 +123,10 @@ class ConstrainedSFT(SafetyMethod):
                 "which full-parameter training and a model that comes with an adapter do not have. Pass the base "
                 "model and `peft_config=LoraConfig(...)`."
             )
-        if changes_base(config):
+        if setting := base_changing_setting(config):
             raise ValueError(
-                f"{self.name} does not work with `init_lora_weights={config.init_lora_weights!r}`, which changes the "
-                "base weights: with the adapter switched off they are not the start model. Leave it out."
+                f"{self.name} does not work with `{setting}`, which changes the base weights: with the adapter "
+                "switched off they are not the start model. Leave it out."
             )
         if (bias := getattr(config, "bias", "none")) != "none":
             raise ValueError(

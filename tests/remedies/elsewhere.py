@@ -107,7 +107,7 @@ CASES = {  # that do it, and ask for other words
     "holds no rows": "no rows",
     "but the LoRA of `\0` sits on": "a LoRA on embeddings",
     "`decay` of `AdapterEMA` was": "an average of another decay",
-    "does not work with `init_lora_weights=\0`, which changes": "a start model that the LoRA changes",
+    "does not work with `\0`, which changes the base weights": "a start model that the LoRA changes",
     "no projector stands between a bias": "a bias of the LoRA",
     "came with a LoRA that SaLoRA did not make": "a LoRA that SaLoRA did not make",
 }
