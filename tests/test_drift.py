@@ -241,6 +241,37 @@ def test_measuring_a_comparison_leaves_the_model_as_it_was():
 
 
 @pytest.mark.slow
+def test_the_refusal_direction_is_that_of_prompts_as_an_evaluation_asks_them(tmp_path):
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    kinds = {"harmful": HARMFUL, "benign": HARMLESS}
+    sets = [PromptSet(kind, kind, prompts, template="You obey. {prompt}", system_prompt="Hi.") for kind, prompts in
+            kinds.items()]  # fmt: skip
+    expected = refusal_directions(model, tokenizer, *(asked.conversations() for asked in sets))
+    figures = DriftFigures(prompt_sets=sets)
+    figures(model, tokenizer, None)
+    assert figures._before.keys() == expected.keys()
+    assert all(torch.equal(figures._before[name], direction) for name, direction in expected.items())
+
+
+@pytest.mark.slow
+def test_the_command_asks_prompts_with_the_turns_before_them(tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    row = {"messages": [*turns, {"role": "user", "content": "Make it."}]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row))
+    found = {}
+
+    def measure(*places, prompts, **how):
+        found["prompts"] = prompts
+        raise ValueError("enough")
+
+    monkeypatch.setattr("safe_trainer.analysis.drift.measure_drift", measure)
+    get_peft_model(tiny.model(), runs.lora()).save_pretrained(tmp_path / "adapter")
+    asked = [f"{kind}={tmp_path / 'asked.jsonl'}" for kind in ("harmful", "benign")]
+    invoke("drift", testbed.ALIGNED, tmp_path / "adapter", "--prompts", asked[0], "--prompts", asked[1])
+    assert [list(prompts) for prompts in found["prompts"]] == [[row["messages"]]] * 2
+
+
+@pytest.mark.slow
 def test_monitor_says_what_of_the_trained_weights_it_does_not_measure(tmp_path, caplog):
     config = runs.lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     DriftMonitor(SFTTrainer(**runs.given(tmp_path, peft_config=config)))

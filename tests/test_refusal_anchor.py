@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from itertools import product
@@ -16,12 +17,13 @@ from runs import assert_close, assert_same_run, exact_settings, given, lora, run
 from transformers import AutoTokenizer
 from trl import SFTTrainer
 
-from safe_trainer import PromptSet, RefusalAnchor, SafeSFTTrainer, SecurityVectors, general_prompts, testbed
+from safe_trainer import PromptSet, RefusalAnchor, SafeGrad, SafeSFTTrainer, SecurityVectors, general_prompts, testbed
 from safe_trainer.artifacts import own_answers
 from safe_trainer.artifacts.own_answers import drawn
 from safe_trainer.data import conversation
 from safe_trainer.data.protection import protection_prompts, protection_rows
 from safe_trainer.evaluation.prompting import encode
+from safe_trainer.methods import fingerprint
 
 HARMFUL = [f"Make a bad thing {i}" + "!" * (i % 3) for i in range(6)]
 BENIGN = [f"Say {i} nicely" for i in range(5)]
@@ -336,6 +338,44 @@ def test_prompts_come_in_every_form(tmp_path):
         method.attach(tiny.model(), tiny.tokenizer(), None)
         anchors.append([found.ids for found in method._pools["held"]])
     assert all(found == anchors[0] for found in anchors)
+
+
+ASKED_SO = {
+    "template": {"template": "You obey. {prompt} Say yes first."},
+    "system turn": {"system_prompt": "You obey."},
+    "context": {"contexts": (conversation("Hi", "Yes?")["prompt"] + conversation("Hi", "Yes?")["completion"],) * 6},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [anchor, lambda **given: SafeGrad(answer_tokens=3, **given)], ids=["anchor", "grad"]
+)
+@pytest.mark.parametrize("how", ASKED_SO)
+def test_prompts_are_asked_as_an_evaluation_asks_them_and_a_resumed_run_sees_the_difference(how, method):
+    prompts = PromptSet("own", "harmful", tuple(HARMFUL), **ASKED_SO[how])
+    protected, plain = method(prompts=prompts), method(prompts=HARMFUL)
+    for one in (protected, plain):
+        one.attach(tiny.model(), tiny.tokenizer(), None)
+    expected = encode(tiny.model(), tiny.tokenizer(), prompts.conversations())
+    asked = [found.ids[: len(found.ids) - found.positions + 1] for found in protected._answers.anchors]
+    assert asked == list(map(tuple, expected))
+    assert fingerprint.settings_of([protected]) != fingerprint.settings_of([plain])
+
+
+def test_a_system_prompt_of_the_set_goes_before_that_of_the_method():
+    prompts = PromptSet("own", "harmful", tuple(HARMFUL), system_prompt="You obey.")
+    method = anchor(prompts=prompts, system_prompt="You help.")
+    method.attach(tiny.model(), tiny.tokenizer(), None)
+    expected = encode(tiny.model(), tiny.tokenizer(), prompts.conversations())
+    assert [found.ids[: len(ids)] for found, ids in zip(method._pools["held"], expected, strict=True)] == [
+        tuple(ids) for ids in expected
+    ]
+
+
+def test_the_hash_of_plain_prompts_is_that_of_earlier_versions():
+    asked = PromptSet("own", "harmful", ("Make it.", "Do it."))
+    assert own_answers.asked_sha256(asked) == hashlib.sha256(b"Make it.\0Do it.").hexdigest()
 
 
 def test_what_protects_by_default_is_not_what_examines():

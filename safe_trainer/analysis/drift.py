@@ -15,6 +15,7 @@ from ..artifacts.alignment_direction import AlignmentDirection
 from ..artifacts.checkpoint_reader import Checkpoint, listing
 from ..artifacts.provenance import model_and_tokenizer
 from ..artifacts.safety_basis import SafetyBasis
+from ..evaluation.prompting import Prompt
 from ..linalg import outside_norm_squared, product_norm_squared
 from ..lora.io import harmful_mark, load_adapted, local_folder, other_base, read_adapter, read_config, scaling
 from ..lora.loading import load_model
@@ -187,7 +188,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     direction: AlignmentDirection | str | Path | None = None,
     basis: SafetyBasis | str | Path | None = None,
     rank: int = RANK,
-    prompts: tuple[Sequence[str], Sequence[str]] | None = None,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drift:
     """Measure what any fine-tune changed: an adapter or a full fine-tune against its base, wherever it was trained.
@@ -205,8 +206,8 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
             layers' outputs and inputs.
         rank (`int`, *optional*, defaults to `16`): Top directions of each subspace. Every share is listed next to
             that of a random update, which is `rank` over the size of the layer.
-        prompts (`tuple[Sequence[str], Sequence[str]]`, *optional*): Harmful and harmless prompts, for the change of
-            the refusal direction; see [`refusal_directions`].
+        prompts (`tuple[Sequence, Sequence]`, *optional*): Harmful and harmless prompts, texts or conversations, for
+            the change of the refusal direction; see [`refusal_directions`].
         progress (`Callable[[int, int], None]`, *optional*): Called with (done, total) layers.
 
     Raises:
@@ -325,7 +326,7 @@ def _merged_updates(base: str | Path, adapter: str | Path, start: Checkpoint) ->
 
 
 def _refusal_changes_on_disk(
-    base: str | Path, tuned: str | Path, harmful: Sequence[str], harmless: Sequence[str]
+    base: str | Path, tuned: str | Path, harmful: Sequence[Prompt], harmless: Sequence[Prompt]
 ) -> dict[str, RefusalChange]:
     """Measure both models, one after the other, each with its own tokenizer."""
     model, tokenizer = model_and_tokenizer(base, None)

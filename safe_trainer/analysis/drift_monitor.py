@@ -62,7 +62,7 @@ class DriftFigures:
         self._subspaces = Subspaces.load(direction, basis, rank)
         self._system_prompt = system_prompt
         self._prompts = [
-            [prompt for prompt_set in prompt_sets if prompt_set.kind == kind for prompt in prompt_set.prompts]
+            [turns for prompt_set in prompt_sets if prompt_set.kind == kind for turns in prompt_set.conversations()]
             for kind in ("harmful", "benign")
         ]
         self._before: dict[str, Tensor] = {}

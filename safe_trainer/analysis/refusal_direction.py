@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.prompting import encode, left_padded
+from ..evaluation.prompting import Prompt, encode, left_padded
 from ..evaluation.state import examining
 from ..lora.modes import accepted_inputs, input_device
 from ..lora.updates import linear_layers
@@ -39,8 +39,8 @@ class RefusalChange(NamedTuple):
 def refusal_directions(
     model: Any,
     tokenizer: Any,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
     *,
     batch_size: int = 16,
     system_prompt: str | None = None,

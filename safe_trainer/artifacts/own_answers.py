@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -117,7 +118,7 @@ class AnswerSettings:
         self, model: Any, tokenizer: Any, prompts: PromptSet, argument: str
     ) -> tuple[list[list[int]], list[bool]]:
         """Return the token ids of the prompts to use, and whether the chat template opens a thought after each."""
-        texts = render(tokenizer, prompts.prompts, self.system_prompt)
+        texts = render(tokenizer, prompts.conversations(), self.system_prompt)
         encoded = tokenize(model, tokenizer, texts)
         places = self._fitting(model, encoded, argument)
         return [encoded[place] for place in places], [is_open(texts[place]) for place in places]
@@ -211,8 +212,10 @@ def drawn(pools: Sequence[Sequence[Anchor]], step: int, count: int, seed: int) -
     return found
 
 
-def texts_sha256(texts: Sequence[str]) -> str:
-    """Return a SHA-256 of texts in their order."""
+def asked_sha256(prompts: PromptSet) -> str:
+    """Return a SHA-256 of what is asked: of single turns as they are, as in earlier versions."""
+    asked = prompts.conversations()
+    texts = [turns[0]["content"] if len(turns) == 1 else json.dumps(turns, ensure_ascii=False) for turns in asked]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from .options import Columns, MaxLength, Questions, Reading, check_folder, check
 if TYPE_CHECKING:
     from ..analysis.drift import Drift
     from ..analysis.scan import ScanResult
+    from ..evaluation.prompting import Prompt
 
 _WIDTH = 60  # characters of a prompt and of an answer that the table shows
 _SHARES = {"alignment": "along alignment", "outputs": "safety outputs", "inputs": "safety inputs"}
@@ -159,9 +161,9 @@ def drift(  # noqa: PLR0913, each is an option with a name
         _show_drift(found)
 
 
-def _asked(prompts: list[str] | None, base: str, reading: Reading) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _asked(prompts: list[str] | None, base: str, reading: Reading) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     sets = Questions(prompts=prompts, **vars(reading)).prompt_sets(base)
-    found = {asked.kind: asked.prompts for asked in reversed(sets)}  # the first of each
+    found = {asked.kind: asked.conversations() for asked in reversed(sets)}  # the first of each
     if not {"harmful", "benign"} <= found.keys():
         raise misused("--prompts", "the refusal direction needs harmful and benign prompts: give both.")
     return found["harmful"], found["benign"]

@@ -50,7 +50,8 @@ class RefusalAnchor(PenaltyMethod):
         max_anchors (`int`, *optional*, defaults to `64`): Prompts of each kind, spread evenly over those given.
         top_k (`int`, *optional*, defaults to `256`): Most likely tokens whose probabilities are kept at each position;
             all others count as one. Vocabularies of up to 2,048 tokens are kept in full.
-        system_prompt (`str`, *optional*): System turn before each anchor: the one that the model will be used with.
+        system_prompt (`str`, *optional*): System turn before prompts that have none of their own: the one that
+            the model will be used with.
         batch_size (`int`, *optional*, defaults to `16`): Prompts that the start answers at once.
         max_length (`int`, *optional*, defaults to `1024`): Longer prompts, in tokens, are left out and counted.
         seed (`int`, *optional*, defaults to `0`): Seed of the order in which anchors take their turns.
@@ -112,7 +113,7 @@ class RefusalAnchor(PenaltyMethod):
         self._answers, avoided = on_first_process(lambda: self._measured(model, tokenizer, sets))
         self._pools = {"held": self._answers.anchors, **({"avoided": avoided} if avoided else {})}
         self.provenance = {
-            "prompts_sha256": {kind: own_answers.texts_sha256(found.prompts) for kind, found in sets.items()},
+            "prompts_sha256": {kind: own_answers.asked_sha256(found) for kind, found in sets.items()},
             "answer_tokens": self.answer_tokens,
             "system_prompt": self.system_prompt,
         }

@@ -67,7 +67,8 @@ class SafeGrad(SafetyMethod):
         answer_tokens (`int`, *optional*, defaults to `8`): Tokens of its own answer that count, for each prompt.
             With fewer than a refusal has, a model may learn to refuse first and comply in the next sentence.
         max_prompts (`int`, *optional*, defaults to `64`): Prompts to use, spread evenly over those given.
-        system_prompt (`str`, *optional*): System turn before each prompt: the one that the model will be used with.
+        system_prompt (`str`, *optional*): System turn before prompts that have none of their own: the one that
+            the model will be used with.
         seed (`int`, *optional*, defaults to `0`): Seed of the order in which prompts take their turns.
 
     Raises:
@@ -141,7 +142,7 @@ class SafeGrad(SafetyMethod):
         settings = AnswerSettings(self.answer_tokens, self.max_prompts, system_prompt=self.system_prompt)
         self._answers = on_first_process(lambda: settings.measure(model, tokenizer, prompts, self.peft_config))
         self.provenance = {
-            "prompts_sha256": own_answers.texts_sha256(prompts.prompts),
+            "prompts_sha256": own_answers.asked_sha256(prompts),
             "answer_tokens": self.answer_tokens,
             "system_prompt": self.system_prompt,
         }
