@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from trl.data_utils import get_dataset_column_names
 from .checkpoints import RunFingerprint, damaged, graceful_stop, resolve_checkpoint, saving
 from .data import OTHER_TEMPLATE, between_turns, labelled_harmful, lost_turns
 from .distributed import strategy_of
-from .lora.io import harmful_mark, vectors_in
+from .lora.io import harmful_mark, note_commit, vectors_in
 from .lora.loading import refuse_adapter
 from .lora.modes import check_known_adapters, check_trained, trainable_layout, trained_modules
 from .methods.base import Attendance, SafetyMethod, check_report, describe_report, overrides
@@ -94,13 +94,15 @@ class SafeSFTTrainer(SFTTrainer):
         arguments = inspect.signature(SFTTrainer).bind(*args, **kwargs).arguments
         if arguments.get("args") is None and (changed := machine_defaults()):
             arguments["args"] = _default_arguments(arguments["model"], changed)
-        is_recommended = isinstance(safety, str) and safety == RECOMMENDED
-        self.safety_methods = _as_methods(recommended_for(arguments["model"]) if is_recommended else safety)
+        name, source = arguments["model"], getattr(arguments.get("args"), "model_init_kwargs", None) or {}
+        revision = source.get("revision") if isinstance(name, str) else None
+        if isinstance(safety, str) and safety == RECOMMENDED:
+            safety = recommended_for(name, revision=revision)
+        self.safety_methods = _as_methods(safety)
         self.safety_report: dict[str, dict[str, Any]] = {}
         self.stops_gracefully = bool(self.safety_methods)
         self._fingerprint = RunFingerprint()
         self._attendance = Attendance(self.safety_methods, type(self).__name__)
-        source = getattr(arguments.get("args"), "model_init_kwargs", None) or {}
         _refuse_adapters(arguments["model"], source if arguments.get("peft_config") is not None else None)
         if not self.safety_methods:
             super().__init__(**arguments)
@@ -109,16 +111,15 @@ class SafeSFTTrainer(SFTTrainer):
             return
         if isinstance(arguments["model"], nn.Module):
             check_known_adapters(arguments["model"])
-        peft_config = copy.deepcopy(arguments.get("peft_config"))
-        for method in self.safety_methods:
-            peft_config = method.adapt_peft_config(peft_config)
-        arguments["peft_config"] = peft_config
+        arguments["peft_config"] = self._adapted(arguments.get("peft_config"), revision)
         # TRL reads these three when it writes tags and the model card.
         self._tag_names = [*SFTTrainer._tag_names, "safe-trainer", *(method.tag for method in self.safety_methods)]
         self._name = f"{SFTTrainer._name} with {' and '.join(method.name for method in self.safety_methods)}"
         self._paper = _card_paper(self.safety_methods)
         super().__init__(**arguments)
         _refuse_adapters(self.model)
+        if isinstance(name, str):
+            note_commit(self.model, name, revision, source.get("cache_dir"))
         check_trained(self.model)
         self._check_rows(arguments)
         self._check_token_weights()
@@ -135,6 +136,15 @@ class SafeSFTTrainer(SFTTrainer):
         self._fingerprint = RunFingerprint(self.safety_methods, strategy, self.accelerator.num_processes)
         self.add_callback(self._fingerprint)
         self.add_callback(self._attendance)
+
+    def _adapted(self, peft_config: PeftConfig | None, revision: str | None) -> PeftConfig | None:
+        """Return a copy of the configuration as methods want it, with the revision to load the base model of again."""
+        peft_config = copy.deepcopy(peft_config)
+        for method in self.safety_methods:
+            peft_config = method.adapt_peft_config(peft_config)
+        if peft_config is not None and revision is not None:
+            peft_config.revision = revision
+        return peft_config
 
     def _check_rows(self, given: Mapping[str, Any]) -> None:
         """Report rows that are labelled harmful, and that lose a turn in the chat template."""

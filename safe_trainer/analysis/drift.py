@@ -17,7 +17,17 @@ from ..artifacts.provenance import model_and_tokenizer
 from ..artifacts.safety_basis import SafetyBasis
 from ..evaluation.prompting import Prompt
 from ..linalg import outside_norm_squared, product_norm_squared
-from ..lora.io import harmful_mark, load_adapted, local_folder, other_base, read_adapter, read_config, scaling
+from ..lora.io import (
+    at_revision,
+    base_revision,
+    harmful_mark,
+    load_adapted,
+    local_folder,
+    other_base,
+    read_adapter,
+    read_config,
+    scaling,
+)
 from ..lora.loading import load_model
 from ..lora.updates import check_peft_config, linear_layers, weight
 from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
@@ -221,6 +231,8 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     print(f"{drift.relative:.2%} of the weights' size, shares {drift.share('alignment')} (found, random)")
     ```
     """
+    if _is_adapter(tuned) and (revision := base_revision(read_config(tuned), base)):
+        base = f"{at_revision(base)[0]}@{revision}"
     start, subspaces = Checkpoint("base", base), Subspaces.load(direction, basis, rank)
     subspaces.check(start.linears)
 

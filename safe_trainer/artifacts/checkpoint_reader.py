@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..lora.io import local_folder
+from ..lora.io import at_revision, local_folder
 from ..lora.loading import refuse_adapter
 from ..lora.updates import linear_layers
 
@@ -47,8 +47,9 @@ class Checkpoint:
     """
 
     def __init__(self, role: str, source: str | Path, revision: str | None = None) -> None:
-        self.role, self.source, self.name = role, str(source), f"`{role}` (`{source}`)"
-        self._folder = self._find_folder(revision)
+        self.source, named = at_revision(source)
+        self.role, self.name = role, f"`{role}` (`{source}`)"
+        self._folder = self._find_folder(revision or named)
         self._stored = self._find_tensors()
         self.linears = self._find_linears()
         self._digest = hashlib.sha256()

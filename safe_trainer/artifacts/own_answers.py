@@ -22,7 +22,7 @@ from ..data.thinking import is_open
 from ..evaluation import Decoding, PhraseJudge
 from ..evaluation.generate import generate_from
 from ..evaluation.prompting import left_padded, render, tokenize
-from ..lora.loading import source_of
+from ..lora.loading import revision_of, source_of
 from ..lora.modes import accepted_inputs, evaluation_mode, input_device, without_adapters
 from ..lora.updates import changes_base
 
@@ -159,7 +159,7 @@ class AnswerSettings:
 def prompts_of(source: Any, kind: Kind, argument: str, model: Any) -> PromptSet:
     """Return the prompts given as an argument; without, those that the model brings along, or built-in ones."""
     if source is None:
-        return protection_prompts(kind, source_of(model))
+        return protection_prompts(kind, source_of(model), revision_of(model))
     return as_prompts(source, kind, argument=argument)
 
 

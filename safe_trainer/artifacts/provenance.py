@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..lora.loading import load_weights, source_of
+from ..lora.io import at_revision
+from ..lora.loading import load_weights, named, revision_of, source_of
 from ..lora.updates import LinearLayer
 
 _PER_WEIGHT = 4
@@ -37,7 +38,7 @@ def describe(model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Any]:
     """Return a model's id, its revision on the Hub, and some values of its weights, as JSON."""
     return {
         "id": source_of(model) or "a model built in memory",
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": revision_of(model),
         "values": {name: _sample(tensor) for name, tensor in _weights(model, layers).items()},
     }
 
@@ -60,13 +61,13 @@ def model_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Return a model and its tokenizer, loaded from where they are if they are not given themselves."""
     from transformers import AutoTokenizer
 
-    source = source_of(model)
+    source, revision = at_revision(named(model))
     if tokenizer is None and not source:
         raise ValueError("The model was built in memory, so its tokenizer could not be loaded. Give `tokenizer`.")
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     if isinstance(model, (str, Path)):
-        model = load_weights(source)
+        model = load_weights(source, revision=revision)
     return model, tokenizer
 
 

@@ -24,17 +24,18 @@ _COMPLIANT = (
 )
 
 
-def protection_prompts(kind: Kind, model: str = "") -> PromptSet:
+def protection_prompts(kind: Kind, model: str = "", revision: str | None = None) -> PromptSet:
     """Return 80 harmful or 56 benign prompts to protect a model with, none of which [`general_prompts`] asks.
 
     Args:
         kind (`str`): `"harmful"` or `"benign"`.
         model (`str`, *optional*): The model's folder or Hub id; prompts that it brings along ([`OWN_FILES`]) go first.
+        revision (`str`, *optional*): Its branch, tag or commit on the Hub.
 
     Raises:
         ValueError: If there are no such prompts of this kind.
     """
-    if (found := own_file(model, kind)) is not None:
+    if (found := own_file(model, kind, revision)) is not None:
         return load_prompts(found, kind)[0]
     return bundled_prompts("protection.yaml", kind, "built-in")
 
@@ -49,7 +50,7 @@ def protection_rows() -> list[dict[str, Any]]:
     return [{"prompt": prompt, "completion": next(styles)} for _ in range(2) for prompt in prompts]
 
 
-def own_file(model: str, kind: str) -> Path | None:
+def own_file(model: str, kind: str, revision: str | None = None) -> Path | None:
     """Return the file of rows of a kind in a model's folder or Hub repository, if there is one."""
     name = OWN_FILES.get(kind)
     if not model or name is None:
@@ -60,5 +61,5 @@ def own_file(model: str, kind: str) -> Path | None:
     from transformers.utils import cached_file
 
     quiet = ("missing_entries", "connection_errors", "gated_repo")
-    found = cached_file(model, name, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+    found = cached_file(model, name, revision=revision, **{f"_raise_exceptions_for_{what}": False for what in quiet})
     return Path(found) if found else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, load_peft_weights
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -41,6 +43,7 @@ _SCALARS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_patt
 """Settings without which the weights mean something else."""
 _CHOICES = ("target_modules", "modules_to_save", "layers_to_transform", "exclude_modules", "target_parameters")
 """Settings that choose what is adapted. They may be written in many ways, so the weights' names decide."""
+_AT_REVISION = re.compile(r"([\w-][\w.-]*(?:/[\w.-]+)?)@(.+)")
 PREFIX = "base_model.model."
 """How the names of an adapter's weights begin, before the layer's name in the base model."""
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt",
@@ -141,13 +144,38 @@ def load_adapter_weights(model: PeftModel, source: str | Path, name: str) -> Non
 
 def other_base(config: PeftConfig, used: str) -> str:
     """Return a sentence if an adapter was trained on a model of another name than `used`, or an empty text."""
-    trained, used = (Path(str(name or "")).name for name in (config.base_model_name_or_path, used))
+    trained, used = (Path(str(name or "")).name for name in (config.base_model_name_or_path, at_revision(used)[0]))
     if not trained or not used or trained.casefold() == used.casefold():
         return ""
     return (
         f"its settings say that it was trained on `{trained}`, and it is put on `{used}`. If these are not the same "
         "model, what it does here means nothing."
     )
+
+
+def at_revision(source: str | Path) -> tuple[str, str | None]:
+    """Return a model's folder or Hub id, and the revision where it is named with one, as in `owner/name@revision`."""
+    named = _AT_REVISION.fullmatch(str(source))
+    return (named[1], named[2]) if named and not Path(source).exists() else (str(source), None)
+
+
+def base_revision(config: PeftConfig, base: str | Path | None) -> str | None:
+    """Return the revision of an adapter's base: what it was trained on, unless `base` is another or names its own."""
+    name, revision = at_revision(base or config.base_model_name_or_path or "")
+    is_its_own = revision is None and name == config.base_model_name_or_path and not Path(name).is_dir()
+    return config.revision if is_its_own else revision
+
+
+def note_commit(model: Any, source: str, revision: str | None = None, cache_dir: str | None = None) -> None:
+    """Keep in a model's configuration, in memory alone, which commit on the Hub it was loaded from."""
+    folder, known = Path(source), None
+    if not folder.is_dir():
+        found, known = try_to_load_from_cache(source, "config.json", cache_dir=cache_dir, revision=revision), revision
+        folder = Path(found).parent if isinstance(found, str) else folder
+    if folder.parent.name == "snapshots":  # the Hub's cache names the folder after the commit
+        known = folder.name
+    if known is not None:  # semi-private: transformers itself noted it there until 5.23, and does not save it
+        model.config._commit_hash = known
 
 
 def local_folder(
@@ -307,16 +335,18 @@ def load_adapted(
     """
     folder = local_folder(source)
     config, tensors = read_adapter(folder)
-    where = base or config.base_model_name_or_path
+    where, _ = at_revision(base or config.base_model_name_or_path or "")
     if not where:
         raise ValueError(f"The adapter `{source}` does not say which model it belongs to. Give the base model.")
     if base is not None and (other := other_base(config, base)):
         logger.warning("The adapter `%s`: %s", source, other)
-    revision = config.revision if base is None else None
+    options = {"revision": base_revision(config, base), **options}
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **{"revision": revision, **options})
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        note_commit(model, where, options["revision"])
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else where)
+        own = {} if has_tokenizer else {"revision": options["revision"]}
+        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else where, **own)
     except (OSError, ValueError) as error:
         is_gone = os.path.isabs(where) and not os.path.isdir(where)  # what the Hub says of such a name helps nobody
         reason = "there is no such folder" if is_gone else error
@@ -371,7 +401,7 @@ def merge_adapter(
             f"The adapter `{source}` puts virtual tokens before every prompt, which no weights can hold: it cannot be "
             "merged. Use it as it is."
         )
-    _check_full_precision(base or config.base_model_name_or_path, source)
+    _check_full_precision(base or config.base_model_name_or_path or "", base_revision(config, base), source)
     with new_folder(output) as written:
         adapted, tokenizer = load_adapted(folder, base, dtype=dtype)
         try:
@@ -387,10 +417,11 @@ def merge_adapter(
     return merged
 
 
-def _check_full_precision(base: str | None, source: str | Path) -> None:
+def _check_full_precision(base: str, revision: str | None, source: str | Path) -> None:
     """Refuse a base whose stored weights are quantized, before anything is loaded."""
     try:
-        quantization = getattr(AutoConfig.from_pretrained(base), "quantization_config", None) if base else None
+        config = AutoConfig.from_pretrained(at_revision(base)[0], revision=revision) if base else None
+        quantization = getattr(config, "quantization_config", None)
     except (OSError, ValueError):
         return  # loading it will say so
     if quantization:

@@ -10,7 +10,7 @@ from peft.utils import CONFIG_NAME
 from torch.distributed import is_available, is_initialized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .io import load_adapted
+from .io import at_revision, load_adapted, note_commit
 
 
 def load_model(name: str | Path, adapter: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
@@ -19,7 +19,7 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
     As with TRL, the model is put on the accelerator, on several if one is too small, and on the CPU if there is none.
 
     Args:
-        name (`str` or `Path`): Folder or Hub id of the model.
+        name (`str` or `Path`): Folder or Hub id of the model; `owner/name@revision` for another than its newest.
         adapter (`str` or `Path`, *optional*): Folder or Hub id of an adapter to put on it; the tokenizer is then the
             one that is saved next to it, if there is one.
         **options: Of `from_pretrained`, such as `dtype`; `device_map` puts the model elsewhere.
@@ -44,6 +44,8 @@ def load_model(name: str | Path, adapter: str | Path | None = None, **options: A
         model, tokenizer = load_adapted(adapter, str(name), **placed)
         return _moved(model, placed), tokenizer
     refuse_adapter(name)
+    name, revision = at_revision(name)
+    options = options if revision is None else {"revision": revision, **options}
     about = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **about)
@@ -70,10 +72,25 @@ def source_of(model: Any) -> str:
     return str(model) if isinstance(model, str | Path) else getattr(model.config, "_name_or_path", "")
 
 
+def revision_of(model: Any) -> str | None:
+    """Return the commit or other revision on the Hub that a model in memory was loaded from, where that is known."""
+    commit: str | None = getattr(getattr(model, "config", None), "_commit_hash", None)
+    adapters = (getattr(model, "peft_config", None) or {}).values()
+    return commit or next((adapter.revision for adapter in adapters if adapter.revision), None)
+
+
+def named(model: Any) -> str:
+    """Return a model's folder or Hub id with its revision, where that is known, as `owner/name@revision`."""
+    source, revision = source_of(model), revision_of(model)
+    return f"{source}@{revision}" if source and revision and not Path(source).is_dir() else source
+
+
 def load_weights(name: str | Path, **options: Any) -> Any:
     """Load a model alone, where [`load_model`] puts it; `options` are the same."""
     placed = _placing(options)
-    return _moved(AutoModelForCausalLM.from_pretrained(name, **placed), placed)
+    model = AutoModelForCausalLM.from_pretrained(name, **placed)
+    note_commit(model, str(name), options.get("revision"), options.get("cache_dir"))
+    return _moved(model, placed)
 
 
 def _placing(options: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .. import linalg
 from ..artifacts.alignment_direction import AlignmentDirection, DirectionFactors
 from ..distributed import on_first_process
 from ..lora import updates as adapters
-from ..lora.loading import source_of
+from ..lora.loading import named, source_of
 from .base import (
     FormField,
     MethodCard,
@@ -211,7 +211,7 @@ class AsFT(PenaltyMethod):
         if self.direction is not None:
             given = self.direction
             return given if isinstance(given, AlignmentDirection) else AlignmentDirection.load(given)
-        aligned = self.aligned_model or source_of(model)
+        aligned = self.aligned_model or named(model)
         if not aligned:
             raise ValueError(
                 "The model has no checkpoint that the alignment direction could start from (its `name_or_path` is "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..data.protection import own_file, protection_rows
-from ..lora.loading import source_of
+from ..lora.loading import revision_of, source_of
 from .base import SafetyMethod
 from .refusal_anchor import RefusalAnchor
 from .security_vectors import SecurityVectors
@@ -49,12 +49,16 @@ def recommended(harmful_data: Any = None, prompts: Any = None, benign_prompts: A
     return [SecurityVectors(harmful_data=rows), RefusalAnchor(prompts=asked, benign_prompts=benign_prompts)]
 
 
-def recommended_for(model: Any, harmful_data: Any = None, **prompts: Any) -> list[SafetyMethod]:
+def recommended_for(
+    model: Any, harmful_data: Any = None, *, revision: str | None = None, **prompts: Any
+) -> list[SafetyMethod]:
     """Return the recommended methods for a model: with the harmful rows that it brings along, or built-in ones.
 
     Args:
         model (`str`, `Path` or `PreTrainedModel`): The model, or its folder or Hub id.
         harmful_data (*optional*): Other rows, as for [`recommended`].
+        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub that is given by its id.
         **prompts: As for [`recommended`].
     """
-    return recommended(own_file(source_of(model), "harmful") if harmful_data is None else harmful_data, **prompts)
+    own = own_file(source_of(model), "harmful", revision or revision_of(model)) if harmful_data is None else None
+    return recommended(harmful_data if own is None else own, **prompts)

@@ -165,8 +165,7 @@ def _checkpoints(
     found = aligned or config.base_model_name_or_path
     if not found:
         raise ValueError(f"The adapter `{source}` does not say which model it belongs to. Give `aligned`.")
-    revision = config.revision if aligned is None else None
-    return Checkpoint("aligned", found, revision), Checkpoint("unaligned", unaligned)
+    return Checkpoint("aligned", found, io.base_revision(config, aligned)), Checkpoint("unaligned", unaligned)
 
 
 def _projected(V: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Any]]:

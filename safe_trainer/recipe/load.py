@@ -276,7 +276,8 @@ def _made(name: str, settings: dict[str, Any], values: dict[str, Any]) -> list[S
     if name != "recommended":
         return [METHODS[name](**settings)]
     model = values.get("model")
-    return recommended_for(str(model.get("path") or "") if isinstance(model, dict) else "", **settings)
+    named = model if isinstance(model, dict) else {}
+    return recommended_for(str(named.get("path") or ""), revision=named.get("revision"), **settings)
 
 
 def _rows_of(value: Any, name: str) -> Any:

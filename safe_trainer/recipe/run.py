@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -174,20 +175,25 @@ def check_output(output: str, resume: bool) -> None:
 
 def make_trainer(recipe: Recipe, loaded: LoadedData, args: SFTConfig) -> SafeSFTTrainer:
     """Build the trainer of a recipe: loads the model and lets the methods prepare."""
+    from ..lora.io import note_commit
     from ..trainer import SafeSFTTrainer
 
-    model = recipe.parts.model
+    model, peft = recipe.parts.model, copy.copy(recipe.peft)
+    if peft is not None and model.revision is not None:
+        peft.revision = model.revision  # for whoever loads the adapter, also without methods
     args.disable_tqdm = True  # callbacks show the progress
     args.model_init_kwargs = {"dtype": model.dtype, "revision": model.revision}
-    return SafeSFTTrainer(
+    trainer = SafeSFTTrainer(
         model=model.path,
         args=args,
         train_dataset=loaded.rows,
         eval_dataset=loaded.eval_rows,
         quantization_config=_quantization(model.quantization, args.bf16),
-        peft_config=recipe.peft,
+        peft_config=peft,
         safety=recipe.safety,
     )
+    note_commit(trainer.model, model.path, model.revision)
+    return trainer
 
 
 def _quantization(bits: str | None, bf16: bool) -> Any:
@@ -399,7 +405,9 @@ def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
     options += [part for source in dict.fromkeys(sources) for part in ("--prompts", source)]
     judges = recipe.parts.evaluation.judges if recipe.parts.evaluation is not None else ()
     options += [part for judge in judges for part in ("--judge", judge)]
-    return shlex.join(["safe-trainer", "compare", recipe.parts.model.path, *options, "--output", recipe.parts.output])
+    model = recipe.parts.model
+    named = model.path if model.revision is None else f"{model.path}@{model.revision}"
+    return shlex.join(["safe-trainer", "compare", named, *options, "--output", recipe.parts.output])
 
 
 def examine(
