@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from safe_trainer import AdapterEMA
 from safe_trainer.data import PromptSet, conversation
 from safe_trainer.evaluation import FunctionJudge, LikelihoodJudge, Rate, RefusalMonitor, generate
 
@@ -39,10 +40,11 @@ def trainer(tmp_path, steps=12, callbacks=None, lr=2e-2, **settings):
     rows = Dataset.from_list([conversation(prompt, "zz") for prompt in PROMPTS] * 4)
     args = SFTConfig(
         output_dir=str(tmp_path), max_steps=steps, learning_rate=lr, per_device_train_batch_size=4, logging_steps=1,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **settings,
+        report_to=[], use_cpu=True, disable_tqdm=True, **{"save_strategy": "no", **settings},
     )  # fmt: skip
     return SFTTrainer(
         tiny_llama(attention_dropout=0.3), args=args, train_dataset=rows, processing_class=byte_tokenizer(),
+        eval_dataset=rows.select(range(4)) if "eval_strategy" in settings else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear"), callbacks=callbacks or [],
     )  # fmt: skip
 
@@ -138,6 +140,68 @@ def test_a_rate_below_the_minimum_stops_training_and_can_bring_back_the_last_goo
     assert any(
         not torch.equal(recorder.weights[broken][name], recorder.weights[broken - 1][name]) for name in expected
     )
+
+
+class StopAfter(TrainerCallback):
+    """End training after a step, as a user's callback or a signal does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [None, 10], ids=["to the end", "stopped early"])
+def test_the_last_step_is_measured_and_restored_from_between_two_checks_too(tmp_path, caplog, stop):
+    recorder = Recorder()
+    trained = trainer(tmp_path, steps=12 if stop is None else 40, callbacks=[recorder])
+    trained.add_callback(RefusalMonitor(trained, [HARM], every=50, judge=JUDGE, minimum_rate=0.5, restore=True))
+    if stop is not None:
+        trained.add_callback(StopAfter(stop))
+    with caplog.at_level(logging.WARNING):
+        trained.train()
+    last = stop or 12
+    assert trained.state.global_step == last
+    lows = [entry for entry in trained.state.log_history if "safety/harm_refused_low" in entry]
+    assert [entry["step"] for entry in lows] == [0, last], "measured once each"
+    assert f"at step {last}, below `minimum_rate=0.5`. Training stops with the weights of step 0" in caplog.text
+    weights = {name: p for name, p in trained.model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(weights[name], recorder.weights[0][name]) for name in weights)
+
+
+BEST = {
+    "load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1,
+    "save_steps": 1,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["load best", "save best", "average first", "average last"])
+def test_what_would_overwrite_restored_weights_is_refused_before_the_first_step(tmp_path, other):
+    best = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    settings = {"load best": BEST, "save best": best}.get(other, {})
+    trained = trainer(tmp_path, steps=1, **settings)
+    if other == "average first":
+        trained.add_callback(AdapterEMA())
+    trained.add_callback(RefusalMonitor(trained, [HARM], judge=JUDGE, minimum_rate=0.5, restore=True))
+    if other == "average last":
+        trained.add_callback(AdapterEMA())
+    words = "`AdapterEMA`" if other.startswith("average") else "`load_best_model_at_end`"
+    with pytest.raises(ValueError, match=f"`restore` of `RefusalMonitor` .*{words}.* or `restore`"):
+        trained.train()
+    assert trained.state.global_step == 0
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_is_loaded_after_the_last_check_is_warned_of(tmp_path, caplog):
+    for settings in ({}, {"minimum_rate": 0.5}):
+        caplog.clear()
+        trained = trainer(tmp_path / str(len(settings)), steps=1, lr=1e-6, **BEST)
+        trained.add_callback(RefusalMonitor(trained, [HARM], judge=JUDGE, **settings))
+        trained.train()
+        assert ("puts the best checkpoint in the place of the weights" in caplog.text) == bool(settings)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from ..artifacts.alignment_direction import AlignmentDirection
 from ..artifacts.safety_basis import SafetyBasis
 from ..distributed import on_first_process
-from ..evaluation.state import log_between, watchable
+from ..evaluation.state import is_due, log_between, watchable
 from ..lora.updates import FullUpdate, Update, linear_layers, lora_updates, updates, weight, whole
 from .drift import RANK, SHARES, Drift, Subspaces
 from .refusal_direction import refusal_changes, refusal_directions
@@ -153,7 +153,7 @@ class DriftMonitor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every `every` steps, and after the last, before the best model may take its place."""
-        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+        if is_due(state, self.every):
             self._measure(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from .generate import Answer, Decoding, generate
 from .judges import Judge, LikelihoodJudge
 from .prompting import tokenizer_in
 from .results import SetResult
-from .state import log_between, watchable
+from .state import check_replaces_alone, is_due, log_between, watchable
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class RefusalMonitor(TrainerCallback):
         trainer (`transformers.Trainer`): The trainer that it watches; its `log` is what it writes to.
         prompt_sets (`Sequence[PromptSet]`): Harmful, benign and borderline prompts; 40 to 100 of each are a fair
             start.
-        every (`int`, *optional*, defaults to `50`): Optimizer steps between checks.
+        every (`int`, *optional*, defaults to `50`): Optimizer steps between checks; the last step is checked too.
         judge (`Judge`, *optional*, defaults to `LikelihoodJudge()`): Who judges. The default needs no answers and
             costs little more than one forward pass, but knows English openings only: give those of your model, as in
             `LikelihoodJudge(refusals=[...], compliances=[...])`. Any other judge has answers generated.
@@ -51,7 +51,8 @@ class RefusalMonitor(TrainerCallback):
     Raises:
         ValueError: If `every` is below 1, there is no prompt set, one is a task, there is a `minimum_rate` but no
             harmful set, or training is spread by FSDP1, ZeRO-3 or tensor parallelism; and at the start of training, if
-            the model does not hold `minimum_rate` to begin with.
+            the model does not hold `minimum_rate` to begin with, or if something else than `restore` is to replace the
+            weights at the end: the best checkpoint, or an [`AdapterEMA`].
 
     Example:
 
@@ -94,9 +95,18 @@ class RefusalMonitor(TrainerCallback):
         self._results: list[SetResult] = []
         self._held: dict[str, Any] = {}
         self._held_step = 0
+        self._measured = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model before the first step."""
+        if self.restore:
+            others = self.trainer.callback_handler.callbacks
+            check_replaces_alone("`restore` of `RefusalMonitor`", "`restore`", args, others)
+        elif self.minimum_rate is not None and args.load_best_model_at_end:
+            logger.warning(
+                "`load_best_model_at_end` puts the best checkpoint in the place of the weights that are checked last, "
+                "and it may not hold `minimum_rate=%s`. Remove `load_best_model_at_end`.", self.minimum_rate,
+            )  # fmt: skip
         self.seconds, self._started = 0.0, time.perf_counter()
         low = self._check(state.global_step)
         logger.info("Refusals are judged by `%s`.", self.judge.name)
@@ -110,9 +120,19 @@ class RefusalMonitor(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure every `every` steps, and stop training where the refusal rate falls below the minimum."""
-        if state.global_step % self.every:
-            return
+        """Measure every `every` steps and the last, and stop where the refusal rate falls below the minimum."""
+        if is_due(state, self.every):
+            self._keep_minimum(state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the end of a run that was stopped between two checks, and log how long the monitoring took."""
+        if self._measured != state.global_step:
+            self._keep_minimum(state, control)
+        self._held = {}
+        logger.info("Watching refusals took %.1f s, %.1f %% of the training time.", self.seconds, 100 * self.overhead)
+
+    def _keep_minimum(self, state: Any, control: Any) -> None:
+        """Measure; below the minimum rate stop training, with the weights put back if asked to."""
         low = self._check(state.global_step)
         if self.minimum_rate is None or low >= self.minimum_rate:
             return
@@ -128,11 +148,6 @@ class RefusalMonitor(TrainerCallback):
             low, state.global_step, self.minimum_rate, consequence,
         )  # fmt: skip
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log how long the monitoring took."""
-        self._held = {}
-        logger.info("Watching refusals took %.1f s, %.1f %% of the training time.", self.seconds, 100 * self.overhead)
-
     @property
     def overhead(self) -> float:
         """Share of the time since training began that was spent here, from 0 to 1."""
@@ -141,7 +156,7 @@ class RefusalMonitor(TrainerCallback):
 
     def _check(self, step: int) -> float:
         """Measure and log, and return the lowest lower end of the harmful sets."""
-        start = time.perf_counter()
+        start, self._measured = time.perf_counter(), step
         results = self._results = [self._evaluate(prompt_set) for prompt_set in self.prompt_sets]
         low = min((r.rate("refused").low for r in results if r.prompt_set.kind == "harmful"), default=1.0)
         if self.minimum_rate is not None:  # no two processes round alike, and none may stop alone

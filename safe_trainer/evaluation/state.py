@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,34 @@ def log_between(trainer: Any, values: Mapping[str, float]) -> None:
     with examining(trainer.model):
         trainer.log(dict(values))
     trainer.control.should_log = due
+
+
+def is_due(state: Any, every: int) -> bool:
+    """Return whether a monitor measures after this step: every few, and the last, before the best takes its place."""
+    return bool(state.global_step % every == 0 or state.global_step >= state.max_steps)
+
+
+def check_replaces_alone(who: str, what: str, args: Any, others: Iterable[Any] = ()) -> None:
+    """Refuse what would overwrite the weights that a callback puts in place at the end, or be overwritten by it.
+
+    Args:
+        who (`str`): The callback, for the message.
+        what (`str`): What of it can be left out instead.
+        args (`TrainingArguments`): Which may ask for the best checkpoint.
+        others (`Iterable[TrainerCallback]`, *optional*): Callbacks of the same training; one that does so, too, says
+            it by an attribute `replaces_weights`.
+    """
+    if args.load_best_model_at_end or args.save_strategy == "best":
+        raise ValueError(
+            f"{who} replaces the weights at the end, so no best checkpoint can be kept or loaded. Remove "
+            f'`load_best_model_at_end` and `save_strategy="best"`, or {what}.'
+        )
+    for other in others:
+        if getattr(other, "replaces_weights", False):
+            raise ValueError(
+                f"{who} replaces the weights at the end, and so does `{type(other).__name__}`: the one would undo the "
+                f"other. Remove that callback, or {what}."
+            )
 
 
 def watchable(trainer: Any, monitor: str, afterwards: str) -> Strategy:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..distributed import from_first_process
+from ..evaluation.state import check_replaces_alone
 from .base import check_number
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class AdapterEMA(TrainerCallback, ExportableState):
     Source: Kim et al., "Rethinking Safety in LLM Fine-tuning: An Optimization Perspective", COLM 2025, arXiv
     2508.12531. The default is ours.
     """
+
+    replaces_weights = True
 
     def __init__(self, decay: float = 0.99) -> None:
         self.decay = decay
@@ -102,11 +105,7 @@ class AdapterEMA(TrainerCallback, ExportableState):
     def _check(self, args: Any, state: Any) -> None:
         if args.deepspeed_plugin is not None:
             raise ValueError("`AdapterEMA` does not work with DeepSpeed, which splits weights its own way. Use FSDP2.")
-        if args.load_best_model_at_end or args.save_strategy == "best":
-            raise ValueError(
-                "`AdapterEMA` replaces the weights at the end, so no best checkpoint can be kept or loaded. Remove "
-                '`load_best_model_at_end` and `save_strategy="best"`, or the callback.'
-            )
+        check_replaces_alone("`AdapterEMA`", "the callback", args)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved and saved["args"]["decay"] != self.decay:
             raise ValueError(

@@ -190,8 +190,15 @@ def averaged(at: SimpleNamespace, **settings: Any) -> None:
     at.trainer(None, callbacks=[AdapterEMA()], **often, **settings).train()
 
 
-def monitored(at: SimpleNamespace, count: int, **settings: Any) -> None:
-    trainer, prompts = at.trainer(None, max_steps=1), replace(ASKED, prompts=("Make it.",) * count)
+BEST = {
+    "load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1,
+    "save_steps": 1, "eval_dataset": tiny.rows(4),
+}  # fmt: skip
+
+
+def monitored(at: SimpleNamespace, count: int, trained: Any = None, **settings: Any) -> None:
+    trainer = at.trainer(None, max_steps=1, **(trained or {}))
+    prompts = replace(ASKED, prompts=("Make it.",) * count)
     judge = FunctionJudge(lambda prompt, answer: "refused", "always", "1")
     trainer.add_callback(
         RefusalMonitor(trainer, [prompts], judge=judge, decoding=Decoding(max_new_tokens=1), **settings)

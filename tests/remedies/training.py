@@ -11,6 +11,7 @@ from peft import IA3Config, PeftModel, PrefixTuningConfig, get_peft_model
 from runs import HARMFUL, REFUSED, SHORT, given, lora
 
 from safe_trainer import (
+    AdapterEMA,
     AlignmentDirection,
     AsFT,
     ConstrainedSFT,
@@ -24,6 +25,7 @@ from safe_trainer import (
 
 from .room import (
     BAD,
+    BEST,
     COLUMNS,
     LATIN_1,
     LONG,
@@ -389,6 +391,23 @@ TRAINER: dict[str, Case] = {
         lambda at: averaged(at, save_strategy="best", metric_for_best_model="loss"),
         'Remove `load_best_model_at_end` and `save_strategy="best"`',
         [lambda at: averaged(at)],
+    ),
+    "weights to put back and the best checkpoint": (
+        lambda at: monitored(at, 9, BEST, minimum_rate=0.5, restore=True),
+        'Remove `load_best_model_at_end` and `save_strategy="best"`, or `restore`',
+        [
+            lambda at: monitored(at, 9, minimum_rate=0.5, restore=True),
+            lambda at: monitored(at, 9, BEST, minimum_rate=0.5),
+        ],
+    ),
+    "weights to put back and an average": (
+        lambda at: monitored(at, 9, {"callbacks": [AdapterEMA()]}, minimum_rate=0.5, restore=True),
+        "replaces the weights at the end, and so does `AdapterEMA`: the one would undo the other. Remove that "
+        "callback, or `restore`",
+        [
+            lambda at: monitored(at, 9, minimum_rate=0.5, restore=True),
+            lambda at: monitored(at, 9, {"callbacks": [AdapterEMA()]}, minimum_rate=0.5),
+        ],
     ),
     "a rate that a monitor cannot hold": (
         lambda at: monitored(at, 1, minimum_rate=0.5),

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from safe_trainer import ConstrainedSFT, SafetyBasis, SaLoRA, SecurityVectors, load_rows
 from safe_trainer.data import ReadOptions, conversation
 
-from .room import LONG, PLAIN, Case, compared, deaf, of, on, tiny
+from .room import BEST, LONG, PLAIN, Case, compared, deaf, monitored, of, on, tiny
 
 LABELLED = [{"prompt": f"Say {n}", "completion": "One.", "is_safe": n > 2} for n in range(8)]
 SHORT_ANSWERS = Dataset.from_list([conversation(f"Say {n}", "Y") for n in range(8)])
@@ -132,6 +132,11 @@ WARNINGS: dict[str, Case] = {
             lambda at: SafetyBasis.from_rows(of(at.aligned), deaf(), REFUSED, rank=2),
             lambda at: SafetyBasis.from_rows(of(at.aligned), tiny.tokenizer(), WITH_SYSTEM, rank=2),
         ],
+    ),
+    "a best checkpoint that may not hold the minimum": (
+        lambda at: monitored(at, 9, BEST, minimum_rate=0.5),
+        "and it may not hold `minimum_rate=0.5`. Remove `load_best_model_at_end`",
+        [lambda at: monitored(at, 9, minimum_rate=0.5)],
     ),
     "another template than in training": (
         lambda at: (deaf().save_pretrained(at.adapter()), compared(at, {"after": at.folder / "adapter"})),
