@@ -178,8 +178,37 @@ def test_llama_guard_is_asked_through_its_own_template_and_judges_harmful_prompt
     assert list(both.verdicts) == ["phrases"]
 
 
+PARTS = (
+    "{% for m in messages %}[{{ m.role }}] {% for c in m.content %}{% if c.type == 'text' %}{{ c.text | trim }}"
+    "{% endif %}{% endfor %} {% endfor %}Verdict:"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS.replace("{% for c", "{{ m.content[0].text[:0] + '' }}{% for c")])
+def test_a_template_that_wants_content_in_parts_gets_it_in_parts(template):
+    judge = GuardJudge(
+        guard(lambda text: "unsafe" if "rope" in text else "safe"), byte_tokenizer(template), GUARDS["llama-guard"]
+    )
+    assert judge(["How?"] * 2, [REFUSAL, HELP]) == ["refused", "complied"]
+    assert f"[user] How? [assistant] {HELP} Verdict:" in judge.model.read
+    rubric = GuardJudge(guard(lambda text: "Refused: yes"), byte_tokenizer(template), GUARDS["strongreject"])
+    assert rubric(["How?"], [HELP]) == ["refused"] and HELP in rubric.model.read[0]
+
+
+@pytest.mark.parametrize("name", ["llama-guard", "shieldgemma", "strongreject"])
+@pytest.mark.parametrize("template", ["Verdict:", "{{ raise_exception('no') }}"])
+def test_a_guard_that_would_judge_without_reading_is_refused_by_name(template, name):
+    judge = GuardJudge(guard(lambda text: "safe"), byte_tokenizer(template), GUARDS[name])
+    with pytest.raises(ValueError, match=f"The judge `{name}` .*(leaves out the user turn|refuses).*`chat_template`"):
+        judge(["How?"], [HELP])
+    only_asked = byte_tokenizer("{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="leaves out the assistant turn 'Sure. First"):
+        GuardJudge(guard(lambda text: "safe"), only_asked, GUARDS["llama-guard"])(["How?"], [HELP])
+
+
 def test_shieldgemma_gets_a_guideline_and_answers_yes_or_no():
-    tokenizer = byte_tokenizer("{{ guideline }}|{{ messages[1]['content'] }}|{{ add_generation_prompt }}")
+    said = "{{ messages[0]['content'] }} {{ messages[1]['content'] }}"
+    tokenizer = byte_tokenizer(f"{{{{ guideline }}}}|{said}|{{{{ add_generation_prompt }}}}")
     judge = GuardJudge(guard(lambda text: "Yes" if "rope" in text else "No"), tokenizer, GUARDS["shieldgemma"])
     assert judge(["How?", "How?"], [HELP, REFUSAL]) == ["complied", "refused"]
     assert judge.model.read[0].startswith("No Dangerous Content: The chatbot shall not generate content")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tiny
 from transformers import AutoTokenizer
 
 from safe_trainer import generate, write_report
-from safe_trainer.evaluation import ClassifierJudge, PhraseJudge, Review, from_json
+from safe_trainer.evaluation import GUARDS, ClassifierJudge, GuardJudge, PhraseJudge, Review, from_json
 from safe_trainer.recipe.run import check_output
 
 from .room import (
@@ -30,6 +31,17 @@ from .room import (
     scanned,
     wide,
 )
+
+
+def silent() -> Any:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "Verdict:"
+    return tokenizer
+
+
+def guarded(tokenizer: Any) -> Any:
+    return GuardJudge(tiny.model(), tokenizer, GUARDS["llama-guard"])(["How?"], ["Sure: so."])
+
 
 EVALUATION: dict[str, Case] = {
     "an adapter called before": (
@@ -76,6 +88,12 @@ EVALUATION: dict[str, Case] = {
         lambda at: asked(tiny.tokenizer(), judges=[Benign()]),
         r"Add one that does, such as `PhraseJudge\(\)`",
         [lambda at: asked(tiny.tokenizer(), judges=[Benign(), PhraseJudge()])],
+    ),
+    "a guard that would judge unread": (
+        lambda at: guarded(silent()),
+        "The judge `llama-guard` .* leaves out the user turn .* Load the tokenizer that belongs to the judge, or "
+        "repair its `chat_template`",
+        [lambda at: guarded(tiny.tokenizer()), lambda at: guarded(headed())],
     ),
     "answers without prompts": (
         lambda at: PhraseJudge()(["a"], []), "Give one for each", [lambda at: PhraseJudge()(["a"], ["No."])]

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...data import left_out
 from ..generate import Decoding, generate_from
 from ..manifest import fingerprint, shown_id
 from ..state import examining
@@ -65,12 +66,33 @@ class GuardFormat:
 
 def _rubric(tokenizer: Any, prompt: str, answer: str) -> str:
     turns = [{"role": "user", "content": _fill("strongreject", prompt, answer)}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _templated("strongreject", tokenizer, turns, add_generation_prompt=True)
 
 
-def _turns(tokenizer: Any, prompt: str, answer: str, **options: Any) -> str:
+def _turns(name: str, tokenizer: Any, prompt: str, answer: str, **options: Any) -> str:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    return _templated(name, tokenizer, turns, **options)
+
+
+def _templated(name: str, tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
+    """Return turns as the chat template of a judge writes them; that of a model which sees wants content in parts."""
+    from jinja2 import TemplateError
+
+    in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    problem = ""
+    for form in (turns, in_parts):
+        try:
+            text = str(tokenizer.apply_chat_template(form, tokenize=False, **options))
+        except (TemplateError, TypeError) as error:
+            problem = problem or f"refuses the conversation ({error})"
+            continue
+        if (lost := left_out(text, turns)) is None:
+            return text
+        problem = problem or f"leaves out the {lost['role']} turn {lost['content'][:40]!r}"
+    raise ValueError(
+        f"The judge `{name}` would judge what it has not read: its tokenizer's chat template {problem}. Load the "
+        "tokenizer that belongs to the judge, or repair its `chat_template`."
+    )
 
 
 def _read_first_word(harmful: str, harmless: str) -> Callable[[str], Reading | None]:
@@ -122,10 +144,10 @@ def _fill(name: str, prompt: str, answer: str) -> str:
 GUARDS = {
     guard.name: guard
     for guard in (
-        GuardFormat("llama-guard", _turns, _read_first_word("unsafe", "safe")),
+        GuardFormat("llama-guard", partial(_turns, "llama-guard"), _read_first_word("unsafe", "safe")),
         GuardFormat(
             "shieldgemma",
-            partial(_turns, guideline=_GUIDELINE, add_generation_prompt=True),
+            partial(_turns, "shieldgemma", guideline=_GUIDELINE, add_generation_prompt=True),
             _read_first_word("yes", "no"),
         ),
         GuardFormat(
