@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import types
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -13,11 +15,12 @@ from commands import invoke
 from evaluation_models import tiny_llama
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from test_report import comparison
+from test_report import HELP, MANIFEST, REFUSAL, comparison, evaluation
 
-from safe_trainer import TrainedVectors, testbed
+from safe_trainer import Comparison, TrainedVectors, testbed
 from safe_trainer.artifacts.store import save_artifact
-from safe_trainer.evaluation import to_json
+from safe_trainer.evaluation import from_json, to_json
+from safe_trainer.evaluation.manifest import adapter_provenance
 from safe_trainer.lora.io import HARMFUL_KIND
 from safe_trainer.methods.asft import AsFT
 from safe_trainer.recipe.model_card import BEGIN, publish, write_model_card
@@ -88,6 +91,64 @@ def test_a_card_without_a_comparison_says_how_to_get_rates_into_it(folder):
     assert "model-index" not in (folder / "README.md").read_text()
     assert invoke("card", folder, "--comparison", folder.parent / "elsewhere.json").exit_code == 0
     assert "model-index" in (folder / "README.md").read_text()
+
+
+def adapter(folder, seed):
+    base = tiny_llama()
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Adapters A and B, whose rates differ, their comparison, in which B is the last, and an adapter C of no rates."""
+    a, b, c = (adapter(tmp_path / name, seed) for seed, name in enumerate("abc"))
+    found = comparison()
+    named = [replace(found.before, manifest={**found.before.manifest, "adapters": []})]
+    for name, folder, answers in (("A", a, [HELP] * 4), ("B", b, [REFUSAL] * 4)):
+        made = evaluation(name, answers, [HELP, HELP], ["2", "3"])
+        named.append(replace(made, manifest={**made.manifest, "adapters": [adapter_provenance(folder)]}))
+    report = tmp_path / "report.json"
+    report.write_text(to_json(Comparison(tuple(named))))
+    return a, b, c, report
+
+
+def rates_in(folder):
+    return {r.metric_type: r.metric_value for r in ModelCard.load(folder / "README.md").data.eval_results}
+
+
+@pytest.mark.parametrize("where", ["in the folder", "given"])
+def test_a_card_shows_the_rates_of_the_adapter_in_its_folder_not_the_last_of_the_report(three, where):
+    a, b, _, report = three
+    for folder, rate in ((a, 0.0), (b, 1.0)):
+        if where == "given":
+            assert invoke("card", folder, "--comparison", report).exit_code == 0
+        else:
+            (folder / "comparison.json").write_bytes(report.read_bytes())
+            write_model_card(folder)
+        assert rates_in(folder)["refusal_rate"] == rate
+
+
+def test_a_comparison_of_other_adapters_makes_no_card(three):
+    a, _, c, report = three
+    for folder, words, found in ((c, [], "`A` .* `B` "), (a, ["--name", "B"], "`B` "), (c, ["--name", "A"], "`A` ")):
+        result = invoke("card", folder, "--comparison", report, *words)
+        told = " ".join(result.output.split())
+        assert result.exit_code == 1 and re.search(f"no rates of the adapter in .*, only of {found}", told), told
+        assert "model-index" not in (folder / "README.md").read_text()
+    assert invoke("card", a, "--comparison", report, "--name", "A").exit_code == 0
+
+
+def test_a_comparison_that_does_not_know_its_adapters_is_taken_as_before(three):
+    a, _, _, report = three
+    found = from_json(report.read_text())
+    unknown = tuple(replace(e, manifest=MANIFEST) for e in found.evaluations)
+    write_model_card(a, Comparison(unknown))
+    assert rates_in(a)["refusal_rate"] == 1.0
+    write_model_card(a, Comparison(unknown), name="A")
+    assert rates_in(a)["refusal_rate"] == 0.0
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

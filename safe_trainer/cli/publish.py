@@ -103,7 +103,7 @@ def card(  # noqa: PLR0913, each is an option with a name
         typer.Option(help="comparison.json of a report about it; left out, the one in the folder."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What the comparison calls it; left out, the last model in it.")
+        str | None, typer.Option(help="What the comparison calls it; left out, the one with the same weights.")
     ] = None,
     push: Annotated[
         str | None, typer.Option(help="Upload weights, tokenizer and card to this repository, such as me/my-model.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 from safetensors import safe_open
 
-from ..evaluation import Comparison, from_json, to_markdown
+from ..evaluation import Comparison, Evaluation, from_json, to_markdown
 from ..evaluation.report import write_atomically
 from .paths import ARTIFACTS, weights_kind
 
@@ -56,7 +56,8 @@ def write_model_card(
         folder (`str` or `Path`): Where it was saved, with the recipe if `safe-trainer train` made it.
         comparison (`Comparison`, *optional*): What was measured; left out, `comparison.json` in the folder, if there
             is one.
-        name (`str`, *optional*): The evaluation that is about it; left out, the comparison's last.
+        name (`str`, *optional*): The evaluation that is about it; left out, that of the adapter in the folder, known
+            by the hash of its weights, or the last where a comparison holds none.
         base_model (`str`, *optional*): Hub id of the base model, where it was trained on a local copy.
         repository (`str`, *optional*): Hub id that it will have, for the code in the card.
 
@@ -64,8 +65,8 @@ def write_model_card(
         `Path`: The card. What a person has written in an earlier card stays, metadata too.
 
     Raises:
-        ValueError: If the folder holds neither an adapter nor a model, or security vectors, or `base_model` is not a
-            Hub id.
+        ValueError: If the folder holds neither an adapter nor a model, or security vectors, `base_model` is not a
+            Hub id, or the comparison is of other adapters.
 
     Example:
 
@@ -82,7 +83,7 @@ def write_model_card(
     if comparison is None and (folder / "comparison.json").is_file():
         comparison = from_json((folder / "comparison.json").read_bytes())
     if comparison is not None:
-        tuned = comparison[name] if name else comparison.evaluations[-1]
+        tuned = _rated(comparison, folder, name)
         comparison = Comparison((comparison.before, tuned), comparison.notes, comparison.seed)
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -137,6 +138,29 @@ def check_folder(folder: Path) -> None:
             f"`{folder}` holds security vectors, which make a model answer harmful requests. They are not for "
             "publishing; give the folder of the adapter that was trained with them."
         )
+
+
+def _rated(comparison: Comparison, folder: Path, name: str | None) -> Evaluation:
+    """Return the evaluation that is about what a folder holds, which of an adapter is known by its hash."""
+    from ..evaluation.manifest import adapter_provenance
+
+    asked = [comparison[name]] if name else list(comparison.evaluations[1:] or comparison.evaluations)
+    own = adapter_provenance(folder)["sha256"] if (folder / "adapter_config.json").is_file() else None
+    hashes = [_adapter_sha256(evaluation) if own else None for evaluation in asked]
+    fitting = [e for e, sha256 in zip(asked, hashes, strict=True) if sha256 == own]
+    fitting = fitting or [e for e, sha256 in zip(asked, hashes, strict=True) if sha256 is None]
+    if not fitting:
+        others = ", ".join(f"`{e.name}` (sha256 {str(s)[:12]})" for e, s in zip(asked, hashes, strict=True))
+        raise ValueError(
+            f"The comparison holds no rates of the adapter in `{folder}` (sha256 {str(own)[:12]}), only of {others}. "
+            "Make one of this adapter with `safe-trainer compare`, or give the folder that the comparison is about."
+        )
+    return fitting[-1]
+
+
+def _adapter_sha256(evaluation: Evaluation) -> str | None:
+    adapters = evaluation.manifest.get("adapters") or [None]
+    return adapters[0].get("sha256") if isinstance(adapters[0], dict) else None
 
 
 class _About:

@@ -24,6 +24,7 @@ from .room import (
     VIRTUAL,
     Case,
     changed,
+    compared,
     damaged,
     did,
     direction,
@@ -203,6 +204,18 @@ ADAPTERS: dict[str, Case] = {
         lambda at: write_model_card(at.folder),
         "Give the folder that one was saved to",
         [lambda at: write_model_card(at.adapter())],
+    ),
+    "a card of another adapter": (
+        lambda at: (
+            compact_adapter(at.adapter(), at.folder / "compact"),
+            write_model_card(at.folder / "compact", compared(at, {"a": at.folder / "adapter"})),
+        ),
+        "holds no rates of the adapter in `.*compact`.* Make one of this adapter with `safe-trainer compare`, or give "
+        "the folder that the comparison is about",
+        [
+            lambda at: write_model_card(at.folder / "compact", compared(at, {"a": at.folder / "compact"})),
+            lambda at: write_model_card(at.folder / "adapter", compared(at, {"a": at.folder / "adapter"})),
+        ],
     ),
     "a card of vectors": (
         lambda at: write_model_card(at.vectors()),
