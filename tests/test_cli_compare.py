@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safe_trainer.cli.compare import _grouped
 from safe_trainer.cli.options import Questions
 from safe_trainer.evaluation import from_json
+from safe_trainer.evaluation.compare import _misfits
 from safe_trainer.evaluation.judges import check_judges
 from safe_trainer.testbed import ALIGNED
 
@@ -87,6 +89,31 @@ def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):
         ("--prompts", "harmful=harm.txt"), ("--prompts", "borderline=hf:asked"), ("--prompts", "task=sums.csv"),
         ("--judge", "phrases"), ("--judge", "likelihood"), ("--max-new-tokens", "2"),
     ]  # fmt: skip
+
+
+def test_an_adapter_of_the_hub_is_asked_through_its_own_template_as_the_same_in_a_folder_is(
+    home, tmp_path, monkeypatch
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--me--adapter" / "snapshots" / commit
+    shutil.copytree(home / "adapter-1", snapshot)
+    own = byte_tokenizer()
+    own.chat_template += " "
+    own.save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    told = invoke(
+        "compare", "base", "--adapter", f"folder={snapshot}", "--adapter", "hub=me/adapter", "--prompts",
+        "harmful=harm.txt", "-o", tmp_path / "out", *SHORT,
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    before, folder, hub = from_json((tmp_path / "out" / "comparison.json").read_text()).evaluations
+    asked = [e.manifest["tokenizer"]["chat_template_sha256"] for e in (before, folder, hub)]
+    assert asked[1] == asked[2] != asked[0]
+    base, tokenizer = tiny_llama(), byte_tokenizer()
+    notes = [list(_misfits(base, tokenizer, "x", path)) for path in (snapshot, "me/adapter")]
+    assert notes[0] == notes[1] != []
 
 
 @pytest.mark.slow

@@ -149,11 +149,14 @@ def _compared(
 
 def _brings_tokenizer(adapter: str, tokenizer: Any) -> bool:
     """Return whether a tokenizer with another vocabulary or chat template is saved next to an adapter."""
-    if not (Path(adapter) / "tokenizer_config.json").is_file():
+    from ..lora.io import local_folder
+
+    folder = local_folder(adapter)
+    if not (folder / "tokenizer_config.json").is_file():
         return False
     from transformers import AutoTokenizer
 
-    own = AutoTokenizer.from_pretrained(adapter)
+    own = AutoTokenizer.from_pretrained(folder)
     return len(own) != len(tokenizer) or own.chat_template not in (None, tokenizer.chat_template)
 
 

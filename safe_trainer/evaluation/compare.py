@@ -228,16 +228,17 @@ def _switched(model: Any, path: str | Path | None) -> Iterator[None]:
 
 def _misfits(model: Any, tokenizer: Any, name: str, path: str | Path) -> Iterator[str]:
     """Yield what an adapter says of how it was trained that is otherwise here: its base model, its chat template."""
-    from ..lora.io import other_base, read_config
+    from ..lora.io import local_folder, other_base, read_config
 
     if other := other_base(read_config(path), getattr(model.config, "_name_or_path", "")):
         logger.warning("%s: %s", name, other)
         yield f"{name}: {other}"
     trained: str | None = None
-    if Path(path, "chat_template.jinja").is_file():
-        trained = Path(path, "chat_template.jinja").read_text(encoding="utf-8")
-    elif Path(path, "tokenizer_config.json").is_file():
-        trained = json.loads(Path(path, "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    folder = local_folder(path)
+    if (folder / "chat_template.jinja").is_file():
+        trained = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "tokenizer_config.json").is_file():
+        trained = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
     if trained is not None and trained != tokenizer.chat_template:
         note = f"{name}: the chat template saved with the adapter is not the one that the model is asked with here."
         logger.warning("%s Load the tokenizer from `%s`.", note, path)
