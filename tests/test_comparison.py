@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -271,6 +272,28 @@ def test_evaluations_made_in_another_way_are_not_compared(part):
 def test_batch_size_does_not_stand_in_the_way():
     settings = [{"max_new_tokens": 8, "batch_size": size} for size in (1, 32)]
     Comparison(tuple(evaluation(n, [HELP] * 4, decoding=d) for n, d in zip("ab", settings, strict=True)))
+
+
+def test_rates_that_follow_another_judge_are_no_change():
+    before, after = evaluation("before", [REFUSAL] * 4), evaluation("after", [REFUSAL] * 4)
+    harm = after["harm"]
+    strict = replace(harm, verdicts={"strict guard": harm.outcomes, **harm.verdicts})
+    others = tuple(strict if result is harm else result for result in after.results)
+    message = r"differ in `first judge`: .*'phrases'.* and .*'strict guard'.* in the same way"
+    with pytest.raises(ValueError, match=message):
+        Comparison((before, replace(after, results=others)))
+    second = replace(harm, verdicts={**harm.verdicts, "strict guard": harm.outcomes})
+    Comparison((before, replace(after, results=tuple(second if r is harm else r for r in after.results))))
+
+
+def test_models_of_other_precision_are_compared_with_a_note():
+    kinds = [("float32", "none"), ("float32", "none"), ("bfloat16", "none"), ("float32", "4bit"), (None, None)]
+    models = [{"dtype": dtype, "quantization": bits} if dtype else {} for dtype, bits in kinds]
+    comparison = Comparison(tuple(evaluation(n, [HELP] * 4, model=m) for n, m in zip("abcde", models, strict=True)))
+    assert comparison.all_notes() == [
+        "c was asked in bfloat16 and a in float32: a change may come from rounding.",
+        "d and a are quantized differently: a change may come from that.",
+    ]
 
 
 def test_models_with_other_chat_templates_are_compared_with_a_note():

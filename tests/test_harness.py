@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from safe_trainer import PromptSet, compare, evaluate, general_prompts
 from safe_trainer.cli import app
-from safe_trainer.evaluation import Harness, from_json
+from safe_trainer.evaluation import Comparison, Evaluation, Harness, from_json
 from safe_trainer.evaluation.generate import INTERRUPTED
 from safe_trainer.evaluation.harness import _result
 
@@ -90,6 +90,24 @@ def test_a_sample_becomes_question_reference_answer_and_one_verdict_for_each_fil
     assert _result("t", rows, None).verdicts == {"exact_match, strict": ("correct",), "exact_match, x": ("wrong",)}
     with pytest.raises(ValueError, match="`lm-eval:t` has no metric that is right or wrong.*bleu"):
         _result("t", [sample(0, metrics=["bleu"], bleu=0.3)], None)
+
+
+def graded(*f1):
+    """Return samples with two metrics, f1 and em, of which only em is always right or wrong."""
+    metrics = [{"metrics": ["f1", "em"], "f1": value, "em": float(value == 1)} for value in f1]
+    return [sample(number, **more) for number, more in enumerate(metrics)]
+
+
+def test_every_model_is_counted_by_the_metrics_of_the_first(caplog):
+    before = _result("record", graded(1, 1, 0, 1), 1)
+    assert list(before.verdicts) == ["f1", "em"], "by chance f1 is 0 or 1 for each"
+    after = _result("record", graded(0.5, 0.5, 0, 1), 1, before)
+    assert after.verdicts == {"f1": (None,) * 4, "em": ("wrong", "wrong", "wrong", "correct")}
+    assert "`f1` of `lm-eval:record` is 0.5 for a question of this model" in caplog.text
+    comparison = Comparison((Evaluation("before", (before,)), Evaluation("after", (after,))))
+    assert comparison.change("after", "lm-eval:record").before.total == 0, "f1 is paired with nothing"
+    other_way_round = _result("record", graded(1, 0), 1, _result("record", graded(0.5, 1), 1))
+    assert list(other_way_round.verdicts) == ["em"]
 
 
 def test_a_reply_that_ends_within_a_thought_is_known_as_such():

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from test_report import comparison
 from trl import SFTTrainer
 
+import safe_trainer.evaluation
 from safe_trainer import generate, load_model, testbed
 from safe_trainer.methods import METHODS
-from safe_trainer.recipe import RecipeError, plan, read_recipe
+from safe_trainer.recipe import RecipeError, plan, read_recipe, run
 from safe_trainer.recipe.document import Document
 from safe_trainer.recipe.model import arguments
 from safe_trainer.recipe.paths import moved
@@ -751,6 +752,30 @@ def test_full_training_is_compared_with_the_model_before(recipe):
     compared = json.loads(result.stdout.splitlines()[-1])["comparison"]
     assert list(compared) == ["before", "fine-tuned"]
     assert compared["before"]["asked"]["rates"]["refused"]["count"] == 2
+
+
+@pytest.mark.slow
+def test_full_training_is_examined_in_the_precision_in_which_it_is_saved(recipe, monkeypatch):
+    import torch
+
+    trainers, logits, ids = [], [], torch.arange(8)[None]
+    make, evaluate = run.make_trainer, safe_trainer.evaluation.evaluate
+
+    def seen(model, *arguments, **settings):
+        with torch.no_grad():
+            logits.append(model.eval()(input_ids=ids).logits)
+        return evaluate(model, *arguments, **settings)
+
+    monkeypatch.setattr(run, "make_trainer", lambda *given: trainers.append(make(*given)) or trainers[-1])
+    monkeypatch.setattr(safe_trainer.evaluation, "evaluate", seen)
+    training = {"max_steps": 1, "learning_rate": 0.0, "bf16": True, "save_strategy": "no"}
+    asked = {"prompts": [{"path": "ask.csv", "kind": "harmful"}], "max_new_tokens": 2}
+    model = {"path": str(testbed.ALIGNED), "dtype": "float32"}
+    run_recipe(read_recipe(recipe({"evaluation": asked, "peft": None, "training": training, "model": model})))
+    after, before = logits
+    assert torch.equal(after, before), "nothing was learned, so nothing may change"
+    with torch.no_grad():
+        assert not torch.equal(trainers[0].model(input_ids=ids).logits, before), "training goes on as it was set up"
 
 
 @pytest.mark.slow

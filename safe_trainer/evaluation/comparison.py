@@ -260,7 +260,7 @@ def _capital(text: str) -> str:
 
 
 def _otherwise_asked(before: Evaluation, after: Evaluation) -> list[str]:
-    """Report another chat template or vocabulary, which may explain a change."""
+    """Report another chat template, vocabulary or precision, which may explain a change."""
     one, other = (evaluation.manifest.get("tokenizer", {}) for evaluation in (before, after))
     differences = {
         "chat_template_sha256": f"{after.name} was asked through another chat template than {before.name}, so that a "
@@ -268,7 +268,14 @@ def _otherwise_asked(before: Evaluation, after: Evaluation) -> list[str]:
         "vocabulary_sha256": f"{after.name} has another tokenizer than {before.name}: each was asked through its own, "
         "and the same `max_new_tokens` may hold answers of different length.",
     }
-    return [note for key, note in differences.items() if one.get(key) != other.get(key)]
+    notes = [note for key, note in differences.items() if one.get(key) != other.get(key)]
+    old, new = (evaluation.manifest.get("model", {}) for evaluation in (before, after))
+    precisions = {
+        "dtype": f"{after.name} was asked in {new.get('dtype')} and {before.name} in {old.get('dtype')}: a change may "
+        "come from rounding.",
+        "quantization": f"{after.name} and {before.name} are quantized differently: a change may come from that.",
+    }
+    return notes + [note for key, note in precisions.items() if len({old.get(key), new.get(key), None}) == 3]
 
 
 def _check_comparable(before: Evaluation, after: Evaluation) -> None:
@@ -279,10 +286,14 @@ def _check_comparable(before: Evaluation, after: Evaluation) -> None:
             f"`{before.name}` and `{after.name}` were not asked the same prompts (sets {names[0]} and {names[1]}). "
             "Evaluate both on the same prompt sets, in the same order."
         )
-    for part in ("decoding", "judges"):
-        values = [e.manifest.get(part) for e in (before, after)]
-        if part == "decoding":  # how prompts are batched changes no answer
-            values = [{**(value or {}), "batch_size": None} for value in values]
+    both = (before, after)
+    differences: dict[str, list[Any]] = {
+        # How prompts are batched changes no answer.
+        "decoding": [{**(e.manifest.get("decoding") or {}), "batch_size": None} for e in both],
+        "judges": [e.manifest.get("judges") for e in both],
+        "first judge": [{r.prompt_set.name: next(iter(r.verdicts), None) for r in e.results} for e in both],
+    }
+    for part, values in differences.items():
         if values[0] != values[1]:
             raise ValueError(
                 f"`{before.name}` and `{after.name}` differ in `{part}`: {values[0]} and {values[1]}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from ..data import PromptSet, thinking
 from .generate import INTERRUPTED, Answer
 from .results import SetResult
 from .state import examining
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "lm-eval:"
 _CLOSING = "</think>"  # what thoughts end with that the harness is to leave out before it looks for an answer
@@ -74,7 +77,10 @@ class Harness:
                 raise
             return self.unanswered()
         samples, versions = found["samples"], found["versions"]
-        self._asked = [_result(task, rows, versions.get(task)) for task, rows in samples.items()]
+        first = {result.prompt_set.name: result for result in self._asked}
+        self._asked = [
+            _result(task, rows, versions.get(task), first.get(f"{PREFIX}{task}")) for task, rows in samples.items()
+        ]
         return self._asked
 
     def unanswered(self) -> list[SetResult]:
@@ -89,17 +95,28 @@ class Harness:
         ]
 
 
-def _result(task: str, samples: Sequence[dict[str, Any]], version: Any) -> SetResult:
-    """Return a task's questions with the model's answers, right or wrong by each metric and filter of answers."""
+def _result(task: str, samples: Sequence[dict[str, Any]], version: Any, first: SetResult | None = None) -> SetResult:
+    """Return a task's questions with the model's answers, right or wrong by each metric and filter of answers.
+
+    Metrics are those of the `first` model that was asked: a graded one may by chance be 0 or 1 for all answers of one
+    model, and would be paired with another metric of the next.
+    """
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         by_filter.setdefault(sample["filter"], []).append(sample)
-    verdicts: dict[str, tuple[str, ...]] = {}
+    verdicts: dict[str, tuple[str | None, ...]] = {}
     for name, rows in by_filter.items():
         for metric in rows[0]["metrics"]:
-            if all(row[metric] in (0, 1) for row in rows):
-                title = metric if name == "none" else f"{metric}, {name}"
+            title = metric if name == "none" else f"{metric}, {name}"
+            graded = next((row[metric] for row in rows if row[metric] not in (0, 1)), None)
+            if graded is None and (first is None or title in first.verdicts):
                 verdicts[title] = tuple("correct" if row[metric] else "wrong" for row in rows)
+            elif first is not None and title in first.verdicts:
+                verdicts[title] = (None,) * len(rows)
+                logger.warning(
+                    "`%s` of `%s%s` is %s for a question of this model, and was 0 or 1 for all of the first: it is no "
+                    "metric of right and wrong, and counts in no rate.", title, PREFIX, task, graded,
+                )  # fmt: skip
     rows = next(iter(by_filter.values()))
     if not verdicts:
         raise ValueError(

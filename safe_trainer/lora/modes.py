@@ -135,3 +135,19 @@ def trainable_layout(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.support_avx512bf16_for_cpu = True
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Let a model that a trainer has prepared compute in its own dtype, as it will when it is loaded."""
+    # Accelerate wraps the forward pass and keeps the one before under this name. Its own `unwrap_model` takes off
+    # the decorators of transformers, too, and does not put anything back.
+    prepared = {name: vars(model)[name] for name in ("forward", "_original_forward") if name in vars(model)}
+    if len(prepared) < 2:
+        yield
+        return
+    model.forward = prepared["_original_forward"]
+    try:
+        yield
+    finally:
+        model.forward = prepared["forward"]

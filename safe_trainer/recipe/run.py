@@ -423,6 +423,7 @@ def examine(
     from ..evaluation.judges import make_judges
     from ..evaluation.prompting import tokenizer_in
     from ..lora.loading import load_weights
+    from ..lora.modes import without_autocast
     from ..lora.updates import keeps_base
 
     asked = recipe.parts.evaluation
@@ -434,7 +435,8 @@ def examine(
         return compare(trainer.model, tokenizer, prompt_sets, dict(adapters), drift=DriftFigures(), **settings)
     after = None
     if recipe.peft is None:
-        after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, **settings)
+        with without_autocast(trainer.model):  # in which the model before does not compute
+            after = evaluate(trainer.model, tokenizer, prompt_sets, name=TUNED, **settings)
     where = {"device_map": trainer.model.device, "dtype": trainer.model.dtype}
     trainer.model.cpu()
     gc.collect()  # the model before takes the place of the model after
