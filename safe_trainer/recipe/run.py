@@ -22,7 +22,7 @@ from ..data import PromptSet
 from .load import Recipe
 from .model import arguments
 from .paths import moved
-from .sources import LoadedData, count_tokens, load_data
+from .sources import LoadedData, askable, count_tokens, load_data
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -377,11 +377,13 @@ def _compare(  # noqa: PLR0913, what one run has by now
     from .model_card import publish, write_model_card
 
     output, comparison, files = recipe.parts.output, None, []
-    by_hand = _compare_command(recipe, loaded) if loaded.prompt_sets else None
-    if by_hand is not None and compare and strategy_of(trainer.accelerator, trainer.model).is_sharded:
+    by_hand, is_sharded = None, strategy_of(trainer.accelerator, trainer.model).is_sharded
+    if loaded.prompt_sets and (is_sharded or not compare):
+        with _saving(recipe):
+            by_hand = _compare_command(recipe, loaded, adapters)
+    if by_hand is not None and compare:
         callbacks.message(f"Each process holds a part of the model only, so compare it afterwards with:\n{by_hand}")
-    elif by_hand is not None and compare:
-        by_hand = None
+    elif loaded.prompt_sets and compare:
         callbacks.stage("comparing")
         comparison = examine(recipe, trainer, loaded.prompt_sets, adapters, callbacks.progress)
         with _saving(recipe):
@@ -399,12 +401,16 @@ def _compare(  # noqa: PLR0913, what one run has by now
     return replace(result, comparison=comparison, files=files, compare_command=by_hand)
 
 
-def _compare_command(recipe: Recipe, loaded: LoadedData) -> str:
-    options = ["--adapter", f"{TUNED}={recipe.parts.output}"] if recipe.peft is not None else []
-    sources = (f"{prompts.kind}={prompts.source}" for prompts in loaded.prompt_sets if prompts.source)
-    options += [part for source in dict.fromkeys(sources) for part in ("--prompts", source)]
-    judges = recipe.parts.evaluation.judges if recipe.parts.evaluation is not None else ()
-    options += [part for judge in judges for part in ("--judge", judge)]
+def _compare_command(recipe: Recipe, loaded: LoadedData, adapters: Mapping[str, str]) -> str:
+    from ..evaluation.report.content import asked_options
+
+    asked, kind = recipe.parts.evaluation, "--adapter" if recipe.peft is not None else "--tuned-model"
+    assert asked is not None  # otherwise there are no prompt sets either
+    options = [part for name, folder in adapters.items() for part in (kind, f"{name}={folder}")]
+    options += asked_options(askable(recipe, loaded.prompt_sets))
+    options += [part for judge in asked.judges for part in ("--judge", judge)]
+    options += ["--system-prompt", asked.system_prompt] if asked.system_prompt else []
+    options += ["--max-new-tokens", str(asked.max_new_tokens), "--batch-size", str(asked.batch_size)]
     model = recipe.parts.model
     named = model.path if model.revision is None else f"{model.path}@{model.revision}"
     return shlex.join(["safe-trainer", "compare", named, *options, "--output", recipe.parts.output])

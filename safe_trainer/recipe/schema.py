@@ -142,6 +142,12 @@ class PromptsPart(SourcePart):
     kind: Kind = Field(description="What should happen: harmful is refused, benign and borderline answered.")
     name: str | None = Field(None, description="Name in tables; that of the file or dataset if left out.")
 
+    def argument(self) -> str:
+        """Return the source as it is written for `--prompts` of the command line, after its kind."""
+        if self.suite is not None:
+            return f"suite:{self.suite}" + (f"={self.path}" if self.path is not None else "")
+        return self.built_in or str(self.source())
+
 
 class EvaluationPart(Part):
     """What the model is asked before and after."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import (
     DataReport,
     PromptSet,
+    ReadOptions,
     apart,
     as_rows,
     encode_rows,
@@ -93,6 +95,35 @@ def load_data(recipe: Recipe) -> LoadedData:
         notes = [*_also_trained(rows, eval_rows), *notes]
     leaks = {name: count for name, count in leaked.items() if count}
     return LoadedData(rows, eval_rows, sets + more, reports, leaks, notes)
+
+
+def askable(recipe: Recipe, sets: list[PromptSet]) -> list[PromptSet]:
+    """Return prompt sets with a source and a name by which a command line asks the same prompts.
+
+    A command has no option for how a recipe reads and names prompts, nor for one source asked twice: where it would
+    need one, the sets are written to files next to the results.
+    """
+    parts = recipe.parts.evaluation.prompts if recipe.parts.evaluation else []
+    is_plain = all(part.name is None and part.options() == ReadOptions() for part in parts)
+    if is_plain and len(parts) == len(sets):
+        return [replace(asked, source=part.argument()) for asked, part in zip(sets, parts, strict=True)]
+    folder = Path(recipe.parts.output, "prompts")
+    folder.mkdir(parents=True, exist_ok=True)
+    named = [replace(asked, name=re.sub(r"[^\w ,()-]", "_", asked.name)) for asked in sets]
+    return [replace(asked, source=str(_written(asked, folder / f"{asked.name}.jsonl"))) for asked in named]
+
+
+def _written(asked: PromptSet, path: Path) -> Path:
+    """Write a prompt set to a file that is read as the same prompts, with categories, references and earlier turns."""
+    nothing = (None,) * len(asked)
+    columns = (asked.contexts or nothing, asked.references or nothing, asked.categories or nothing)
+    rows = []
+    for prompt, context, reference, category in zip(asked.prompts, *columns, strict=True):
+        turns = [*(context or ()), {"role": "user", "content": prompt}]
+        answer = [] if reference is None else [{"role": "assistant", "content": reference}]
+        rows.append({"messages": [*turns, *answer]} | ({} if category is None else {"category": category}))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
 
 
 def _with_training_prompts(recipe: Recipe, sets: list[PromptSet]) -> tuple[list[PromptSet], list[str]]:

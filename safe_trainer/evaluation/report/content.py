@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+from ...data import PromptSet
 from ..comparison import BASELINE, Comparison
 from ..harness import PREFIX
 from ..judges import CLASSIFIER, GUARDS, PhraseJudge
@@ -189,11 +190,7 @@ def reproduction(comparison: Comparison) -> str:
     for asked in tasks:
         words += ["--task", asked.name]
     words += ["--limit", str(max(map(len, tasks)))] if tasks else []
-    for asked in (asked for asked in sets if asked not in tasks):
-        words += ["--prompts", f"{asked.kind}={asked.source or asked.name}"]
-        scorer = asked.scorer if asked.scorer != "exact" else None
-        for option, value in (("system", asked.system_prompt), ("template", asked.template), ("scorer", scorer)):
-            words += [f"--prompt-{option}", f"{asked.name}={value}"] if value else []
+    words += asked_options(asked for asked in sets if asked not in tasks)
     for judge in manifest.get("judges", ()):
         option = judge["name"] if judge["name"] in GUARDS or "model" not in judge else CLASSIFIER
         words += ["--judge", ":".join(filter(None, (option, judge.get("model"))))]
@@ -202,6 +199,17 @@ def reproduction(comparison: Comparison) -> str:
         words += ["--system-prompt", decoding["system_prompt"]]
     words += ["--max-new-tokens", str(decoding.get("max_new_tokens", "N"))]
     return shlex.join(words)
+
+
+def asked_options(sets: Iterable[PromptSet]) -> list[str]:
+    """Return the options of a command line that name prompt sets, and how each is asked."""
+    words = []
+    for asked in sets:
+        words += ["--prompts", f"{asked.kind}={asked.source or asked.name}"]
+        scorer = asked.scorer if asked.scorer != "exact" else None
+        for option, value in (("system", asked.system_prompt), ("template", asked.template), ("scorer", scorer)):
+            words += [f"--prompt-{option}", f"{asked.name}={value}"] if value else []
+    return words
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
