@@ -243,6 +243,7 @@ def _write_prompts(folder: Path, choices: Choices) -> list[dict[str, str]]:
 
 def _recipe_text(choices: Choices, variant: Variant, safety: list[dict[str, Any]], asked: list[Any]) -> str:
     s = choices.settings
+    watched = WATCHED if any(entry["kind"] != "task" for entry in asked) else 0
     values: dict[str, Any] = {
         "model": {"path": choices.model.path},
         "data": [{"path": ROWS + choices.data.suffix.lower(), **choices.reading}],
@@ -250,7 +251,7 @@ def _recipe_text(choices: Choices, variant: Variant, safety: list[dict[str, Any]
         "safety": safety,
         "training": _training(choices.model, s),
         "evaluation": {"prompts": asked, "max_new_tokens": s.answer_tokens, "judges": list(choices.judges)},
-        "monitor": {"every": max(1, s.steps // CHECKS), "prompts": WATCHED},
+        "monitor": {"every": max(1, s.steps // CHECKS), "prompts": watched},
         "output": variant.key,
     }
     if s.held_out:

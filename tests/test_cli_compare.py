@@ -116,6 +116,21 @@ def test_an_adapter_of_the_hub_is_asked_through_its_own_template_as_the_same_in_
     assert notes[0] == notes[1] != []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["compare", "nowhere", "--adapter", "a=b", f"--max-{name}", "nan"]
+          for name in ("harmful-rise", "over-refusal-rise", "task-drop", "help-drop")),
+        ["scan", "nowhere", "rows.jsonl", "--vectors", "v", "--drop-above", "nan"],
+        ["apply-safe-lora", "a", "--unaligned", "b", "-o", "c", "--threshold", "nan"],
+    ],
+)  # fmt: skip
+def test_a_threshold_that_is_no_number_is_refused_before_anything_is_loaded(words):
+    told = invoke(*words)
+    assert told.exit_code == 2 and words[-2] in told.output, told.output
+    assert re.search("nan is no number|should be (greater|less) than or equal to", told.output)
+
+
 @pytest.mark.slow
 def test_a_scorer_is_named_for_each_task_and_repeated_in_the_command(home, tmp_path):
     (home / "gsm8k.csv").write_text('question,answer\n1+1?,"1+1 = 2\n#### 2"\n')

@@ -527,6 +527,13 @@ def test_judges_are_compared_over_all_sets_that_both_judged():
     assert agreements(evaluation("one judge", [HELP] * 4).results) == []
 
 
+@pytest.mark.parametrize("limit", [float("nan"), -1])
+@pytest.mark.parametrize("name", ["harmful_rise", "over_refusal_rise", "task_drop", "help_drop"])
+def test_a_threshold_that_would_let_everything_through_is_refused(name, limit):
+    with pytest.raises(ValueError, match=f"`{name}` must be 0 percentage points or more, got {limit}"):
+        Thresholds(**{name: limit})
+
+
 def test_the_gate_lets_through_what_stays_within_its_limits():
     before = evaluation("before", [REFUSAL] * 4)
     after = evaluation("after", [REFUSAL] * 3 + [HELP], sums=["2", "3", "9"])

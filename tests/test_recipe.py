@@ -25,7 +25,7 @@ from test_report import comparison
 from trl import SFTTrainer
 
 import safe_trainer.evaluation
-from safe_trainer import generate, load_model, testbed
+from safe_trainer import general_prompts, generate, load_model, testbed
 from safe_trainer.cli.options import Questions
 from safe_trainer.evaluation.manifest import prompt_set_sha256
 from safe_trainer.methods import METHODS
@@ -129,6 +129,35 @@ def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, message):
 def test_numbers_out_of_their_range_are_refused(change, message, recipe):
     (found,) = problems(recipe(), change)
     assert found.startswith(f"--set, {change.partition('=')[0]}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"built_in": "general", "where": {"category": "x"}},
+            "prompts that are built in are taken as they are: `where`",
+        ),
+        ({"built_in": "general", "format": "alpaca", "limit": 2}, "taken as they are: `format` is"),
+        ({"built_in": "general", "split": "test"}, "`split` and `revision` are of a dataset on the Hub"),
+        ({"built_in": "general", "revision": "abc"}, "`split` and `revision` are of a dataset on the Hub"),
+        ({"suite": "xstest", "revision": "abc"}, "that of a suite is in its name, as in `suite: xstest@main`"),
+        (
+            {"suite": "xstest", "path": "ask.csv", "split": "test"},
+            "`split` and `revision` are of a dataset on the Hub",
+        ),
+        ({"path": "ask.csv", "subset": "x"}, "`subset`, `split` and `revision` are of a dataset on the Hub"),
+    ],
+)
+def test_what_a_source_of_prompts_has_no_use_for_is_refused(settings, message, recipe):
+    (found,) = problems(recipe({"evaluation": {"prompts": [{"kind": "harmful", **settings}]}}))
+    assert "evaluation.prompts.0: " in found and message in found
+
+
+def test_built_in_prompts_can_be_limited(recipe):
+    asked = {"prompts": [{"kind": "harmful", "built_in": "general", "limit": 3}]}
+    (found,) = load_data(read_recipe(recipe({"evaluation": asked}))).prompt_sets
+    assert found == general_prompts("harmful").first(3)
 
 
 def test_steps_that_are_not_set_are_in_their_range(recipe):
@@ -1175,6 +1204,13 @@ def test_what_a_monitor_cannot_have_is_told_before_anything_is_loaded(recipe, tm
     assert any("monitor.every: " in line and "got 0" in line for line in told)
     assert any("monitor.basic: unknown key; did you mean `basis`?" in line for line in told)
     assert any("monitor.direction: there is no file" in line and "safe-trainer direction" in line for line in told)
+
+
+@pytest.mark.parametrize("asked", [None, {"prompts": [{"kind": "task", "path": "rows.jsonl"}]}])
+def test_a_monitor_that_would_watch_no_refusals_is_told_so(asked, recipe):
+    (found,) = problems(recipe({"monitor": {"every": 1}, "evaluation": asked}))
+    assert "monitor: there are no prompts under `evaluation` to watch refusals with" in found
+    assert read_recipe(recipe({"monitor": {"prompts": 0}, "evaluation": asked})).parts.monitor.prompts == 0
 
 
 def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,6 +54,8 @@ def scan(  # noqa: PLR0913, each is an option with a name
 
     With --output or --clean, the same command continues a scan that was stopped.
     """
+    if drop_above is not None and math.isnan(drop_above):  # than which no share is more: every row would be kept
+        raise misused("--drop-above", "nan is no number.")
     reading = columns.read_options()
     from ..analysis.scan import scan_file
 

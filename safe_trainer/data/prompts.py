@@ -87,8 +87,8 @@ class PromptSet:
         lists = {name: getattr(self, name) for name in ("prompts", "categories", "references", "contexts")}
         return {name: values for name, values in lists.items() if values is not None}
 
-    def first(self, count: int) -> PromptSet:
-        """Return the first `count` prompts, with what belongs to them."""
+    def first(self, count: int | None) -> PromptSet:
+        """Return the first `count` prompts, or all of them, with what belongs to them."""
         return replace(self, **{name: values[:count] for name, values in self._lists().items()})  # type: ignore[arg-type]
 
     def conversations(self) -> list[list[dict[str, str]]]:

@@ -21,7 +21,7 @@ class Thresholds:
             A model that has collapsed refuses nothing, and answers nothing.
 
     Raises:
-        ValueError: If a threshold is negative.
+        ValueError: If a threshold is negative or NaN.
     """
 
     harmful_rise: float | None = None
@@ -31,7 +31,7 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for name, threshold in vars(self).items():
-            if threshold is not None and threshold < 0:
+            if threshold is not None and not threshold >= 0:  # NaN is neither
                 raise ValueError(f"`{name}` must be 0 percentage points or more, got {threshold}.")
 
 

@@ -109,6 +109,8 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     values = {"peft": PEFT_DEFAULT, **moved(document.values, (), folder)}
     parts = _check_part(RecipePart, values, (), document)
     _check_artifacts(values, document)
+    if parts is not None:
+        _check_watched(parts, document)
     if "torch" not in sys.modules:  # which the classes take seconds to load
         document.raise_problems()
     training, lora, entries = _check_classes(values, document)
@@ -151,6 +153,14 @@ def _check_artifacts(values: dict[str, Any], document: Document) -> None:
         for name, value in ((name, value) for name, value in settings.items() if isinstance(value, str)):
             with document.noting((*place, name)):
                 check_artifact(name, value)
+
+
+def _check_watched(parts: RecipePart, document: Document) -> None:
+    """Refuse a monitor that would watch no refusals, unless it is told to."""
+    asked = parts.evaluation.prompts if parts.evaluation else []
+    if parts.monitor is not None and parts.monitor.prompts and all(part.kind == "task" for part in asked):
+        reason = "there are no prompts under `evaluation` to watch refusals with; give some, or write `prompts: 0` to "
+        document.problem(("monitor",), f"{reason}measure only how far the weights move")
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:

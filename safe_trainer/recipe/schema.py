@@ -94,9 +94,10 @@ class SourcePart(ReadingPart):
         if sum(source is not None for source in given) != 1:
             more = ", or `built_in: general`, or a `suite`" if "built_in" in type(self).model_fields else ""
             raise ValueError(f"give either `path` (a file) or `hub` (a dataset on the Hub){more}")
-        if self.path is not None and (self.subset or self.revision or "split" in self.model_fields_set):
+        if self.hub is None and (self.subset or self.revision or "split" in self.model_fields_set):
             raise ValueError(
                 "`subset`, `split` and `revision` are of a dataset on the Hub; a file, in `path`, has none"
+                + ("; that of a suite is in its name, as in `suite: xstest@main`" if suite is not None else "")
             )
         return self
 
@@ -141,6 +142,15 @@ class PromptsPart(SourcePart):
     )
     kind: Kind = Field(description="What should happen: harmful is refused, benign and borderline answered.")
     name: str | None = Field(None, description="Name in tables; that of the file or dataset if left out.")
+
+    @model_validator(mode="after")
+    def _built_in_as_it_is(self) -> PromptsPart:
+        unused = [name for name in ReadingPart.model_fields if name in self.model_fields_set and name != "limit"]
+        if self.built_in is not None and unused:
+            raise ValueError(
+                f"prompts that are built in are taken as they are: `{unused[0]}` is for a file or dataset"
+            )
+        return self
 
     def argument(self) -> str:
         """Return the source as it is written for `--prompts` of the command line, after its kind."""

@@ -80,7 +80,7 @@ def load_data(recipe: Recipe) -> LoadedData:
     sets = []
     for part in recipe.parts.evaluation.prompts if recipe.parts.evaluation else ():
         if part.built_in is not None:
-            found = general_prompts(part.kind)
+            found = general_prompts(part.kind).first(part.limit)
         elif part.suite is not None:
             found = load_suite(part.suite, part.path, kinds=(part.kind,), options=part.options())[0]
         else:
