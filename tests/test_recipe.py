@@ -141,7 +141,7 @@ def test_numbers_out_of_their_range_are_refused(change, message, recipe):
         ({"built_in": "general", "format": "alpaca", "limit": 2}, "taken as they are: `format` is"),
         ({"built_in": "general", "split": "test"}, "`split` and `revision` are of a dataset on the Hub"),
         ({"built_in": "general", "revision": "abc"}, "`split` and `revision` are of a dataset on the Hub"),
-        ({"suite": "xstest", "revision": "abc"}, "that of a suite is in its name, as in `suite: xstest@main`"),
+        ({"suite": "xstest", "revision": "abc"}, "a suite's revision is in its name, as in `suite: xstest@main`"),
         (
             {"suite": "xstest", "path": "ask.csv", "split": "test"},
             "`split` and `revision` are of a dataset on the Hub",

@@ -95,10 +95,10 @@ class SourcePart(ReadingPart):
             more = ", or `built_in: general`, or a `suite`" if "built_in" in type(self).model_fields else ""
             raise ValueError(f"give either `path` (a file) or `hub` (a dataset on the Hub){more}")
         if self.hub is None and (self.subset or self.revision or "split" in self.model_fields_set):
-            raise ValueError(
-                "`subset`, `split` and `revision` are of a dataset on the Hub; a file, in `path`, has none"
-                + ("; that of a suite is in its name, as in `suite: xstest@main`" if suite is not None else "")
-            )
+            without = "a file, in `path`, has none, nor have prompts that are built in"
+            if suite is not None:
+                without = "a suite's revision is in its name, as in `suite: xstest@main`"
+            raise ValueError(f"`subset`, `split` and `revision` are of a dataset on the Hub; {without}")
         return self
 
     def source(self) -> str | HubDataset:
