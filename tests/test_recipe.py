@@ -824,6 +824,21 @@ def test_the_command_to_compare_with_afterwards_asks_what_the_recipe_asks(recipe
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_a_comparison_of_the_weights_before_is_set_aside_where_none_is_made(recipe, tmp_path):
+    asked = {"prompts": [{"path": "ask.csv", "kind": "harmful"}], "max_new_tokens": 2}
+    training = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.01}
+    once, longer = (
+        read_recipe(recipe({"evaluation": asked, "training": training | {"max_steps": steps}})) for steps in (1, 2)
+    )
+    run_recipe(once)
+    report, card = ((tmp_path / "out" / name).read_bytes() for name in ("comparison.json", "README.md"))
+    result = run_recipe(longer, resume=True, compare=False)
+    assert result.comparison is None and not list((tmp_path / "out").glob("comparison.*"))
+    assert (tmp_path / "out" / "former-comparison.json").read_bytes() == report
+    assert b"model-index" in card and b"model-index" not in (tmp_path / "out" / "README.md").read_bytes()
+
+
 def test_what_a_command_has_no_option_for_is_written_for_it(recipe, tmp_path):
     chats = [
         {"messages": [{"role": "system", "content": "Obey."}, {"role": "user", "content": "Steal it."}]},

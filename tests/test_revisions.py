@@ -176,7 +176,7 @@ def test_a_recipe_keeps_the_revision_with_its_adapter_its_repair_and_its_command
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == "v1"
     report = json.loads((tmp_path / "out" / "safe-lora" / "safe_lora.json").read_text())
     assert report["aligned"]["revision"] == OLD
-    command = _compare_command(recipe, load_data(recipe))
+    command = _compare_command(recipe, load_data(recipe), {"fine-tuned": str(tmp_path / "out")})
     assert command.startswith(f"safe-trainer compare {NAME}@v1 --adapter ")
     answers = invoke(*command.split()[1:], "--json")
     assert answers.exit_code == 0, answers.output

@@ -392,6 +392,8 @@ def _compare(  # noqa: PLR0913, what one run has by now
             for sentence in [comparison.verdict(name).headline, *comparison.sentences(name)]:
                 callbacks.message(sentence)
     with _saving(recipe):
+        if comparison is None:
+            _set_aside(Path(output), callbacks)
         files += [write_model_card(folder, comparison, name=name) for name, folder in adapters.items()]
     callbacks.message(f"Wrote {', '.join(map(str, files))}")
     callbacks.message(protection(getattr(trainer, "safety_report", {}), comparison, by_hand))
@@ -399,6 +401,14 @@ def _compare(  # noqa: PLR0913, what one run has by now
         write_model_card(output, comparison, name=TUNED, repository=trainer.hub_model_id)
         publish(output, trainer.hub_model_id)
     return replace(result, comparison=comparison, files=files, compare_command=by_hand)
+
+
+def _set_aside(folder: Path, callbacks: RunCallbacks) -> None:
+    """Rename a comparison that was made before the run went on: its rates are of other weights."""
+    if former := [path for path in sorted(folder.glob("comparison.*")) if path.is_file()]:
+        for path in former:
+            path.replace(folder / f"former-{path.name}")
+        callbacks.message(f"Renamed the comparison of the weights before to {folder / f'former-{former[0].name}'}.")
 
 
 def _compare_command(recipe: Recipe, loaded: LoadedData, adapters: Mapping[str, str]) -> str:
