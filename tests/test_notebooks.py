@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import runpy
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,26 @@ NAMES = [path.stem for path in BUILD.sources()]
 ROOMS = {f"safe_trainer.{room}" for room in ("analysis.drift", "analysis.scan", "data", "evaluation", "methods.base")}
 
 
+@pytest.fixture
+def shortly(monkeypatch):
+    """Train for three steps and fit for one pass, whatever a source says: what they come to is in the notebooks."""
+    from trl import SFTConfig
+
+    from safe_trainer.artifacts.fitting import Fitting
+
+    prepare = SFTConfig.__post_init__
+
+    def prepare_for_three_steps(self):
+        prepare(self)
+        self.max_steps = 3
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", prepare_for_three_steps)
+    monkeypatch.setattr(Fitting, "__init__", partialmethod(Fitting.__init__, max_passes=1))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("shortly")
 def test_each_source_runs_on_the_embedded_pair(name, tmp_path, monkeypatch):
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
