@@ -146,6 +146,8 @@ def test_the_demo_runs_on_a_real_model_with_what_it_brings(tmp_path: Path, monke
     monkeypatch.setattr(demo.real, "prepare", lambda: (testbed.UNALIGNED, testbed.ALIGNED))
     monkeypatch.setattr(demo.real, "SCENARIO", replace(demo.real.SCENARIO, steps=2))
     monkeypatch.setattr(demo.real, "dtype", lambda: "float32")
+    subject = demo._subject
+    monkeypatch.setattr(demo, "_subject", lambda *given: replace(subject(*given), max_new_tokens=2))
     console = Console(width=100, record=True, file=(tmp_path / "log").open("w"))
     (outcome,) = run_demo(tmp_path / "demo", methods=["refusal_anchor"], console=console, model="real")
     comparison = outcome.comparisons[0]
