@@ -218,7 +218,9 @@ def check_no_preference(columns: Columns) -> None:
 def _check_learned(columns: Columns) -> None:
     """Refuse a row that is marked as one not to learn, as KTO's rows and tables with a flag or a weight do it."""
     for name in _ROW_LEARNED:
-        text = str(columns.get(name)).strip().lower()
+        if columns.get(name) is None:
+            continue
+        text = str(columns[name]).strip().lower()
         if text == "false" if name == "label" else FLAGS.get(text) is False or text.startswith("["):
             wanted = {name: 1 if text[0] == "0" else True}
             hint = (

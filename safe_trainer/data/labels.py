@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 _LABELS = {  # what is said of an answer, and whether that is safe
@@ -94,17 +95,20 @@ def _label(name: str, value: Any) -> bool | None:
         return not any(flags) if flags and all(isinstance(flag, bool) for flag in flags) else None
     if not isinstance(value, str | bool | int | float):
         return None
-    subject = _subject(name)
+    subject, asks = _subject(name), _asks(name)
+    if not (asks or subject in _LABELS):
+        return None
     text = str(value).strip().lower()
     flag, words = FLAGS.get(text), re.findall(r"\bnon(?=[a-z]{4})|[a-z]+", text)
     if flag is not None and subject in _LABELS:
         return flag == _LABELS[subject]
     said = {_LABELS[word] for word in words if word in _LABELS}
-    if not _asks(name) or len(said) != 1 or len(words) > 3:
+    if not asks or len(said) != 1 or len(words) > 3:
         return None
     return said.pop() != bool({"not", "no", "non", "un"} & {*words})
 
 
+@lru_cache(maxsize=1024)  # of each column for every row
 def _subject(name: str) -> str:
     """Return the one word that a column's name is about, or an empty text."""
     parts = re.split(r"[^a-z]+", name)
@@ -113,6 +117,7 @@ def _subject(name: str) -> str:
     return subjects[0].removeprefix("is") if len(subjects) == 1 else ""
 
 
+@lru_cache(maxsize=1024)
 def _asks(name: str) -> bool:
     """Return whether a column's name asks for words such as "safe"."""
     subject = _subject(name)
