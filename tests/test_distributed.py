@@ -29,7 +29,7 @@ import torch
 from launch import ADAM, CLIPPED, NF4, RESUMED, SAVED, SHIPPED, STEPS
 from marks import exhaustive_but
 from peft import PeftModel
-from processes import on_two_processes
+from processes import PROCESSES, on_two_processes, python
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -447,31 +447,26 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint_of_one_step_in_all_processes
     assert sorted(path.name for path in Path(last).glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
-def on_two_machines(folder: Path, *options: str) -> list[subprocess.CompletedProcess[str]]:
-    """Launch the recipe once from each of two folders that hold the same, as on machines without a common disk."""
+def on_two_machines(folder: Path, *options: str) -> list[tuple[int, str]]:
+    """Carry out the recipe in each of two folders that hold the same, as on machines without a common disk.
+
+    Processes get what a launcher leaves to each machine's; returned are their exit status and what they say.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in (0, 1):
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "2", "--num_processes", "2"]
-        launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), "--machine_rank", str(rank)]
-        launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
-        started.append(
-            subprocess.Popen(
-                [*launcher, "-m", "safe_trainer.cli", "train", "recipe.yaml", *options],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                cwd=folder / f"machine-{rank}",
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    ended = []
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    shared |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    command = ["-m", "safe_trainer.cli", "train", "recipe.yaml", *options]
+    places = [folder / f"machine-{rank}" for rank in (0, 1)]
+    started = [
+        PROCESSES.Process(target=python, args=(command, place / "log", place), kwargs=shared | {"RANK": str(rank)})
+        for rank, place in enumerate(places)
+    ]
     for process in started:
-        output, errors = process.communicate(timeout=300)
-        ended.append(subprocess.CompletedProcess([], process.returncode, output, errors))
-    return ended
+        process.start()
+    for process in started:
+        process.join(300)
+    return [(process.exitcode, (place / "log").read_text()) for process, place in zip(started, places, strict=True)]
 
 
 MACHINES = """
@@ -493,20 +488,20 @@ def test_two_machines_without_a_common_disk_train_together_and_are_told_what_res
         tiny.save_pair(folder)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(16)))
         (folder / "recipe.yaml").write_text(MACHINES)
-    for result in on_two_machines(tmp_path):
-        assert result.returncode == 0, result.stderr[-4000:]
+    for status, said in on_two_machines(tmp_path):
+        assert status == 0, said[-4000:]
     first, second = (tmp_path / f"machine-{rank}" / "out" for rank in (0, 1))
     assert (first / "adapter_model.safetensors").exists() and not (second / "adapter_model.safetensors").exists()
     for folder in (first, second):
         shutil.rmtree(folder / "checkpoint-2")
-    for result in on_two_machines(tmp_path, "--resume"):
-        assert result.returncode == 1
-        assert "Process 1 does not find" in result.stderr and "on a disk that they share" in result.stderr
+    for status, said in on_two_machines(tmp_path, "--resume"):
+        assert status == 1
+        assert "Process 1 does not find" in said and "on a disk that they share" in said
     shutil.copytree(first / "checkpoint-1", second / "checkpoint-1", dirs_exist_ok=True)
     shutil.copytree(second / "checkpoint-1", first / "checkpoint-1", dirs_exist_ok=True)
     before = load_file(first / "adapter_model.safetensors")
-    for result in on_two_machines(tmp_path, "--resume"):
-        assert result.returncode == 0, result.stderr[-4000:]
+    for status, said in on_two_machines(tmp_path, "--resume"):
+        assert status == 0, said[-4000:]
     after = load_file(first / "adapter_model.safetensors")
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
 
