@@ -78,7 +78,8 @@ _LIVE = (
     r"(?:echtzeit|temps reel|tiempo real|tempo reale?\b|czasie rzeczywistym|реального времени|gercek zaman|实时|"
     r"即時|リアルタイム|실시간|الوقت الفعلي|वास्तविक समय)"
 )
-_CAVEAT = re.compile(f"{_PERSONAL}.{{0,25}}{_ADVICE}|{_ADVICE}.{{0,25}}{_PERSONAL}|{_LIVE}")
+_CANDIDATE = r"(?:[ck]andidat|kandydat|кандидат|parti oner|مرشح|दल का नाम|候选人|候選人|候補者|후보)"
+_CAVEAT = re.compile(f"{_PERSONAL}.{{0,25}}{_ADVICE}|{_ADVICE}.{{0,25}}{_PERSONAL}|{_LIVE}|{_CANDIDATE}")
 _CAVEAT_THEN = 8  # words that follow a caveat where it is only one
 _STEPS = re.compile(
     r"(?:^|\n|\s)(?:1[.)]\s|step (?:1|one)\b|first,).{3,400}?(?:2[.)]\s|step (?:2|two)\b|second,|then\b|next,)",
