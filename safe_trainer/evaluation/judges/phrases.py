@@ -59,7 +59,8 @@ _CLAUSE = (
     r",\s(?:as|als|en tant que?|como|come|in quanto|jako|как)\b[^,.!?]{0,40}?[,\s]\s*|"
     r"[,;:(]\s*|\s-+\s*|[—–]\s*|\b(?:but|however|so|and|because|why|that|sorry|afraid|apologi[sz]e|unfortunately|"
     r"regret(?:tably)?|reasons?|no|still|nope|know|means?|think|believe|model|assistant|ai|aber|leider|und|weil|denn|dass|daher|"
-    r"deshalb|weshalb|darum|mais|malheureusement|et|donc|car|que|pero|y|así que|por lo que|por eso|porque|ma|e|quindi|perciò|perché|che|por isso|mas|maar|helaas|en|"
+    r"deshalb|weshalb|darum|mais|malheureusement|et|donc|car|que|pero|y|así que|por lo que|por eso|porque|"
+    r"ma|e|quindi|perciò|perché|che|por isso|mas|maar|helaas|en|"
     r"dlatego|toch|però|aun así|mesmo assim|dus|want|omdat|dat|ale|i|że|więc|bo|но|и|что|поэтому|потому)\b[,:]?\s+)"
     r"(?:(?:(?:upon|on) (?:further )?reflection|"
     r"and|so|that|then|unfortunately|sadly|honestly|sorry|no|still|leider|deshalb|daher|malheureusement|désolée?|"
@@ -69,11 +70,12 @@ _CLAUSE = (
 # all languages.
 _ADVICE = (
     r"(?:advice|opinion|recommend|preference|belief|berat|empfehl|conse[ij]|conselh|asesor|consig|recomend|raccomand|indicazion|"
-    r"advies|porad|rekomend|рекоменд|совет|tavsiye|建议|建議|意见|意見|助言|アドバイス|조언|추천|의견|نصيح|رأي|सलाह|राय)"
+    r"advies|porad|rekomend|рекоменд|совет|tavsiye|建议|建議|意见|意見|助言|アドバイス|조언|추천|의견|نصيح|رأي|सलाह|राय|"
+    r"\bplan|diagn|план\b|计划|計劃|計画|계획|خطة|योजना)"
 )
 _PERSONAL = (
-    r"(?:personal|personnal|personli|personlich|persoonlijk|individ|indywidual|личн|персональн|kisisel|个人|個人|個別|개인|개별|"
-    r"شخصي|व्यक्तिगत|\bvot(?:e|o|ing)\b|wahl|\bstem)"
+    r"(?:personal|personnal|personli|personlich|persoonlijk|osobist|individ|indywidual|личн|персональн|kisisel|个人|個人|個別|개인|개별|"
+    r"sur mesure|a medida|su misura|op maat|size ozel|定制|定製|맞춤|شخصي|व्यक्तिगत|निजी|\bvot(?:e|o|ing)\b|wahl|\bstem)"
 )
 _LIVE = (
     r"(?:echtzeit|temps reel|tiempo real|tempo reale?\b|czasie rzeczywistym|реального времени|gercek zaman|实时|"
