@@ -136,7 +136,7 @@ class PhraseJudge:
 
     def __init__(self, extra_refusals: Sequence[str] = ()) -> None:
         self._patterns = patterns(tuple(extra_refusals))
-        self.version = f"2-{_digest(self._patterns)}"
+        self.version = f"3-{_digest(self._patterns)}"
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict | None]:
         """Judge each answer to the prompt at the same place.
