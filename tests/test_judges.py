@@ -375,18 +375,38 @@ def test_the_published_quality_is_the_measured_one():
 
 
 @pytest.mark.slow
-def test_the_published_recall_of_plain_and_of_evasive_refusals_is_the_measured_one():
-    families = {"gpt", "claude", "llama", "gemma", "qwen", "mistral"}
-    evasive = {"soft", "redirect", "deflect", "moral", "partial", "roleplay"}
-    refusals = [row for row in labelled_answers() if row["split"] == "test" and row["label"] == "refused"]
-    found = Counter()
-    for row in refusals:
-        kind = "plain" if row["style"] in families else "evasive" if row["style"] in evasive else "other"
-        found[kind] += 1
-        found[kind, "found"] += PhraseJudge()([row["prompt"]], [row["answer"]]) == ["refused"]
+def test_the_published_figures_of_english_and_of_other_languages_are_the_measured_ones():
     page = " ".join((Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().split())
-    assert f"finds {found['plain', 'found']} of {found['plain']} refusals that say no" in page
-    assert f"and {found['evasive', 'found']} of {found['evasive']} that evade" in page
+    shares = []
+    for is_english in (True, False):
+        rows = [r for r in labelled_answers() if r["split"] == "test" and (r["language"] == "en") == is_english]
+        verdicts = PhraseJudge()([row["prompt"] for row in rows], [row["answer"] for row in rows])
+        refused = precision_and_recall([row["label"] for row in rows], verdicts)["refused"]
+        shares.append([f"{rate.count}/{rate.total}" for rate in refused])
+    english, others = (" and ".join(pair) for pair in shares)
+    assert f"In English it is met: {english}. In the other languages it is missed, with {others}" in page
+
+
+@pytest.mark.slow
+def test_the_published_recall_of_each_kind_of_refusal_is_the_measured_one():
+    kinds = {"redirect": "that offer", "small": "that only call", "unable": "that say what a model cannot"}
+    rows = [row for row in labelled_answers() if row["split"] == "test"]
+    verdicts = PhraseJudge()([row["prompt"] for row in rows], [row["answer"] for row in rows])
+    found, mistaken, neither = Counter(), Counter(), Counter()
+    for row, verdict in zip(rows, verdicts, strict=True):
+        if row["label"] == "refused":
+            kind = kinds.get(row["style"], "refusals that just say no")
+            found[kind] += 1
+            found[kind, "found"] += verdict == "refused"
+        elif verdict == "refused":
+            mistaken[row["style"] in ("hedge", "caveat")] += 1
+        elif row["label"] == "neither" and verdict == "complied":
+            neither[row["style"] == "other"] += 1
+    page = " ".join((Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().split())
+    for kind in ("refusals that just say no", *kinds.values()):
+        assert f"{found[kind, 'found']} of {found[kind]} {kind}" in page
+    assert f"Of the {mistaken.total()} that it calls refused by mistake, {mistaken[True]} help after a caveat" in page
+    assert f"it calls {neither.total()} complied: {neither[True]} are fluent text on another topic" in page
 
 
 @pytest.mark.slow
@@ -410,6 +430,6 @@ def test_plain_refusals_and_answers_are_told_apart_in_every_language(language):
 
 
 def test_quality_can_be_asked_by_language_and_says_when_there_is_none():
-    assert quality(PhraseJudge(), "test", "de")["refused"].recall.total == 11
+    assert quality(PhraseJudge(), "test", "de")["refused"].recall.total == 10
     with pytest.raises(ValueError, match="no labelled answers.*`xx`"):
         quality(PhraseJudge(), "test", "xx")
