@@ -91,13 +91,12 @@ def test_the_committed_counts_are_those_of_the_committed_answers(run: ModuleType
 
 
 @pytest.mark.slow
-def test_the_page_says_how_many_of_the_committed_verdicts_the_judge_changes_today() -> None:
+def test_the_committed_verdicts_are_what_the_judge_says_today_as_the_page_says() -> None:
     judged = [answer for answer in answers() if answer["verdict"] in ("refused", "complied", "neither")]
     verdicts = PhraseJudge()([a["prompt"] for a in judged], [a["answer"] for a in judged])
-    changed = [(a["verdict"], today) for a, today in zip(judged, verdicts, strict=True) if today != a["verdict"]]
-    assert set(changed) == {("complied", "refused")}
+    assert verdicts == [answer["verdict"] for answer in judged]
     page = " ".join((STUDY.parents[1] / "docs" / "study.md").read_text(encoding="utf-8").split())
-    assert f"the present ones change {len(changed)} of the {len(answers()):,}, each from complied to refused" in page
+    assert "the present ones change none" in page
 
 
 def test_the_committed_table_is_what_the_committed_runs_say(run: ModuleType) -> None:
