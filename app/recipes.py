@@ -159,6 +159,8 @@ def safety_of(
     entry: dict[str, Any] = {"method": key}
     if key == RECOMMENDED:
         entry["harmful_data"] = _MARKS["harmful_data"]
+        protected = {"prompts": "harmful_prompts", "benign_prompts": "benign_prompts"}  # it does well without
+        entry |= {name: _MARKS[own] for name, own in protected.items() if own in (files or {})}
     else:
         made: Any = cards()[key].example(materials())
         for one in dataclasses.fields(made):

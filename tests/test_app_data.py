@@ -275,6 +275,28 @@ def test_another_model_is_protected_and_judged_with_the_user_s_rows_and_general_
         assert len(prompts) == 6 and set(prompts) <= set(general_prompts(kind).prompts)
 
 
+def test_own_prompts_to_protect_reach_the_recommended_methods(tmp_path):
+    data = given(tmp_path, row() * 3)
+    for model in (EMBEDDED, Model("owner/model", "owner/model")):
+        for uploaded in ((), ("harmful_prompts",), ("harmful_prompts", "benign_prompts")):
+            paths = {name: given(tmp_path, row(f"{name}?"), f"{name}.jsonl") for name in uploaded}
+            own = {name: OwnFile(path, name, name, 1) for name, path in paths.items()}
+            order = Choices(model, data, ["recommended"], Settings(steps=2, prompts=6), files=own)
+            write_order(job := tmp_path / f"{model.key}-{len(own)}".replace("/", "-"), order)
+            [entry] = yaml.safe_load((job / "recommended.yaml").read_text())["safety"]
+            prompts = {name: f"./{name}.jsonl" for name in uploaded}
+            assert entry.get("prompts") == prompts.get("harmful_prompts")
+            assert entry.get("benign_prompts") == prompts.get("benign_prompts")
+            assert ("harmful_data" in entry) is model.embedded  # whose own rows suit it better than general ones
+            assert {path.stem for path in job.glob("*_prompts.jsonl")} == set(uploaded)
+            assert all((job / path).read_bytes() == own[name].path.read_bytes() for name, path in prompts.items())
+    checked = recipe.read_recipe(tmp_path / "embedded-2" / "recommended.yaml")
+    anchor = next(method for method in checked.safety if method.name == "Refusal anchor")
+    assert (anchor.prompts, anchor.benign_prompts) == tuple(
+        str(tmp_path / "embedded-2" / f"{name}.jsonl") for name in ("harmful_prompts", "benign_prompts")
+    )
+
+
 def asked_in(folder):
     """The prompts of a job's comparison, by the name of their set."""
     entries = yaml.safe_load(next(folder.glob("*.yaml")).read_text())["evaluation"]["prompts"]
