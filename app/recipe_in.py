@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from . import texts
-from .recipes import GUARD, JUDGES, PLAIN, RECOMMENDED, cards
+from .recipes import AT_A_TIME, GUARD, JUDGES, PLAIN, RECOMMENDED, cards
 
 _FORM = {
     "training.max_steps": "steps",
@@ -114,11 +114,16 @@ def _held_out(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batch(found: dict[str, Any]) -> dict[str, Any]:
-    places = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
-    if places[0] not in found or not all(isinstance(found.get(place, 1), int) for place in places):
+    """Return the size of a batch; how many of its rows are in memory at a time stays to be kept."""
+    size, steps = found.get(AT_A_TIME), found.get("training.gradient_accumulation_steps", 1)
+    if not _is_count(size) or not _is_count(steps):
         return {}
-    size, steps = (found.pop(place, 1) for place in places)
+    found.pop("training.gradient_accumulation_steps", None)
     return {"batch_size": size * steps}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _methods(values: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +162,8 @@ def _asking(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_kept(place: str, value: Any) -> bool:
+    if place == AT_A_TIME:
+        return _is_count(value)
     part, _, name = place.partition(".")
     words = value if isinstance(value, list) else [value]
     if not all(

@@ -35,6 +35,8 @@ _MATERIALS = tuple(texts.MATERIALS)
 _MARKS = {name: f"./{name}.jsonl" for name in _MATERIALS}
 _UNALIGNED, _ALIGNED = "<unaligned>", "<aligned>"
 _SETTING = (str, bool, int, float)
+AT_A_TIME = "training.per_device_train_batch_size"
+"""Where a recipe says how many rows of a batch are in memory at a time."""
 
 
 @cache
@@ -251,7 +253,7 @@ def _recipe_text(choices: Choices, variant: Variant, safety: list[dict[str, Any]
         "data": [{"path": ROWS + choices.data.suffix.lower(), **choices.reading}],
         "peft": {"r": s.lora_rank, "lora_alpha": 2 * s.lora_rank, "target_modules": "all-linear"},
         "safety": safety,
-        "training": _training(choices.model, s),
+        "training": _training(choices.model, s, choices.kept.get(AT_A_TIME)),
         "evaluation": {"prompts": asked, "max_new_tokens": s.answer_tokens, "judges": list(choices.judges)},
         "monitor": {"every": max(1, s.steps // CHECKS), "prompts": watched},
         "output": variant.key,
@@ -270,6 +272,8 @@ def _put(values: dict[str, Any], kept: Mapping[str, Any]) -> None:
     """Put in what was kept of the user's own recipe, by its places there."""
     for place, value in kept.items():
         part, _, name = place.partition(".")
+        if place == AT_A_TIME:
+            continue  # it is in `training` already, as far as it fits the form's batch size
         if part == "safety":
             method, _, name = name.partition(".")
             for entry in values["safety"]:
@@ -280,15 +284,16 @@ def _put(values: dict[str, Any], kept: Mapping[str, Any]) -> None:
             values[part] = value
 
 
-def _training(model: Model, s: Settings) -> dict[str, Any]:
+def _training(model: Model, s: Settings, most: int | None) -> dict[str, Any]:
+    """Return `training` of a recipe; a batch is split evenly, with at most so many rows at a time as a recipe says."""
     shared = {"max_steps": s.steps, "learning_rate": s.learning_rate, "max_length": s.max_length, "seed": s.seed}
+    most = min(s.batch_size, most or (s.batch_size if model.embedded else 4))
+    size = next(rows for rows in range(most, 0, -1) if s.batch_size % rows == 0)
+    shared |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": s.batch_size // size}
     if model.embedded:
-        batch = {"per_device_train_batch_size": s.batch_size, "gradient_checkpointing": False}
-        return shared | batch | {"logging_steps": 5, "save_strategy": "no"}
-    size = min(4, s.batch_size)
-    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, s.batch_size // size)}
+        return shared | {"gradient_checkpointing": False, "logging_steps": 5, "save_strategy": "no"}
     saving = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 1}
-    return shared | batch | {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5} | saving
+    return shared | {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5} | saving
 
 
 def differences(first: Path, second: Path) -> list[list[str]]:

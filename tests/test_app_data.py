@@ -230,6 +230,40 @@ def test_recipes_of_other_models_save_checkpoints_and_keep_the_batch(tmp_path):
     assert values["safety"][0]["unaligned_model"] == "owner/base"
 
 
+@pytest.mark.parametrize("model", [EMBEDDED, Model("owner/model", "owner/model")], ids=lambda model: model.key)
+def test_the_batch_that_the_form_shows_is_the_one_that_is_trained(tmp_path, model):
+    for shown in (1, 2, 3, 4, 6, 7, 9, 10, 16, 251, 256):
+        training = training_of(tmp_path, model, batch_size=shown)
+        size = training["per_device_train_batch_size"]
+        assert size * training.get("gradient_accumulation_steps", 1) == shown
+        assert size == (shown if model.embedded else max(n for n in (1, 2, 3, 4) if shown % n == 0))
+
+
+def test_a_recipe_s_rows_at_a_time_are_kept_and_its_batch_can_be_changed(tmp_path):
+    model = Model("owner/model", "owner/model")
+    for size, steps in ((2, 8), (16, 1), (7, 1), (1, 6)):
+        text = f"training: {{per_device_train_batch_size: {size}, gradient_accumulation_steps: {steps}}}"
+        found = read_settings(text, "mine.yaml")
+        assert (found.form["batch_size"], found.left) == (size * steps, ())
+        assert found.kept == {"training.per_device_train_batch_size": size}
+        training = training_of(tmp_path, model, found.kept, batch_size=size * steps)
+        assert training["per_device_train_batch_size"] == size
+        assert training["gradient_accumulation_steps"] == steps
+    found = read_settings("training: {per_device_train_batch_size: 6}", "mine.yaml")
+    training = training_of(tmp_path, model, found.kept, batch_size=8)  # entered afterwards: at most 6 at a time
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (4, 2)
+    for size in (0, -1, 2.5, True, "auto_size"):
+        found = read_settings(f"training: {{per_device_train_batch_size: {size}}}", "mine.yaml")
+        assert "batch_size" not in found.form and not found.kept and found.left == (f"{recipes.AT_A_TIME}: {size}",)
+
+
+def training_of(folder, model, kept=None, **settings):
+    """The `training` of a recipe for plain LoRA."""
+    shutil.rmtree(folder / "job", ignore_errors=True)
+    [variant] = write_order(folder / "job", replace(choices(folder, ["plain"], model, **settings), kept=kept or {}))
+    return yaml.safe_load((folder / "job" / variant.recipe).read_text())["training"]
+
+
 def test_a_protection_that_lacks_its_checkpoint_is_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match="AsFT needs the checkpoint before alignment"):
         write_order(tmp_path / "job", choices(tmp_path, ["asft"], Model("owner/model", "owner/model")))
