@@ -297,14 +297,13 @@ class Services:
             vectors = place / f"vectors-{session.model.key.replace('/', '--')}"
             folder = session.new_folder("scan")
             job = scan_job(folder, found.path, found.reading, session.model, vectors, session.files)
-            job.name = found.name
             return self._submit(session, job)
 
     def leave_out(self, session: Session) -> Iterator[None]:
-        """Go on with the rows that the newest scan did not find suspicious."""
-        job, found = session.job("scan"), session.inspection
+        """Go on with those of the rows in use that the newest scan did not find suspicious."""
+        job, found = session.scan, session.inspection
         ranking = job.ranking() if job is not None else None
-        if job is None or ranking is None or found is None or job.name != found.name:
+        if job is None or ranking is None or found is None:
             raise ValueError(texts.NO_DATA)
         path = session.new_folder("data") / CLEANED
         shutil.copyfile(job.folder / CLEANED, path)

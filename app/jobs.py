@@ -71,6 +71,8 @@ class Job:
     draft: Job | None = None
     """What was checked, and is trained here."""
     plan: recipe.Plan | None = None
+    scanned: tuple[Path, Mapping[str, Any]] | None = None
+    """The file of rows that a scan ranks, and how it is read."""
     progress: Progress = field(default_factory=Progress)
     verdicts: dict[str, str] | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -215,7 +217,7 @@ def scan_job(
     if "harmful_data" not in files and not model.embedded:
         raise ValueError(texts.SCAN_NEEDS)
     write_material(folder, "harmful_data", files)
-    job = Job(folder, model, "scan")
+    job = Job(folder, model, "scan", scanned=(rows, reading))
     more = {"rows": str(rows), "reading": dict(reading), "vectors": str(vectors)}
     job.save(**more, max_length=1024, limit=1_000_000)
     return job

@@ -79,6 +79,12 @@ class Session:
         """Return its newest job of a kind."""
         return next((job for job in reversed(self.jobs) if job.kind == kind), None)
 
+    @property
+    def scan(self) -> Job | None:
+        """Its newest scan, if that was of the rows in use; a file of the same name may hold others."""
+        job, found = self.job("scan"), self.inspection
+        return job if job and found and job.scanned == (found.path, found.reading) else None
+
     def job_called(self, name: str | None) -> Job | None:
         """Return its job of this ID, what was checked last too; never that of another session."""
         known = [*self.jobs, self.draft] if self.draft is not None else self.jobs

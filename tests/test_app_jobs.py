@@ -11,9 +11,10 @@ import pytest
 
 from app import jobs
 from app.actions import Services
+from app.inspection import Inspection
 from app.jobs import Job, JobQueue, train_job
 from app.materials import OwnFile, take
-from app.progress import JOB, PROGRESS, Progress
+from app.progress import CLEANED, JOB, PROGRESS, SCAN, Progress
 from app.recipe_in import read_settings
 from app.recipes import Choices, Settings, Variant
 from app.sessions import Sessions
@@ -258,6 +259,51 @@ def test_what_was_chosen_is_found_again_by_the_next_server(tmp_path):
     assert later.draft is None and not list(later.folder.glob("draft-*"))  # what was checked is checked again
     (later.folder / "chosen.json").write_text("{broken")
     assert Sessions(tmp_path).get(cookie).inspection is None
+
+
+def scanned(folder):
+    """Services and a session that has scanned its rows: three of them look harmful."""
+    services = Services(Setup(), Sessions(folder / "sessions"), JobQueue(), folder / "uploads")
+    session = services.sessions.get(services.sessions.new_cookie())
+    session.inspection = upload(session)
+    services.queue.submit = lambda job: job._ended.set()
+    job = services.scan(session)
+    found = {"scored": 5, "above": 3, "threshold": 0.5, "top": []}
+    (job.folder / SCAN).write_text(json.dumps(found))
+    (job.folder / CLEANED).write_text('{"prompt": "Kept?", "completion": "Yes."}\n')
+    job.progress.end("done")
+    return services, session
+
+
+def upload(session, **reading):
+    """What is found in a fresh upload that is called as the ones before."""
+    path = session.new_folder("data") / "given.jsonl"
+    path.write_text('{"prompt": "New?", "completion": "Yes."}\n')
+    return Inspection(path, "data.jsonl", reading=reading, rows=1)
+
+
+@pytest.mark.slow
+def test_suspicious_rows_are_left_out_of_the_file_that_was_scanned_alone(tmp_path, monkeypatch):
+    import gradio as gr
+
+    with gr.Blocks():
+        step = data_step.DataStep(Setup())
+    services, session = scanned(tmp_path)
+    monkeypatch.setattr(services, "_read", lambda session, path, *rest: iter([path.read_text()]))
+    first = session.inspection
+    shown = step.show_scan(session)
+    assert shown[step.leave_out].visible and "3 of 5 rows" in shown[step.ranking]
+    assert "Kept?" in next(services.leave_out(session))
+    others = {"columns": {"prompt": "q", "answer": "a"}}
+    for now in (upload(session), replace(first, reading=others), None):  # the name and even the file may be the same
+        session.inspection = now
+        shown = step.show_scan(session)
+        assert not shown[step.leave_out].visible and not shown[step.ranking]
+        with pytest.raises(ValueError, match="Nothing chosen"):
+            next(services.leave_out(session))
+    session.job("scan")._ended.clear()  # one that is under way is shown, and can be stopped, whatever is chosen by now
+    shown = step.show_scan(session)
+    assert shown[step.stop].visible and shown[step.ranking]
 
 
 def test_a_judge_is_one_of_the_models_that_can_be_chosen_here(tmp_path):

@@ -109,11 +109,12 @@ class DataStep:
         }
 
     def show_scan(self, session: Session) -> dict[Any, Any]:
-        """Return updates that show what the newest scan found, or how far it is."""
-        job, found = session.job("scan"), session.inspection
-        active = job is not None and not job.ended
+        """Return updates that show what the newest scan of the rows in use found, or how far a scan is."""
+        newest, found = session.job("scan"), session.inspection
+        active = newest is not None and not newest.ended
+        job = newest if active else session.scan
         ranking = job.ranking() if job is not None and job.ended else None
-        above = ranking["above"] if ranking and found and job and job.name == found.name else 0
+        above = ranking["above"] if ranking else 0
         return {
             self.ranking: _ranked(job),
             self.scan: gr.Button(interactive=bool(found and found.rows) and not session.busy),
