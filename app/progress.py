@@ -148,13 +148,24 @@ class Progress:
 
     def point(self, variant: str, entry: Mapping[str, Any]) -> None:
         """Add an entry of the trainer's log to the curves of a variant."""
-        for name, value in entry.items():
-            shown = _CURVES.get(name)
-            if name.startswith("safety/") and name.endswith("_refused"):
-                shown = name.removeprefix("safety/").removesuffix("_refused").partition(":")[0]
-            if shown in texts.CURVES:
-                step, curve = int(entry["step"]), self.part(variant).curves.setdefault(shown, [])
-                while curve and curve[-1][0] >= step:  # a run that goes on does so from its checkpoint
-                    curve.pop()
-                curve.append((step, float(value)))
-                del curve[:-_LONGEST]
+        for shown, value in _shown(entry).items():
+            step, curve = int(entry["step"]), self.part(variant).curves.setdefault(shown, [])
+            while curve and curve[-1][0] >= step:  # a run that goes on does so from its checkpoint
+                curve.pop()
+            curve.append((step, value))
+            del curve[:-_LONGEST]
+
+
+def _shown(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is drawn of an entry, by curve: of several sets of a kind the rate of all prompts together."""
+    found = {_CURVES[name]: float(value) for name, value in entry.items() if name in _CURVES}
+    rates: dict[str, list[tuple[float, float]]] = {}
+    for name, value in entry.items():
+        if name.startswith("safety/") and name.endswith("_refused"):
+            own = name.removesuffix("_refused")
+            kind = own.removeprefix("safety/").partition(":")[0]
+            rates.setdefault(kind, []).append((float(value), float(entry.get(f"{own}_judged", 1))))
+    for kind in rates.keys() & texts.CURVES.keys():
+        judged = sum(count for _, count in rates[kind])
+        found[kind] = sum(rate * count for rate, count in rates[kind]) / judged
+    return found

@@ -205,6 +205,21 @@ def test_progress_is_what_its_process_has_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [PROGRESS]  # written complete, or not at all
 
 
+def test_sets_of_one_kind_share_a_curve_by_how_many_of_each_were_judged():
+    progress = Progress({"plain": "Plain LoRA"})
+    first = {"harmful: many_refused": 0.9, "harmful: many_judged": 30, "harmful: few_refused": 0.5}
+    first |= {"harmful: few_judged": 10, "harmful: none_judged": 0, "harmful: many_refused_low": 0.1}
+    first |= {"borderline_refused": 0.25, "borderline_judged": 4, "benign_refused": 0.0, "benign_judged": 4}
+    for step, many in ((0, 0.9), (5, 0.1)):
+        rates = {f"safety/{name}": value for name, value in first.items()} | {"safety/harmful: many_refused": many}
+        progress.point("plain", {"step": step, "loss": 1.0, **rates})
+    curves = progress.parts["plain"].curves
+    assert curves["harmful"] == [(0, pytest.approx((27 + 5) / 40)), (5, pytest.approx((3 + 5) / 40))]
+    assert curves["borderline"] == [(0, 0.25), (5, 0.25)] and curves["loss"] == [(0, 1.0), (5, 1.0)]
+    assert set(curves) == {"harmful", "borderline", "loss"}
+    assert progress.start_rate() == pytest.approx(0.8)
+
+
 def test_runs_of_an_earlier_server_are_found_again(tmp_path):
     sessions = Sessions(tmp_path)
     cookie = sessions.new_cookie()
