@@ -371,7 +371,8 @@ class Services:
             raise ValueError(texts.ASK_NOBODY)
         model = job.model if job is not None else session.model
         conversations = {title: messages(talk, title, system) for title in asked}
-        return self.answerer.ask(model, asked, conversations, ASKED_TOKENS, temperature)
+        options = job.loading() if job is not None else {}
+        return self.answerer.ask(model, asked, conversations, ASKED_TOKENS, temperature, options)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Answerer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._path: str | None = None
+        self._loaded: tuple[str, str] | None = None
         self._model: Any = None
         self._tokenizer: Any = None
 
@@ -53,16 +53,17 @@ class Answerer:
         conversations: Mapping[str, Messages],
         tokens: int,
         temperature: float = 0.0,
+        options: Mapping[str, Any] | None = None,
     ) -> Iterator[tuple[str, str]]:
         """Ask one model after the other, by title, each its own conversation; `None` is the model before.
 
         Yields each title with its answer so far. Closing the iterator ends the answer. At temperature 0 the likeliest
-        words are taken, above they are drawn.
+        words are taken, above they are drawn. The model is loaded with `options`: those of the training.
         """
         from peft import PeftModel
 
         with self._lock:
-            self._load(model)
+            self._load(model, dict(options or {}))
             for title, folder in adapters.items():
                 tuned = None if folder is None else PeftModel.from_pretrained(self._model, str(folder)).eval()
                 try:
@@ -76,23 +77,25 @@ class Answerer:
     def close(self) -> None:
         """Free the memory."""
         with self._lock:
-            self._path = self._model = self._tokenizer = None
+            self._loaded = self._model = self._tokenizer = None
             gc.collect()
 
-    def _load(self, model: Model) -> None:
-        if self._path == model.path:
+    def _load(self, model: Model, options: dict[str, Any]) -> None:
+        wanted = model.path, str(options)  # two quantizations count as equal, but are not written alike
+        if self._loaded == wanted:
             return
         import torch
 
         from safe_trainer import load_model
 
-        self._path = self._model = None
+        self._loaded = self._model = None
         gc.collect()
         if model.embedded:
             torch.set_num_threads(1)  # faster for a tiny model, and kinder to others
-        elsewhere = {"device_map": None} if IS_LENT else {}  # an accelerator that is lent is not there between jobs
-        self._model, self._tokenizer = load_model(model.path, trust_remote_code=False, **elsewhere)
-        self._path = model.path
+        if IS_LENT:
+            options["device_map"] = None  # an accelerator that is lent is not there between jobs
+        self._model, self._tokenizer = load_model(model.path, trust_remote_code=False, **options)
+        self._loaded = wanted
 
     def _stream(self, model: Any, conversation: Messages, tokens: int, temperature: float) -> Iterator[str]:
         from jinja2 import TemplateError

@@ -147,6 +147,10 @@ class Job:
         done = [v for v in self.variants if (part := self.progress.parts.get(v.key)) and part.state == "done"]
         return {variant.title: self.folder / variant.key for variant in done}
 
+    def loading(self) -> dict[str, Any]:
+        """Return the options with which its training and its comparison load the model."""
+        return recipe.model_options(recipe.read_recipe(self.folder / self.variants[0].recipe))
+
     def ranking(self) -> dict[str, Any] | None:
         """Return what a scan found."""
         path = self.folder / SCAN

@@ -129,8 +129,8 @@ def examine(adapters: Mapping[str, str], progress: Progress) -> None:
 
     _enter(progress, "comparing")
     checked = recipe.read_recipe(f"{next(iter(adapters.values()))}.yaml")
-    path, asked = checked.parts.model.path, checked.parts.evaluation
-    model, tokenizer = load_model(path, dtype=checked.parts.model.dtype)
+    asked = checked.parts.evaluation
+    model, tokenizer = load_model(checked.parts.model.path, **recipe.model_options(checked))
     decoding = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt", "judges"}) if asked else {}
 
     sets = recipe.load_data(checked).prompt_sets

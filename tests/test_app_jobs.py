@@ -11,6 +11,7 @@ import pytest
 
 from app import jobs
 from app.actions import Services
+from app.answering import Answerer
 from app.inspection import Inspection
 from app.jobs import Job, JobQueue, train_job
 from app.materials import OwnFile, take
@@ -20,6 +21,8 @@ from app.recipes import Choices, Settings, Variant
 from app.sessions import Sessions
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup
 from app.views import compare_step, data_step, train_step
+from app.worker import examine
+from safe_trainer import recipe
 
 
 def choices(folder, protections=("plain",), example="attack", **settings):
@@ -335,6 +338,34 @@ def test_a_judge_is_one_of_the_models_that_can_be_chosen_here(tmp_path):
             services.judges(Settings(judge="guard", guard=named))
     with pytest.raises(ValueError, match="owner/name"):
         services.judges(Settings(judge="guard"))
+
+
+@pytest.mark.slow
+def test_the_comparison_and_questions_load_the_model_as_training_did(tmp_path, monkeypatch):
+    asked = []
+
+    def load(path, **options):
+        asked.append((path, options))
+        raise InterruptedError
+
+    monkeypatch.setattr("safe_trainer.load_model", load)
+    job = train_job(tmp_path / "job", replace(choices(tmp_path), kept={"model.dtype": "float32"}))
+    monkeypatch.chdir(job.folder)
+    for bits in (None, "8bit", "4bit"):
+        kept = {"model.dtype": "float32"} | ({"model.quantization": bits} if bits else {})
+        train_job(job.folder, replace(choices(tmp_path), kept=kept))
+        trained = recipe.read_recipe("plain.yaml")
+        with pytest.raises(InterruptedError):
+            examine({"Plain LoRA": "plain"}, Progress())
+        with pytest.raises(InterruptedError):
+            next(Answerer().ask(EMBEDDED, {"before": None}, {}, 1, options=job.loading()))
+        for path, options in asked:
+            quantization = options.pop("quantization_config", None)
+            assert (path, options.pop("dtype")) == (trained.parts.model.path, "float32")
+            assert options in ({}, {"trust_remote_code": False})
+            assert (quantization is None) is (bits is None)
+            assert bits is None or getattr(quantization, f"load_in_{bits}")
+        asked.clear()
 
 
 @pytest.mark.exhaustive

@@ -10,8 +10,8 @@ result = recipe.run_recipe(recipe.read_recipe("recipes/testbed/asft.yaml", ["tra
 from .document import RecipeError
 from .dry_run import Plan, plan
 from .load import Recipe, read_recipe
-from .run import RunCallbacks, RunResult, run_recipe
+from .run import RunCallbacks, RunResult, model_options, run_recipe
 from .sources import LoadedData, load_data
 
-__all__ = ["LoadedData", "Plan", "Recipe", "RecipeError", "RunCallbacks", "RunResult", "load_data", "plan",
-           "read_recipe", "run_recipe"]  # fmt: skip
+__all__ = ["LoadedData", "Plan", "Recipe", "RecipeError", "RunCallbacks", "RunResult", "load_data",
+           "model_options", "plan", "read_recipe", "run_recipe"]  # fmt: skip

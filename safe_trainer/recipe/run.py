@@ -196,6 +196,15 @@ def make_trainer(recipe: Recipe, loaded: LoadedData, args: SFTConfig) -> SafeSFT
     return trainer
 
 
+def model_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of [`load_model`] with which training loads the model of a recipe, to ask it afterwards."""
+    model = recipe.parts.model
+    found = {"dtype": model.dtype, "revision": model.revision}
+    if model.quantization is not None:
+        found["quantization_config"] = _quantization(model.quantization, arguments(recipe).bf16)
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _quantization(bits: str | None, bf16: bool) -> Any:
     if bits is None:
         return None
