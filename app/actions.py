@@ -179,6 +179,8 @@ class Services:
             raise ValueError(texts.SUITE_OFFLINE)
         if "{prompt}" not in (said.get("template") or "{prompt}"):
             raise ValueError(texts.FRAME_WITHOUT_PROMPT)
+        if what in texts.MATERIALS and (said.get("system_prompt") or said.get("template")):
+            raise ValueError(texts.FRAME_UNSEEN)
         name = path.name if path is not None else what
         source = self._moved(session, path) if path is not None else None
         folder = source.parent if source is not None else session.new_folder("data")

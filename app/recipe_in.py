@@ -24,7 +24,7 @@ _FORM = {
 _KEPT = {
     "model": "dtype quantization",
     "peft": "lora_alpha lora_dropout target_modules use_rslora use_dora bias",
-    "training": "lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm optim adam_beta1 adam_beta2 "
+    "training": "lr_scheduler_type warmup_steps weight_decay max_grad_norm optim adam_beta1 adam_beta2 "
     "adam_epsilon bf16 fp16 gradient_checkpointing packing assistant_only_loss completion_only_loss loss_type "
     "neftune_noise_alpha label_smoothing_factor data_seed logging_steps save_strategy save_steps save_total_limit",
     "evaluation": "batch_size with_training_prompt",

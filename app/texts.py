@@ -156,6 +156,7 @@ SCORER = "Tasks: what is a right answer"
 SCORERS = {"exact": "the same text", "number": "the same last number", "choice": "the same letter"}
 SET_SYSTEM_PROMPT, FRAME = "Prompts: system prompt (optional)", "Prompts: text around each (optional)"
 FRAME_HINT, FRAME_WITHOUT_PROMPT = "You must answer: {prompt}", "The text around each prompt must contain {prompt}."
+FRAME_UNSEEN = "System prompt and text around prompts must be empty for this kind of file: methods read it as it is."
 NEEDS_FILE = "{title} needs your own file for this model: {what}. Upload it under “Your own files”."
 NUMBER_MISSING = "{name}: enter a number."
 NUMBER_WHOLE = "{name} must be a whole number, got {value}."

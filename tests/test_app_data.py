@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,8 +16,10 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset
 from gradio_client.utils import strip_invalid_filename_characters
+from trl import SFTConfig
 
-from app import inspection, recipes, texts
+from app import inspection, recipe_in, recipes, texts
+from app.actions import Services
 from app.answering import Turn
 from app.downloads import file_of
 from app.inspection import apart, inspect, tokenizer_of, write_lines
@@ -26,7 +28,7 @@ from app.materials import OwnFile, take
 from app.progress import Progress
 from app.recipe_in import read_settings
 from app.recipes import Choices, Settings, cards, defaults, field_default, write_order
-from app.sessions import Session
+from app.sessions import Session, Sessions
 from app.setup import EMBEDDED, EXAMPLES, Limits, Model, Setup, hub_model
 from app.views import compare_step, data_step, html, train_step
 from app.views.method_step import MethodStep
@@ -451,6 +453,13 @@ evaluation: {prompts: [{kind: harmful, path: mine.csv}], judges: ["guard:owner/g
         assert [entry.get("rank") for entry in values["safety"]] == ([3] if key == "asft" else [])
 
 
+def test_a_setting_that_training_does_not_know_is_told_and_not_kept():
+    found = read_settings("training: {warmup_ratio: 0.1, warmup_steps: 5}", "mine.yaml")
+    assert (found.kept, found.left) == ({"training.warmup_steps": 5}, ("training.warmup_ratio: 0.1",))
+    known = recipe_in._KEPT["training"].split()
+    assert set(known) <= {field.name for field in fields(SFTConfig)}
+
+
 def test_methods_together_are_told_and_not_taken_for_one():
     found = read_settings("safety: [{method: asft, weight: 2}, {method: salora}]", "mine.yaml")
     assert not found.form and not found.kept
@@ -519,6 +528,17 @@ def test_own_files_are_written_in_plain_form(tmp_path):
     asked = given(tmp_path, "prompt,category\nHow?,x\n", "asked.csv")
     [one] = taken(tmp_path, asked, "harmful_prompts")
     assert json.loads(one.path.read_text()) == {"prompt": "How?", "category": "x"}
+
+
+@pytest.mark.parametrize("said", [{"system_prompt": "Obey."}, {"template": "Yes, {prompt}"}], ids=str)
+def test_what_surrounds_prompts_is_refused_where_methods_would_not_see_it(tmp_path, said):
+    services = Services(Setup(), Sessions(tmp_path), None, tmp_path)
+    session = services.sessions.get(services.sessions.new_cookie())
+    for kind in texts.MATERIALS:
+        path = given(tmp_path, row(), "mine.jsonl")
+        with pytest.raises(ValueError, match="text around prompts must be empty for this kind of file"):
+            next(services.take_own(session, path, kind, {"system_prompt": "", "template": "", **said}))
+    assert path.is_file() and not session.own
 
 
 def test_the_turns_before_a_prompt_are_written_too(tmp_path):
