@@ -166,6 +166,6 @@ def _shown(entry: Mapping[str, Any]) -> dict[str, float]:
             kind = own.removeprefix("safety/").partition(":")[0]
             rates.setdefault(kind, []).append((float(value), float(entry.get(f"{own}_judged", 1))))
     for kind in rates.keys() & texts.CURVES.keys():
-        judged = sum(count for _, count in rates[kind])
-        found[kind] = sum(rate * count for rate, count in rates[kind]) / judged
+        if judged := sum(count for _, count in rates[kind]):
+            found[kind] = sum(rate * count for rate, count in rates[kind]) / judged
     return found
