@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import logging
 import subprocess
 import sys
 import textwrap
 
+import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset
 
 from safe_trainer.data import (
     HubDataset,
@@ -18,10 +21,12 @@ from safe_trainer.data import (
     as_prompts,
     as_rows,
     conversation,
+    labelled_harmful,
     leaked_rows,
     load_prompts,
     load_rows,
     poison,
+    read_records,
     rows_sha256,
     split_by_label,
 )
@@ -470,6 +475,32 @@ def test_labels_are_kept_and_split(tmp_path):
     assert rows_sha256(loaded) == rows_sha256([{"prompt": f"Q{n}", "completion": "A"} for n in range(4)])
     plain, _ = load_rows(write(tmp_path / "plain.jsonl", ALPACA))
     assert "is_safe" not in plain.column_names and [len(part) for part in split_by_label(plain)] == [5, 0]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.parquet.gz"])
+def test_classes_in_a_parquet_file_keep_their_names(name, tmp_path):
+    labels = [0, 1, 1, None, 0]
+    held = Dataset.from_list([{"prompt": f"Q{n}", "completion": "A", "label": v} for n, v in enumerate(labels)])
+    held = held.cast_column("label", ClassLabel(names=["unsafe", "safe"]))
+    held.to_parquet(tmp_path / "rows.parquet")
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress((tmp_path / "rows.parquet").read_bytes()))
+    loaded, _ = as_rows(str(tmp_path / name))
+    assert list(loaded["is_safe"]) == list(as_rows(held)[0]["is_safe"]) == [False, True, True, None, False]
+    assert labelled_harmful(loaded) == 2 and [len(part) for part in split_by_label(loaded)] == [3, 2]
+    asked = load_prompts(tmp_path / name, "harmful", options=ReadOptions(columns={"prompt": "prompt"}))[0]
+    assert asked.prompts == ("Q0", "Q3", "Q4")
+
+
+def test_numbers_in_a_parquet_file_stay_where_their_classes_are_no_labels_or_not_described(tmp_path):
+    rows = [{"prompt": "Q", "completion": "A", "topic": 1, "label": 1}]
+    held = Dataset.from_list(rows).cast_column("topic", ClassLabel(names=["cars", "food"]))
+    held.to_parquet(tmp_path / "rows.parquet")
+    assert [record.value for record in read_records(tmp_path / "rows.parquet")] == rows
+    table = pq.read_table(tmp_path / "rows.parquet")
+    for text in (b"{", b"[]", b'{"info": {"features": null}}', b'{"info": {"features": {"label": ["x"]}}}'):
+        pq.write_table(table.replace_schema_metadata({b"huggingface": text}), tmp_path / "rows.parquet")
+        assert [record.value for record in read_records(tmp_path / "rows.parquet")] == rows
 
 
 @pytest.mark.parametrize("held", [lambda rows, _: rows, lambda rows, path: write(path / "rows.jsonl", rows)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,7 +75,11 @@ def with_class_names(rows: Any) -> Iterator[Any]:
     if hasattr(rows, "with_format") and shape.get("type") != "custom":
         rows = (rows.select_columns(shape["columns"]) if shape else rows).with_format(None)
     features = getattr(rows, "features", None) or {}
-    classes = {name: getattr(feature, "names", None) or () for name, feature in features.items()}
+    return named_classes(rows, {name: getattr(feature, "names", None) or () for name, feature in features.items()})
+
+
+def named_classes(rows: Iterable[Any], classes: Mapping[str, Sequence[str]]) -> Iterator[Any]:
+    """Yield rows with the names of classes, by column, in place of their numbers; only those that label a row."""
     named = {
         name: found for name, found in classes.items() if any(_label(_key(name), text) is not None for text in found)
     }

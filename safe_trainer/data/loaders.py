@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import gzip
 import io
+import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .labels import with_class_names
+from .labels import named_classes, with_class_names
 from .parsing import BrokenFileError, Notes, Record, Records, read_csv, read_json, read_plain_lines
 
 KINDS = {
@@ -148,7 +149,18 @@ def _read_parquet(stream: Any) -> Records:
     except pyarrow.ArrowInvalid as error:
         raise BrokenFileError("from the start", f"no Parquet ({error})", "a whole Parquet file") from error
     values = (value for batch in file.iter_batches(batch_size=1024) for value in batch.to_pylist())
-    return (Record(number, value, "row") for number, value in enumerate(values, 1))
+    rows = named_classes(values, _classes_in(file.schema_arrow.metadata or {}))
+    return (Record(number, row, "row") for number, row in enumerate(rows, 1))
+
+
+def _classes_in(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Return by column the names of the classes that `datasets` keeps next to the rows of a Parquet file."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"].items()
+    except (AttributeError, KeyError, TypeError, ValueError):  # written by something else
+        return {}
+    described = {name: found for name, found in features if isinstance(found, dict)}  # a list, where rows hold lists
+    return {name: found["names"] for name, found in described.items() if found.get("_type") == "ClassLabel"}
 
 
 @dataclass(frozen=True)
