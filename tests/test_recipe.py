@@ -28,6 +28,7 @@ import safe_trainer.evaluation
 from safe_trainer import general_prompts, generate, load_model, testbed
 from safe_trainer.cli.options import Questions
 from safe_trainer.evaluation.manifest import prompt_set_sha256
+from safe_trainer.lora.io import REPAIR_REPORT
 from safe_trainer.methods import METHODS
 from safe_trainer.recipe import RecipeError, plan, read_recipe, run
 from safe_trainer.recipe.document import Document
@@ -1308,6 +1309,27 @@ def test_a_repair_is_saved_compared_and_has_its_own_card(recipe, tmp_path):
     assert "repaired after training" in cards[1] and "4 of 4 layers" in cards[1]
     assert "repaired after training" not in cards[0] and "safe_lora" in cards[0]
     assert all("ask: compliance rate" in text for text in cards)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_repairs_its_new_weights_in_the_place_of_those_before(recipe, tmp_path):
+    training = {"save_steps": 1, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant"}
+    repair = {"unaligned": str(testbed.UNALIGNED), "threshold": 1.0}
+    once, longer = (
+        read_recipe(recipe({"safe_lora": repair, "training": training | {"max_steps": steps}})) for steps in (1, 2)
+    )
+    repaired, weights = tmp_path / "out" / "safe-lora", "adapter_model.safetensors"
+    run_recipe(once)
+    before = (repaired / weights).read_bytes()
+    run_recipe(longer, resume=True)
+    safe_trainer.apply_safe_lora(tmp_path / "out", tmp_path / "anew", aligned=testbed.ALIGNED, **repair)
+    assert before != (repaired / weights).read_bytes() == (tmp_path / "anew" / weights).read_bytes()
+    assert not list((tmp_path / "out").glob(".safe-lora*"))
+
+    (repaired / REPAIR_REPORT).unlink()  # then it is of somebody else
+    with pytest.raises(OSError, match="safe-lora` exists already"):
+        run_recipe(longer, resume=True)
+    assert (repaired / weights).is_file()
 
 
 @pytest.mark.parametrize(

@@ -303,20 +303,24 @@ def write_adapter(
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder that takes this name when the context ends well, and is removed when it does not."""
+def new_folder(path: str | Path, replacing: str = "") -> Iterator[Path]:
+    """Give a temporary folder that takes this name when the context ends well, and is removed when it does not.
+
+    A folder of this name is refused, unless it is empty or holds the file `replacing`, which marks it as ours.
+    """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (replacing and (path / replacing).is_file()) and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"`{path}` exists already. Name a new folder.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if path.is_dir():
-            path.rmdir()
+            os.replace(path, former)
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, former):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def scaling(config: Any, name: str, rank: int) -> float:

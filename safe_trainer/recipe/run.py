@@ -360,13 +360,14 @@ def save_recipe(recipe: Recipe, loaded: LoadedData) -> Path:
 
 def _repair(recipe: Recipe, callbacks: RunCallbacks) -> str:
     """Repair the adapter by Safe LoRA, and return the folder of the result."""
+    from ..lora.io import REPAIR_REPORT, new_folder
     from ..methods.safe_lora import apply_safe_lora, summary
 
     asked = recipe.parts.safe_lora
     assert asked is not None  # otherwise there is nothing to repair
     folder = os.path.join(recipe.parts.output, "safe-lora")
-    with _saving(recipe):
-        report = apply_safe_lora(recipe.parts.output, folder, aligned=recipe.parts.model.path, **asked.model_dump())
+    with _saving(recipe), new_folder(folder, replacing=REPAIR_REPORT) as made:  # of the weights before, on resuming
+        report = apply_safe_lora(recipe.parts.output, made, aligned=recipe.parts.model.path, **asked.model_dump())
     callbacks.message(f"Saved a repaired adapter to {folder}: {summary(report)}.")
     return folder
 
