@@ -405,6 +405,17 @@ def test_the_first_prompts_keep_what_belongs_to_them():
 
 
 @pytest.mark.parametrize(
+    ("count", "places"), [(1, [0]), (2, [0, 2]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 4]), (9, range(5))]
+)
+def test_prompts_that_are_spread_come_from_all_of_a_set_with_what_belongs_to_them(count, places):
+    whole = PromptSet("sums", "task", tuple("abcde"), tuple("vwxyz"), tuple("12345"))
+    found = whole.spread(count)
+    assert found.prompts == tuple("abcde"[place] for place in places)
+    assert found.categories == tuple("vwxyz"[place] for place in places)
+    assert found.references == tuple("12345"[place] for place in places)
+
+
+@pytest.mark.parametrize(
     "source",
     [
         ["Say hello", "Say goodbye"],

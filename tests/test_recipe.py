@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -1240,6 +1241,22 @@ def test_a_monitor_asks_some_prompts_of_each_set_but_tasks(recipe, tmp_path):
         add_callbacks(read_recipe(watched(recipe, tmp_path, prompts=count)), trainer, sets)
         assert [len(s) for monitor in added[1:] for s in monitor.prompt_sets] == wanted
         assert added[0].every == 1
+
+
+def test_a_monitor_asks_as_the_evaluation_does_and_prompts_of_all_categories(recipe, tmp_path):
+    from safe_trainer.recipe.run import add_callbacks
+
+    built_in = [{"built_in": "general", "kind": "harmful"}]
+    asked = {"prompts": built_in, "system_prompt": "Be nice.", "max_new_tokens": 9, "batch_size": 5}
+    read = read_recipe(recipe({"evaluation": asked, "monitor": {"every": 1}}))
+    trainer = SFTTrainer(**runs.given(tmp_path, peft_config=runs.lora()))
+    added = []
+    trainer.add_callback = added.append
+    add_callbacks(read, trainer, load_data(read).prompt_sets)
+    monitor = added[-1]
+    decoding = monitor.decoding
+    assert (decoding.system_prompt, decoding.max_new_tokens, decoding.batch_size) == ("Be nice.", 9, 5)
+    assert Counter(monitor.prompt_sets[0].categories) == dict.fromkeys(general_prompts("harmful").categories, 4)
 
 
 def test_a_moving_average_is_asked_for_by_one_number(recipe):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -89,7 +89,16 @@ class PromptSet:
 
     def first(self, count: int | None) -> PromptSet:
         """Return the first `count` prompts, or all of them, with what belongs to them."""
-        return replace(self, **{name: values[:count] for name, values in self._lists().items()})  # type: ignore[arg-type]
+        return self._at(range(len(self))[:count])
+
+    def spread(self, count: int) -> PromptSet:
+        """Return `count` prompts in even steps from the first on, so that all categories have their share, or all."""
+        count = min(count, len(self))
+        return self._at([number * len(self) // count for number in range(count)])
+
+    def _at(self, places: Sequence[int]) -> PromptSet:
+        chosen: dict[str, Any] = {name: tuple(values[at] for at in places) for name, values in self._lists().items()}
+        return replace(self, **chosen)
 
     def conversations(self) -> list[list[dict[str, str]]]:
         """Return the turns that each prompt is asked with: system turn, context, and the prompt in its frame.

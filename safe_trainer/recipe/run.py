@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..trainer import SafeSFTTrainer
 
 TUNED, REPAIRED = "fine-tuned", "repaired"
+_DECODING = {"max_new_tokens", "batch_size", "system_prompt"}  # of `evaluation`: how it asks, while training as well
 
 
 class RunCallbacks:
@@ -220,7 +221,7 @@ def _quantization(bits: str | None, bf16: bool) -> Any:
 def add_callbacks(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
     """Add the moving average that `ema` asks for, and what `monitor` measures while training, next to the loss."""
     from ..analysis.drift_monitor import DriftMonitor
-    from ..evaluation import RefusalMonitor
+    from ..evaluation import Decoding, RefusalMonitor
     from ..methods.adapter_ema import AdapterEMA
 
     if recipe.parts.ema is not None:
@@ -229,9 +230,10 @@ def add_callbacks(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[Pro
     if asked is None:
         return
     trainer.add_callback(DriftMonitor(trainer, asked.every, direction=asked.direction, basis=asked.basis))
-    sets = [prompts.first(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
-    if sets:
-        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every))
+    sets = [prompts.spread(asked.prompts) for prompts in prompt_sets if prompts.kind != "task" and asked.prompts]
+    if sets and recipe.parts.evaluation is not None:
+        decoding = Decoding(**recipe.parts.evaluation.model_dump(include=_DECODING))
+        trainer.add_callback(RefusalMonitor(trainer, sets, asked.every, decoding=decoding))
 
 
 def _train(
@@ -454,7 +456,7 @@ def examine(
 
     asked = recipe.parts.evaluation
     assert asked is not None  # otherwise there are no prompt sets either
-    settings: dict[str, Any] = asked.model_dump(include={"max_new_tokens", "batch_size", "system_prompt"})
+    settings: dict[str, Any] = asked.model_dump(include=_DECODING)
     settings |= {"judges": make_judges(asked.judges), "progress": progress}
     tokenizer = tokenizer_in(trainer.processing_class)
     if recipe.peft is not None and keeps_base(recipe.peft):
