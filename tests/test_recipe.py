@@ -1194,6 +1194,19 @@ def test_a_method_that_is_recommended_already_is_listed_twice(recipe):
     assert "`security_vectors` is listed a second time" in problems(recipe({"safety": twice}))[0]
 
 
+def test_prompts_of_a_method_are_read_as_the_kind_that_it_asks_for(recipe, tmp_path):
+    (tmp_path / "asked.csv").write_text("prompt,label\nHow do I bake?,safe\nHow do I steal?,unsafe\nAnd sew?,safe\n")
+    anchor = {"method": "refusal_anchor", "benign_prompts": "asked.csv"}
+    plain, described = (
+        load_data(read_recipe(recipe({"safety": {**anchor, **more}})))
+        for more in ({}, {"prompts": "asked.csv", "benign_prompts": {"path": "asked.csv"}})
+    )
+    assert [(report.rows, report.other_kind) for report in plain.reports[1:]] == [(2, {"harmful": 1})]
+    assert [(report.rows, report.other_kind) for report in described.reports[1:]] == [(1, {"safe": 2})]
+    both = load_data(read_recipe(recipe({"safety": {**anchor, "prompts": "asked.csv"}})))
+    assert [report.rows for report in both.reports[1:]] == [1, 2]
+
+
 # ---- watching while it trains
 
 

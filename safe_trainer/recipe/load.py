@@ -31,6 +31,7 @@ from .schema import (
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from ..data import Kind
     from ..methods.base import SafetyMethod
 
 LORA_LEARNING_RATE = 2e-4
@@ -294,9 +295,13 @@ def _rows_of(value: Any, name: str) -> Any:
     """Return the rows or prompts of a source that says how it is read; other settings as they are."""
     if not isinstance(value, SourcePart):
         return value
-    from ..data import Kind, as_prompts, as_rows
+    from ..data import as_prompts, as_rows
 
     if name.endswith("prompts"):
-        kind: Kind = "benign" if name.startswith("benign") else "harmful"
-        return as_prompts(value.source(), kind, argument=name, options=value.options())
+        return as_prompts(value.source(), prompts_kind(name), argument=name, options=value.options())
     return as_rows(value.source(), argument=name, options=value.options())[0]
+
+
+def prompts_kind(name: str) -> Kind:
+    """Return the kind of the prompts that a method takes as its setting of this name."""
+    return "benign" if name.startswith("benign") else "harmful"

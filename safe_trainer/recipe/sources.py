@@ -25,7 +25,7 @@ from ..data import (
     load_suite,
     what_was_meant,
 )
-from .load import Recipe
+from .load import Recipe, prompts_kind
 from .model import check_model
 
 if TYPE_CHECKING:
@@ -217,11 +217,12 @@ def _method_reports(recipe: Recipe) -> list[DataReport]:
     """Read the rows that methods are given by file, so that a fault in them is known before a model is loaded."""
     reports = {}
     for name, value in (item for method in recipe.safety for item in vars(method).items()):
-        if isinstance(value, str | Path) and str(value) not in reports:
+        kind = prompts_kind(name) if name.endswith("prompts") else None
+        if isinstance(value, str | Path) and (str(value), kind) not in reports:
             if name.endswith("_data"):
-                reports[str(value)] = as_rows(value, argument=name)[1]
-            elif name.endswith("prompts"):
-                reports[str(value)] = load_prompts(value, "harmful")[1]
+                reports[str(value), kind] = as_rows(value, argument=name)[1]
+            elif kind is not None:
+                reports[str(value), kind] = load_prompts(value, kind)[1]
     return list(reports.values())
 
 
