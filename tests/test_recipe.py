@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import operator
 import re
 import shlex
 import shutil
@@ -468,6 +471,33 @@ def test_files_are_looked_for_beside_the_recipe():
     saved = moved(values, (), Path("/recipes/a"), Path("/recipes/a/out"))
     assert saved["data"][0]["path"] == "../rows.csv"
     assert moved(saved, (), Path("/recipes/a/out")) == seen
+
+
+def test_words_of_settings_are_no_files_where_there_is_a_folder_of_that_name(recipe, tmp_path):
+    names = ("output", "data", "salora", "rows", "train", "cosine", "tuned")
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "safe.jsonl").write_text(json.dumps({"prompt": "Steal it.", "completion": "I will not."}))
+    words = {
+        "data": [{"path": "rows.jsonl", "system_prompt": "./data", "where": {"split": "./train"}}],
+        "safety": [
+            {"method": "salora", "safety_data": "safe.jsonl", "protect": "output"},
+            {"method": "refusal_anchor", "system_prompt": "data", "prompts": {"hub": "rows", "split": "train"}},
+            {"method": "refusal_anchor", "system_prompt": "Answer as in rows.csv", "benign_prompts": "data"},
+        ],
+        "training": {"lr_scheduler_type": "cosine", "run_name": "tuned"},
+    }
+    files = {
+        ("safety", 0, "safety_data"): "safe.jsonl", ("safety", 1, "prompts", "hub"): "rows",
+        ("safety", 2, "benign_prompts"): "data", ("data", 0, "path"): "rows.jsonl",
+    }  # fmt: skip
+    expected = copy.deepcopy(words)
+    for (*place, key), name in files.items():
+        functools.reduce(operator.getitem, place, expected)[key] = str(tmp_path / name)
+    assert moved(words, (), tmp_path) == expected
+    from_there = moved(words, (), tmp_path, tmp_path / "out")["safety"]
+    assert from_there[0] == {"method": "salora", "safety_data": "../safe.jsonl", "protect": "output"}
+    assert read_recipe(recipe({"safety": words["safety"][0]})).safety[0].protect == "output"
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,19 @@ _FILES = (
     *(["data", "path"], ["eval_data", "path"], ["evaluation", "prompts", "path"]),
     *(["monitor", "direction"], ["monitor", "basis"]),
 )
+_SOURCES = ("_data", "prompts", "_model", "hub", "chat_template_path", *ARTIFACTS)
+"""How the settings end that may name a file or folder without saying so by `./` or an ending; others are words."""
+_TEXTS = {"system_prompt", "template", "name", "where", "columns"}
+"""Settings that name no files, whatever they say."""
 
 
 def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> Any:
     """Return a value of a recipe with the paths in it made absolute, or relative to another folder.
 
     Paths are the files of data, prompts and monitor, and the models of judges; elsewhere texts that begin with `./` or
-    `../`; and in settings the names of files (`harmful.jsonl`, `direction.safetensors`) and of what is in the recipe's
-    folder. They are relative to `folder`, and become relative to `seat`, if there is one. The output is relative to
-    the working directory, and absolute paths stay.
+    `../`; and in settings the names of files (`harmful.jsonl`, `direction.safetensors`) and, where they name a source,
+    of what is in the recipe's folder. They are relative to `folder`, and become relative to `seat`, if there is one.
+    The output is relative to the working directory, and absolute paths stay.
     """
     if isinstance(value, dict):
         return {key: moved(inner, (*place, key), folder, seat) for key, inner in value.items()}
@@ -46,14 +50,13 @@ def moved(value: Any, place: Place, folder: Path, seat: Path | None = None) -> A
 
 def _is_path(value: str, place: Place, folder: Path) -> bool:
     keys = [key for key in place if isinstance(key, str)]
-    if keys == ["output"] or value.startswith(PREFIX) or not value:
+    if keys == ["output"] or value.startswith(PREFIX) or not value or not _TEXTS.isdisjoint(keys):
         return False
     if value.startswith(("./", "../")) or keys in _FILES or (keys[0] == "safety" and keys[-1] == "path"):
         return True
-    if len(keys) > 1 and keys[-1] != "method" and keys[0] in ("safety", "training", "peft"):
+    if len(keys) > 1 and keys[0] in ("safety", "training", "peft"):
         named = Path(value.lower().removesuffix(".gz")).suffix in (*KINDS, ".safetensors", ".jinja", ".j2")
-        is_source = keys[0] == "safety" or keys[-1] == "chat_template_path"
-        return named or (is_source and exists(folder / value))
+        return named or (keys[-1].endswith(_SOURCES) and exists(folder / value))
     models_and_datasets = (["model", "path"], ["data", "hub"], ["eval_data", "hub"], ["safe_lora", "unaligned"])
     return keys in models_and_datasets and exists(folder / value)
 
