@@ -22,10 +22,10 @@ import pyarrow.parquet
 import pytest
 import tiny
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer
 
-from safe_trainer import SafeSFTTrainer, SecurityVectors, scan_file
+from safe_trainer import SafeSFTTrainer, SecurityVectors, load_rows, scan_file
 from safe_trainer.analysis import scan
 from safe_trainer.analysis.scan import Score, _Source, average_precision, precision_recall, score_rows
 from safe_trainer.analysis.scan_files import Scores, write_table
@@ -476,6 +476,53 @@ def test_rows_without_a_score_are_kept_and_counted(pair, tmp_path):
     )
     assert (tmp_path / "clean.jsonl").read_text().splitlines() == lines[1:]
     assert result.above.total == result.scored == 1 and result.report.troubles.total() == 2
+
+
+def endless():
+    return ({"prompt": f"ask {i}", "response": "say"} for i in count())
+
+
+LIMITED = {
+    "rows.jsonl": (lambda rows, path: jsonl(path, rows), "4 rows"),
+    "rows.json": (lambda rows, path: path.write_text(json.dumps(rows, indent=1)), "4 rows"),
+    "rows.csv": (lambda rows, path: table(path, rows), "4 rows"),
+    "rows.parquet": (lambda rows, path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path), "4 rows"),
+    "a list": (lambda rows, _: rows, "4 rows"),
+    "an iterator": (lambda rows, _: endless(), "rows"),
+    "a stream": (lambda rows, _: IterableDataset.from_generator(endless), "rows"),
+}
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def table(path, rows):  # each of whose rows has two lines
+    path.write_text("prompt,response\n" + "".join(f'{row["prompt"]},"say\nit"\n' for row in rows))
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_rows_that_were_not_looked_at_are_not_in_the_cleaned_file_but_said(name, pair, tmp_path, monkeypatch, caplog):
+    path = tmp_path / (name if "." in name else "rows.jsonl")
+    hold, unread = LIMITED[name]
+    for limit in (3, 7):
+        caplog.clear()
+        dropping(monkeypatch, [0.1, 0.9] + [0.1] * 5)
+        held = hold([{"prompt": f"ask {i}", "response": "say"} for i in range(7)], path)
+        clean = tmp_path / f"clean{path.suffix}"
+        source = path if "." in name else held
+        result = scan_file(source, *pair, TOKENIZER, clean=clean, reading=ReadOptions(limit=limit))
+        asked = [row["prompt"][0]["content"] for row in load_rows(clean)[0]]
+        assert result.scored == limit and asked == [f"ask {i}" for i in range(limit) if i != 1]
+        told = f"`clean` ends where the scan did: {unread} behind that were not looked at. Raise `limit`"
+        assert (told in caplog.text) == (limit == 3 or unread == "rows")
+
+
+def test_a_stream_of_which_not_all_is_read_by_itself_is_cleaned_as_far_as_it_was(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("safe_trainer.data.reading.STREAMED", 5)
+    dropping(monkeypatch, [0.9] + [0.1] * 4)
+    scan_file(IterableDataset.from_generator(endless), *pair, TOKENIZER, clean=tmp_path / "clean.jsonl")
+    assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == 4
 
 
 def test_labels_set_the_threshold_and_say_what_it_costs(pair, tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,7 +39,7 @@ from ..data import (
     safety_label,
 )
 from ..data.labels import FLAGS
-from ..data.reading import STREAMED
+from ..data.reading import STREAMED, OpenSource
 from ..evaluation.statistics import Rate
 from ..lora.modes import evaluation_mode, input_device
 from .scan_files import Scores, check_clean, check_output, write_clean, write_table
@@ -258,7 +259,8 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; left out, the one next to the model.
         output (`str` or `Path`, *optional*): A `.csv`, `.jsonl` or `.parquet` file for all rows by rank and score.
         clean (`str` or `Path`, *optional*): A file for the rows that are not above the threshold or have no score, of
-            the same kind as `rows` (`.jsonl` for rows in memory or on the Hub); lines are copied byte by byte.
+            the same kind as `rows` (`.jsonl` for rows in memory or on the Hub); lines are copied byte by byte. It ends
+            where the scan does, at the `limit` of `reading` or after 100,000 rows of a stream.
         drop_above (`float`, *optional*): The share of its loss above which a row looks harmful, and is not written to
             `clean`. Left out, the best one on the labels if there are any, and otherwise 0.5.
         reading ([`~data.ReadOptions`], *optional*): How to read it; by default a row that cannot be used ends it.
@@ -303,7 +305,14 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
         if table is not None:
             write_table(table, scores.ranked())
         if kept is not None and is_done:
-            write_clean(kept, source.raw, source.options, set(scores.lines("share > ?", result.threshold)))
+            write_clean(
+                kept, source.raw, source.options, set(scores.lines("share > ?", result.threshold)), source.last
+            )
+            if unread := source.unread():
+                logger.warning(
+                    "`clean` ends where the scan did: %s behind that were not looked at. Raise `limit` of `reading` "
+                    "to look at more.", unread,
+                )  # fmt: skip
     if partial is not None and is_done:
         partial.unlink()  # nothing is left to continue
     return result
@@ -379,8 +388,9 @@ class _Source:
     """Rows of any source, and next to each of them what a table needs."""
 
     def __init__(self, rows: Any, options: ReadOptions, label: str | None) -> None:
+        self.last, self._rest = math.inf, None
         if hasattr(rows, "__next__"):
-            rows = list(islice(rows, options.limit or STREAMED))  # it is read twice
+            self._rest, rows = rows, list(islice(rows, options.limit or STREAMED))  # it is read twice
         self.raw, self.options, self.label = rows, options, label and label.strip().lower()
         self.sha256, self.unit = "", "line"
 
@@ -388,12 +398,23 @@ class _Source:
         """Read all rows once and report on them."""
         digest = hashlib.sha256()
         with named("rows"):
-            report, records = self._read()
+            opened, records = self._read()
             for record, (rows, is_harmful) in records:
                 digest.update(json.dumps([record.line, rows, is_harmful]).encode())
                 self.unit = record.unit
+        if opened.report.rows == opened.options.limit:
+            self.last = record.line
         self.sha256 = digest.hexdigest()
-        return report
+        return opened.report
+
+    def unread(self) -> str:
+        """Return how many records there are behind those that were looked at, or an empty text if there are none."""
+        opened = open_source(self.raw, options=self.options)
+        behind = () if self.last == math.inf else (record for record in opened.records if record.line > self.last)
+        if self._rest is not None or opened.report.kind == "stream":  # which may have no end
+            return "rows" if next(chain(behind, self._rest or ()), None) is not None else ""
+        count = sum(1 for _ in behind)
+        return f"{count:,} rows" if count else ""
 
     def rows(self, start: int) -> Iterator[tuple[tuple[Record, Row, bool | None, bool], Row]]:
         """Yield the rows of all records from `start` on, each with its record, label, and whether it is the last."""
@@ -401,7 +422,7 @@ class _Source:
             for row in rows:  # one conversation may teach several answers
                 yield (record, row, is_harmful, row is rows[-1]), row
 
-    def _read(self) -> tuple[DataReport, Iterator[tuple[Record, tuple[list[Row], bool | None]]]]:
+    def _read(self) -> tuple[OpenSource, Iterator[tuple[Record, tuple[list[Row], bool | None]]]]:
         opened = open_source(self.raw, options=self.options)
 
         def convert(style: Format, columns: Columns) -> tuple[list[Row], bool | None]:
@@ -410,7 +431,7 @@ class _Source:
             opened.report.count(found, rows)
             return rows, self._label(columns)
 
-        return opened.report, opened.converted(convert)
+        return opened, opened.converted(convert)
 
     def _label(self, columns: Columns) -> bool | None:
         if self.label is not None and self.label not in columns:

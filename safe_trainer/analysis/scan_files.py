@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import sqlite3
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,18 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in flat.items()}
 
 
-def write_clean(path: Path, rows: Any, options: ReadOptions, dropped: set[int]) -> None:
-    """Write all records of a source but those at some lines (or of some numbers), in its own format."""
+def write_clean(path: Path, rows: Any, options: ReadOptions, dropped: set[int], last: float = math.inf) -> None:
+    """Write the records of a source, up to a `last` line (or number), but those at some of them, in its own format."""
     source = file_of(rows)
     with replacing(path) as temporary:
         if source is not None and kind_of(source) == "Parquet":
-            return _copy_parquet(source, temporary, dropped)
+            return _copy_parquet(source, temporary, dropped, last)
         records = open_source(rows, options=options).records
         first = next(records)
         if source is not None and first.unit == "line":
-            return _copy_lines(source, temporary, options, dropped)
-        kept = (r.value for r in chain([first], records) if isinstance(r, Record) and r.line not in dropped)
+            return _copy_lines(source, temporary, options, dropped, last)
+        seen = takewhile(lambda record: record.line <= last, chain([first], records))
+        kept = (r.value for r in seen if isinstance(r, Record) and r.line not in dropped)
         before, between, after = ("[\n", ",\n", "\n]\n") if kind_of(path) == "JSON" else ("", "\n", "\n")
         with _opened(temporary, path, "wt", encoding="utf-8", errors="surrogateescape") as file:
             for number, value in enumerate(kept):
@@ -143,7 +145,7 @@ def write_clean(path: Path, rows: Any, options: ReadOptions, dropped: set[int]) 
     return None
 
 
-def _copy_lines(path: Path, target: Path, options: ReadOptions, dropped: set[int]) -> None:
+def _copy_lines(path: Path, target: Path, options: ReadOptions, dropped: set[int], last: float) -> None:
     """Copy a text file without the lines of some records, each of which reaches to where the next one begins."""
     with _opened(path, path, "rb") as file:
         encoding = options.encoding or encoding_of(file.read(4))
@@ -153,12 +155,14 @@ def _copy_lines(path: Path, target: Path, options: ReadOptions, dropped: set[int
     with _opened(path, path, "rt", **how) as file, _opened(target, path, "wt", **how) as out:
         for number, line in enumerate(file, 1):
             while following and number >= following:
+                if following > last:
+                    return
                 is_kept, following = following not in dropped, next(starts, 0)
             if is_kept:
                 out.write(line)
 
 
-def _copy_parquet(path: Path, target: Path, dropped: set[int]) -> None:
+def _copy_parquet(path: Path, target: Path, dropped: set[int], last: float) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -167,7 +171,8 @@ def _copy_parquet(path: Path, target: Path, dropped: set[int]) -> None:
         file = parquet.ParquetFile(pa.BufferReader(stream.read()) if path.suffix.lower() == ".gz" else stream)
         with parquet.ParquetWriter(out, file.schema_arrow) as writer:
             for batch in file.iter_batches():
-                writer.write_batch(batch.filter(pa.array(row + i + 1 not in dropped for i in range(len(batch)))))
+                numbers = range(row + 1, row + len(batch) + 1)
+                writer.write_batch(batch.filter(pa.array(n <= last and n not in dropped for n in numbers)))
                 row += len(batch)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from safe_trainer import ConstrainedSFT, SafetyBasis, SaLoRA, SecurityVectors, load_rows
 from safe_trainer.data import ReadOptions, conversation
 
-from .room import BEST, LONG, PLAIN, Case, compared, deaf, monitored, of, on, tiny
+from .room import BEST, LONG, PLAIN, Case, compared, deaf, monitored, of, on, scanned, tiny
 
 LABELLED = [{"prompt": f"Say {n}", "completion": "One.", "is_safe": n > 2} for n in range(8)]
 SHORT_ANSWERS = Dataset.from_list([conversation(f"Say {n}", "Y") for n in range(8)])
@@ -59,6 +59,11 @@ WARNINGS: dict[str, Case] = {
         lambda at: at.trainer(None, train_dataset=load_rows(LABELLED)[0]),
         r"Leave them out, as with `load_rows(..., ReadOptions(where={'is_safe': True}))`",
         [lambda at: at.trainer(None, train_dataset=load_rows(LABELLED, ReadOptions(where={"is_safe": True}))[0])],
+    ),
+    "rows that a scan did not look at": (
+        lambda at: scanned(at, clean=at.folder / "clean.jsonl", reading=ReadOptions(limit=3)),
+        "Raise `limit` of `reading` to look at more",
+        [lambda at: scanned(at, clean=at.folder / "clean.jsonl", reading=ReadOptions(limit=8))],
     ),
     "rows that start too late": (
         lambda at: at.measured(rows=[*LONG, *REFUSED], max_length=64, rank=2),
