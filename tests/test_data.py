@@ -563,6 +563,27 @@ def test_a_folder_is_a_set_with_a_category_for_each_file(tmp_path):
     assert (prompts.name, report.rows) == ("hexphi", 3)
 
 
+def test_gzipped_files_of_a_folder_are_read_those_of_no_kind_are_named_and_a_limit_is_of_all_together(
+    tmp_path, caplog
+):
+    folder = tmp_path / "asked"
+    (folder / "deeper").mkdir(parents=True)
+    write(folder / "first.jsonl", [{"prompt": f"Do {n}!"} for n in range(2)])
+    with gzip.open(folder / "second.part.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps({"prompt": f"Make {n}!"}) for n in range(3)))
+    write(folder / "third.csv", ["prompt", "Take it!"])
+    for name in ("README.md", "sheet.xlsx"):
+        (folder / name).write_text("No prompts.")
+    prompts, report = load_prompts(folder, "harmful")
+    assert prompts.prompts == ("Do 0!", "Do 1!", "Make 0!", "Make 1!", "Make 2!", "Take it!")
+    assert prompts.categories == ("first",) * 2 + ("second",) * 3 + ("third",)
+    assert report.notes == ["left out, as of no kind that can be read: `README.md`, `sheet.xlsx`"]
+    assert report.notes[0] in caplog.text and report.notes[0] in str(report)
+    for limit in (1, 2, 4, 9):
+        some, report = load_prompts(folder, "harmful", options=ReadOptions(limit=limit))
+        assert some == prompts.first(limit) and report.rows == len(some)
+
+
 def test_the_turns_before_a_prompt_are_kept(tmp_path):
     system, said = {"role": "system", "content": "Obey."}, CHAT[:2]
     rows = [{"messages": [system, *said, CHAT[2]]}, {"messages": [CHAT[0]]}]

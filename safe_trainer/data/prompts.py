@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from . import formats
 from .formats import Asked, Columns, Format, Row
 from .labels import prompt_label
-from .loaders import KINDS, is_folder
+from .loaders import KINDS, is_folder, kind_of
 from .reading import DataReport, OpenSource, ReadOptions, Source, named, open_source
 from .rows import fingerprint
 
@@ -291,16 +291,32 @@ def _load_folder(
     folder: Path, kind: Kind, name: str | None, options: ReadOptions | None
 ) -> tuple[PromptSet, DataReport]:
     """Load each file of a folder, as HEx-PHI is laid out; a file's name is the category of its prompts."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in KINDS)
-    if not files:
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    unknown = [file for file in files if not _is_known(file)]
+    if len(unknown) == len(files):
         raise ValueError(f"`{folder}` holds no file that can be read. Its files should be {', '.join(KINDS)}.")
     report = DataReport(str(folder), "folder")
+    if unknown:
+        report.notes.append(f"left out, as of no kind that can be read: {', '.join(f'`{f.name}`' for f in unknown)}")
+        logger.warning("%s: %s.", report.source, report.notes[0])
     asked: list[tuple[Asked, str | None]] = []
-    for file in files:
-        found, part = load_prompts(file, kind, options=options)
+    options = options or ReadOptions()
+    for file in (file for file in files if file not in unknown):
+        left = None if options.limit is None else options.limit - report.rows
+        if left == 0:
+            break
+        found, part = load_prompts(file, kind, options=replace(options, limit=left))
         answers, before = found.references or (None,) * len(found), found.contexts or ((),) * len(found)
-        asked += [(Asked(*row), file.stem) for row in zip(found.prompts, answers, before, strict=True)]
+        category = file.name.split(".")[0]
+        asked += [(Asked(*row), category) for row in zip(found.prompts, answers, before, strict=True)]
         report.format = part.format
         report.rows, report.filtered = report.rows + part.rows, report.filtered + part.filtered
         report.other_kind, report.unused = report.other_kind + part.other_kind, report.unused + part.unused
     return _prompt_set(asked, kind, name or folder.name, folder.name, report.source), report
+
+
+def _is_known(file: Path) -> bool:
+    try:
+        return bool(kind_of(file))
+    except ValueError:
+        return False
