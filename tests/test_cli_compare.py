@@ -14,6 +14,7 @@ from commands import invoke
 from evaluation_models import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 
+import safe_trainer.evaluation
 from safe_trainer.cli.compare import _grouped
 from safe_trainer.cli.options import Questions
 from safe_trainer.evaluation import from_json
@@ -89,6 +90,33 @@ def test_several_runs_models_and_judges_stand_in_one_report(home, tmp_path):
         ("--prompts", "harmful=harm.txt"), ("--prompts", "borderline=hf:asked"), ("--prompts", "task=sums.csv"),
         ("--judge", "phrases"), ("--judge", "likelihood"), ("--max-new-tokens", "2"),
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_models_are_loaded_in_the_dtype_and_quantization_that_are_asked_for(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "adapter-1", tmp_path / "own")
+    own = byte_tokenizer()
+    own.chat_template += " "
+    own.save_pretrained(tmp_path / "own")  # so that it is loaded by itself
+    result = invoke(
+        "compare", "base", "--adapter", "adapter-2", "--adapter", tmp_path / "own", "--tuned-model", "other",
+        "--prompts", "harmful=harm.txt", "--judge", "phrases", "--dtype", "bfloat16", "-o", tmp_path / "out", *SHORT,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = from_json((tmp_path / "out" / "comparison.json").read_text()).evaluations
+    assert [e.manifest["model"]["dtype"] for e in found] == ["bfloat16"] * 4
+
+    pytest.importorskip("bitsandbytes")
+    asked = ("evaluate", "base", "--prompts", "harmful=harm.txt", "--judge", "phrases", *SHORT)
+    loaded = []
+    examine = safe_trainer.evaluation.evaluate
+    monkeypatch.setattr(
+        safe_trainer.evaluation, "evaluate", lambda m, *a, **k: loaded.append(m) or examine(m, *a, **k)
+    )
+    for bits, layer in (("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")):
+        told = invoke(*asked, "--quantization", bits, "--dtype", "float32")
+        assert told.exit_code == 0, told.output
+        assert type(loaded[-1].model.layers[0].self_attn.q_proj).__name__ == layer
 
 
 def test_an_adapter_of_the_hub_is_asked_through_its_own_template_as_the_same_in_a_folder_is(

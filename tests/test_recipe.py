@@ -856,6 +856,16 @@ def test_the_command_to_compare_with_afterwards_asks_what_the_recipe_asks(recipe
     ]  # fmt: skip
 
 
+def test_the_command_to_compare_with_afterwards_loads_the_model_as_the_recipe_does(recipe, tmp_path):
+    asked = {"evaluation": {"prompts": [{"path": "ask.csv", "kind": "harmful"}]}}
+    for settings in ({}, {"dtype": "float32"}, {"dtype": "bfloat16", "quantization": "4bit"}):
+        read = read_recipe(recipe({"model": {"path": str(testbed.ALIGNED), **settings}, **asked}))
+        found = words(run._compare_command(read, load_data(read), {"fine-tuned": "out"}))
+        assert [(o, v) for o, v in found if o in ("--dtype", "--quantization")] == [
+            (f"--{name}", value) for name, value in settings.items()
+        ]
+
+
 @pytest.mark.slow
 def test_a_comparison_of_the_weights_before_is_set_aside_where_none_is_made(recipe, tmp_path):
     asked = {"prompts": [{"path": "ask.csv", "kind": "harmful"}], "max_new_tokens": 2}

@@ -11,7 +11,7 @@ import typer
 from rich.markdown import Markdown
 
 from .console import Json, console, errors, misused, note, pairs, print_json, progress_bar
-from .options import Questions, check_folder, check_model
+from .options import Loading, Questions, check_folder, check_model
 
 if TYPE_CHECKING:
     from ..analysis.drift_monitor import DriftFigures
@@ -61,6 +61,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
         list[str] | None, typer.Option(help="FOLDER or NAME=FOLDER of a full fine-tuned model; as --adapter.")
     ] = None,
     *,
+    loading: Loading,
     asked: Questions,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report and answers.")] = None,
     direction: Annotated[
@@ -92,7 +93,7 @@ def compare(  # noqa: PLR0913, each is an option with a name
     drift_prompts = sets if direction or basis else []
     drift = DriftFigures(direction, basis, prompt_sets=drift_prompts, system_prompt=asked.system_prompt)
     with progress_bar("Asking all models") as progress:
-        comparison = _compared(model, adapters, models, sets, drift, arguments(progress))
+        comparison = _compared(model, adapters, models, sets, drift, loading.options(), arguments(progress))
     _show(comparison, output, as_json)
     if comparison.interrupted:
         errors.print("Stopped by Ctrl-C: what was answered until then is shown. Run the command again for the rest.")
@@ -114,12 +115,13 @@ def _grouped(listed: list[str] | None, option: str) -> dict[str, list[str]]:
     return found
 
 
-def _compared(
+def _compared(  # noqa: PLR0913, what the command has by then
     model: str,
     adapters: dict[str, list[str]],
     models: dict[str, list[str]],
     sets: list[PromptSet],
     drift: DriftFigures,
+    loading: dict[str, Any],
     settings: dict[str, Any],
 ) -> Comparison:
     """Examine the base with each adapter, then what has its own tokenizer and each complete model, one at a time."""
@@ -127,7 +129,7 @@ def _compared(
     from ..evaluation.compare import with_adapter
     from ..lora.loading import load_model
 
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, **loading)
     alone = {n: paths for n, paths in adapters.items() if any(_brings_tokenizer(path, tokenizer) for path in paths)}
     together: Any = {n: paths if len(paths) > 1 else paths[0] for n, paths in adapters.items() if n not in alone}
     comparison = evaluation.compare(base, tokenizer, sets, together, drift=drift, **settings)
@@ -139,7 +141,8 @@ def _compared(
             names = [f"{name}, run {number}" for number in range(1, len(paths) + 1)]
             runs[name] = tuple(names)
         for run, path in zip(names, paths, strict=True):
-            tuned, its_tokenizer = load_model(model, path) if name in alone else load_model(path)
+            source = (model, path) if name in alone else (path,)
+            tuned, its_tokenizer = load_model(*source, **loading)
             found = evaluation.evaluate(tuned, its_tokenizer, sets, name=run, **settings)
             if name in alone:
                 found = with_adapter(found, path, drift(tuned, its_tokenizer, path))
@@ -176,6 +179,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="The model: folder or Hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of an adapter to put on it.")] = None,
     *,
+    loading: Loading,
     asked: Questions,
     as_json: Json = False,
 ) -> None:
@@ -188,7 +192,7 @@ def evaluate(
     from ..evaluation.storage import summary
     from ..lora.loading import load_model
 
-    examined, tokenizer = load_model(model, adapter)
+    examined, tokenizer = load_model(model, adapter, **loading.options())
     with progress_bar("Asking the model") as progress:
         found = evaluation.evaluate(examined, tokenizer, sets, **arguments(progress))
     alone = evaluation.Comparison((found,))

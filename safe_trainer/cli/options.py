@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -50,6 +50,25 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = signature.replace(parameters=listed)  # type: ignore[attr-defined]
     return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How models are loaded."""
+
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="In which the models compute; auto is that in which they are saved."),
+    ] = "auto"
+    quantization: Annotated[
+        Literal["4bit", "8bit"] | None, typer.Option(help="The models are loaded in so many bits, by bitsandbytes.")
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """Return this as `load_model` takes it."""
+        from ..lora.loading import quantized
+
+        return ({} if self.dtype == "auto" else {"dtype": self.dtype}) | quantized(self.quantization)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME
 from torch.distributed import is_available, is_initialized
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_torch_bf16_gpu_available
 
 from .io import at_revision, load_adapted, note_commit
 
@@ -91,6 +92,21 @@ def load_weights(name: str | Path, **options: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(name, **placed)
     note_commit(model, str(name), options.get("revision"), options.get("cache_dir"))
     return _moved(model, placed)
+
+
+def quantized(bits: str | None, bf16: bool | None = None) -> dict[str, Any]:
+    """Return what `from_pretrained` takes to load a model in `"4bit"` or `"8bit"` by bitsandbytes; for `None` nothing.
+
+    `bf16` says whether 4-bit weights compute in bfloat16 or in float32; left out, whether the GPU does.
+    """
+    if bits is None:
+        return {}
+    if bits == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    bf16 = is_torch_bf16_gpu_available() if bf16 is None else bf16
+    compute = torch.bfloat16 if bf16 else torch.float32
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": nf4}
 
 
 def _placing(options: dict[str, Any]) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def check_output(output: str, resume: bool) -> None:
 def make_trainer(recipe: Recipe, loaded: LoadedData, args: SFTConfig) -> SafeSFTTrainer:
     """Build the trainer of a recipe: loads the model and lets the methods prepare."""
     from ..lora.io import note_commit
+    from ..lora.loading import quantized
     from ..trainer import SafeSFTTrainer
 
     model, peft = recipe.parts.model, copy.copy(recipe.peft)
@@ -189,9 +190,9 @@ def make_trainer(recipe: Recipe, loaded: LoadedData, args: SFTConfig) -> SafeSFT
         args=args,
         train_dataset=loaded.rows,
         eval_dataset=loaded.eval_rows,
-        quantization_config=_quantization(model.quantization, args.bf16),
         peft_config=peft,
         safety=recipe.safety,
+        **quantized(model.quantization, args.bf16),
     )
     note_commit(trainer.model, model.path, model.revision)
     return trainer
@@ -199,23 +200,11 @@ def make_trainer(recipe: Recipe, loaded: LoadedData, args: SFTConfig) -> SafeSFT
 
 def model_options(recipe: Recipe) -> dict[str, Any]:
     """Return the options of [`load_model`] with which training loads the model of a recipe, to ask it afterwards."""
+    from ..lora.loading import quantized
+
     model = recipe.parts.model
-    found = {"dtype": model.dtype, "revision": model.revision}
-    if model.quantization is not None:
-        found["quantization_config"] = _quantization(model.quantization, arguments(recipe).bf16)
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _quantization(bits: str | None, bf16: bool) -> Any:
-    if bits is None:
-        return None
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if bf16 else torch.float32
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    given = {name: value for name in ("dtype", "revision") if (value := getattr(model, name)) is not None}
+    return given | quantized(model.quantization, arguments(recipe).bf16)
 
 
 def add_callbacks(recipe: Recipe, trainer: SafeSFTTrainer, prompt_sets: list[PromptSet]) -> None:
@@ -429,11 +418,13 @@ def _compare_command(recipe: Recipe, loaded: LoadedData, adapters: Mapping[str, 
     asked, kind = recipe.parts.evaluation, "--adapter" if recipe.peft is not None else "--tuned-model"
     assert asked is not None  # otherwise there are no prompt sets either
     options = [part for name, folder in adapters.items() for part in (kind, f"{name}={folder}")]
+    model = recipe.parts.model
+    options += ["--dtype", model.dtype] if model.dtype != "auto" else []
+    options += ["--quantization", model.quantization] if model.quantization else []
     options += asked_options(askable(recipe, loaded.prompt_sets))
     options += [part for judge in asked.judges for part in ("--judge", judge)]
     options += ["--system-prompt", asked.system_prompt] if asked.system_prompt else []
     options += ["--max-new-tokens", str(asked.max_new_tokens), "--batch-size", str(asked.batch_size)]
-    model = recipe.parts.model
     named = model.path if model.revision is None else f"{model.path}@{model.revision}"
     return shlex.join(["safe-trainer", "compare", named, *options, "--output", recipe.parts.output])
 
