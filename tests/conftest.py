@@ -3,6 +3,8 @@
 The settings are made before anything imports torch or the hub client, which read them once, at import.
 """
 
+import functools
+import importlib.metadata
 import logging
 import os
 import signal
@@ -21,6 +23,10 @@ UPLOADS = tempfile.TemporaryDirectory(prefix="safe_trainer_tests_")
 os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
 # Where DeepSpeed is installed, accelerate imports it, and it says on standard output which accelerator it has found.
 os.environ["DS_ACCELERATOR"] = "cpu"
+
+# accelerate asks several times in each step which packages there are, and a package's metadata is parsed each time:
+# about a tenth of a short training.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 # A shell's background job ignores Ctrl-C, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
