@@ -645,7 +645,7 @@ def test_settings_that_make_no_sense_are_refused(complaint):
     [
         ({"use_dora": True}, "does not work with `use_dora=True`"),
         ({"lora_bias": True}, "does not work with `lora_bias=True`"),
-        ({"init_lora_weights": "pissa"}, "this initialisation changes the base weight"),
+        ({"init_lora_weights": "pissa"}, "it changes the base weight"),
         ({"init_lora_weights": "orthogonal"}, "SaLoRA brings its own initialisation"),
         ({"target_modules": ["embed_tokens"]}, "sits on a Embedding"),
         ({"r": 20}, "`r` of `LoraConfig` must be at most 16, .* `model.layers.0.self_attn.k_proj`, got 20"),
