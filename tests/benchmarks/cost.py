@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["all-linear", "q_proj,v_proj"])
     for name, default in {"layers": 1, "length": 256, "batch": 8, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", default="", help="only variants whose name holds this, beside plain SFTTrainer")
+    parser.add_argument(
+        "--only", default="", help="only variants with such a name, a regular expression, beside plain SFTTrainer"
+    )
     parser.add_argument("--memory", choices=["yes", "no"], default="yes")
     parser.add_argument("--rest", choices=["yes", "no"], default="yes", help="calibration, extraction, generation")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for RESULTS.md and results.json")

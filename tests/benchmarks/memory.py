@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -64,13 +65,15 @@ def main() -> None:
     """Measure and write a Markdown table."""
     parser = step_time.sized_parser(__doc__)
     parser.set_defaults(rounds=2)
-    parser.add_argument("--only", default="", help="only variants whose name holds this, beside plain SFTTrainer")
+    parser.add_argument(
+        "--only", default="", help="only variants with such a name, a regular expression, beside plain SFTTrainer"
+    )
     arguments = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         pair = step_time.save_pair(folder, arguments.hidden, arguments.layers)
         for name in step_time.variants(pair, arguments):
-            if arguments.only in name or "plain" in name:
+            if re.search(arguments.only, name) or "plain" in name:
                 found[name] = apart(peaks, arguments, pair, name)
     plain = found["plain SFTTrainer"]
     sys.stdout.write("| variant | steps, MB | ratio | building, MB | ratio |\n|---|---|---|---|---|\n")

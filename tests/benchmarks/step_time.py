@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -34,9 +35,12 @@ import planted
 import tiny
 
 from safe_trainer import (
+    AdapterEMA,
     AlignmentDirection,
     AsFT,
+    ConstrainedSFT,
     RefusalAnchor,
+    SafeGrad,
     SafeSFTTrainer,
     SafetyBasis,
     SaLoRA,
@@ -48,6 +52,7 @@ from safe_trainer.lora.updates import linear_layers
 from safe_trainer.methods.base import SafetyMethod
 
 WEIGHTS = "adapter_model.safetensors"
+PROMPTS = [f"{number:038}" for number in range(16)]
 
 
 @dataclass
@@ -107,6 +112,12 @@ def variants(pair: tuple[str, str], arguments: argparse.Namespace) -> dict[str, 
         "SaLoRA, inputs, own start": lambda: {"safety": SaLoRA(directions="random", protect="input", task_rank=0)},
         "SaLoRA, dense (authors' form)": lambda: {"safety": DenseSaLoRA()},
         "Security Vectors, rank 8": lambda: {"safety": SecurityVectors(random_vectors(pair[0]))},
+        "Constrained SFT": lambda: {"safety": ConstrainedSFT()},
+        "SafeGrad, 8 prompts": lambda: {"safety": SafeGrad(PROMPTS)},
+        "SaLoRA, inputs, GuardSpace's start": lambda: {
+            "safety": SaLoRA(safety_data=refusals(), protect="input", rank=64, start="guardspace")
+        },
+        "averaged weights": lambda: {"callbacks": [AdapterEMA()]},
         "Refusal anchor": lambda: {"safety": anchor()},
         "Refusal anchor and Security Vectors": lambda: {
             "safety": [SecurityVectors(random_vectors(pair[0])), anchor()]
@@ -158,7 +169,12 @@ def random_vectors(path: str) -> TrainedVectors:
 
 def anchor() -> RefusalAnchor:
     """Return an anchor with four anchors of 64 tokens a step; which ones they are costs no time."""
-    return RefusalAnchor([f"{number:038}" for number in range(16)], benign_prompts=[])
+    return RefusalAnchor(PROMPTS, benign_prompts=[])
+
+
+def refusals() -> list[dict[str, str]]:
+    """Return harmful prompts with refusals; which ones they are costs no time."""
+    return [{"prompt": prompt, "completion": "No, not I."} for prompt in PROMPTS]
 
 
 class Stepper:
@@ -190,6 +206,15 @@ class Stepper:
         self.contexts = ExitStack()
         for method in getattr(self.trainer, "safety_methods", ()):
             self.contexts.enter_context(method.training(self.trainer.model))
+        self.callbacks = extra.get("callbacks", ())
+        for callback in self.callbacks:
+            callback.on_train_begin(**self.state())
+
+    def state(self) -> dict[str, Any]:
+        """Return what callbacks are given."""
+        trainer = self.trainer
+        given = {"args": trainer.args, "state": trainer.state, "control": trainer.control}
+        return given | {"model": trainer.model, "optimizer": trainer.optimizer}
 
     def step(self) -> float:
         """Run one step and return its CPU seconds."""
@@ -197,6 +222,8 @@ class Stepper:
         tokens = (self.batch["labels"] != -100).sum()
         self.trainer.training_step(self.trainer.model, dict(self.batch), tokens)
         self.trainer.optimizer.step()
+        for callback in self.callbacks:
+            callback.on_optimizer_step(**self.state())
         self.trainer.optimizer.zero_grad()
         return time.process_time() - start
 
@@ -206,7 +233,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         pair = save_pair(folder, arguments.hidden, arguments.layers)
         found = variants(pair, arguments)
-        chosen = {name: build for name, build in found.items() if arguments.only in name or "plain" in name}
+        chosen = {name: build for name, build in found.items() if re.search(arguments.only, name) or "plain" in name}
         steppers = {name: Stepper(pair[0], arguments, build()) for name, build in chosen.items()}
         times: dict[str, list[float]] = {name: [] for name in steppers}
         for stepper in steppers.values():
@@ -237,7 +264,9 @@ def sized_parser(description: str | None) -> argparse.ArgumentParser:
 def main() -> None:
     """Measure and write a Markdown table, or JSON."""
     parser = sized_parser(__doc__)
-    parser.add_argument("--only", default="", help="only variants whose name holds this, beside plain SFTTrainer")
+    parser.add_argument(
+        "--only", default="", help="only variants with such a name, a regular expression, beside plain SFTTrainer"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = measure(arguments)
