@@ -21,18 +21,18 @@ TOY = {"attack": "100 harmful rows", "poisoned-10": "10 % harmful", "how-to": "h
 REAL_SCENARIOS = {"advbench": "100 harmful rows", "identity": "identity"}
 GUARDSPACE = "inputs, 99 % of the variance, GuardSpace's start"
 METHODS = {
-    "`recommended`": ("recommended", "nothing", "no", "1.10 / 1.02, and a fit"),
+    "`recommended`": ("recommended", "nothing", "no", "1.09 / 1.02, and a fit"),
     "`SecurityVectors`": ("security vectors", "100 harmful rows", "no", "1.02 / 1.00, and a fit"),
-    "`RefusalAnchor`": ("refusal anchor", "nothing", "no", "1.05 / 1.02"),
-    "`ConstrainedSFT`": ("Constrained SFT", "nothing", "no", NOT_MEASURED),
-    "`SafeGrad`": ("SafeGrad", "nothing", "no", NOT_MEASURED),
+    "`RefusalAnchor`": ("refusal anchor", "nothing", "no", "1.02 / 1.02"),
+    "`ConstrainedSFT`": ("Constrained SFT", "nothing", "no", "1.47 / 1.18"),
+    "`SafeGrad`": ("SafeGrad", "nothing", "no", "1.08 / 1.02"),
     "`AsFT`, weight 10": ("AsFT", "nothing", "before alignment", "0.97 / 1.06"),
     "`SaLoRA`": ("SaLoRA", "100 refusals", "no", "0.98 / 1.02"),
-    "GuardSpace, in `SaLoRA`": (GUARDSPACE, "100 harmful prompts", "no", NOT_MEASURED),
+    "GuardSpace, in `SaLoRA`": (GUARDSPACE, "100 harmful prompts", "no", "0.99 / 1.05"),
     "Safe LoRA, afterwards": ("Safe LoRA", "nothing", "before alignment", "no steps"),
     "a quarter or fifth of the learning rate": (("plain LoRA, lr 5e-4", "plain LoRA, lr 1e-4"), "nothing", "no", "1"),
     "10 % refusals mixed in": ("plain LoRA, 10 % refusals mixed in", "refusals", "no", "1"),
-    "averaged weights": (("plain LoRA, averaged", "plain LoRA, averaged (0.9)"), "nothing", "no", NOT_MEASURED),
+    "averaged weights": (("plain LoRA, averaged", "plain LoRA, averaged (0.9)"), "nothing", "no", "0.93 / 1.00"),
     "plain LoRA": ("plain LoRA", "nothing", "no", "1"),
 }
 """Variant in the tables (toy, real), data, second model, time and memory of a step against plain LoRA."""
