@@ -28,7 +28,7 @@ from ..lora.io import (
     read_config,
     scaling,
 )
-from ..lora.loading import load_model
+from ..lora.loading import load_model, named
 from ..lora.updates import check_peft_config, linear_layers, weight
 from .refusal_direction import RefusalChange, refusal_changes, refusal_directions
 
@@ -232,7 +232,7 @@ def measure_drift(  # noqa: PLR0913, each is a setting with a name
     ```
     """
     if _is_adapter(tuned) and (revision := base_revision(read_config(tuned), base)):
-        base = f"{at_revision(base)[0]}@{revision}"
+        base = named(at_revision(base)[0], revision)
     start, subspaces = Checkpoint("base", base), Subspaces.load(direction, basis, rank)
     subspaces.check(start.linears)
 

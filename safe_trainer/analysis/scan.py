@@ -276,8 +276,8 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
 
     Raises:
         FileNotFoundError: If there is no such file, or no folder for `output` or `clean`.
-        ValueError: If rows cannot be used and are not to be skipped, `output` or `clean` is of no kind that fits, or
-            the vectors do not fit the model.
+        ValueError: If rows cannot be used and are not to be skipped, `output` or `clean` is of no kind that fits,
+            `drop_above` is NaN, or the vectors do not fit the model.
 
     Example:
 
@@ -288,6 +288,8 @@ def scan_file(  # noqa: PLR0913, each is a setting with a name
     print(result, result.top[0]["prompt"])
     ```
     """
+    if drop_above is not None and math.isnan(drop_above):  # than which no share is more: every row would be kept
+        raise ValueError("`drop_above` must be a number, got nan. Leave it out to have it chosen.")
     table, kept = check_output(output), check_clean(clean, rows)
     source = _Source(rows, reading or ReadOptions(), label)
     report = source.check()

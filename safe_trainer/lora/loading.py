@@ -80,9 +80,9 @@ def revision_of(model: Any) -> str | None:
     return commit or next((adapter.revision for adapter in adapters if adapter.revision), None)
 
 
-def named(model: Any) -> str:
-    """Return a model's folder or Hub id with its revision, where that is known, as `owner/name@revision`."""
-    source, revision = source_of(model), revision_of(model)
+def named(model: Any, revision: str | None = None) -> str:
+    """Return a model's folder or Hub id with its revision, given or known of it, as `owner/name@revision`."""
+    source, revision = source_of(model), revision or revision_of(model)
     return f"{source}@{revision}" if source and revision and not Path(source).is_dir() else source
 
 

@@ -414,6 +414,7 @@ def _set_aside(folder: Path, callbacks: RunCallbacks) -> None:
 
 def _compare_command(recipe: Recipe, loaded: LoadedData, adapters: Mapping[str, str]) -> str:
     from ..evaluation.report.content import asked_options
+    from ..lora.loading import named
 
     asked, kind = recipe.parts.evaluation, "--adapter" if recipe.peft is not None else "--tuned-model"
     assert asked is not None  # otherwise there are no prompt sets either
@@ -425,8 +426,8 @@ def _compare_command(recipe: Recipe, loaded: LoadedData, adapters: Mapping[str, 
     options += [part for judge in asked.judges for part in ("--judge", judge)]
     options += ["--system-prompt", asked.system_prompt] if asked.system_prompt else []
     options += ["--max-new-tokens", str(asked.max_new_tokens), "--batch-size", str(asked.batch_size)]
-    named = model.path if model.revision is None else f"{model.path}@{model.revision}"
-    return shlex.join(["safe-trainer", "compare", named, *options, "--output", recipe.parts.output])
+    base = named(model.path, model.revision)
+    return shlex.join(["safe-trainer", "compare", base, *options, "--output", recipe.parts.output])
 
 
 def examine(

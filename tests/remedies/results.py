@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,11 @@ EVALUATION: dict[str, Case] = {
         lambda at: scanned(at, tokenizer=headless()),
         "Set `tokenizer.chat_template` to the model's",
         [lambda at: scanned(at, tokenizer=headed())],
+    ),
+    "a scan with a threshold that is no number": (
+        lambda at: scanned(at, drop_above=math.nan),
+        "`drop_above` must be a number, got nan. Leave it out to have it chosen",
+        [lambda at: scanned(at)],
     ),
     "a scan over its own rows": (
         lambda at: scanned(at, clean=at.folder / "rows.jsonl", drop_above=0.5),
